@@ -1,0 +1,1 @@
+"""Floor 5: the training loop and everything it stands on."""

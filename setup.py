@@ -1,0 +1,35 @@
+"""Package metadata. Every range is one that the tests ran on; `constraints.txt` pins the versions CI installs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_ponder",
+    version="0.1.0",
+    description="Distributed pretraining of PonderLM-3: language models that think before they speak",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_ponder", "megatron_ponder.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19,<0.20",
+        "jsonargparse>=4.40,<5",
+        "numpy>=1.26,<3",
+        "PyYAML>=6.0,<7",
+        "rich>=13.7,<16",
+        "tensorboard>=2.18,<3",
+        "safetensors>=0.5,<1",
+        "sentencepiece>=0.2,<0.3",
+        "tokenizers>=0.21,<0.24",
+        "transformers>=5.0,<6",
+        "matplotlib>=3.8,<4",
+    ],
+    extras_require={
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<0.18"],
+        "mpi": ["mpi4py>=4,<5"],
+        "wandb": ["wandb>=0.19,<1"],
+        "eval": ["lm-eval>=0.4.9,<0.5"],
+    },
+)
