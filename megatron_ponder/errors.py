@@ -7,7 +7,13 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message is one line that says what to do about it."""
+    """Something the user gave cannot work. The message is one line that says what to do about it.
+
+    Attributes:
+        shared: every rank raises this same error, so that one rank's report is enough.
+    """
+
+    shared = False
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -24,7 +30,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except (UserError, OSError) as error:
             if os.environ.get("PONDER_TRACEBACK") == "1":
                 raise
-            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+            rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+            if rank == 0 or not getattr(error, "shared", False):
+                who = f"rank {rank}: " if rank else ""
+                print(f"{who}error: {describe(error)}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return run

@@ -1,0 +1,91 @@
+"""Collectives with gradients, over the ranks that share a layer, and agreement between ranks."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_ponder.errors import UserError, describe
+from megatron_ponder.parallel.mesh import Axis
+
+Result = TypeVar("Result")
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        parts = [torch.empty_like(x) for _ in range(axis.size)]
+        dist.all_gather(parts, x.contiguous(), group=axis.group)
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.axis.size, -1)[ctx.axis.rank].contiguous(), None
+
+
+def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """Enter a sharded region: the same x on every rank; its gradient is summed over them."""
+    return x if axis.size == 1 else _Copy.apply(x, axis.group)
+
+
+def sum_over_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """Leave a sharded region: partial results are summed; every rank gets the same gradient."""
+    return x if axis.size == 1 else _Sum.apply(x, axis.group)
+
+
+def gather_from_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """Concatenate the last dimension over ranks; each gets back the gradient of its own part."""
+    return x if axis.size == 1 else _Gather.apply(x, axis)
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank of the default group; if it fails for the user's reason on any, it fails on all.
+
+    Without this, a rank that stops leaves the others waiting in their next collective.
+
+    Raises:
+        UserError: the first failing rank's own error, on every rank.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        message = describe(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+        message = next((m for m in messages if m is not None), None)
+    if message is not None:
+        error = UserError(message)
+        error.shared = True
+        raise error
+    return result

@@ -1,0 +1,114 @@
+"""Linear layers, embedding and norms, split over the tensor ranks or replicated on them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ponder.parallel.collectives import copy_to_ranks, sum_over_ranks
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.sharding import Initializer, ParameterSpec, ShardedModule, constant
+
+
+class ColumnParallelLinear(ShardedModule):
+    """y = x Wᵀ + b with the output features split: (..., in) → (..., out / ranks)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, axis: Axis, initialize: Initializer, bias: bool = False
+    ) -> None:
+        super().__init__(axis)
+        self.declare("weight", ParameterSpec((out_features, in_features), initialize, shard_dim=0))
+        self.bias = None
+        if bias:
+            self.declare("bias", ParameterSpec((out_features,), constant(0.0), shard_dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in), the same on every rank. Returns this rank's output features (..., out / ranks)."""
+        return F.linear(copy_to_ranks(x, self.axis), self.weight, self.bias)
+
+
+class RowParallelLinear(ShardedModule):
+    """y = x Wᵀ + b with the input features split: (..., in / ranks) → (..., out), summed over the ranks."""
+
+    def __init__(
+        self, in_features: int, out_features: int, axis: Axis, initialize: Initializer, bias: bool = False
+    ) -> None:
+        super().__init__(axis)
+        self.declare("weight", ParameterSpec((out_features, in_features), initialize, shard_dim=1))
+        self.bias = None
+        if bias:
+            self.declare("bias", ParameterSpec((out_features,), constant(0.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in / ranks), this rank's features. Returns (..., out), the same on every rank."""
+        if self.axis.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = sum_over_ranks(F.linear(x, self.weight), self.axis)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(ShardedModule):
+    """Rows of the table split over the ranks: ids (...) → vectors (..., hidden)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, initialize: Initializer) -> None:
+        super().__init__(axis)
+        self.declare("weight", ParameterSpec((vocab_size, hidden_size), initialize, shard_dim=0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 (...). Returns (..., hidden), the same on every rank."""
+        if self.axis.size == 1:
+            return F.embedding(ids, self.weight)
+        rows = self.weight.shape[0]
+        local = ids - rows * self.axis.rank
+        elsewhere = (local < 0) | (local >= rows)
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return sum_over_ranks(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Root-mean-square norm that keeps its input and one number a row, and touches memory as seldom as it can."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse_rms = mean_square.add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (wide * inverse_rms).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_normed = (grad * weight).to(normed.dtype)
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        return grad_normed.addcmul_(normed, along, value=-1).mul_(inverse_rms).to(x.dtype), grad_weight, None
+
+
+class RMSNorm(ShardedModule):
+    """x / sqrt(mean(x²) + ε) · g over the last dimension, statistics in fp32 or better; replicated."""
+
+    def __init__(self, hidden_size: int, epsilon: float, axis: Axis) -> None:
+        super().__init__(axis)
+        self.epsilon = epsilon
+        self.declare("weight", ParameterSpec((hidden_size,), constant(1.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., hidden). Returns the same shape and type."""
+        if x.device.type == "cpu":  # there PyTorch composes its norm from many passes over memory
+            return _RMSNormFunction.apply(x, self.weight, self.epsilon)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+class LayerNorm(ShardedModule):
+    """(x − mean) / sqrt(variance + ε) · g + b over the last dimension; replicated."""
+
+    def __init__(self, hidden_size: int, epsilon: float, axis: Axis) -> None:
+        super().__init__(axis)
+        self.epsilon = epsilon
+        self.declare("weight", ParameterSpec((hidden_size,), constant(1.0)))
+        self.declare("bias", ParameterSpec((hidden_size,), constant(0.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., hidden). Returns the same shape and type."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)

@@ -1,0 +1,54 @@
+"""Cross-entropy over a vocabulary that is split over the tensor ranks; the logits are never gathered."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ponder.parallel.mesh import Axis
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, axis: Axis) -> Tensor:
+        wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        largest = wide.amax(-1, keepdim=True)
+        if axis.size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=axis.group)
+        shifted = wide - largest
+        columns = wide.shape[-1]
+        local = labels_N - columns * axis.rank
+        elsewhere = (local < 0) | (local >= columns)
+        local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
+        label_logit = shifted.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0)
+        weights = shifted.exp_()
+        total = weights.sum(-1)
+        if axis.size > 1:
+            both = torch.stack([total, label_logit])
+            dist.all_reduce(both, group=axis.group)
+            total, label_logit = both
+        ctx.save_for_backward(weights, total, local, elsewhere)
+        ctx.dtype = logits_NV.dtype
+        return total.log() - label_logit
+
+    @staticmethod
+    def backward(ctx, grad_N: Tensor) -> tuple[Tensor, None, None]:
+        weights, total, local, elsewhere = ctx.saved_tensors
+        grad = weights * (grad_N / total).unsqueeze(-1)
+        at_label = (-grad_N).masked_fill(elsewhere, 0).unsqueeze(-1)
+        grad.scatter_add_(-1, local, at_label)
+        return grad.to(ctx.dtype), None, None
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
+    """Negative log-likelihood of each label, in nats, computed in fp32 or better.
+
+    Args:
+        logits: (..., V / ranks), this rank's part of the vocabulary.
+        labels: int64 (...), ids in the whole vocabulary.
+        axis: the tensor ranks.
+
+    Returns:
+        (...), the same on every rank.
+    """
+    loss = _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), axis)
+    return loss.view(labels.shape)
