@@ -1,0 +1,129 @@
+"""Causal self-attention in which a key may carry a weight: log w is added to its logit for every query.
+
+The bias depends on the key alone, so one more channel makes it exact with any causal kernel:
+q' = [q, c] and k' = [k, log w · √d / c] give q'·k'/√d = q·k/√d + log w. No T × T mask exists, in training or in the
+key-value cache, and the gradient of log w comes from the kernel's gradient of k'.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ponder.config import ModelConfig
+from megatron_ponder.model.rope import Rotation, rotate
+from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.sharding import ShardedModule, normal
+
+# Kernels want head sizes in multiples of 8, so folding costs eight channels of which it uses one or two.
+FOLDED_CHANNELS = 8
+# A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
+DEAD = -1e4
+
+
+class LayerCache(Protocol):
+    """Where one layer keeps the keys and values of executed slots."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one slot of each sequence, (B, 1, heads, width), and return all stored ones, (B, T, heads, width)."""
+
+
+def query_channels(q: Tensor, head_size: int) -> Tensor:
+    """The constant channels of folded queries, (1, 1, FOLDED_CHANNELS), in the type of q.
+
+    The constant is the power of two nearest √d, which every floating-point type holds exactly.
+    """
+    channels = q.new_zeros(1, 1, FOLDED_CHANNELS)
+    channels[..., :2] = _constant(head_size)
+    return channels
+
+
+def key_channels(log_w_BT: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    """The channels that carry log w in folded keys, (B, T, FOLDED_CHANNELS): its value, and what rounding it lost.
+
+    In bf16 the first alone would keep 8 bits of log w; in fp32 and fp64 the second is zero.
+    """
+    scaled = log_w_BT * (math.sqrt(head_size) / _constant(head_size))
+    high = scaled.to(dtype)
+    low = (scaled - high.to(scaled.dtype)).to(dtype)
+    return F.pad(torch.stack([high, low], -1), (0, FOLDED_CHANNELS - 2))
+
+
+def _constant(head_size: int) -> float:
+    return 2.0 ** round(math.log2(math.sqrt(head_size)))
+
+
+def attend(q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+    """Scaled dot-product attention by PyTorch's kernels; every call of attention goes through here.
+
+    Args:
+        q_BTND: queries of N heads.
+        k_BSMD, v_BSMD: keys and values of M heads; M divides N.
+        scale: factor on the logits.
+        mask: bool (B, 1, T, S), true where a query may look; None for no mask but the causal one.
+        causal: mask the future; only with mask None and T = S.
+
+    Returns:
+        (B, T, N, D).
+    """
+    out = F.scaled_dot_product_attention(
+        q_BTND.transpose(1, 2),
+        k_BSMD.transpose(1, 2),
+        v_BSMD.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+        enable_gqa=q_BTND.shape[2] != k_BSMD.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+class Attention(ShardedModule):
+    """Multi-head attention with rotary positions, optional grouped-query heads and optional key weights."""
+
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
+        super().__init__(axis)
+        self.head_size = config.head_size
+        self.rotated = int(config.head_size * config.rotary_fraction)
+        bias = config.family == "gpt_neox"
+        initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
+        kv_size = config.num_kv_heads * config.head_size
+        self.q_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size, axis, initial, bias)
+        self.k_proj = ColumnParallelLinear(config.hidden_size, kv_size, axis, initial, bias)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, axis, initial, bias)
+        self.o_proj = RowParallelLinear(config.hidden_size, config.hidden_size, axis, last, bias)
+
+    def forward(
+        self,
+        x_BTH: Tensor,
+        angles: Rotation,
+        log_w_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend from every slot to itself and the slots before it.
+
+        Args:
+            x_BTH: normed inputs.
+            angles: of the T slots.
+            log_w_BT: log weight of each slot as a key; None where every weight is 1.
+            mask: bool (B, 1, T, T) in place of the causal one.
+            cache: keys and values of earlier slots; then T is 1 and log_w_BT is needed.
+
+        Returns:
+            (B, T, H).
+        """
+        q, k, v = (proj(x_BTH).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if log_w_BT is None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        else:
+            q = rotate(q, angles, query_channels(q, self.head_size))
+            k = rotate(k, angles, key_channels(log_w_BT, self.head_size, k.dtype))
+            v = F.pad(v, (0, FOLDED_CHANNELS))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = attend(q, k, v, self.head_size**-0.5, mask, causal=cache is None)
+        return self.o_proj(y[..., : self.head_size].flatten(2))

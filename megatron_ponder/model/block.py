@@ -1,0 +1,94 @@
+"""Pre-norm decoder blocks of the two families."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ponder.config import ModelConfig
+from megatron_ponder.model.attention import Attention, LayerCache
+from megatron_ponder.model.rope import Rotation
+from megatron_ponder.parallel.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.sharding import ShardedModule, normal
+
+
+def make_norm(config: ModelConfig, axis: Axis) -> RMSNorm | LayerNorm:
+    """The family's norm over the residual stream."""
+    norm = RMSNorm if config.family == "llama" else LayerNorm
+    return norm(config.hidden_size, config.norm_epsilon, axis)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up that keeps only its two inputs."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, grad_up
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward of the llama family: W_down (silu(W_gate x) · W_up x)."""
+
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
+        super().__init__()
+        hidden, ffn = config.hidden_size, config.ffn_hidden_size
+        initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
+        self.gate_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
+        self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
+        self.down_proj = RowParallelLinear(ffn, hidden, axis, last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., H). Returns (..., H)."""
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class GeluMLP(nn.Module):
+    """Feed-forward of the gpt_neox family: W_down gelu(W_up x), with biases."""
+
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
+        super().__init__()
+        hidden, ffn = config.hidden_size, config.ffn_hidden_size
+        initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
+        self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial, bias=True)
+        self.down_proj = RowParallelLinear(ffn, hidden, axis, last, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., H). Returns (..., H)."""
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class Block(ShardedModule):
+    """One decoder block: attention and feed-forward on the residual stream, each after a norm."""
+
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
+        super().__init__(axis)
+        self.parallel_residual = config.family == "gpt_neox" and config.parallel_residual
+        self.attention_norm = make_norm(config, axis)
+        self.attention = Attention(config, axis)
+        self.mlp_norm = make_norm(config, axis)
+        self.mlp = (SwiGLU if config.family == "llama" else GeluMLP)(config, axis)
+
+    def forward(
+        self,
+        x_BTH: Tensor,
+        angles: Rotation,
+        log_w_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """The residual stream after this block, (B, T, H); arguments as in `Attention.forward`."""
+        attended = self.attention(self.attention_norm(x_BTH), angles, log_w_BT, mask, cache)
+        if self.parallel_residual:
+            return x_BTH + attended + self.mlp(self.mlp_norm(x_BTH))
+        x_BTH = x_BTH + attended
+        return x_BTH + self.mlp(self.mlp_norm(x_BTH))

@@ -1,0 +1,103 @@
+"""The algorithm: one training forward is a fixed chain of passes of the same transformer.
+
+Growth pass i = 0..K-1 runs i + 1 slots a token and gives every token one latent more; R refinement passes run all K + 1
+slots and replace all latents at once (Jacobi iteration of z_{t,k} = h_{t,k-1}); the final pass gives the hidden states
+for the output. In `adaptive` mode every pass also routes from its own h_{t,0}, and the next pass uses that log w.
+
+This file alone says so; plain training, evaluation and the exact fixed point all run `PassState` through it.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_ponder.config import ModelConfig
+from megatron_ponder.model.rope import Rotation, rotation
+
+
+class PassState(NamedTuple):
+    """What one pass hands to the next.
+
+    Attributes:
+        latents: (B, L, n, H), z_{t,1} .. z_{t,n}; None before the first pass.
+        log_w: (B, L, n + 1), log weights of the next pass's slots as keys; None where every weight is 1.
+    """
+
+    latents: Tensor | None = None
+    log_w: Tensor | None = None
+
+
+def pass_slots(max_steps: int, refinements: int) -> tuple[int, ...]:
+    """Slots per token of every pass: 1, 2, .., K, then R + 1 times K + 1. Without steps there is one pass."""
+    if max_steps == 0:
+        return (1,)
+    return (*range(1, max_steps + 1), *[max_steps + 1] * (refinements + 1))
+
+
+def enter_pass(embedded_BLH: Tensor, state: PassState) -> tuple[Tensor, Tensor | None]:
+    """The interleaved sequence e_1, z_{1,1} .. z_{1,n}, e_2, .. (B, L (n + 1), H) and its log w (B, L (n + 1))."""
+    slots_BLSH = embedded_BLH.unsqueeze(2)
+    if state.latents is not None:
+        slots_BLSH = torch.cat([slots_BLSH, state.latents], 2)
+    log_w = None if state.log_w is None else state.log_w.flatten(1, 2)
+    return slots_BLSH.flatten(1, 2), log_w
+
+
+def leave_pass(h_BLSH: Tensor, log_w_BLK: Tensor | None, next_slots: int) -> PassState:
+    """Hand over to a pass of `next_slots` slots a token: z_{t,j+1} := h_{t,j}.
+
+    Args:
+        h_BLSH: hidden states of this pass's slots.
+        log_w_BLK: log weights of all K + 1 steps that this pass's routing gives; None where there is no router.
+        next_slots: at most one more than this pass had.
+    """
+    log_w = None if log_w_BLK is None else log_w_BLK[:, :, :next_slots]
+    return PassState(h_BLSH[:, :, : next_slots - 1], log_w)
+
+
+@dataclass
+class Interleaving:
+    """Positions and visibility of the interleaved sequence, for every number of slots that the passes use.
+
+    Attributes:
+        positions_BL: int64 (B or 1, L), the RoPE position of each token and of all its slots.
+        documents_BL: int64 (B, L), number of the document that a token belongs to; None if attention may cross
+            documents.
+    """
+
+    positions_BL: Tensor
+    documents_BL: Tensor | None = None
+    _angles: dict[int, Rotation] = field(default_factory=dict)
+    _masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def angles(self, slots: int, config: ModelConfig, dtype: torch.dtype) -> Rotation:
+        """Rotations of the L · slots positions."""
+        if slots not in self._angles:
+            rotated = int(config.head_size * config.rotary_fraction)
+            base = rotation(self.positions_BL, rotated, config.rope_theta, dtype)
+            self._angles[slots] = base.repeat(slots)
+        return self._angles[slots]
+
+    def mask(self, slots: int) -> Tensor | None:
+        """Causal attention within documents, bool (B, 1, L · slots, L · slots); None for plain causal attention."""
+        if self.documents_BL is None:
+            return None
+        if slots not in self._masks:
+            documents = self.documents_BL.repeat_interleave(slots, 1)
+            same = documents.unsqueeze(2) == documents.unsqueeze(1)
+            self._masks[slots] = same.tril().unsqueeze(1)
+        return self._masks[slots]
+
+
+def interleaving(tokens_BL: Tensor, eod_id: int | None) -> Interleaving:
+    """Positions 0, 1, .. of a batch; with `eod_id`, restarting after each such token, which ends its document."""
+    count = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+    if eod_id is None:
+        return Interleaving(count.unsqueeze(0))
+    ends = (tokens_BL == eod_id).long()
+    documents = ends.cumsum(1) - ends
+    first = torch.zeros_like(documents)
+    first[:, 1:] = torch.where(ends[:, :-1] == 1, count[1:], 0)
+    return Interleaving(count - first.cummax(1).values, documents)

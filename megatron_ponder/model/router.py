@@ -1,0 +1,118 @@
+"""The router: how much of each additional step a token gets (SPEC of the model: softmax over steps, reversed tails)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ponder.config import ModelConfig, PonderConfig
+from megatron_ponder.model.attention import DEAD
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, normal
+
+
+class Routing(NamedTuple):
+    """What the router decided for every token.
+
+    Attributes:
+        log_s: (..., K + 1), log of the distribution s over the number of additional steps.
+        log_w: (..., K + 1), log of w_k = Σ_{j ≥ k} s_j; the weight of step k as a key. Decreasing, 0 at k = 0.
+        executed: int64 (...), K̂ = max{k : w_k ≥ τ}, the steps that run at inference.
+    """
+
+    log_s: Tensor
+    log_w: Tensor
+    executed: Tensor
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a routing is applied.
+
+    Attributes:
+        hard: steps beyond K̂ are not there; otherwise every step is, with its weight.
+        threshold: τ.
+        bias: α, added k times to the logit of step k.
+    """
+
+    hard: bool
+    threshold: float
+    bias: float = 0.0
+
+
+class _Replicated(ShardedModule):
+    """A small linear layer that every rank holds whole and computes in fp32 or better."""
+
+    def __init__(self, in_features: int, out_features: int, axis: Axis, std: float) -> None:
+        super().__init__(axis)
+        self.declare("weight", ParameterSpec((out_features, in_features), normal(std) if std else constant(0.0)))
+        self.declare("bias", ParameterSpec((out_features,), constant(0.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+
+
+class Router(nn.Module):
+    """Logits g over 0..K additional steps from the hidden state of a token's first slot."""
+
+    def __init__(self, model: ModelConfig, ponder: PonderConfig, axis: Axis) -> None:
+        super().__init__()
+        width, options = ponder.router_hidden_size, ponder.max_steps + 1
+        self.hidden = _Replicated(model.hidden_size, width, axis, model.init_std) if width else None
+        self.output = _Replicated(width or model.hidden_size, options, axis, 0.0)
+        self.output.specs["bias"] = ParameterSpec((options,), _favour_last(ponder.router_initial_bias))
+
+    def forward(self, h_BLH: Tensor) -> Tensor:
+        """h_BLH: h_{t,0}. Returns logits (B, L, K + 1) in fp32 or better."""
+        return self.output(h_BLH if self.hidden is None else F.gelu(self.hidden(h_BLH)))
+
+
+def _favour_last(bias: float):
+    def fill(tensor: Tensor, _: torch.Generator) -> None:
+        tensor.zero_()
+        tensor[-1] = bias
+
+    return fill
+
+
+def route(logits: Tensor, pruning: Pruning) -> Routing:
+    """The routing that logits (..., K + 1) stand for.
+
+    log w is a reversed logcumsumexp: it keeps its value and gradient where w underflows, unlike log(clamp(w)).
+    """
+    if pruning.bias:
+        logits = logits + pruning.bias * torch.arange(logits.shape[-1], device=logits.device)
+    tails = logits.flip(-1).logcumsumexp(-1).flip(-1)
+    log_total = tails[..., :1]
+    log_w = tails - log_total
+    return Routing(logits - log_total, log_w, executed_steps(log_w, pruning.threshold))
+
+
+def executed_steps(log_w: Tensor, threshold: float) -> Tensor:
+    """K̂ = max{k : w_k ≥ τ}; w decreases with k and w_0 = 1, so that it is a count."""
+    w = log_w.detach().exp()
+    return (w >= threshold).sum(-1) - 1
+
+
+def key_log_weights(routing: Routing, pruning: Pruning) -> Tensor:
+    """log w as attention sees it, (..., K + 1): under the hard rule, steps beyond K̂ are dead."""
+    if not pruning.hard:
+        return routing.log_w
+    step = torch.arange(routing.log_w.shape[-1], device=routing.log_w.device)
+    return routing.log_w.masked_fill(step > routing.executed.unsqueeze(-1), DEAD)
+
+
+def fusion_weights(routing: Routing, pruning: Pruning) -> Tensor:
+    """Weights of h_{t,0} .. h_{t,K} in the output, (..., K + 1), which sum to 1.
+
+    Soft: s. Hard: s for steps before K̂, and w at K̂, so that the last executed step takes the remaining mass.
+    """
+    if not pruning.hard:
+        return routing.log_s.exp()
+    step = torch.arange(routing.log_s.shape[-1], device=routing.log_s.device)
+    last = routing.executed.unsqueeze(-1)
+    weights = torch.where(step < last, routing.log_s.exp(), routing.log_w.exp())
+    return weights.masked_fill(step > last, 0)
