@@ -1,0 +1,59 @@
+"""Files that are either whole or absent: written aside, made durable, and renamed into place."""
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_ponder.errors import UserError
+
+
+def partial_path(path: Path) -> Path:
+    """Where the content of `path` is written until it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that output goes to, and those above it, where they do not exist.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder} ({error.strerror}): choose another place to write to"
+        ) from None
+
+
+def publish(path: Path) -> None:
+    """Rename the finished, already synced partial file of `path` into place, replacing what was there."""
+    os.replace(partial_path(path), path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path`; a crash at any moment leaves either the old file or the new one."""
+    try:
+        with open(partial_path(path), "wb") as file:
+            file.write(content)
+            sync(file)
+        publish(path)
+    finally:
+        partial_path(path).unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync(file: BinaryIO) -> None:
+    """Flush an open binary file through to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable, on systems where a folder can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,251 @@
+"""Megatron's indexed dataset, version 1: tokens in `{prefix}.bin`, where each sequence lies in `{prefix}.idx`.
+
+`.bin` holds nothing but tokens. `.idx`, little-endian and without padding, holds
+
+    9 bytes  magic "MMIDIDX\\0\\0"
+    u64      version, 1
+    u8       code of the token dtype, see `DTYPES`
+    u64      S, the number of sequences
+    u64      D + 1, for D documents
+    i32[S]   length of each sequence in tokens
+    i64[S]   where each sequence begins in `.bin`, in bytes
+    i64[D+1] first sequence of each document; begins with 0 and ends with S
+"""
+
+import struct
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ponder.data.atomic_files import make_folder, partial_path, publish, sync, sync_folder
+from megatron_ponder.errors import UserError
+
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\0\0"
+VERSION = 1
+DTYPES = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+
+
+def dataset_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """The `.bin` and the `.idx` file of a dataset."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
+    """The dtype Megatron stores tokens in: two bytes each below 65500 tokens, else four."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+class IndexedDataset:
+    """A dataset on disk, memory-mapped, so that opening it costs the same whatever its size.
+
+    Args:
+        prefix: path of the two files without `.bin` and `.idx`.
+
+    Raises:
+        UserError: a file is missing or empty, or header and file sizes contradict each other.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = Path(prefix)
+        bin_path, idx_path = dataset_paths(prefix)
+        for path in (bin_path, idx_path):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} does not exist: give the path of a dataset without .bin or .idx, "
+                    "or make one with tools/preprocess_data.py"
+                )
+        self.dtype, num_sequences, num_boundaries = _read_header(idx_path)
+        self._index = np.memmap(idx_path, np.uint8, mode="r")
+        lengths_at = HEADER.size
+        offsets_at = lengths_at + 4 * num_sequences
+        documents_at = offsets_at + 8 * num_sequences
+        self.sequence_lengths = np.frombuffer(self._index, "<i4", num_sequences, lengths_at)
+        self.sequence_offsets = np.frombuffer(self._index, "<i8", num_sequences, offsets_at)
+        self.document_indices = np.frombuffer(self._index, "<i8", num_boundaries, documents_at)
+
+        if self.document_indices[0] != 0 or self.document_indices[-1] != num_sequences:
+            raise _damaged(idx_path, f"has documents that do not span its {num_sequences} sequences")
+        expected = int(self.sequence_offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
+        actual = bin_path.stat().st_size
+        if actual != expected:
+            raise _damaged(bin_path, f"has {actual} bytes where {idx_path.name} says {expected}")
+        if actual == 0:
+            raise _damaged(bin_path, "holds no tokens")
+        self._tokens = np.memmap(bin_path, self.dtype, mode="r")
+
+    def __reduce__(self):
+        # A loader worker opens the files again; a memory map cannot travel, and its contents should not.
+        return type(self), (self.prefix,)
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    def read(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """`length` tokens of a sequence from token `offset` on (default: to its end), as a read-only view.
+
+        Raises:
+            IndexError: the sequence does not exist or is shorter than that.
+        """
+        if not 0 <= sequence < len(self):
+            raise IndexError(f"sequence {sequence} of {len(self)}")
+        available = int(self.sequence_lengths[sequence]) - offset
+        length = available if length is None else length
+        return self._view(int(self.sequence_offsets[sequence]) // self.dtype.itemsize, offset, length, available)
+
+    def read_document(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """The same of a whole document, whose sequences follow one another in `.bin`.
+
+        Raises:
+            IndexError: the document does not exist or is shorter than that.
+        """
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        start = int(self._document_starts[document])
+        available = int(self._document_starts[document + 1]) - start - offset
+        length = available if length is None else length
+        return self._view(start, offset, length, available)
+
+    @cached_property
+    def document_lengths(self) -> np.ndarray:
+        """int64 (D,): tokens in each document."""
+        return np.diff(self._document_starts)
+
+    @cached_property
+    def _document_starts(self) -> np.ndarray:
+        """int64 (D + 1,): first token of each document; checks every entry of the index on the way."""
+        starts = np.concatenate(([0], np.cumsum(self.sequence_lengths, dtype=np.int64)))
+        _, idx_path = dataset_paths(self.prefix)
+        if self.sequence_lengths.min() < 0 or np.any(starts[:-1] * self.dtype.itemsize != self.sequence_offsets):
+            raise _damaged(idx_path, "has sequences that do not follow one another")
+        # The ends were checked on opening, so what never falls also never leaves the range.
+        if np.any(np.diff(self.document_indices) < 0):
+            raise _damaged(idx_path, "has documents that do not follow one another")
+        return starts[self.document_indices]
+
+    def largest_token(self) -> int:
+        """The largest token id of all; reads the whole dataset."""
+        block = 1 << 24
+        return max(int(self._tokens[at : at + block].max()) for at in range(0, self.num_tokens, block))
+
+    def _view(self, start: int, offset: int, length: int, available: int) -> np.ndarray:
+        if offset < 0 or not 0 <= length <= available:
+            raise IndexError(f"tokens {offset} to {offset + length} of {offset + available}")
+        return np.asarray(self._tokens[start + offset : start + offset + length])
+
+
+class IndexedDatasetWriter:
+    """Context manager that streams documents to disk, one sequence each.
+
+    The files appear under their names only when the block ends without an exception; otherwise what was written is
+    removed and an older dataset of that name stays as it was. Lengths take four bytes of memory a document.
+
+    Args:
+        prefix: path of the two files without `.bin` and `.idx`; its folder is made if needed.
+        dtype: token dtype, see `dtype_for_vocabulary`.
+
+    Raises:
+        UserError: at the end of the block, if no token was written.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype):
+        self.dtype = np.dtype(dtype)
+        self._code = next(code for code, known in DTYPES.items() if known == self.dtype)
+        self._limits = np.iinfo(self.dtype)
+        self._bin_path, self._idx_path = dataset_paths(prefix)
+        self._lengths = array("i")
+        self.num_tokens = 0
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        make_folder(self._bin_path.parent)
+        self._file = open(partial_path(self._bin_path), "wb", buffering=1 << 20)
+        return self
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append one document of token ids, possibly none.
+
+        Raises:
+            UserError: an id does not fit the dtype, or the document is longer than its 32-bit length can say.
+        """
+        tokens = np.asarray(tokens, dtype=np.int64)
+        if len(tokens) > np.iinfo(np.int32).max:
+            raise UserError(f"a document of {len(tokens)} tokens is too long for the format: cut it into several")
+        if len(tokens) and not self._limits.min <= tokens.min() <= tokens.max() <= self._limits.max:
+            raise UserError(f"token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}: check the tokenizer")
+        self._file.write(tokens.astype(self.dtype).tobytes())
+        self._lengths.append(len(tokens))
+        self.num_tokens += len(tokens)
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        with ExitStack() as cleanup:
+            for path in (self._bin_path, self._idx_path):
+                cleanup.callback(partial_path(path).unlink, missing_ok=True)
+            cleanup.callback(self._file.close)
+            if exception_type is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        if self.num_tokens == 0:
+            raise UserError(f"{self._bin_path} would hold no tokens: check the input")
+        sync(self._file)
+        with open(partial_path(self._idx_path), "wb") as file:
+            lengths = np.frombuffer(self._lengths, dtype=np.intc)
+            offsets = np.zeros(len(lengths), dtype="<i8")
+            np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+            file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(lengths) + 1))
+            file.write(lengths.astype("<i4").tobytes())
+            file.write((offsets * self.dtype.itemsize).tobytes())
+            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            sync(file)
+        # Between the renames there is no index at all, rather than an old one beside new tokens.
+        self._idx_path.unlink(missing_ok=True)
+        publish(self._bin_path)
+        publish(self._idx_path)
+        sync_folder(self._bin_path.parent)
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """Token dtype, number of sequences and of document boundaries, once the size of the file agrees with them."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise _damaged(path, f"is cut short at {len(header)} bytes")
+    magic, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise _damaged(path, "is not an indexed dataset")
+    if version != VERSION:
+        raise _damaged(path, f"has version {version}, only version {VERSION} can be read")
+    if code not in DTYPES or DTYPES[code].kind == "f":
+        raise _damaged(path, f"has dtype code {code}, which is not a type of token ids")
+    if num_sequences == 0 or num_boundaries == 0:
+        raise _damaged(path, "holds no sequences")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    actual = path.stat().st_size
+    if actual != expected:
+        raise _damaged(path, f"has {actual} bytes where its header says {expected}")
+    return DTYPES[code], num_sequences, num_boundaries
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} {what}: make the dataset again with tools/preprocess_data.py")

@@ -1,0 +1,80 @@
+"""Micro-batches of one data-parallel rank, in an order that does not depend on how the work is divided."""
+
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megatron_ponder.data.dataset import TokenDataset
+
+
+def batches(
+    dataset: TokenDataset,
+    consumed_samples: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[list[Tensor]]:
+    """Endless: for each optimiser step the micro-batches of this rank, int64 (micro_batch_size, S + 1) each.
+
+    Step n uses the positions from `consumed_samples + n * global_batch_size` on. Rank r takes the r-th of `data_size`
+    equal blocks of them, so that the ranks together read the same samples for any `data_size` and `micro_batch_size`.
+
+    Args:
+        consumed_samples: samples used by all ranks before, 0 for a new run.
+        data_rank, data_size: place of this process among those that read different data.
+        num_workers: processes that read ahead; 0 reads in this one.
+        pin_memory: put batches in page-locked memory, from which copies to a GPU are asynchronous.
+    """
+    assert global_batch_size % (micro_batch_size * data_size) == 0
+    block = global_batch_size // data_size
+    starts = count(consumed_samples + data_rank * block, global_batch_size)
+    positions = (
+        range(at, at + micro_batch_size) for start in starts for at in range(start, start + block, micro_batch_size)
+    )
+    micro_batches = iter(_loader(dataset, positions, num_workers, pin_memory))
+    while True:
+        yield list(islice(micro_batches, block // micro_batch_size))
+
+
+def validation_batches(
+    dataset: TokenDataset, samples: int, micro_batch_size: int, data_rank: int, data_size: int
+) -> Iterator[Tensor]:
+    """Micro-batches of this rank's part of the first `samples` samples, int64 (at most micro_batch_size, S + 1) each.
+
+    Together the ranks read each position exactly once. Where the division leaves a rest, a rank's last micro-batch is
+    smaller, and a rank may have one less than another, or none.
+    """
+    stop = samples * (data_rank + 1) // data_size
+    starts = range(samples * data_rank // data_size, stop, micro_batch_size)
+    positions = (range(at, min(at + micro_batch_size, stop)) for at in starts)
+    return iter(_loader(dataset, positions, num_workers=0, pin_memory=False))
+
+
+def _loader(dataset: TokenDataset, positions: Iterable[range], num_workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=positions,
+        num_workers=num_workers,
+        collate_fn=_stack,
+        pin_memory=pin_memory,
+        worker_init_fn=_prepare_worker,
+        # Its own, because a loader draws a number when it starts and would move the global generator.
+        generator=torch.Generator(),
+    )
+
+
+def _stack(samples: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(samples))
+
+
+def _prepare_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # Denormal numbers are many times slower than others, and each process has to be told.
+    torch.set_flush_denormal(True)

@@ -1,0 +1,97 @@
+"""What a dataset was made of, written beside it as `{prefix}.json`, and a fingerprint to know it again."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megatron_ponder.data.atomic_files import write_atomically
+from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
+from megatron_ponder.errors import UserError
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Attributes:
+    tokenizer: SHA-256 of the tokenizer's file.
+    vocab_size: all token ids lie below.
+    eod_id: the token that ends a document.
+    text_bytes: size of the text as UTF-8.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    eod_id: int
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.json")
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    write_atomically(manifest_path(prefix), json.dumps(asdict(manifest), indent=2).encode() + b"\n")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """The manifest of a dataset, or None where there is none because the dataset was made elsewhere.
+
+    Raises:
+        UserError: the file is there but is not a manifest.
+    """
+    path = manifest_path(prefix)
+    try:
+        content = json.loads(path.read_bytes())
+        return Manifest(**{field.name: field.type(content[field.name]) for field in fields(Manifest)})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged ({error!r}): make the dataset again with tools/preprocess_data.py"
+        ) from None
+
+
+def fingerprint(prefix: str | Path) -> str:
+    """A digest, in hex, that changes when a dataset is replaced: of its whole index and of both ends of its tokens.
+
+    Reading all tokens would take minutes; a dataset made from other text has other lengths or another beginning.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    bin_path, idx_path = dataset_paths(prefix)
+    try:
+        with open(idx_path, "rb") as file:
+            while block := file.read(MEBIBYTE):
+                digest.update(block)
+        size = bin_path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(bin_path, "rb") as file:
+            digest.update(file.read(MEBIBYTE))
+            file.seek(max(0, size - MEBIBYTE))
+            digest.update(file.read(MEBIBYTE))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} does not exist: check the path of the dataset") from None
+    return digest.hexdigest()
+
+
+def check_vocabulary(prefix: str | Path, vocab_size: int) -> None:
+    """Refuse a dataset with token ids that a model of `vocab_size` tokens cannot embed.
+
+    The manifest answers at once; a dataset without one is read from end to end.
+
+    Raises:
+        UserError: the dataset needs a larger vocabulary.
+    """
+    manifest = read_manifest(prefix)
+    needed = IndexedDataset(prefix).largest_token() + 1 if manifest is None else manifest.vocab_size
+    if needed > vocab_size:
+        raise UserError(
+            f"{prefix} has token ids up to {needed - 1}: set model.vocab_size to at least {needed}, "
+            "or preprocess the data with the model's tokenizer"
+        )

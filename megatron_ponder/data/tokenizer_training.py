@@ -1,0 +1,127 @@
+"""Train a SentencePiece tokenizer that gives back any text exactly."""
+
+import heapq
+import io
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_ponder.data.atomic_files import make_folder, write_atomically
+from megatron_ponder.data.corpus import iterate_documents
+from megatron_ponder.data.tokenizer import SentencePieceTokenizer
+from megatron_ponder.errors import UserError
+
+EXCERPT_CHARACTERS = 4096
+SPECIAL_AND_BYTES = 3 + 256
+# Characters that SentencePiece keeps for its own bookkeeping: it drops, or misreads, training text with one of them.
+RESERVED = re.compile("[\0\t\u2581\u2585]")
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    vocab_size: int,
+    key: str = "text",
+    sample_bytes: int = 256 << 20,
+    seed: int = 0,
+) -> SentencePieceTokenizer:
+    """Train on a random sample of a corpus and write `{output_prefix}.model` and `.vocab`.
+
+    Byte-pair encoding with ids 0 `<unk>`, 1 `<s>`, 2 `</s>`, then the 256 bytes, which stand in for characters the
+    vocabulary lacks. Nothing is normalised, so that decoding an encoded text returns it exactly; runs of spaces and
+    line ends merge into tokens like letters do. The same input, sizes and seed give the same files.
+
+    Args:
+        inputs, key: the corpus, see `iterate_documents`.
+        vocab_size: tokens in all.
+        sample_bytes: text to train on, at most; also what is held in memory.
+
+    Raises:
+        UserError: the corpus is empty, or allows only a smaller (or demands a larger) vocabulary.
+    """
+    if vocab_size <= SPECIAL_AND_BYTES:
+        raise UserError(
+            f"--vocab-size is {vocab_size}: set it above {SPECIAL_AND_BYTES}, which special tokens and bytes take"
+        )
+    documents = iterate_documents(inputs, key, Counter())
+    sample = _sample(_excerpts(documents), sample_bytes, random.Random(seed))
+    model = _train(sample, vocab_size)
+
+    model_path, vocab_path = Path(f"{output_prefix}.model"), Path(f"{output_prefix}.vocab")
+    make_folder(model_path.parent)
+    write_atomically(vocab_path, _vocabulary(model).encode())
+    write_atomically(model_path, model)
+    tokenizer = SentencePieceTokenizer(model_path)
+    for excerpt in sample[:100]:
+        assert tokenizer.decode(tokenizer.encode(excerpt)) == excerpt, f"the tokenizer does not give back {excerpt!r}"
+    return tokenizer
+
+
+def _excerpts(documents: Iterable[str]) -> Iterator[str]:
+    """Cut documents into pieces of at most `EXCERPT_CHARACTERS`, after a line end where there is one."""
+    for text in documents:
+        start = 0
+        while start < len(text):
+            end = start + EXCERPT_CHARACTERS
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            yield text[start:end]
+            start = end
+
+
+def _sample(excerpts: Iterable[str], sample_bytes: int, generator: random.Random) -> list[str]:
+    """A uniform sample, in the order of the corpus: each excerpt draws a number, the largest numbers make room."""
+    kept: list[tuple[float, int, str]] = []
+    total = 0
+    for position, excerpt in enumerate(excerpts):
+        heapq.heappush(kept, (-generator.random(), position, excerpt))
+        total += len(excerpt.encode())
+        while total > sample_bytes and len(kept) > 1:
+            total -= len(heapq.heappop(kept)[2].encode())
+    return [excerpt for _, _, excerpt in sorted(kept, key=lambda item: item[1])]
+
+
+def _train(sample: Sequence[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(part for excerpt in sample for part in RESERVED.split(excerpt) if part),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * EXCERPT_CHARACTERS,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _size_error(vocab_size, str(error)) from None
+    return model.getvalue()
+
+
+def _size_error(vocab_size: int, message: str) -> UserError:
+    """SentencePiece says in prose which sizes would have worked."""
+    if largest := re.search(r"too high .*value <= (\d+)", message):
+        return UserError(
+            f"the text allows at most {largest[1]} tokens, not {vocab_size}: "
+            f"set --vocab-size to at most {largest[1]}, or give more text"
+        )
+    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(f"{vocab_size} tokens are too few for the text: set --vocab-size to at least {smallest[1]}")
+    return UserError(f"SentencePiece cannot train on this text ({message.strip()}): give more or other text")
+
+
+def _vocabulary(model: bytes) -> str:
+    """SentencePiece's own `.vocab` format: a line per token, piece and score."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(processor.get_piece_size())
+    return "".join(f"{processor.id_to_piece(token)}\t{processor.get_score(token):g}\n" for token in ids)

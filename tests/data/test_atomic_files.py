@@ -1,0 +1,35 @@
+import pytest
+
+from megatron_ponder.data import atomic_files
+from megatron_ponder.data.atomic_files import make_folder, write_atomically
+from megatron_ponder.errors import UserError
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    for content in (b"first", b"second, longer"):
+        write_atomically(tmp_path / "file.v1", content)
+        assert (tmp_path / "file.v1").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["file.v1"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "file", b"old")
+
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_files, "sync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_made_unless_a_file_is_in_the_way(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"cannot make the folder {folder}"):
+            make_folder(folder)

@@ -1,0 +1,78 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ponder.data.dataset import TokenDataset, build_datasets
+from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
+from megatron_ponder.data.loader import batches, validation_batches
+
+
+@pytest.fixture
+def dataset(tmp_path) -> TokenDataset:
+    """14 samples an epoch."""
+    with IndexedDatasetWriter(tmp_path / "data", np.dtype("<u2")) as writer:
+        for length in (20, 7, 0, 30, 1, 29):
+            writer.add_document(np.arange(writer.num_tokens, writer.num_tokens + length))
+    return build_datasets(tmp_path / "data", "1", sequence_length=6, seed=0)["train"]
+
+
+def expected(dataset, positions):
+    return torch.from_numpy(np.stack([dataset[position] for position in positions]))
+
+
+@pytest.mark.parametrize(("micro_batch_size", "data_size"), [(1, 1), (8, 1), (2, 2), (4, 2), (1, 4), (1, 8)])
+def test_ranks_together_read_the_next_positions(dataset, micro_batch_size, data_size):
+    ranks = [batches(dataset, 3, 8, micro_batch_size, data_rank=rank, data_size=data_size) for rank in range(data_size)]
+    for step in range(4):
+        micro_batches = [batch for rank in ranks for batch in next(rank)]
+        assert len(micro_batches) == 8 // micro_batch_size
+        assert all(batch.shape == (micro_batch_size, 7) and batch.dtype == torch.int64 for batch in micro_batches)
+        torch.testing.assert_close(
+            torch.cat(micro_batches), expected(dataset, range(3 + 8 * step, 11 + 8 * step)), rtol=0, atol=0
+        )
+
+
+def test_workers_change_neither_order_nor_the_global_generator(dataset):
+    state = torch.get_rng_state()
+    plain = list(islice(batches(dataset, 0, 4, 2, 0, 1), 6))
+    worked = list(islice(batches(dataset, 0, 4, 2, 0, 1, num_workers=2), 6))
+    assert torch.equal(torch.get_rng_state(), state)
+    for step, other in zip(plain, worked, strict=True):
+        for batch, same in zip(step, other, strict=True):
+            torch.testing.assert_close(batch, same, rtol=0, atol=0)
+
+
+def test_a_resumed_run_goes_on_where_the_first_stopped(dataset):
+    whole = [torch.cat(step) for step in islice(batches(dataset, 0, 4, 2, 0, 1), 6)]
+    resumed = [torch.cat(step) for step in islice(batches(dataset, 12, 4, 4, 0, 1), 3)]
+    for step, same in zip(whole[3:], resumed, strict=True):
+        torch.testing.assert_close(step, same, rtol=0, atol=0)
+
+
+class ReportsItsProcess:
+    """Not tokens but the settings of the process that loads them."""
+
+    def __getitem__(self, position):
+        denormal = torch.tensor(1e-40) * 1
+        return np.array([torch.get_num_threads(), int(denormal == 0)])
+
+
+def test_workers_use_one_thread_and_flush_denormals():
+    (settings,) = next(batches(ReportsItsProcess(), 0, 2, 2, 0, 1, num_workers=1))
+    assert settings.tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 7, 12, 30])
+@pytest.mark.parametrize(("micro_batch_size", "data_size"), [(1, 1), (4, 1), (3, 2), (2, 3), (5, 5)])
+def test_validation_reads_each_position_once(dataset, samples, micro_batch_size, data_size):
+    ranks = [list(validation_batches(dataset, samples, micro_batch_size, rank, data_size)) for rank in range(data_size)]
+    assert all(len(batch) == micro_batch_size for rank in ranks for batch in rank[:-1])
+    assert all(0 < len(batch) <= micro_batch_size for rank in ranks for batch in rank)
+    counts = [sum(map(len, rank)) for rank in ranks]
+    assert max(counts) - min(counts) <= 1
+    flat = [batch for rank in ranks for batch in rank]
+    assert sum(counts) == samples
+    if samples:
+        torch.testing.assert_close(torch.cat(flat), expected(dataset, range(samples)), rtol=0, atol=0)

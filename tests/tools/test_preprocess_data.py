@@ -1,0 +1,64 @@
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from megatron_ponder.data.indexed_dataset import IndexedDataset
+from megatron_ponder.data.tokenizer import load_tokenizer
+from megatron_ponder.data.tokenizer_training import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SOURCES = Path(sysconfig.get_paths()["stdlib"])
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    return subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    return train_tokenizer([SOURCES / "argparse.py"], tmp_path_factory.mktemp("t") / "tokenizer", 500).path
+
+
+def test_the_tool_preprocesses(tokenizer_path, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"body": "two"}) + "\n")
+    result = run(
+        *("--input", tmp_path / "*.jsonl", SOURCES / "json", "--output-prefix", tmp_path / "new" / "data"),
+        *("--tokenizer", tokenizer_path.parent, "--workers", 2, "--append-eod"),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    prefix = tmp_path / "new" / "data_text_document"
+    dataset, tokenizer = IndexedDataset(prefix), load_tokenizer(tokenizer_path)
+    assert dataset.read(0).tolist() == [*tokenizer.encode("one"), tokenizer.eod_id]
+    sources = sorted((SOURCES / "json").rglob("*.py"))
+    for number, path in enumerate(sources, start=1):
+        assert tokenizer.decode(dataset.read(number)[:-1].tolist()) == path.read_text()
+    assert f"{len(sources) + 1} documents, {dataset.num_tokens:,} tokens" in result.stdout
+    assert "bytes per token" in result.stdout
+    assert "skipped: 1 × no text in 'text'" in result.stdout
+    assert sorted(path.suffix for path in prefix.parent.iterdir()) == [".bin", ".idx", ".json"]
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"--tokenizer": "nowhere.model"}, "error: nowhere.model does not exist: give a tokenizer, or make one with"),
+        ({"--input": "nowhere"}, "error: nowhere does not exist and matches no file: check --input"),
+        ({"--workers": "0"}, "error: --workers is 0: set it to 1 or more"),
+        (
+            {"--output-prefix": ROOT / "pyproject.toml" / "data"},
+            f"error: cannot make the folder {ROOT}/pyproject.toml (",
+        ),
+    ],
+)
+def test_mistakes_get_one_line(tokenizer_path, tmp_path, replaced, message):
+    options = {"--input": SOURCES / "json", "--output-prefix": tmp_path / "data", "--tokenizer": tokenizer_path}
+    result = run(*(word for option in {**options, **replaced}.items() for word in option))
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Train a SentencePiece tokenizer on text files, folders of them or JSON Lines.
+
+Example:
+    python tools/train_tokenizer.py --input corpus/ --output-prefix data/tokenizer --vocab-size 32000
+"""
+
+import argparse
+
+from megatron_ponder.data.tokenizer_training import train_tokenizer
+from megatron_ponder.errors import command
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders or glob patterns")
+    parser.add_argument("--output-prefix", required=True, help="path of the tokenizer without .model")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
+    parser.add_argument("--key", default="text", help="field of a .jsonl line that holds the text (default: text)")
+    parser.add_argument(
+        "--sample-bytes",
+        type=int,
+        default=256 << 20,
+        help="train on a random sample of at most this much text (default: 256 MiB)",
+    )
+    arguments = parser.parse_args()
+    tokenizer = train_tokenizer(
+        arguments.input,
+        arguments.output_prefix,
+        arguments.vocab_size,
+        key=arguments.key,
+        sample_bytes=arguments.sample_bytes,
+    )
+    print(f"{tokenizer.path}: {tokenizer.vocab_size:,} tokens")
+
+
+if __name__ == "__main__":
+    main()
