@@ -1,0 +1,304 @@
+"""Checkpoints on disk: a folder of safetensors files with whole, fp32 tensors by parameter name, and a manifest.
+
+A checkpoint knows nothing of the layout that wrote it: tensors are logical, and the manifest says which file holds
+which. Nothing in it is executed when it is read. A folder is complete if and only if it has a manifest, which is
+written last, in a folder that gets its final name only then.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ponder.config import Config, load_config, to_yaml
+from megatron_ponder.errors import UserError
+
+MANIFEST, CONFIG, TOKENIZER, LATEST = "manifest.json", "config.yaml", "tokenizer", "latest"
+# What a tensor of a parameter is: the weight itself, or one of AdamW's two moments.
+WEIGHT, FIRST_MOMENT, SECOND_MOMENT = "weight", "exp_avg", "exp_avg_sq"
+
+
+@dataclass
+class Manifest:
+    """What is in a checkpoint.
+
+    Attributes:
+        step: optimiser steps done.
+        samples: training samples consumed, which is the whole state of the data order.
+        data_fingerprint: of the dataset that they came from; None if there was none.
+        tokenizer_fingerprint: of the tokenizer; None if the checkpoint has none.
+        tensors: file that holds each tensor, by `kind/parameter name`.
+        files: size in bytes and sha256 of each file.
+    """
+
+    step: int = 0
+    samples: int = 0
+    data_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    tensors: dict[str, str] = field(default_factory=dict)
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    format: int = 1
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder of checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names in a folder of checkpoints, else the newest complete one, else None."""
+    pointer = folder / LATEST
+    if pointer.is_file():
+        named = folder / pointer.read_text(encoding="utf-8").strip()
+        if (named / MANIFEST).is_file():
+            return named
+    complete = checkpoints_in(folder)
+    return complete[-1] if complete else None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that a user means by a run folder, a folder of checkpoints or a checkpoint.
+
+    Raises:
+        UserError: if there is no complete checkpoint.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    found = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+    if found is None:
+        raise UserError(
+            f"{path} holds no complete checkpoint; give a run folder, or one of the step-… folders in its checkpoints/"
+        )
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest(**{**fields, "files": {name: tuple(entry) for name, entry in fields["files"].items()}})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged; resume from another checkpoint in {folder.parent}") from error
+    if manifest.format != 1:
+        raise UserError(f"{folder} has checkpoint format {manifest.format}, this version reads 1; update the package")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every file's size and checksum with the manifest.
+
+    Raises:
+        UserError: naming the first file that is missing or damaged.
+    """
+    for name, (size, digest) in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != size:
+            problem = f"has {path.stat().st_size} bytes where {size} were written"
+        elif _sha256(path) != digest:
+            problem = "is damaged (its checksum differs)"
+        else:
+            continue
+        raise UserError(f"{path} {problem}; use another checkpoint, or delete {folder} to go on from the one before")
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator["TensorReader"]:
+    """Verify a checkpoint and read its tensors one by one, whichever files hold them."""
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    with ExitStack() as stack:
+        files = {}
+        for name in sorted(set(manifest.tensors.values())):
+            try:
+                files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+            except SafetensorError as error:
+                raise UserError(f"{folder / name} is no safetensors file ({error}); use another checkpoint") from error
+        yield TensorReader(manifest, files)
+
+
+class TensorReader:
+    """Random access to the tensors of one checkpoint.
+
+    Attributes:
+        manifest: of the checkpoint.
+    """
+
+    def __init__(self, manifest: Manifest, files: dict[str, safe_open]) -> None:
+        self.manifest, self._files = manifest, files
+
+    def names(self, kind: str) -> list[str]:
+        """Parameters that have a tensor of this kind."""
+        return [key.partition("/")[2] for key in self.manifest.tensors if key.startswith(f"{kind}/")]
+
+    def get(self, kind: str, name: str) -> Tensor:
+        """The whole tensor of this kind for one parameter, fp32.
+
+        Raises:
+            UserError: if the checkpoint lacks it.
+        """
+        key = f"{kind}/{name}"
+        if key not in self.manifest.tensors:
+            raise UserError(f"the checkpoint has no {kind} of {name}; it was made for another model configuration")
+        return self._files[self.manifest.tensors[key]].get_tensor(key)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint, whole and in fp32, by parameter name.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    with open_tensors(folder) as tensors:
+        return {name: tensors.get(WEIGHT, name) for name in tensors.names(WEIGHT)}
+
+
+def read_config_of(folder: Path) -> Config:
+    """The resolved configuration that the checkpoint was trained with."""
+    return load_config(folder / CONFIG)
+
+
+def tokenizer_path(folder: Path) -> Path | None:
+    """The tokenizer's folder inside a checkpoint; None if it has none."""
+    path = folder / TOKENIZER
+    return path if path.is_dir() else None
+
+
+def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[int, str]:
+    """Write one safetensors file durably.
+
+    Args:
+        folder: an existing folder.
+        name: of the file.
+        tensors: by `kind/parameter name`.
+
+    Returns:
+        Its size in bytes and sha256, for the manifest.
+    """
+    path = folder / name
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # safetensors wraps the system's error, a full disk for instance
+        raise UserError(f"could not write {path}: {error}; free some space or choose another folder") from error
+    _sync(path)
+    return path.stat().st_size, _sha256(path)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block succeeds and vanishes when it fails."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        publish(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def publish(aside: Path, folder: Path) -> None:
+    """Make a finished temporary folder durable and give it its final name, replacing an older one."""
+    _sync(aside)
+    if folder.exists():
+        remove(folder)
+    aside.rename(folder)
+    _sync(folder.parent)
+
+
+def write_description(folder: Path, manifest: Manifest, config: Config, tokenizer: Path | None) -> None:
+    """Write what describes the tensors: configuration, a copy of the tokenizer, and last the manifest."""
+    (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder / TOKENIZER)
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer file, or a folder's tokenizer files, into the folder `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        shutil.copyfile(source, target / ("tokenizer.model" if source.suffix == ".model" else "tokenizer.json"))
+        return
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def point_latest(folder: Path, name: str) -> None:
+    """Let `latest` in a folder of checkpoints name one of them."""
+    aside = folder / f".{LATEST}.partial"
+    aside.write_text(name + "\n", encoding="utf-8")
+    _sync(aside)
+    aside.rename(folder / LATEST)
+    _sync(folder)
+
+
+def retain(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of a folder of checkpoints."""
+    for path in checkpoints_in(folder)[:-keep]:
+        remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; its manifest goes first, so that half a checkpoint is never taken for a whole one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def write_weights_checkpoint(folder: Path, weights: dict[str, Tensor], config: Config, tokenizer: Path | None) -> None:
+    """Write a checkpoint at step 0 that holds weights alone, as conversion does.
+
+    Args:
+        folder: the checkpoint's folder; must not exist or be empty.
+        weights: whole tensors by parameter name; written in fp32.
+        config: resolved.
+        tokenizer: file or folder to copy; None for none.
+
+    Raises:
+        UserError: if the folder is taken.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; choose another output folder or remove it")
+    file = "weights-00000.safetensors"
+    with staged(folder) as aside:
+        entry = write_tensors(aside, file, {f"{WEIGHT}/{name}": tensor.float() for name, tensor in weights.items()})
+        tensors = {f"{WEIGHT}/{name}": file for name in weights}
+        write_description(aside, Manifest(tensors=tensors, files={file: entry}), config, tokenizer)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
