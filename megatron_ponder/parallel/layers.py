@@ -17,9 +17,10 @@ class ColumnParallelLinear(ShardedModule):
     ) -> None:
         super().__init__(axis)
         self.declare("weight", ParameterSpec((out_features, in_features), initialize, shard_dim=0))
-        self.bias = None
         if bias:
             self.declare("bias", ParameterSpec((out_features,), constant(0.0), shard_dim=0))
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in), the same on every rank. Returns this rank's output features (..., out / ranks)."""
@@ -34,9 +35,10 @@ class RowParallelLinear(ShardedModule):
     ) -> None:
         super().__init__(axis)
         self.declare("weight", ParameterSpec((out_features, in_features), initialize, shard_dim=1))
-        self.bias = None
         if bias:
             self.declare("bias", ParameterSpec((out_features,), constant(0.0)))
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in / ranks), this rank's features. Returns (..., out), the same on every rank."""
