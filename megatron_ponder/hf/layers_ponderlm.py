@@ -1,0 +1,187 @@
+"""PonderLM's transformer: the blocks of the llama and gpt_neox families, with keys that carry a weight.
+
+Shape suffixes: B sequences, T slots, N heads, D channels of a head, H hidden.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache_ponderlm import PonderLMCache
+from .configuration_ponderlm import PonderLMConfig
+
+# Kernels want head sizes in multiples of 8, so folding costs eight channels of which it uses two.
+FOLDED_CHANNELS = 8
+
+
+class PonderLMRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε) · g, statistics in fp32 or better."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
+
+
+def make_norm(config: PonderLMConfig) -> nn.Module:
+    """The family's norm."""
+    if config.is_llama:
+        return PonderLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def rotation(positions: Tensor, config: PonderLMConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B or 1, 1, T, rotated / 2) of the rotary embedding at positions (B or 1, T)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    theta = config.rope_theta if config.is_llama else config.rotary_emb_base
+    exponents = (
+        torch.arange(0, config.rotated_channels, 2, device=positions.device, dtype=wide) / config.rotated_channels
+    )
+    angles = (positions.to(wide).unsqueeze(-1) * theta**-exponents).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first channels of every head, first half against second half; the others pass through."""
+    cos, sin = angles
+    half = cos.shape[-1]
+    first, second, rest = x_BNTD.split([half, half, x_BNTD.shape[-1] - 2 * half], -1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([turned.to(x_BNTD.dtype), rest], -1)
+
+
+def fold(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, log_w_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add log w of each key to its attention logit by two more channels, which any attention kernel understands.
+
+    q' = [q, c, c], k' = [k, high, low] with high + low = log w · √d / c gives q'·k'/√d = q·k/√d + log w. The low part
+    is what rounding to the type of k took from the high one. c is the power of two nearest √d, which is exact.
+    """
+    head_size = q_BNTD.shape[-1]
+    constant = 2.0 ** round(math.log2(math.sqrt(head_size)))
+    scaled = (log_w_BT * (math.sqrt(head_size) / constant))[:, None, :, None].expand(-1, k_BNTD.shape[1], -1, -1)
+    high = scaled.to(k_BNTD.dtype)
+    low = (scaled - high.to(scaled.dtype)).to(k_BNTD.dtype)
+    q = F.pad(F.pad(q_BNTD, (0, 2), value=constant), (0, FOLDED_CHANNELS - 2))
+    k = F.pad(torch.cat([k_BNTD, high, low], -1), (0, FOLDED_CHANNELS - 2))
+    return q, k, F.pad(v_BNTD, (0, FOLDED_CHANNELS))
+
+
+class PonderLMAttention(nn.Module):
+    """Multi-head attention with rotary positions, optional grouped-query heads and optional key weights."""
+
+    def __init__(self, config: PonderLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.head_size = layer_idx, config.head_size
+        kv_heads = config.num_key_value_heads if config.is_llama else config.num_attention_heads
+        bias = not config.is_llama
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_size, bias=bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        x_BTH: Tensor,
+        angles: tuple[Tensor, Tensor],
+        log_w_BT: Tensor | None,
+        mask: Tensor | None,
+        cache: PonderLMCache | None,
+    ) -> Tensor:
+        """Attend from every slot to itself and the slots before it; arguments as in `PonderLMModel.forward`."""
+        q, k, v = (
+            proj(x_BTH).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, angles), rotate(k, angles)
+        if log_w_BT is not None:
+            q, k, v = fold(q, k, v, log_w_BT)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=cache is None and mask is None,
+            scale=self.head_size**-0.5,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return self.o_proj(y[..., : self.head_size].transpose(1, 2).flatten(2))
+
+
+class PonderLMMLP(nn.Module):
+    """Feed-forward layer: SwiGLU in the llama family, GELU with biases in the gpt_neox family."""
+
+    def __init__(self, config: PonderLMConfig) -> None:
+        super().__init__()
+        hidden, ffn, bias = config.hidden_size, config.intermediate_size, not config.is_llama
+        self.gate_proj = nn.Linear(hidden, ffn, bias=False) if config.is_llama else None
+        self.up_proj = nn.Linear(hidden, ffn, bias=bias)
+        self.down_proj = nn.Linear(ffn, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PonderLMDecoderLayer(nn.Module):
+    """Attention and feed-forward on the residual stream, each after a norm."""
+
+    def __init__(self, config: PonderLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.parallel_residual = not config.is_llama and config.use_parallel_residual
+        self.input_layernorm = make_norm(config)
+        self.self_attn = PonderLMAttention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = PonderLMMLP(config)
+
+    def forward(self, x_BTH: Tensor, *attention_arguments) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x_BTH), *attention_arguments)
+        if self.parallel_residual:
+            return x_BTH + attended + self.mlp(self.post_attention_layernorm(x_BTH))
+        x_BTH = x_BTH + attended
+        return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
+
+
+class PonderLMModel(nn.Module):
+    """Token embedding and the stack of blocks that every slot runs through."""
+
+    def __init__(self, config: PonderLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PonderLMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """c · E[x]: (...) ids → (..., H)."""
+        return self.embed_tokens(ids) * self.config.embedding_scale
+
+    def forward(
+        self,
+        x_BTH: Tensor,
+        positions: Tensor,
+        log_w_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: PonderLMCache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, H) of slots after the final norm.
+
+        Args:
+            x_BTH: inputs of the slots.
+            positions: int64 (B or 1, T), RoPE positions.
+            log_w_BT: log weight of each slot as a key; None where every weight is 1.
+            mask: bool (B, 1, T, slots that can be seen), in place of the causal one.
+            cache: with a slot opened; then T is 1.
+        """
+        angles = rotation(positions, self.config, x_BTH.dtype)
+        for layer in self.layers:
+            x_BTH = layer(x_BTH, angles, log_w_BT, mask, cache)
+        return self.norm(x_BTH)

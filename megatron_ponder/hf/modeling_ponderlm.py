@@ -1,0 +1,301 @@
+"""PonderLM for Hugging Face transformers.
+
+Every token t may take additional latent steps: slot (t, 0) is the token itself, slot (t, k) reads the hidden state of
+slot (t, k - 1). A router decides after slot (t, 0) how many steps K̂ run, and how much each of them counts, as a key for
+later slots and in the output.
+
+`generate` runs this token by token with a key-value cache, which is the definition of the model. `forward` without a
+cache evaluates all tokens in parallel by Jacobi iteration, which approaches the same numbers with every refinement.
+
+This file and the others named *_ponderlm.py are copied into every exported model, so they need only torch and
+transformers. Shape suffixes: B sequences, L tokens, S slots of a token, T slots in all, H hidden, K + 1 choices of
+steps, R rows of a batch that run a slot.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache_ponderlm import PonderLMCache
+from .configuration_ponderlm import PonderLMConfig
+from .layers_ponderlm import PonderLMDecoderLayer, PonderLMModel
+
+# A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
+DEAD = -1e4
+# Initial bias of an untrained router for the last step.
+ROUTER_INITIAL_BIAS = 2.0
+
+
+@dataclass
+class PonderLMOutput(CausalLMOutputWithPast):
+    """The usual output of a causal language model, and how much it pondered.
+
+    Attributes:
+        executed_steps: int64 (B, L), additional steps K̂ that each token executed; 0 at padding.
+    """
+
+    executed_steps: Tensor | None = None
+
+
+class Routing(NamedTuple):
+    """What the router decided for every token, under the hard rule: steps beyond K̂ do not exist.
+
+    Attributes:
+        log_w: (..., K + 1), log weight of each step as a key, `DEAD` beyond K̂; None where every weight is 1.
+        fusion: (..., K + 1), weight of each step's hidden state in the output; sums to 1.
+        executed: int64 (...), K̂.
+    """
+
+    log_w: Tensor | None
+    fusion: Tensor
+    executed: Tensor
+
+
+class PonderLMRouter(nn.Module):
+    """Logits over 0..K additional steps from h_{t,0}, in fp32 or better."""
+
+    def __init__(self, config: PonderLMConfig) -> None:
+        super().__init__()
+        width, options = config.ponder_router_hidden_size, config.ponder_max_steps + 1
+        self.hidden = nn.Linear(config.hidden_size, width) if width else None
+        self.output = nn.Linear(width or config.hidden_size, options)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        if self.hidden is not None:
+            h = F.gelu(F.linear(h, self.hidden.weight.to(h.dtype), self.hidden.bias.to(h.dtype)))
+        return F.linear(h, self.output.weight.to(h.dtype), self.output.bias.to(h.dtype))
+
+
+class PonderLMPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading."""
+
+    config_class = PonderLMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("PonderLMDecoderLayer",)
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, nn.Embedding) and config.ponder_mode != "vanilla":
+            # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
+            nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * config.hidden_size)))
+        elif isinstance(module, PonderLMDecoderLayer):
+            std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+            nn.init.normal_(module.self_attn.o_proj.weight, std=std)
+            nn.init.normal_(module.mlp.down_proj.weight, std=std)
+        elif isinstance(module, PonderLMRouter):
+            nn.init.zeros_(module.output.weight)
+            nn.init.zeros_(module.output.bias)
+            if not getattr(
+                module.output.bias, "_is_hf_initialized", False
+            ):  # a slice loses the mark of a loaded weight
+                nn.init.constant_(module.output.bias[-1:], ROUTER_INITIAL_BIAS)
+
+
+class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
+    """PonderLM with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: PonderLMConfig) -> None:
+        super().__init__(config)
+        self.model = PonderLMModel(config)
+        self.router = PonderLMRouter(config) if config.ponder_mode == "adaptive" else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: PonderLMCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+        **kwargs,
+    ) -> PonderLMOutput:
+        """Next-token logits.
+
+        Without a cache, all tokens are evaluated in parallel by growth passes, `config.ponder_jacobi_iterations`
+        refinements and a final pass. With a cache, tokens run one by one after those in the cache, without gradients.
+
+        Args:
+            input_ids: int64 (B, L).
+            attention_mask: (B, L), or (B, tokens in the cache + L); 0 at padding, which may be anywhere.
+            past_key_values: the `past_key_values` of an earlier output.
+            labels: int64 (B, L), the input ids, with -100 where there is no loss; shifted here.
+            use_cache: run token by token and return a cache.
+            logits_to_keep: compute logits of the last so many tokens only; 0 for all.
+            return_dict: return a `PonderLMOutput` rather than a tuple.
+            kwargs: for the loss function.
+        """
+        tokens = input_ids.shape[1]
+        present = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+        if present is not None and bool(present.all()):
+            present = None
+        if use_cache or past_key_values is not None:
+            cache = past_key_values if past_key_values is not None else PonderLMCache(len(input_ids), input_ids.device)
+            fused, executed = self._run_tokens(input_ids, present, cache)
+        else:
+            cache = None
+            fused, executed = self._run_passes(input_ids, present)
+        logits = self.lm_head(fused[:, -logits_to_keep:])  # of -0, all
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = PonderLMOutput(loss=loss, logits=logits, past_key_values=cache, executed_steps=executed)
+        return output if return_dict else output.to_tuple()
+
+    def _run_passes(self, ids_BL: Tensor, present_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Growth passes, Jacobi refinements and the final pass: fused hidden states (B, L, H), K̂ (B, L)."""
+        steps, refinements = self.config.ponder_steps, self.config.ponder_jacobi_iterations
+        positions, documents = _documents(ids_BL, present_BL, self.config.ponder_eod_id)
+        tokens_BLSH = self.model.embed(ids_BL).unsqueeze(2)
+        inputs, log_w = tokens_BLSH, None
+        # Pass i = 0, 1, .. runs i + 1 slots of every token, up to K + 1.
+        for following in [*range(2, steps + 2), *[steps + 1] * (refinements if steps else 0), 0]:
+            slots = inputs.shape[2]
+            hidden = self.model(
+                inputs.flatten(1, 2),
+                positions.repeat_interleave(slots, 1),
+                None if log_w is None else log_w.flatten(1, 2),
+                None if documents is None else _visible(documents.repeat_interleave(slots, 1)),
+            ).unflatten(1, (-1, slots))
+            routing = self._route(hidden[:, :, 0])
+            if following:
+                inputs = torch.cat([tokens_BLSH, hidden[:, :, : following - 1]], 2)
+                log_w = None if routing.log_w is None else routing.log_w[:, :, :following]
+        fused = (routing.fusion.to(hidden.dtype).unsqueeze(-2) @ hidden).squeeze(-2)
+        return fused, routing.executed if present_BL is None else routing.executed * present_BL
+
+    @torch.no_grad()
+    def _run_tokens(self, ids_BL: Tensor, present_BL: Tensor | None, cache: PonderLMCache) -> tuple[Tensor, Tensor]:
+        """Token by token after those in the cache: fused hidden states (B, L, H), K̂ (B, L)."""
+        embedded_BLH = self.model.embed(ids_BL)
+        fused_BLH = torch.zeros_like(embedded_BLH)
+        seen = cache.get_seq_length()
+        for index, ids_B in enumerate(ids_BL.unbind(1)):
+            present_B = torch.ones_like(ids_B) if present_BL is None else present_BL[:, index]
+            rows = present_B.nonzero().squeeze(1)
+            cache.begin_token(rows)
+            executed = rows.new_zeros(0)
+            if len(rows):
+                fused_BLH[rows, index], executed = self._run_token(embedded_BLH[rows, index], rows, cache)
+            eod_id = self.config.ponder_eod_id
+            cache.end_token(rows, executed, None if eod_id is None else ids_B[rows] == eod_id)
+        return fused_BLH, cache.executed_steps[:, seen:]
+
+    def _run_token(self, x_RH: Tensor, rows_R: Tensor, cache: PonderLMCache) -> tuple[Tensor, Tensor]:
+        """Run the slots of one token in each of these rows: fused hidden states (R, H), K̂ (R,)."""
+        log_w = None if self.router is None else torch.zeros(len(rows_R), dtype=torch.float32, device=x_RH.device)
+        hidden = self._run_slot(x_RH, log_w, rows_R, cache)
+        routing = self._route(hidden)
+        fusion = routing.fusion.to(hidden.dtype)
+        fused = fusion[:, :1] * hidden
+        for step in range(1, int(routing.executed.max()) + 1):
+            runs = (routing.executed >= step).nonzero().squeeze(1)
+            hidden = hidden.clone()
+            log_w = None if routing.log_w is None else routing.log_w[runs, step]
+            hidden[runs] = self._run_slot(hidden[runs], log_w, rows_R[runs], cache)
+            fused = fused + fusion[:, step : step + 1] * hidden  # of weight 0 in the rows that did not run
+        return fused, routing.executed
+
+    def _run_slot(self, x_RH: Tensor, log_w_R: Tensor | None, rows_R: Tensor, cache: PonderLMCache) -> Tensor:
+        """Run one slot of each of these rows and append it to the cache: hidden states (R, H)."""
+        positions = cache.positions[rows_R].unsqueeze(1)
+        mask = cache.open_slot(rows_R)
+        log_w = None if log_w_R is None else log_w_R.unsqueeze(1)
+        return self.model(x_RH.unsqueeze(1), positions, log_w, mask, cache).squeeze(1)
+
+    def _route(self, h_token: Tensor) -> Routing:
+        """The routing from h_{t,0} (..., H)."""
+        config = self.config
+        step = torch.arange(config.ponder_steps + 1, device=h_token.device)
+        if self.router is None:
+            executed = torch.full(h_token.shape[:-1], config.ponder_steps, device=h_token.device)
+            return Routing(None, (step == executed.unsqueeze(-1)).to(h_token.dtype), executed)
+        logits = self.router(h_token) + config.ponder_router_bias * step
+        # w_k = Σ_{j ≥ k} softmax(logits)_j, kept as its logarithm, which does not underflow.
+        tails = logits.flip(-1).logcumsumexp(-1).flip(-1)
+        log_w = tails - tails[..., :1]
+        w = log_w.exp()
+        executed = (w >= config.ponder_threshold).sum(-1) - 1  # w decreases with k and begins at 1
+        last = executed.unsqueeze(-1)
+        # The last executed step takes all the weight that remains.
+        fusion = torch.where(step < last, (logits - tails[..., :1]).exp(), w).masked_fill(step > last, 0)
+        return Routing(log_w.masked_fill(step > last, DEAD), fusion, executed)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls, *args) -> bool:
+        """False: transformers' own cache has one entry a token; `forward` makes the one that fits."""
+        return False
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: PonderLMCache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """What `forward` gets in one iteration of `generate`: the tokens that the cache has not seen.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if past_key_values is not None and next_sequence_length is None:
+            whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+            next_sequence_length = input_ids.shape[1] - (past_key_values.get_seq_length() if whole else 0)
+            if next_sequence_length < 1:
+                raise ValueError("input_ids must hold the tokens in the cache and at least one more")
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache", True),
+            "logits_to_keep": 1,
+        }
+
+
+def _documents(ids_BL: Tensor, present_BL: Tensor | None, eod_id: int | None) -> tuple[Tensor, Tensor | None]:
+    """RoPE positions (B or 1, L), and document numbers (B, L) if attention is to stay within documents.
+
+    Padding belongs to document -1 and does not count in positions.
+    """
+    if eod_id is None and present_BL is None:
+        return torch.arange(ids_BL.shape[1], device=ids_BL.device).unsqueeze(0), None
+    present = torch.ones_like(ids_BL, dtype=torch.bool) if present_BL is None else present_BL
+    ends = torch.zeros_like(ids_BL) if eod_id is None else ((ids_BL == eod_id) & present).long()
+    documents = ends.cumsum(1) - ends
+    count = present.long().cumsum(1)
+    before = F.pad((count * ends).cummax(1).values, (1, -1))  # tokens of earlier documents
+    return (count - 1 - before).clamp(min=0), documents.masked_fill(~present, -1)
+
+
+def _visible(documents_BT: Tensor) -> Tensor:
+    """Causal attention within documents, bool (B, 1, T, T)."""
+    return (documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)).tril().unsqueeze(1)
