@@ -64,7 +64,7 @@ def _loader(dataset: TokenDataset, positions: Iterable[range], num_workers: int,
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=_flush_denormals,
         # Its own, because a loader draws a number when it starts and would move the global generator.
         generator=torch.Generator(),
     )
@@ -74,7 +74,6 @@ def _stack(samples: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(samples))
 
 
-def _prepare_worker(worker: int) -> None:
-    torch.set_num_threads(1)
+def _flush_denormals(worker: int) -> None:
     # Denormal numbers are many times slower than others, and each process has to be told.
     torch.set_flush_denormal(True)

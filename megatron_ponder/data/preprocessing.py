@@ -2,8 +2,10 @@
 
 import functools
 import multiprocessing
+import os
 import re
 import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,8 @@ from megatron_ponder.errors import UserError
 
 # A worker gets this much text at a time, enough to make the cost of handing it over small.
 CHUNK_CHARACTERS = 1 << 18
+# Byte-pair encoding slows down with the length of the text: by a third from this to a whole chunk.
+SEGMENT_CHARACTERS = 1 << 14
 CHUNKS_IN_FLIGHT_PER_WORKER = 3
 # Between a word and the single space after it no tokenizer of the usual kinds has a token.
 WORD_END = re.compile(r"(?<=\S)(?= \S)")
@@ -94,7 +98,7 @@ def preprocess(
     end = np.array([tokenizer.eod_id] if append_eod else [], dtype=np.int32)
     prefix = Path(f"{output_prefix}_{key}_document")
     skipped: Counter[str] = Counter()
-    documents = text_bytes = 0
+    documents = tokens = text_bytes = 0
 
     segments = _segments(iterate_documents(inputs, key, skipped), _cuts_at_word_ends(tokenizer))
     with (
@@ -104,16 +108,17 @@ def preprocess(
         unfinished: list[np.ndarray] = []
         for chunk, encoded in _in_order(functools.partial(_encode, tokenizer.path), _chunks(segments), workers):
             text_bytes += encoded.text_bytes
+            tokens += len(encoded.tokens)
             bounds = np.cumsum(encoded.lengths)[:-1]
-            for segment, tokens in zip(chunk, np.split(encoded.tokens, bounds), strict=True):
-                unfinished.append(tokens)
+            for segment, part in zip(chunk, np.split(encoded.tokens, bounds), strict=True):
+                unfinished.append(part)
                 if segment.ends_document:
                     writer.add_document(np.concatenate([*unfinished, end]))
                     unfinished.clear()
                     documents += 1
-            show.update(documents, text_bytes, writer.num_tokens)
-        # From here to the renames an older manifest would describe the wrong tokens.
-        manifest_path(prefix).unlink(missing_ok=True)
+            show.update(documents, text_bytes, tokens)
+    # Should writing the new manifest fail, an older one must not stay to describe the wrong tokens.
+    manifest_path(prefix).unlink(missing_ok=True)
     manifest = Manifest(
         tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, documents, writer.num_tokens, text_bytes
     )
@@ -128,10 +133,10 @@ def _cuts_at_word_ends(tokenizer: Tokenizer) -> bool:
 
 
 def _segments(documents: Iterable[str], may_cut: bool) -> Iterator[Segment]:
-    """Cut documents longer than a chunk, so that a huge file is spread over the workers."""
+    """Cut long documents, so that they are encoded faster and a huge file is spread over the workers."""
     for text in documents:
         start = 0
-        while may_cut and (end := WORD_END.search(text, start + CHUNK_CHARACTERS)):
+        while may_cut and (end := WORD_END.search(text, start + SEGMENT_CHARACTERS)):
             yield Segment(text[start : end.start()], ends_document=False)
             start = end.start()
         yield Segment(text[start:], ends_document=True)
@@ -149,6 +154,18 @@ def _chunks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def _start_worker() -> None:
+    # An interrupt from the keyboard reaches every process; only the parent answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker never notices by itself that its parent was killed, and would wait for work for ever.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @functools.lru_cache(maxsize=1)
@@ -171,14 +188,8 @@ def _in_order(
         for chunk in chunks:
             yield chunk, encode(chunk)
         return
-    # A fresh interpreter per worker: forking one that runs threads (the progress display) can hang. An interrupt from
-    # the keyboard reaches every process; only this one answers it.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
+    # A fresh interpreter per worker: forking one that runs threads (the progress display) can hang.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         under_way: deque[tuple[list[Segment], Future[Encoded]]] = deque()
         for chunk in chunks:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ponder.data import preprocessing
+from megatron_ponder.data import indexed_dataset, preprocessing
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.manifest import check_vocabulary, read_manifest
 from megatron_ponder.data.preprocessing import preprocess
@@ -25,8 +25,9 @@ def texts(prefix: Path, tokenizer) -> list[str]:
     return [tokenizer.decode(document[:-1]) for document in documents]
 
 
-def test_the_number_of_workers_does_not_show(source_files, tokenizer_path, tmp_path):
-    for workers in (1, 3):
+def test_the_number_of_workers_does_not_show(source_files, tokenizer_path, tmp_path, monkeypatch):
+    for workers, chunk in ((1, preprocessing.CHUNK_CHARACTERS), (3, 1 << 14)):
+        monkeypatch.setattr(preprocessing, "CHUNK_CHARACTERS", chunk)  # many more than are under way at a time
         preprocess(source_files, tmp_path / str(workers) / "data", tokenizer_path, workers)
     one, three = contents(tmp_path / "1"), contents(tmp_path / "3")
     assert sorted(one) == [f"data_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
@@ -74,12 +75,12 @@ def test_a_tokenizer_that_cannot_be_cut_is_not_cut(tokenizer_path):
 
     assert preprocessing._cuts_at_word_ends(load_tokenizer(tokenizer_path))
     assert not preprocessing._cuts_at_word_ends(WithLeadingSpace(tokenizer_path))
-    text = "word " * preprocessing.CHUNK_CHARACTERS
+    text = "word " * preprocessing.SEGMENT_CHARACTERS
     assert [segment.text for segment in preprocessing._segments([text], may_cut=False)] == [text]
     segments = list(preprocessing._segments([text], may_cut=True))
     assert "".join(segment.text for segment in segments) == text
     assert [segment.ends_document for segment in segments] == [False] * (len(segments) - 1) + [True]
-    assert max(len(segment.text) for segment in segments) < preprocessing.CHUNK_CHARACTERS + 10
+    assert max(len(segment.text) for segment in segments) < preprocessing.SEGMENT_CHARACTERS + 10
 
 
 # Kept here, and the functions at the top level, so that worker processes find them by name.
@@ -108,6 +109,19 @@ def test_a_failure_half_way_leaves_the_older_dataset(source_files, tokenizer_pat
     assert contents(tmp_path / "out") == before
     preprocess([tmp_path / "last.txt"], tmp_path / "out" / "data", tokenizer_path, workers)
     assert all(contents(tmp_path / "out")[name] != content for name, content in before.items())
+
+
+def test_a_full_disk_at_the_end_leaves_the_older_dataset(source_files, tokenizer_path, tmp_path, monkeypatch):
+    preprocess(source_files[:1], tmp_path / "out" / "data", tokenizer_path)
+    before = contents(tmp_path / "out")
+
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(indexed_dataset, "sync", fail)
+    with pytest.raises(OSError, match="No space"):
+        preprocess(source_files, tmp_path / "out" / "data", tokenizer_path)
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_worker_that_dies_is_reported(source_files, tokenizer_path, tmp_path, monkeypatch):

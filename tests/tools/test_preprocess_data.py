@@ -1,7 +1,11 @@
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +66,40 @@ def test_mistakes_get_one_line(tokenizer_path, tmp_path, replaced, message):
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_killed_parent(tokenizer_path, tmp_path):
+    (tmp_path / "a.txt").write_text((SOURCES / "argparse.py").read_text() * 300)
+    options = ("--output-prefix", tmp_path / "data", "--tokenizer", tokenizer_path, "--workers", "2")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tmp_path / "a.txt", *options],
+        env={"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: len(session_members(process.pid)) == 4)  # with Python's own resource tracker
+        process.kill()
+        process.wait()
+        wait_until(lambda: not session_members(process.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def session_members(session: int) -> list[str]:
+    """Processes of a session that have not ended."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
+            if int(number) == session and state != "Z":
+                members.append(path.parent.name)
+    return members
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
