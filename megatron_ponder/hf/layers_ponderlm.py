@@ -72,6 +72,10 @@ def fold(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, log_w_BT: Tensor) -> tu
     return q, k, F.pad(v_BNTD, (0, FOLDED_CHANNELS))
 
 
+class ResidualLinear(nn.Linear):
+    """A linear layer whose output is added to the residual stream, for which it starts smaller in deeper models."""
+
+
 class PonderLMAttention(nn.Module):
     """Multi-head attention with rotary positions, optional grouped-query heads and optional key weights."""
 
@@ -83,7 +87,7 @@ class PonderLMAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_size, bias=bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.o_proj = ResidualLinear(config.hidden_size, config.hidden_size, bias=bias)
 
     def forward(
         self,
@@ -123,7 +127,7 @@ class PonderLMMLP(nn.Module):
         hidden, ffn, bias = config.hidden_size, config.intermediate_size, not config.is_llama
         self.gate_proj = nn.Linear(hidden, ffn, bias=False) if config.is_llama else None
         self.up_proj = nn.Linear(hidden, ffn, bias=bias)
-        self.down_proj = nn.Linear(ffn, hidden, bias=bias)
+        self.down_proj = ResidualLinear(ffn, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:

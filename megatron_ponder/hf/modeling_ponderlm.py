@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
-from .layers_ponderlm import PonderLMDecoderLayer, PonderLMModel
+from .layers_ponderlm import PonderLMModel, ResidualLinear
 
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
 DEAD = -1e4
@@ -57,6 +57,10 @@ class Routing(NamedTuple):
     executed: Tensor
 
 
+class RouterOutput(nn.Linear):
+    """The layer that gives the router's logits; it starts without a preference among tokens."""
+
+
 class PonderLMRouter(nn.Module):
     """Logits over 0..K additional steps from h_{t,0}, in fp32 or better."""
 
@@ -64,7 +68,7 @@ class PonderLMRouter(nn.Module):
         super().__init__()
         width, options = config.ponder_router_hidden_size, config.ponder_max_steps + 1
         self.hidden = nn.Linear(config.hidden_size, width) if width else None
-        self.output = nn.Linear(width or config.hidden_size, options)
+        self.output = RouterOutput(width or config.hidden_size, options)
 
     def forward(self, h: Tensor) -> Tensor:
         h = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -80,6 +84,7 @@ class PonderLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ("PonderLMDecoderLayer",)
     _supports_sdpa = True
+    _is_stateful = True  # tokens cannot be taken back, so that there is no assisted generation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,17 +93,12 @@ class PonderLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding) and config.ponder_mode != "vanilla":
             # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
             nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * config.hidden_size)))
-        elif isinstance(module, PonderLMDecoderLayer):
-            std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
-            nn.init.normal_(module.self_attn.o_proj.weight, std=std)
-            nn.init.normal_(module.mlp.down_proj.weight, std=std)
-        elif isinstance(module, PonderLMRouter):
-            nn.init.zeros_(module.output.weight)
-            nn.init.zeros_(module.output.bias)
-            if not getattr(
-                module.output.bias, "_is_hf_initialized", False
-            ):  # a slice loses the mark of a loaded weight
-                nn.init.constant_(module.output.bias[-1:], ROUTER_INITIAL_BIAS)
+        elif isinstance(module, ResidualLinear):
+            nn.init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
+        elif isinstance(module, RouterOutput):
+            nn.init.zeros_(module.weight)
+            if not getattr(module.bias, "_is_hf_initialized", False):  # a slice loses this mark of a loaded weight
+                module.bias[-1] = ROUTER_INITIAL_BIAS
 
 
 class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):

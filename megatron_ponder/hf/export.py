@@ -1,0 +1,155 @@
+"""Export to a folder that transformers loads with `trust_remote_code=True`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import GenerationConfig
+
+from megatron_ponder.checkpoint.store import staged
+from megatron_ponder.config import Config
+from megatron_ponder.data.tokenizer import Tokenizer
+from megatron_ponder.errors import UserError
+from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
+from megatron_ponder.hf.model_card import model_card
+from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from megatron_ponder.hf.tokenizer import export_tokenizer
+from megatron_ponder.hf.weights import to_export
+
+# The files that define the model for transformers; they import each other and nothing else of ours.
+MODEL_FILES = ("configuration_ponderlm.py", "cache_ponderlm.py", "layers_ponderlm.py", "modeling_ponderlm.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_ponderlm.PonderLMConfig",
+    "AutoModelForCausalLM": "modeling_ponderlm.PonderLMForCausalLM",
+}
+DataType = Literal["float32", "bfloat16"]
+
+
+def export(
+    weights: dict[str, Tensor],
+    config: Config,
+    tokenizer: Path | None,
+    output: Path,
+    dtype: DataType = "float32",
+    metrics: Path | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model as a Hugging Face folder, which appears whole or not at all.
+
+    Args:
+        weights: whole tensors by PonderLM's parameter names.
+        config: what it was trained with, resolved.
+        tokenizer: file or folder; None for none.
+        output: folder that does not exist or is empty.
+        dtype: of the exported weights.
+        metrics: JSON file with an object of measured numbers, for the model card.
+        max_shard_size: of one file of weights.
+
+    Raises:
+        UserError: if the folder is taken, the tokenizer cannot be converted, or weights and configuration differ.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists already; choose another output folder or remove it")
+    if config.data.reset_at_eod and tokenizer is None:
+        raise UserError(
+            "the model was trained with data.reset_at_eod, but the checkpoint has no tokenizer to say which token ends "
+            "a document; put tokenizer.model or tokenizer.json into its folder tokenizer/"
+        )
+    measured = None if metrics is None else _read_metrics(metrics)
+    with staged(output.absolute()) as folder:
+        loaded = None
+        if tokenizer is not None:
+            loaded = export_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
+        exported = export_config(config, loaded)
+        exported.dtype = getattr(torch, dtype)
+        renamed = {name: tensor.to(exported.dtype) for name, tensor in to_export(weights).items()}
+        _check(renamed, exported)
+        exported.architectures, exported.auto_map = [PonderLMForCausalLM.__name__], AUTO_MAP
+        exported.save_pretrained(folder)
+        GenerationConfig(
+            bos_token_id=exported.bos_token_id,
+            eos_token_id=exported.eos_token_id,
+            pad_token_id=exported.eos_token_id,
+        ).save_pretrained(folder)
+        for name in MODEL_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        save_torch_state_dict(renamed, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        card = model_card(config, dtype, sum(tensor.numel() for tensor in renamed.values()), measured)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def export_config(config: Config, tokenizer: Tokenizer | None) -> PonderLMConfig:
+    """The Hugging Face configuration of a model.
+
+    Args:
+        config: what it was trained with, resolved.
+        tokenizer: for the ids of special tokens; None for none.
+    """
+    model, ponder = config.model, config.ponder
+    eod_id = None if tokenizer is None else tokenizer.eod_id
+    if model.family == "llama":
+        family = {
+            "num_key_value_heads": model.num_kv_heads,
+            "rms_norm_eps": model.norm_epsilon,
+            "rope_theta": model.rope_theta,
+        }
+    else:
+        family = {
+            "layer_norm_eps": model.norm_epsilon,
+            "rotary_pct": model.rotary_fraction,
+            "rotary_emb_base": model.rope_theta,
+            "use_parallel_residual": model.parallel_residual,
+        }
+    return PonderLMConfig(
+        base_family=model.family,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        max_position_embeddings=model.max_position_embeddings,
+        initializer_range=model.init_std,
+        tie_word_embeddings=model.tie_embeddings,
+        bos_token_id=None if tokenizer is None else tokenizer.bos_id,
+        eos_token_id=eod_id,
+        ponder_mode=ponder.mode,
+        ponder_max_steps=ponder.max_steps,
+        ponder_jacobi_iterations=ponder.evaluation_refinements,
+        ponder_threshold=ponder.threshold,
+        ponder_router_bias=ponder.router_bias,
+        ponder_router_hidden_size=ponder.router_hidden_size,
+        ponder_eod_id=eod_id if config.data.reset_at_eod else None,
+        embedding_scale=ponder.embedding_scale,
+        **family,
+    )
+
+
+def _check(weights: dict[str, Tensor], config: PonderLMConfig) -> None:
+    """Refuse weights that would not load into the model that the configuration describes."""
+    with torch.device("meta"):
+        expected = PonderLMForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    different = sorted(expected.keys() ^ weights.keys())
+    if different:
+        raise UserError(f"weights and configuration differ in {different[0]}; export an unmodified checkpoint")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)}, but the configuration says {tuple(expected[name].shape)}; "
+                "export an unmodified checkpoint"
+            )
+
+
+def _read_metrics(path: Path) -> dict[str, object]:
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); give the file that the evaluation wrote") from None
+    if not isinstance(measured, dict):
+        raise UserError(f"{path} must hold a JSON object of measured numbers; give the file that the evaluation wrote")
+    return measured

@@ -1,0 +1,93 @@
+"""The README.md of an export."""
+
+from collections.abc import Mapping
+
+from megatron_ponder.config import Config
+
+_STEPS = {
+    "vanilla": "It takes no additional steps: it is a plain transformer.",
+    "fixed": "Every token takes {steps} additional latent steps before the next one is predicted.",
+    "adaptive": (
+        "A router decides for each token how many additional latent steps, from 0 to {steps}, it takes before the next "
+        "one is predicted."
+    ),
+}
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- ponderlm
+---
+
+# PonderLM
+
+A causal language model of the {family} family, trained with megatron_ponder. {pondering}
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=50, return_dict_in_generate=True)
+print(tokenizer.decode(output.sequences[0]))
+print(output.past_key_values.executed_steps)  # additional steps of each token
+```
+
+`generate` runs the model token by token with a cache, which is its definition; steps that are not executed are not
+computed and not cached. `model(input_ids)` without a cache evaluates all tokens in parallel with
+`config.ponder_jacobi_iterations` refinements, which approximates it: more refinements come closer. Raise
+`config.ponder_threshold` or lower `config.ponder_router_bias` for fewer steps.
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+def model_card(config: Config, dtype: str, parameters: int, measured: Mapping[str, object] | None) -> str:
+    """What the model is, how to use it and how it was evaluated, as Markdown.
+
+    Args:
+        config: what it was trained with, resolved.
+        dtype: of the exported weights.
+        parameters: number of weights.
+        measured: results of an evaluation by name; None if there are none.
+    """
+    model, ponder = config.model, config.ponder
+    rows = {
+        "Parameters": f"{parameters:,}",
+        "Weights": dtype,
+        "Layers × hidden size": f"{model.num_layers} × {model.hidden_size}",
+        "Heads (key-value heads)": f"{model.num_heads} ({model.num_kv_heads})",
+        "Vocabulary": f"{model.vocab_size:,}",
+        "Longest sequence": f"{model.max_position_embeddings:,} tokens",
+        "Mode": ponder.mode,
+    }
+    if ponder.steps:
+        rows["Most additional steps K"] = ponder.max_steps
+        rows["Refinements R of `forward`"] = ponder.evaluation_refinements
+    if ponder.mode == "adaptive":
+        rows["Threshold τ"] = ponder.threshold
+        rows["Router bias α"] = ponder.router_bias
+    if measured is None:
+        evaluation = "No results were given when this folder was written."
+    else:
+        evaluation = "| | |\n|---|---|\n" + _rows(measured)
+    return _TEMPLATE.format(
+        family=model.family,
+        pondering=_STEPS[ponder.mode].format(steps=ponder.max_steps),
+        table=_rows(rows),
+        evaluation=evaluation,
+    )
+
+
+def _rows(table: Mapping[str, object]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in table.items())

@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Turn a Hugging Face model into a checkpoint: a plain llama or gpt_neox model, or an export of this package.
+
+Any configuration key may follow as --section.key value; --ponder.embedding_scale is 1 for a plain model unless given,
+so that without additional steps it computes what it computed before.
+
+Example:
+    python tools/convert_from_hf.py --model downloaded/pythia-70m --output start --ponder.mode adaptive
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.errors import command
+from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder with config.json and safetensors")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder; must not exist or be empty")
+    arguments, overrides = parser.parse_known_args()
+    weights, config = import_pretrained(arguments.model, overrides)
+    write_weights_checkpoint(arguments.output, weights, config, tokenizer_of(arguments.model))
+    print(f"{arguments.output}: {sum(tensor.numel() for tensor in weights.values()):,} weights, {config.ponder.mode}")
+
+
+if __name__ == "__main__":
+    main()

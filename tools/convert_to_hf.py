@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Export a checkpoint to a folder that Hugging Face transformers loads.
+
+Example:
+    python tools/convert_to_hf.py --checkpoint runs/tiny --output exported
+"""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint, tokenizer_path
+from megatron_ponder.errors import command
+from megatron_ponder.hf.export import DataType, export
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
+    parser.add_argument("--dtype", choices=get_args(DataType), default="float32", help="of the exported weights")
+    parser.add_argument("--metrics", type=Path, help="JSON object of evaluation results, for the model card")
+    arguments = parser.parse_args()
+    folder = resolve_checkpoint(arguments.checkpoint)
+    export(
+        read_weights(folder),
+        read_config_of(folder),
+        tokenizer_path(folder),
+        arguments.output,
+        arguments.dtype,
+        arguments.metrics,
+    )
+    print(f"{arguments.output}: exported {folder}")
+
+
+if __name__ == "__main__":
+    main()
