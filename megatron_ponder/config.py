@@ -75,7 +75,8 @@ class PonderConfig:
         router_bias: alpha, added k times to the router's logit of step k at inference; positive buys more steps.
         router_hidden_size: width of a hidden layer in the router; 0 for a linear router.
         router_initial_bias: initial bias of the router for step K, so that training starts near `fixed`.
-        penalty_weight: lambda, weight of the mean sum of w over additional steps in the loss.
+        penalty_weight: lambda, weight of the mean sum of w over additional steps in the loss; unused without a router,
+            so that one configuration serves every mode.
         penalty_start: optimiser step from which the penalty is warmed up linearly.
         penalty_end: optimiser step from which the penalty has its full weight.
         embedding_scale: c, factor on token embeddings; sqrt(2.5 H) unless given, and 1 for vanilla.
@@ -398,11 +399,6 @@ def _validate_ponder(ponder: PonderConfig) -> None:
         f"ponder.threshold {ponder.threshold} is not a weight; choose it between 0 (every step runs) and 1",
     )
     _require(ponder.router_hidden_size >= 0, "ponder.router_hidden_size must be 0 (a linear router) or positive")
-    _require(
-        ponder.penalty_weight == 0 or ponder.mode == "adaptive",
-        f"ponder.penalty_weight works on the router, which ponder.mode {ponder.mode} does not have; "
-        "set it to 0 or ponder.mode to adaptive",
-    )
     _require(
         0 <= ponder.penalty_start <= ponder.penalty_end,
         f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
