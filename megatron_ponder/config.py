@@ -5,10 +5,11 @@ folder keeps the resolved form, so that nothing is ever derived twice.
 """
 
 import difflib
+import functools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -472,9 +473,7 @@ def _parse(arguments: Sequence[str]) -> Config:
             _check_file(Path(argument.partition("=")[2]))
         elif argument.startswith("--") and argument not in ("--help", "--config"):
             _check_key(argument[2:].partition("=")[0], "on the command line")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description="Sections and keys, with their defaults:")
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    parser = _parser()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations that jsonargparse announces to library authors
@@ -483,6 +482,16 @@ def _parse(arguments: Sequence[str]) -> Config:
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, yaml.YAMLError) as error:
         raise UserError(_one_line(str(error))) from error
     return Config(**{section.name: getattr(sections, section.name) for section in fields(Config)})
+
+
+@functools.cache
+def _parser():
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, description="Sections and keys, with their defaults:")
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    return parser
 
 
 def _one_line(message: str) -> str:
@@ -497,8 +506,6 @@ def _check_file(path: Path) -> None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from error
-    if content is None:
-        return
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `model:` with keys below them")
     for section, keys in content.items():
@@ -510,17 +517,16 @@ def _check_file(path: Path) -> None:
 
 
 def _check_key(key: str, where: str, section_only: bool = False) -> None:
-    """Refuse a dotted key that does not exist, naming the nearest one that does."""
-    known = {
-        section.name: [f"{section.name}.{item.name}" for item in fields(section.default_factory)]
-        for section in fields(Config)
-        if is_dataclass(section.default_factory)
-    }
-    names = list(known) if section_only else [name for keys in known.values() for name in keys]
+    """Refuse a dotted key, or a section, that does not exist, naming the nearest one that does."""
+    keys = [f"{section.name}.{item.name}" for section in fields(Config) for item in fields(section.default_factory)]
+    sections = [section.name for section in fields(Config)]
+    names = sections if section_only else keys
     if key in names:
         return
-    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if not nearest and "." in key:  # right key, wrong section
-        nearest = [name for name in names if name.partition(".")[2] == key.partition(".")[2]][:1]
-    hint = f"did you mean {nearest[0]}?" if nearest else f"sections are {', '.join(known)}"
-    raise UserError(f"unknown configuration key {key} {where}; {hint}")
+    elsewhere = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0) or difflib.get_close_matches(key, names, n=1)
+    if nearest and section_only and "." in nearest[0]:
+        hint = "put `{2}` below `{0}:`".format(*nearest[0].partition("."))
+    else:
+        hint = f"did you mean {nearest[0]}?" if nearest else f"sections are {', '.join(sections)}"
+    raise UserError(f"unknown configuration {'section' if section_only else 'key'} {key} {where}; {hint}")

@@ -1,0 +1,425 @@
+"""The configuration: sources and their order, refusals and what they say, the resolved form, the shipped examples."""
+
+import math
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ponder.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    PonderConfig,
+    TrainingConfig,
+    data_parallel_size,
+    load_config,
+    read_config,
+    resolve,
+    to_yaml,
+    validate,
+)
+from megatron_ponder.errors import UserError
+from megatron_ponder.model.ponder import PonderLM
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
+
+
+def read(**overrides) -> Config:
+    """Read from a command line; overrides are written `model__hidden_size=64`."""
+    return read_config([f"--{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a YAML file and return the arguments that name it."""
+
+    def write_file(text: str, name: str = "config.yaml") -> list[str]:
+        (tmp_path / name).write_text(text)
+        return ["--config", str(tmp_path / name)]
+
+    return write_file
+
+
+def refusal(arguments: list[str]) -> str:
+    """What `read_config` says to arguments that it refuses: one line, the same on every rank."""
+    with pytest.raises(UserError) as caught:
+        read_config(arguments)
+    assert caught.value.shared
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Values -----------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_reference_recipe():
+    config = read_config([])
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.optimizer.min_learning_rate_fraction == 0.1
+    assert config.optimizer.warmup_fraction == 0.02
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.weight_decay == 0.1
+    assert (config.training.precision, config.training.steps, config.data.sequence_length) == ("bf16", 50_000, 2048)
+    assert (config.ponder.mode, config.ponder.max_steps, config.ponder.refinement_choices) == ("adaptive", 3, (2, 3))
+    assert (config.ponder.threshold, config.ponder.router_bias, config.ponder.penalty_weight) == (1e-4, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given_fields", "expected"),
+    [
+        ({"model__hidden_size": 1024, "model__num_heads": 16}, {"ffn_hidden_size": 2736, "num_kv_heads": 16}),
+        ({"model__family": "gpt_neox", "model__hidden_size": 96}, {"ffn_hidden_size": 384, "rotary_fraction": 0.25}),
+        ({"model__family": "llama"}, {"ffn_hidden_size": 2048, "rotary_fraction": 1.0}),
+        ({"data__sequence_length": 512}, {"max_position_embeddings": 512}),
+        ({"model__num_kv_heads": 4, "model__ffn_hidden_size": 100}, {"num_kv_heads": 4, "ffn_hidden_size": 100}),
+        ({"model__max_position_embeddings": 4096}, {"max_position_embeddings": 4096}),
+        ({"model__num_kv_heads": "null"}, {"num_kv_heads": 12}),
+    ],
+)
+def test_derived_fields_of_the_model(given_fields, expected):
+    model = read(**given_fields).model
+    assert {name: getattr(model, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive"])
+def test_embedding_scale_and_steps_follow_the_mode(mode):
+    config = read(ponder__mode=mode, model__hidden_size=96, ponder__max_steps=2)
+    assert config.ponder.embedding_scale == (1.0 if mode == "vanilla" else math.sqrt(2.5 * 96))
+    assert config.ponder.steps == (0 if mode == "vanilla" else 2)
+    assert read(ponder__mode=mode, ponder__embedding_scale=2.0).ponder.embedding_scale == 2.0
+
+
+@pytest.mark.parametrize(("given_value", "choices"), [("4", (4,)), ("0", (0,)), ("[1,3]", (1, 3))])
+def test_refinements_are_a_number_or_a_list(given_value, choices):
+    ponder = read(ponder__jacobi_iterations=given_value).ponder
+    assert ponder.refinement_choices == choices
+    assert ponder.evaluation_refinements == max(choices)
+
+
+def test_later_sources_win(write):
+    first = write("model:\n  hidden_size: 96\n  num_layers: 3\noptimizer:\n  betas: [0.8, 0.9]\n", "first.yaml")
+    second = write("model:\n  num_layers: 5\n", "second.yaml")
+    config = read_config([*first, *second, "--model.num_heads", "4", "--model.num_heads=6"])
+    assert (config.model.hidden_size, config.model.num_layers, config.model.num_heads) == (96, 5, 6)
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert read_config(["--model.hidden_size", "48", *first]).model.hidden_size == 96
+    assert read_config([*first, "--model.hidden_size", "48"]).model.hidden_size == 48
+
+
+def test_numbers_may_be_written_in_the_usual_ways(write):
+    arguments = write("optimizer:\n  learning_rate: 3e-4\n  weight_decay: 0\n")  # PyYAML reads 3e-4 as a string
+    assert read_config(arguments).optimizer.learning_rate == 3e-4
+    assert read_config(arguments).optimizer.weight_decay == 0.0
+    assert read(ponder__router_bias="-1.5").ponder.router_bias == -1.5
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as caught:
+        read_config(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for section in fields(Config):
+        for item in fields(section.default_factory):
+            assert f"--{section.name}.{item.name}" in text
+
+
+# Unknown keys and wrong types -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.hiden_size", "64"], "key model.hiden_size on the command line; did you mean model.hidden_size?"),
+        (["--pondr.mode=fixed"], "key pondr.mode on the command line; did you mean ponder.mode?"),
+        (["--ponder.hidden_size", "64"], "did you mean model.hidden_size?"),
+        (["--training.learning_rate", "1"], "did you mean optimizer.learning_rate?"),
+        (["--logging.keep", "1"], "did you mean checkpoint.keep?"),
+        (["--hidden_size", "64"], "did you mean model.hidden_size?"),
+        (["--qqqq.zzzz", "1"], "sections are model, ponder, parallel, data, tokenizer, optimizer"),
+        (["model.hidden_size", "64"], "unrecognized arguments: model.hidden_size 64"),
+        (["--config"], "--config: expected one argument"),
+        (["--config", "missing.yaml"], "no configuration file missing.yaml; check the path given with --config"),
+        (["--config=missing.yaml"], "no configuration file missing.yaml"),
+    ],
+)
+def test_unknown_arguments(arguments, said):
+    assert said in refusal(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  hiden_size: 64\n", "key model.hiden_size in {path}; did you mean model.hidden_size?"),
+        ("modle:\n  num_layers: 64\n", "did you mean model.num_layers?"),
+        ("optimizer:\n  seed: 1\n", "did you mean training.seed?"),
+        ("modle: 5\n", "unknown configuration section modle in {path}; did you mean model?"),
+        ("hidden_size: 64\n", "put `hidden_size` below `model:`"),
+        ("model.hidden_size: 64\n", "put `hidden_size` below `model:`"),
+        ("model: 5\n", "section `model` in {path} must hold keys below it"),
+        ("model:\n", "section `model` in {path} must hold keys below it"),
+        ("# nothing\n", "{path} must hold sections such as `model:`"),
+        ("- model\n", "{path} must hold sections such as `model:`"),
+        ("model: [\n", "{path} is not valid YAML"),
+        ("model:\n  hidden_size: wide\n", "key \"model.hidden_size\": Expected a <class 'int'>. Got value: wide"),
+    ],
+)
+def test_faulty_files(write, text, said):
+    arguments = write(text)
+    assert said.format(path=arguments[1]) in refusal(arguments)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    assert f"{path} is not valid YAML" in refusal(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "got"),
+    [
+        ("model.hidden_size", "wide", "wide"),
+        ("model.hidden_size", "1.5", "1.5"),
+        ("model.hidden_size", "true", "True"),
+        ("model.family", "gpt2", "gpt2"),
+        ("ponder.mode", "slow", "slow"),
+        ("ponder.jacobi_iterations", "[1, x]", "x"),
+        ("optimizer.betas", "[0.9]", "0.9"),
+        ("optimizer.learning_rate", "fast", "fast"),
+        ("training.precision", "fp16", "fp16"),
+        ("parallel.sequence_parallel", "maybe", "maybe"),
+    ],
+)
+def test_wrong_types(key, value, got):
+    said = refusal([f"--{key}", value])
+    assert key in said
+    assert got in said
+
+
+# Validation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"model__hidden_size": 0}, "model.hidden_size is 0; it must be at least 1"),
+        ({"model__num_layers": -1}, "model.num_layers is -1; it must be at least 1"),
+        ({"model__num_heads": 0}, "model.num_heads is 0; it must be at least 1"),
+        ({"model__num_kv_heads": 0}, "model.num_kv_heads is 0; it must be at least 1"),
+        ({"model__ffn_hidden_size": 0}, "model.ffn_hidden_size is 0; it must be at least 1"),
+        ({"model__hidden_size": 100}, "100 is not divisible by model.num_heads 12; choose a multiple, for example 108"),
+        ({"model__num_kv_heads": 5}, "model.num_heads 12 is not divisible by model.num_kv_heads 5"),
+        ({"model__family": "gpt_neox", "model__num_kv_heads": 4}, "gpt_neox family has no grouped-query heads"),
+        ({"model__family": "gpt_neox", "model__rotary_fraction": 0.3}, "head of 64 channels is 19.2; it must be a pos"),
+        ({"model__family": "gpt_neox", "model__rotary_fraction": 0}, "it must be a positive even number of them"),
+        ({"model__family": "gpt_neox", "model__rotary_fraction": 1.5}, "it must be a positive even number of them"),
+        ({"model__hidden_size": 36}, "model.rotary_fraction 1.0 of a head of 3 channels is 3"),
+        ({"model__rotary_fraction": 0.5}, "the llama family rotates whole heads"),
+        ({"model__vocab_size": 1}, "model.vocab_size is 1; leave it out to take the tokenizer's"),
+        ({"ponder__max_steps": 0}, "ponder.mode adaptive needs ponder.max_steps of at least 1, not 0"),
+        ({"ponder__mode": "fixed", "ponder__max_steps": 0}, "ponder.mode fixed needs ponder.max_steps"),
+        ({"ponder__jacobi_iterations": -1}, "ponder.jacobi_iterations is -1; give a number from 0 up"),
+        ({"ponder__jacobi_iterations": "[]"}, "ponder.jacobi_iterations is []; give a number from 0 up"),
+        ({"ponder__jacobi_iterations": "[2,-1]"}, "ponder.jacobi_iterations is [2, -1]"),
+        ({"ponder__threshold": 1.5}, "ponder.threshold 1.5 is not a weight"),
+        ({"ponder__threshold": -0.1}, "ponder.threshold -0.1 is not a weight"),
+        ({"ponder__router_hidden_size": -1}, "ponder.router_hidden_size must be 0 (a linear router) or positive"),
+        ({"ponder__penalty_start": 5}, "ponder.penalty_start 5 must lie between 0 and ponder.penalty_end 0"),
+        ({"ponder__penalty_start": -5}, "ponder.penalty_start -5 must lie between 0 and ponder.penalty_end 0"),
+        ({"ponder__gradient_passes": 0}, "ponder.gradient_passes must be at least 1"),
+        ({"ponder__embedding_scale": 0}, "ponder.embedding_scale is 0.0; it must be positive"),
+        ({"parallel__zero_stage": 4}, "parallel.zero_stage is 4; DeepSpeed has stages 0, 1, 2 and 3"),
+        ({"parallel__tensor": 2}, "parallel.tensor is 2, but this version trains data-parallel only"),
+        ({"parallel__pipeline": 2}, "parallel.pipeline is 2, but this version trains data-parallel only"),
+        ({"parallel__sequence_parallel": "true"}, "parallel.sequence_parallel needs parallel.tensor of at least 2"),
+        ({"data__sequence_length": 0}, "data.sequence_length is 0; it must be at least 1"),
+        ({"training__steps": 0}, "training.steps is 0; it must be at least 1"),
+        ({"training__global_batch_size": 0}, "training.global_batch_size is 0; it must be at least 1"),
+        ({"training__micro_batch_size": 0}, "training.micro_batch_size is 0; it must be at least 1"),
+        ({"checkpoint__interval": 0}, "checkpoint.interval is 0; it must be at least 1"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep is 0; it must be at least 1"),
+        ({"logging__interval": 0}, "logging.interval is 0; it must be at least 1"),
+        ({"data__num_workers": -1}, "data.num_workers is -1; it must be 0 or more"),
+        ({"training__eval_interval": -1}, "training.eval_interval must be 0 (never) or a number of steps"),
+        ({"training__eval_samples": 0}, "training.eval_samples must be at least 1"),
+        ({"optimizer__learning_rate": 0}, "optimizer.learning_rate is 0.0; it must be positive"),
+        ({"optimizer__warmup_fraction": 1}, "are shares between 0 and 1"),
+        ({"optimizer__min_learning_rate_fraction": 1.1}, "are shares between 0 and 1"),
+        ({"model__max_position_embeddings": 1024}, "data.sequence_length 2048 is longer than model.max_position_embed"),
+    ],
+)
+def test_contradictions_are_refused(overrides, said):
+    assert said in refusal([f"--{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"ponder__mode": "vanilla", "ponder__max_steps": 0},
+        {"ponder__mode": "fixed", "ponder__penalty_weight": 0.1},
+        {"training__eval_interval": 0, "training__eval_samples": 0},
+        {"ponder__threshold": 0},
+        {"ponder__threshold": 1},
+        {"model__family": "gpt_neox", "model__rotary_fraction": 1},
+        {"model__num_kv_heads": 1},
+    ],
+)
+def test_edges_are_accepted(overrides):
+    read(**overrides)
+
+
+def test_the_suggested_hidden_size_is_accepted():
+    said = refusal(["--model.hidden_size", "1000", "--model.num_heads", "24"])
+    suggested = int(re.search(r"for example (\d+)", said).group(1))
+    assert 1000 <= suggested < 1000 + 24
+    assert read(model__hidden_size=suggested, model__num_heads=24).model.hidden_size == suggested
+
+
+# Ranks ------------------------------------------------------------------------------------------------------------
+
+
+def layout(tensor=1, pipeline=1, global_batch=256, micro_batch=8) -> Config:
+    return Config(
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
+        training=TrainingConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "expected"), [(layout(), 1, 1), (layout(), 32, 32), (layout(tensor=2, pipeline=2), 16, 4)]
+)
+def test_data_parallel_size(config, world_size, expected):
+    assert data_parallel_size(config, world_size) == expected
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"6 ranks cannot be divided .* = 4; start a multiple of 4 ranks"):
+        data_parallel_size(layout(tensor=2, pipeline=2), 6)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size"), [(256, 8, 3), (4, 8, 1), (100, 7, 5), (1, 2, 9)]
+)
+def test_the_suggested_batch_fits(global_batch, micro_batch, world_size):
+    config = layout(global_batch=global_batch, micro_batch=micro_batch)
+    with pytest.raises(UserError, match=f"training.global_batch_size {global_batch} is not a multiple") as caught:
+        data_parallel_size(config, world_size)
+    fits = int(re.search(r"set training.global_batch_size to (\d+)", str(caught.value)).group(1))
+    assert data_parallel_size(layout(global_batch=fits, micro_batch=micro_batch), world_size) == world_size
+    assert abs(fits - global_batch) <= micro_batch * world_size
+
+
+# The resolved form ------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def configurations(draw) -> Config:
+    head_size, heads = 2 * draw(st.integers(1, 40)), draw(st.integers(1, 8))
+    family = draw(st.sampled_from(["llama", "gpt_neox"]))
+    model = ModelConfig(
+        family=family,
+        hidden_size=head_size * heads,
+        num_heads=heads,
+        rotary_fraction=1.0 if family == "gpt_neox" else None,
+        vocab_size=draw(st.none() | st.integers(2, 10**6)),
+        norm_epsilon=draw(st.floats(1e-12, 1e-3)),
+        tie_embeddings=draw(st.booleans()),
+    )
+    ponder = PonderConfig(
+        mode=draw(st.sampled_from(["vanilla", "fixed", "adaptive"])),
+        jacobi_iterations=draw(st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=4)),
+        router_bias=draw(st.floats(-1e3, 1e3)),
+        threshold=draw(st.floats(0, 1)),
+        gradient_passes=draw(st.none() | st.integers(1, 9)),
+    )
+    run_dir = draw(st.text("abcXYZ019_-/.# :'\"é", min_size=1, max_size=12))
+    betas = draw(st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)))
+    config = Config(model=model, ponder=ponder, training=TrainingConfig(run_dir=run_dir))
+    return replace(config, optimizer=replace(config.optimizer, betas=betas))
+
+
+@settings(max_examples=15, deadline=None)
+@given(config=configurations())
+def test_resolved_form_survives_the_disk(config, tmp_path_factory):
+    config = validate(resolve(config))
+    assert resolve(config) == config
+    path = tmp_path_factory.mktemp("run") / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert to_yaml(load_config(path)) == to_yaml(config)
+
+
+def test_nothing_is_derived_twice(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(read(ponder__mode="fixed", model__hidden_size=96)))
+    kept = read_config(["--config", str(path), "--ponder.mode", "vanilla"])
+    assert kept.ponder.embedding_scale == math.sqrt(2.5 * 96)
+
+
+# Shipped examples -------------------------------------------------------------------------------------------------
+
+LLAMA = {
+    "llama_125m": (768, 12, 12, 2064),
+    "llama_410m": (1024, 24, 16, 2752),
+    "llama_834m": (1536, 24, 24, 4128),
+    "llama_1.4b": (2048, 24, 32, 5504),
+    "llama_2.8b": (2048, 48, 32, 5504),
+}
+PYTHIA = {
+    "pythia_70m": (512, 6, 8),
+    "pythia_160m": (768, 12, 12),
+    "pythia_410m": (1024, 24, 16),
+    "pythia_1b": (2048, 16, 8),
+    "pythia_1.4b": (2048, 24, 16),
+    "pythia_2.8b": (2560, 32, 32),
+}
+
+
+def stack_size(name: str) -> int:
+    """Parameters of the blocks and the final norm, worked out from the dimensions."""
+    if name in LLAMA:
+        hidden, layers, _, ffn = LLAMA[name]
+        return layers * (4 * hidden**2 + 3 * hidden * ffn + 2 * hidden) + hidden
+    hidden, layers, _ = PYTHIA[name]
+    attention, mlp, norms = 4 * hidden**2 + 4 * hidden, 8 * hidden**2 + 5 * hidden, 4 * hidden
+    return layers * (attention + mlp + norms) + 2 * hidden
+
+
+@pytest.mark.parametrize("name", [*LLAMA, *PYTHIA])
+def test_examples_have_the_size_of_their_name_in_every_mode(name):
+    number, unit = re.fullmatch(r"\w+_([\d.]+)([mb])", name).groups()
+    nominal = float(number) * {"m": 1e6, "b": 1e9}[unit]
+    dimensions = LLAMA.get(name) or PYTHIA.get(name)
+    for mode in ("vanilla", "fixed", "adaptive"):
+        config = read_config(["--config", str(EXAMPLES / f"{name}.yaml"), "--ponder.mode", mode])
+        assert config.ponder.mode == mode
+        assert (config.model.hidden_size, config.model.num_layers, config.model.num_heads) == dimensions[:3]
+        with torch.device("meta"):
+            model = PonderLM(config.model, config.ponder)
+        sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+        assert sizes["transformer"] == stack_size(name)
+        assert sizes["embedding"] == sizes["head"] == config.model.vocab_size * config.model.hidden_size
+        assert sizes.get("router") == (4 * config.model.hidden_size + 4 if mode == "adaptive" else None)
+        assert abs(sum(sizes.values()) / nominal - 1) < (0.11 if name in LLAMA else 0.02)
+
+
+@pytest.mark.parametrize("name", [*LLAMA, *PYTHIA])
+def test_examples_follow_the_reference_recipe(name):
+    path = EXAMPLES / f"{name}.yaml"
+    config, default = read_config(["--config", str(path)]), read_config([])
+    assert config.optimizer == default.optimizer
+    assert (config.training.steps, config.training.precision) == (50_000, "bf16")
+    assert config.data.sequence_length == config.model.max_position_embeddings == 2048
+    assert (config.ponder.mode, config.ponder.max_steps, config.ponder.jacobi_iterations) == ("adaptive", 3, [2, 3])
+    assert config.ponder.penalty_weight > 0
+    assert config.ponder.penalty_start < config.ponder.penalty_end < config.training.steps
+    assert config.training.run_dir == f"runs/{name}"
+    assert not Path(config.data.path).is_absolute()
+    assert set(yaml.safe_load(path.read_text())) >= {"model", "ponder", "optimizer", "training", "data", "tokenizer"}
+    for world_size in (1, 8, 32):
+        assert data_parallel_size(config, world_size) == world_size
