@@ -88,7 +88,9 @@ def to_gpt_neox(weights: Weights, num_heads: int) -> Weights:
 def from_gpt_neox(weights: Weights, num_heads: int) -> Weights:
     """The inverse of `to_gpt_neox`."""
     split = {}
-    for name, tensor in _rename(weights, _inverse(_GPT_NEOX)).items():
+    for name, tensor in _rename(
+        weights, _inverse(_GPT_NEOX) | {"lm_head": "head"}
+    ).items():  # some versions say lm_head
         if ".attention.qkv_proj." in name:
             by_head = tensor.unflatten(0, (num_heads, 3, -1))
             for index, part in enumerate(("q_proj", "k_proj", "v_proj")):

@@ -1,0 +1,155 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ponder.config import Config
+from megatron_ponder.errors import UserError
+from megatron_ponder.hf.export import export
+from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from tests.hf.exported import weights_of
+from tests.models import random_tokens, small_config, small_model
+
+LOAD = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("def main():", return_tensors="pt")
+generated = model.generate(**ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+print(json.dumps({
+    "model_type": AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type,
+    "ids": ids["input_ids"][0].tolist(),
+    "logits": model(**ids).logits[0].tolist(),
+    "generated": generated.sequences[0].tolist(),
+    "executed": generated.past_key_values.executed_steps[0].tolist(),
+    "text": tokenizer.decode(generated.sequences[0]),
+    "ours": sorted(name for name in sys.modules if name.startswith("megatron_ponder")),
+    "pad": model.generation_config.pad_token_id,
+}))
+"""
+
+
+@pytest.fixture
+def offline(tmp_path):
+    """Environment in which transformers loads nothing from the network and keeps its copies to itself."""
+    keep = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HOME": str(tmp_path)}
+    return keep | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model, family):
+    model = small_model(model__vocab_size=1024, model__family=family, router_scale=4.0, ponder__threshold=0.3).float()
+    config = small_config(model__vocab_size=1024, model__family=family, ponder__threshold=0.3)
+    folder = tmp_path / "exported"
+    export(weights_of(model), config, sentencepiece_model, folder)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD, str(folder)], cwd=tmp_path, env=offline, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["ours"] == []
+    assert got["model_type"] == "ponderlm"
+    assert got["pad"] == 2
+
+    tokens = torch.tensor([got["ids"]])
+    pruning = model.pruning(hard=True)
+    with torch.no_grad():
+        expected = model.head(model(tokens, config.ponder.evaluation_refinements, pruning).output_BLH)[0]
+        assert (torch.tensor(got["logits"]) - expected).abs().max() < 1e-5 * expected.abs().max()
+        for _ in range(6):
+            exact = model.exact(tokens, pruning)
+            tokens = torch.cat([tokens, model.head(exact.output_BLH[:, -1:]).argmax(-1)], 1)
+    assert got["generated"] == tokens[0].tolist()
+    assert got["executed"] == exact.routing.executed[0].tolist()
+    assert len(set(got["executed"])) > 1
+    assert got["text"].startswith("def main():")
+
+
+def test_bfloat16_in_several_files(tmp_path):
+    model = small_model()
+    export(weights_of(model), small_config(), None, tmp_path, dtype="bfloat16", max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    tensors = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    loaded = PonderLMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
+    assert torch.equal(tensors["lm_head.weight"], model.head.weight.bfloat16())
+    assert not list(tmp_path.glob("tokenizer*"))
+
+
+def test_the_configuration_uses_the_familys_names(tmp_path):
+    llama, gpt_neox = tmp_path / "llama", tmp_path / "gpt_neox"
+    export(weights_of(small_model(model__num_kv_heads=2)), small_config(model__num_kv_heads=2), None, llama)
+    neox = {"model__family": "gpt_neox", "model__rotary_fraction": 0.5, "ponder__mode": "fixed"}
+    export(weights_of(small_model(**neox)), small_config(**neox), None, gpt_neox)
+    first, second = (json.loads((folder / "config.json").read_text()) for folder in (llama, gpt_neox))
+    assert first["auto_map"]["AutoModelForCausalLM"] == "modeling_ponderlm.PonderLMForCausalLM"
+    expected = {"model_type": "ponderlm", "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+    expected |= {"ponder_mode": "adaptive", "ponder_max_steps": 2, "ponder_jacobi_iterations": 3}
+    expected |= {"ponder_threshold": 1e-4, "ponder_router_bias": 0.0, "hidden_act": "silu", "intermediate_size": 48}
+    assert {name: first[name] for name in expected} == expected
+    assert first["embedding_scale"] == small_config().ponder.embedding_scale
+    expected = {"rotary_pct": 0.5, "layer_norm_eps": 1e-5, "use_parallel_residual": True, "hidden_act": "gelu"}
+    assert {name: second[name] for name in expected} == expected
+    assert "rms_norm_eps" not in second
+    assert "rotary_pct" not in first
+
+
+def test_the_end_of_documents_is_carried(tmp_path, sentencepiece_model):
+    options = {"model__vocab_size": 1024, "data__reset_at_eod": "true"}
+    model, config = small_model(model__vocab_size=1024, eod_id=2).float(), small_config(**options)
+    with pytest.raises(UserError, match=r"trained with data\.reset_at_eod, but the checkpoint has no tokenizer"):
+        export(weights_of(model), config, None, tmp_path / "without")
+    export(weights_of(model), config, sentencepiece_model, tmp_path / "with")
+    loaded = PonderLMForCausalLM.from_pretrained(tmp_path / "with").eval()
+    assert loaded.config.ponder_eod_id == 2
+    tokens = random_tokens(1, 9)
+    tokens[0, 4] = 2
+    expected = model.head(model(tokens, 3, model.pruning(hard=True)).output_BLH)
+    assert (loaded(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_the_model_card(tmp_path):
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps({"perplexity (hard, R = 3)": 12.5}))
+    weights = weights_of(small_model())
+    export(weights, small_config(), None, tmp_path / "exported", metrics=metrics)
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "| perplexity (hard, R = 3) | 12.5 |" in card
+    assert "from 0 to 2" in card
+    assert f"| Parameters | {sum(tensor.numel() for tensor in weights.values()):,} |" in card
+    metrics.write_text("[]")
+    with pytest.raises(UserError, match=r"metrics\.json must hold a JSON object"):
+        export(weights, small_config(), None, tmp_path / "other", metrics=metrics)
+
+
+def test_a_taken_folder_is_refused(tmp_path):
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(UserError, match="exists already; choose another output folder"):
+        export(weights_of(small_model()), small_config(), None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    weights = weights_of(small_model())
+    output = tmp_path / "exported"
+    del weights["router.output.bias"]
+    with pytest.raises(UserError, match=r"weights and configuration differ in router\.output\.bias"):
+        export(weights, small_config(), None, output)
+    weights["router.output.bias"] = torch.ones(9)
+    with pytest.raises(UserError, match=r"router\.output\.bias has shape \(9,\), but the configuration says \(3,\)"):
+        export(weights, small_config(), None, output)
+    (tmp_path / "tokenizer.model").write_text("none")
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        export(weights_of(small_model()), Config(), tmp_path / "tokenizer.model", output)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]

@@ -1,0 +1,83 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_ponder.checkpoint.load import load_model
+from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.data.tokenizer_training import train_tokenizer
+from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from tests.models import random_tokens, small_config, small_model
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a tool in this process, as its command line would, and returns its exit code."""
+
+    def run(tool, *arguments) -> int:
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        try:
+            runpy.run_path(str(TOOLS / tool), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(Path(json.__file__).read_text() * 2)
+    return train_tokenizer([text], tmp_path / "tokenizer" / "tokenizer", vocab_size=400).path
+
+
+def test_out_and_back(run, tmp_path, tokenizer):
+    model, config = small_model(model__vocab_size=400).float(), small_config(model__vocab_size=400)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    checkpoint, exported, again = tmp_path / "checkpoint", tmp_path / "exported", tmp_path / "again"
+    write_weights_checkpoint(checkpoint, weights, config, tokenizer)
+    assert run("convert_to_hf.py", "--checkpoint", checkpoint, "--output", exported) == 0
+    assert (exported / "tokenizer.json").is_file()
+    assert run("convert_from_hf.py", "--model", exported, "--output", again, "--ponder.threshold", "0.25") == 0
+    loaded = load_model(again)
+    assert loaded.config.ponder.threshold == 0.25
+    assert loaded.tokenizer.encode("import json") == load_model(checkpoint).tokenizer.encode("import json")
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.model.named_parameters())
+
+
+def test_a_plain_model_without_a_tokenizer(run, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=61, max_position_embeddings=64, **sizes)).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "out"
+    overrides = ["--ponder.mode", "vanilla", "--ponder.embedding_scale", "1"]
+    assert run("convert_from_hf.py", "--model", tmp_path / "model", "--output", checkpoint, *overrides) == 0
+    assert run("convert_to_hf.py", "--checkpoint", checkpoint, "--output", output, "--dtype", "bfloat16") == 0
+    exported = PonderLMForCausalLM.from_pretrained(output).eval()
+    assert exported.dtype == torch.bfloat16
+    tokens = random_tokens(1, 12)
+    assert torch.equal(exported.model.embed_tokens.weight, theirs.model.embed_tokens.weight.bfloat16())
+    assert (exported.float()(tokens).logits - theirs(tokens).logits).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("tool", "argument", "message"),
+    [
+        ("convert_to_hf.py", "--checkpoint", "holds no complete checkpoint"),
+        ("convert_from_hf.py", "--model", "has no config.json"),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, capsys, tool, argument, message):
+    assert run(tool, argument, tmp_path, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
