@@ -52,7 +52,12 @@ def discover(environ: Mapping[str, str] = os.environ) -> Launch:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _from_torchrun(environ)
     if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return _from_slurm(environ)
+        try:
+            return _from_slurm(environ)
+        except KeyError as error:
+            raise UserError(
+                f"in a SLURM job step, but {error.args[0]} is not set; start with srun or torchrun"
+            ) from error
     if int(environ.get("OMPI_COMM_WORLD_SIZE", environ.get("PMI_SIZE", "1"))) > 1:
         return _from_mpi(environ)
     return Launch(port=_free_port())
@@ -150,15 +155,15 @@ def _slurm_tasks_on_node(environ: Mapping[str, str]) -> int:
 
 
 def first_host(node_list: str) -> str:
-    """First host of a SLURM node list such as `gpu[007-010,12],login1`."""
+    """First host of a SLURM node list such as `gpu[007-010,12]-ib,login1`."""
     if shutil.which("scontrol"):
         found = subprocess.run(
             ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=False
         ).stdout.split()
         if found:
             return found[0]
-    first = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", node_list)
-    return first.group(1) + (first.group(2) or "")
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", node_list).group()
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Launch:
@@ -166,6 +171,10 @@ def _from_mpi(environ: Mapping[str, str]) -> Launch:
         from mpi4py import MPI
     except ImportError as error:
         raise UserError("started by mpirun, but mpi4py is missing; pip install 'megatron_ponder[mpi]'") from error
+    except RuntimeError as error:  # mpi4py is there, and looks for the system's library only now
+        raise UserError(
+            "started by mpirun, but mpi4py finds no MPI library; name mpirun's own libmpi.so in MPI4PY_LIBMPI"
+        ) from error
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     address, port = world.bcast((environ.get("MASTER_ADDR") or socket.gethostname(), _free_port()), root=0)
