@@ -60,7 +60,7 @@ class PonderLM(nn.Module):
             self.head.weight = self.embedding.weight
 
     def pruning(self, hard: bool, threshold: float | None = None, bias: float | None = None) -> Pruning:
-        """The rule for `forward` and `exact`, with the configured τ and α unless others are given."""
+        """The rule for `jacobi` and `exact`, with the configured τ and α unless others are given."""
         config = self.ponder_config
         return Pruning(
             hard,
@@ -68,7 +68,7 @@ class PonderLM(nn.Module):
             config.router_bias if bias is None else bias,
         )
 
-    def forward(
+    def jacobi(
         self, tokens_BL: Tensor, refinements: int, pruning: Pruning, gradient_passes: int | None = None
     ) -> PonderOutput:
         """Evaluate all tokens in parallel by growth passes, `refinements` Jacobi passes and a final pass.
@@ -90,6 +90,8 @@ class PonderLM(nn.Module):
                 if index + 1 < len(plan):
                     state = self.next_state(hidden, routing, pruning, min(slots + 1, self.ponder_config.steps + 1))
         return PonderOutput(self.fuse(hidden, routing, pruning), hidden, routing, len(plan))
+
+    forward = jacobi
 
     @torch.no_grad()
     def exact(self, tokens_BL: Tensor, pruning: Pruning, tolerance: float | None = None) -> PonderOutput:

@@ -1,0 +1,137 @@
+"""Cross-entropy, executed steps and compute of a model, by every way of evaluating it."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ponder.errors import UserError
+from megatron_ponder.evaluation.flops import inference_flops
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.router import Pruning
+from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of evaluating a model.
+
+    Attributes:
+        pruning: soft mask or hard rule, with τ and α.
+        refinements: R of `jacobi`; None for `exact`, which equals sequential decoding.
+    """
+
+    pruning: Pruning
+    refinements: int | None
+
+    @property
+    def name(self) -> str:
+        """For tables: `hard, exact` or `soft, jacobi(3)`."""
+        evaluation = "exact" if self.refinements is None else f"jacobi({self.refinements})"
+        return f"{'hard' if self.pruning.hard else 'soft'}, {evaluation}"
+
+
+@dataclass
+class Evaluation:
+    """What a setting gave.
+
+    Attributes:
+        setting: its name.
+        tokens: predicted.
+        cross_entropy: nats per token.
+        perplexity: its exponential.
+        bits_per_byte: of the predicted text; None without a tokenizer.
+        mean_steps: average executed additional steps per token.
+        step_shares: share of tokens at each K̂ = 0..K.
+        kv_entries: cached slots per token.
+        flops: floating-point operations per token at inference.
+        passes: parallel passes run, the most of any batch.
+    """
+
+    setting: str
+    tokens: int
+    cross_entropy: float
+    perplexity: float
+    bits_per_byte: float | None
+    mean_steps: float
+    step_shares: list[float]
+    kv_entries: float
+    flops: float
+    passes: int
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PonderLM,
+    batches: Iterable[Tensor],
+    setting: Setting,
+    count_bytes: Callable[[Sequence[int]], int] | None = None,
+) -> Evaluation:
+    """Evaluate a model on batches of token ids.
+
+    Args:
+        model: in evaluation mode.
+        batches: int64 (B, L + 1) each; L may differ from batch to batch.
+        setting: how.
+        count_bytes: bytes of text that a list of token ids stands for; None leaves bits per byte out.
+
+    Raises:
+        UserError: if there is nothing to evaluate.
+    """
+    steps = model.ponder_config.steps
+    device = model.embedding.weight.device
+    loss, flops, tokens, size, passes = 0.0, 0.0, 0, 0, 0
+    histogram = torch.zeros(steps + 1, dtype=torch.long)
+    for batch in batches:
+        inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
+        if setting.refinements is None:
+            result = model.exact(inputs, setting.pruning)
+        else:
+            result = model.jacobi(inputs, setting.refinements, setting.pruning)
+        losses = vocab_parallel_cross_entropy(model.head(result.output_BLH), labels, model.head.axis)
+        if result.routing is None or not setting.pruning.hard:
+            executed = torch.full_like(labels, steps)  # the soft mask runs every step
+        else:
+            executed = result.routing.executed
+        loss += float(losses.double().sum())
+        tokens += labels.numel()
+        flops += float(inference_flops(executed, model).sum())
+        histogram += torch.bincount(executed.flatten(), minlength=steps + 1).cpu()
+        passes = max(passes, result.passes)
+        if count_bytes is not None:
+            size += sum(count_bytes(row) for row in labels.tolist())
+    if tokens == 0:
+        raise UserError("there is nothing to evaluate; give a longer text or another split")
+    shares = (histogram.double() / tokens).tolist()
+    mean_steps = sum(k * share for k, share in enumerate(shares))
+    return Evaluation(
+        setting=setting.name,
+        tokens=tokens,
+        cross_entropy=loss / tokens,
+        perplexity=math.exp(min(loss / tokens, 700)),
+        bits_per_byte=loss / math.log(2) / size if size else None,
+        mean_steps=mean_steps,
+        step_shares=shares,
+        kv_entries=1 + mean_steps,
+        flops=flops / tokens,
+        passes=passes,
+    )
+
+
+def settings(model: PonderLM, threshold: float | None, bias: float | None, refinements: Sequence[int]) -> list[Setting]:
+    """Soft and hard × jacobi(R) for every R given, and exact; without a router soft and hard are the same thing."""
+    rules = [True] if model.router is None else [False, True]
+    ways = [None] if model.ponder_config.steps == 0 else [*refinements, None]
+    return [Setting(model.pruning(hard, threshold, bias), way) for hard in rules for way in ways]
+
+
+def windows(tokens: Sequence[int], length: int) -> Iterator[Tensor]:
+    """Cut a text into samples (1, up to length + 1) that overlap in one token: all tokens but the first are predicted."""
+    for start in range(0, len(tokens) - 1, length):
+        yield torch.tensor([tokens[start : start + length + 1]])

@@ -1,0 +1,167 @@
+"""What a run writes about itself: one JSON object a step, TensorBoard events, progress on the terminal."""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_ponder.config import LoggingConfig
+from megatron_ponder.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """All records of a run, in order; a last line cut off by a crash is left out."""
+    records = []
+    for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricsLog:
+    """The record of a run on disk, written by rank 0 alone."""
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, first_step: int) -> None:
+        """Open for appending; what an interrupted run wrote after its last checkpoint is dropped.
+
+        Args:
+            run_dir: the run's folder.
+            config: what to write.
+            first_step: steps done; later records are dropped.
+        """
+        path = run_dir / METRICS
+        kept = [record for record in read_metrics(run_dir) if record["step"] <= first_step] if path.exists() else []
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        aside.rename(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._board, self._wandb = None, None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1)
+        if config.wandb_project is not None:
+            self._wandb = _start_wandb(run_dir, config.wandb_project)
+
+    def write(self, record: Mapping[str, float | int | list]) -> None:
+        """Append one record; `step` says which step it belongs to."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(run_dir: Path, project: str):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "logging.wandb_project is set, but wandb is missing; pip install 'megatron_ponder[wandb]'"
+        ) from error
+    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_dir.name)
+
+
+class RunProgress:
+    """A bar on a terminal, plain lines elsewhere; the same words on both.
+
+    Use as a context manager around the loop.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, interval: int, shown: bool) -> None:
+        """Show progress on this rank.
+
+        Args:
+            total_steps: of the run.
+            first_step: steps done before.
+            interval: steps between plain lines.
+            shown: false on all ranks but one.
+        """
+        self._total, self._interval, self._shown = total_steps, interval, shown
+        self._bar = None
+        self._recent: deque[float] = deque([time.monotonic()], maxlen=50)
+        if shown and sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("[bold]training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[words]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(),
+            )
+            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, words="")
+
+    def __enter__(self) -> "RunProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, record: Mapping[str, float]) -> None:
+        """Show a finished step."""
+        if not self._shown:
+            return
+        self._recent.append(time.monotonic())
+        words = (
+            f"loss {record['loss']:.4f}  steps/token {record['mean_steps']:.2f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], words=words)
+        elif record["step"] % self._interval == 0 or record["step"] == self._total:
+            pace = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
+            left = _duration(pace * (self._total - record["step"]))
+            print(f"step {record['step']}/{self._total}  {words}  left {left}", flush=True)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        if not self._shown:
+            return
+        if self._bar is not None:
+            self._bar.console.print(message, highlight=False, markup=False)
+        else:
+            print(message, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def prepare_run_dir(run_dir: Path, config_yaml: str) -> None:
+    """Create the run folder and store the resolved configuration in it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    aside = run_dir / ".config.yaml.partial"
+    aside.write_text(config_yaml, encoding="utf-8")
+    os.replace(aside, run_dir / "config.yaml")

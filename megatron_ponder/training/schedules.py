@@ -1,0 +1,37 @@
+"""What changes from step to step: pure functions of the configuration and the step, so that a resume needs no state."""
+
+import hashlib
+import math
+
+from megatron_ponder.config import OptimizerConfig, PonderConfig
+
+
+def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Linear warm-up, then a cosine down to the configured share of the peak.
+
+    Args:
+        step: optimiser steps done before this one.
+        total_steps: length of the schedule.
+    """
+    warmup = round(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    lowest = config.min_learning_rate_fraction
+    return config.learning_rate * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def refinements(step: int, seed: int, config: PonderConfig) -> int:
+    """R of this optimiser step: drawn uniformly from the configured set, the same on every rank and after a resume."""
+    choices = config.refinement_choices
+    digest = hashlib.sha256(f"refinements/{seed}/{step}".encode()).digest()
+    return choices[int.from_bytes(digest[:8], "little") % len(choices)]
+
+
+def penalty_weight(step: int, config: PonderConfig) -> float:
+    """λ of this optimiser step: 0 until `penalty_start`, linear up to `penalty_end`, full from there."""
+    if step < config.penalty_start:
+        return 0.0
+    if step >= config.penalty_end:
+        return config.penalty_weight
+    return config.penalty_weight * (step - config.penalty_start) / (config.penalty_end - config.penalty_start)

@@ -1,0 +1,108 @@
+"""What a run is made of, checked against each other before anything is written: tokenizer, data, model."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ponder.checkpoint.load import load_weights
+from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint
+from megatron_ponder.config import Config
+from megatron_ponder.data.dataset import TokenDataset, build_datasets
+from megatron_ponder.data.manifest import check_vocabulary, fingerprint, read_manifest
+from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ponder.errors import UserError
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.sharding import initialize
+
+
+@dataclass
+class RunParts:
+    """What a run needs besides its configuration.
+
+    Attributes:
+        datasets: by split: train, valid, test; a split without weight is absent.
+        data_fingerprint: of the dataset.
+        tokenizer: None if none is configured.
+        eod_id: end-of-document token; None if unknown.
+    """
+
+    datasets: dict[str, TokenDataset]
+    data_fingerprint: str
+    tokenizer: Tokenizer | None
+    eod_id: int | None
+
+
+def open_parts(config: Config) -> tuple[Config, RunParts]:
+    """Open tokenizer and data, fill in the vocabulary size, and refuse what does not fit together.
+
+    Raises:
+        UserError: for a missing or damaged dataset, a tokenizer that is not the dataset's, ids beyond the vocabulary.
+    """
+    if not config.data.path:
+        raise UserError("data.path is empty; give the prefix that tools/preprocess_data.py wrote (without .bin)")
+    tokenizer = load_tokenizer(Path(config.tokenizer.path)) if config.tokenizer.path else None
+    datasets = build_datasets(config.data.path, config.data.split, config.data.sequence_length, config.training.seed)
+    if "train" not in datasets:
+        raise UserError(f'data.split "{config.data.split}" leaves nothing to train on; give its first part a weight')
+    manifest = read_manifest(config.data.path)
+    if manifest is not None and tokenizer is not None and manifest.tokenizer != tokenizer.fingerprint:
+        raise UserError(
+            f"{config.data.path} was made with another tokenizer than {config.tokenizer.path}; set tokenizer.path to "
+            "the one it was made with, or preprocess the data again"
+        )
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        known = tokenizer or manifest
+        if known is None:
+            raise UserError("model.vocab_size is not given and there is no tokenizer to take it from; set one of them")
+        vocab_size = known.vocab_size
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave "
+            "model.vocab_size out to take the tokenizer's"
+        )
+    check_vocabulary(config.data.path, vocab_size)
+    eod_id = next((known.eod_id for known in (tokenizer, manifest) if known is not None), None)
+    if config.data.reset_at_eod and eod_id is None:
+        raise UserError("data.reset_at_eod needs to know the end-of-document token; set tokenizer.path")
+    return config, RunParts(datasets, fingerprint(config.data.path), tokenizer, eod_id)
+
+
+def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | None) -> PonderLM:
+    """The model in fp32, with initial weights from the seed or those of a checkpoint.
+
+    Args:
+        config: resolved, with a vocabulary size.
+        parts: of the run.
+        mesh: the ranks.
+        checkpoint: whose weights to take; else `checkpoint.initialize_from`, else none.
+
+    Raises:
+        UserError: if the checkpoint is damaged or of another model.
+    """
+    model = PonderLM(config.model, config.ponder, mesh, parts.eod_id if config.data.reset_at_eod else None)
+    model.transformer.recompute = config.training.recompute == "block"
+    source = checkpoint
+    if source is None and config.checkpoint.initialize_from is not None:
+        source = resolve_checkpoint(Path(config.checkpoint.initialize_from))
+    if source is None:
+        initialize(model, config.training.seed)
+        return model
+    _check_same_model(config, read_config_of(source), source)
+    load_weights(model, read_weights(source))
+    return model
+
+
+def _check_same_model(config: Config, stored: Config, source: Path) -> None:
+    """Name the first setting in which a checkpoint's model differs; shapes alone would not tell all of them."""
+    sections = (("model", config.model, stored.model), ("ponder", config.ponder, stored.ponder))
+    matters = {"model": None, "ponder": ("mode", "max_steps", "router_hidden_size", "embedding_scale")}
+    for section, ours, theirs in sections:
+        for name in matters[section] or [n for n in vars(ours) if n not in ("max_position_embeddings", "init_std")]:
+            have, stored_value = getattr(ours, name), getattr(theirs, name)
+            if have != stored_value:
+                raise UserError(
+                    f"{section}.{name} is {have}, but {source} was trained with {stored_value}; "
+                    f"set --{section}.{name} {stored_value}"
+                )

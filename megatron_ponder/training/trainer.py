@@ -1,0 +1,159 @@
+"""The training loop, from a configuration to a trained run folder."""
+
+import math
+import time
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ponder.config import Config, data_parallel_size, to_yaml
+from megatron_ponder.data.loader import batches, validation_batches
+from megatron_ponder.evaluation.plots import plot_training
+from megatron_ponder.parallel.collectives import together
+from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.training.checkpoint import Checkpointer, check_resumable, find_resume
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.metrics import MetricsLog, RunProgress, prepare_run_dir
+from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
+from megatron_ponder.training.setup import RunParts, build_model, open_parts
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Train, or go on training, in the configured run folder.
+
+    Args:
+        config: resolved and validated.
+        device: of this rank, inside a process group.
+
+    Raises:
+        UserError: on every rank, for whatever the user has to change.
+    """
+    data_size = data_parallel_size(config, dist.get_world_size())
+    config, parts = together(lambda: open_parts(config))
+    resumed = together(lambda: find_resume(config))
+    fingerprints = (parts.data_fingerprint, parts.tokenizer.fingerprint if parts.tokenizer else None)
+    manifest = None if resumed is None else together(lambda: check_resumable(resumed, config, *fingerprints))
+    mesh = build_mesh(device, config.parallel.tensor, config.parallel.pipeline, data_size)
+    model = together(lambda: build_model(config, parts, mesh, resumed))
+    run_dir, leader = Path(config.training.run_dir), dist.get_rank() == 0
+    together(lambda: prepare_run_dir(run_dir, to_yaml(config)) if leader else None)
+
+    engine = Engine(Objective(model), config, mesh)
+    step, samples = 0, 0
+    if manifest is not None:
+        step, samples = manifest.step, manifest.samples
+        if step > 0:
+            together(lambda: engine.restore(resumed, step))
+    checkpointer = Checkpointer(config, Path(config.tokenizer.path) if parts.tokenizer else None, fingerprints)
+    log = together(lambda: MetricsLog(run_dir, config.logging, step) if leader else None)
+    with RunProgress(config.training.steps, step, config.logging.interval, shown=leader) as progress:
+        progress.say(_headline(config, mesh, parts, step))
+        _loop(config, mesh, parts, engine, checkpointer, log, progress, step, samples)
+        if leader:
+            log.close()
+            progress.say(f"loss plot in {plot_training(run_dir)}")
+
+
+def _loop(
+    config: Config,
+    mesh: Mesh,
+    parts: RunParts,
+    engine: Engine,
+    checkpointer: Checkpointer,
+    log: MetricsLog | None,
+    progress: RunProgress,
+    step: int,
+    samples: int,
+) -> None:
+    training = config.training
+    pruning = engine.objective.model.pruning(hard=False, bias=0.0)
+    tokens_per_step = training.global_batch_size * config.data.sequence_length
+    loader = batches(
+        parts.datasets["train"],
+        samples,
+        training.global_batch_size,
+        training.micro_batch_size,
+        mesh.data.rank,
+        mesh.data.size,
+        config.data.num_workers,
+        pin_memory=mesh.device.type == "cuda",
+    )
+    while step < training.steps:
+        started = time.perf_counter()
+        rate = learning_rate(step, training.steps, config.optimizer)
+        penalty = penalty_weight(step, config.ponder)
+        r = refinements(step, training.seed, config.ponder)
+        sums = 0
+        for tokens in next(loader):
+            tokens = tokens.to(mesh.device, non_blocking=True)
+            sums = sums + engine.forward_backward(tokens, r, pruning, penalty, scale=1 / tokens_per_step)
+        norm = engine.step(rate)
+        step, samples = step + 1, samples + training.global_batch_size
+        tally = _sum_over_data_ranks(sums, mesh)
+        record = {
+            "step": step,
+            "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
+            "cross_entropy": tally.mean_loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "mean_steps": tally.mean_steps,
+            "tokens_per_second": tokens_per_step / (time.perf_counter() - started),
+            "samples": samples,
+            "penalty": tally.penalty / tally.tokens,
+            "penalty_weight": penalty,
+            "refinements": r,
+            "step_histogram": tally.steps,
+        }
+        last = step == training.steps
+        if "valid" in parts.datasets and training.eval_interval and (last or step % training.eval_interval == 0):
+            tally = validate(config, mesh, parts, engine)
+            record |= {"validation_loss": tally.mean_loss, "validation_mean_steps": tally.mean_steps}
+            progress.say(f"step {step}  validation loss {tally.mean_loss:.4f}  steps/token {tally.mean_steps:.2f}")
+        if log is not None:
+            log.write(record)
+        progress.update(record)
+        if last or step % config.checkpoint.interval == 0:
+            progress.say(f"step {step}  saved {checkpointer.save(engine, step, samples)}")
+
+
+@torch.no_grad()
+def validate(config: Config, mesh: Mesh, parts: RunParts, engine: Engine) -> Tally:
+    """Cross-entropy and steps on the first validation samples, with the soft mask and the largest R of training."""
+    dataset = parts.datasets["valid"]
+    count = min(config.training.eval_samples, dataset.samples_per_epoch)
+    r = config.ponder.evaluation_refinements
+    pruning = engine.objective.model.pruning(hard=False, bias=0.0)
+    own = validation_batches(dataset, count, config.training.micro_batch_size, mesh.data.rank, mesh.data.size)
+    # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
+    rounds = math.ceil(math.ceil(count / mesh.data.size) / config.training.micro_batch_size)
+    filler = torch.zeros(1, 2, dtype=torch.long)
+    sums: Tensor | int = 0
+    for tokens, _ in zip_longest(own, range(rounds)):
+        counted = tokens is not None
+        _, part = engine.objective((tokens if counted else filler).to(mesh.device), r, pruning)
+        sums = sums + (part if counted else torch.zeros_like(part))
+    return _sum_over_data_ranks(sums, mesh)
+
+
+def _sum_over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
+    if mesh.data.size > 1:
+        dist.all_reduce(sums, group=mesh.data.group)
+    return Tally.of(sums)
+
+
+def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:
+    ponder, training = config.ponder, config.training
+    steps = {"vanilla": "no additional steps", "fixed": f"{ponder.max_steps} additional steps"}.get(
+        ponder.mode, f"up to {ponder.max_steps} additional steps"
+    )
+    start = f"going on after step {step}" if step else "starting"
+    return (
+        f"{start}: {config.model.family}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}, "
+        f"{mesh.data.size} data-parallel ranks, ZeRO {config.parallel.zero_stage}; "
+        f"{parts.datasets['train'].samples_per_epoch:,} samples of {config.data.sequence_length} tokens an epoch, "
+        f"{training.global_batch_size} a step"
+    )

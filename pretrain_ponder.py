@@ -1,0 +1,26 @@
+"""Pretrain a PonderLM.
+
+    python pretrain_ponder.py --config FILE.yaml [--section.key value ...]
+
+The same command runs as one process, under torchrun, srun or mpirun. `--help` lists every key.
+"""
+
+import sys
+
+from megatron_ponder.config import read_config
+from megatron_ponder.errors import command
+from megatron_ponder.launch import discover, process_group
+
+
+@command
+def main() -> None:
+    """Read the configuration, join the other ranks, train."""
+    config = read_config(sys.argv[1:])
+    from megatron_ponder.training.trainer import train  # here, so that a wrong configuration is answered at once
+
+    with process_group(discover()) as device:
+        train(config, device)
+
+
+if __name__ == "__main__":
+    main()
