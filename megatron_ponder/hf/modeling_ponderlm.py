@@ -97,8 +97,7 @@ class PonderLMPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
         elif isinstance(module, RouterOutput):
             nn.init.zeros_(module.weight)
-            if not getattr(module.bias, "_is_hf_initialized", False):  # a slice loses this mark of a loaded weight
-                module.bias[-1] = ROUTER_INITIAL_BIAS
+            module.bias[-1] = ROUTER_INITIAL_BIAS
 
 
 class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
@@ -171,7 +170,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
     def _run_passes(self, ids_BL: Tensor, present_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Growth passes, Jacobi refinements and the final pass: fused hidden states (B, L, H), K̂ (B, L)."""
         steps, refinements = self.config.ponder_steps, self.config.ponder_jacobi_iterations
-        positions, documents = _documents(ids_BL, present_BL, self.config.ponder_eod_id)
+        positions, documents = document_layout(ids_BL, present_BL, self.config.ponder_eod_id)
         tokens_BLSH = self.model.embed(ids_BL).unsqueeze(2)
         inputs, log_w = tokens_BLSH, None
         # Pass i = 0, 1, .. runs i + 1 slots of every token, up to K + 1.
@@ -281,7 +280,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         }
 
 
-def _documents(ids_BL: Tensor, present_BL: Tensor | None, eod_id: int | None) -> tuple[Tensor, Tensor | None]:
+def document_layout(ids_BL: Tensor, present_BL: Tensor | None, eod_id: int | None) -> tuple[Tensor, Tensor | None]:
     """RoPE positions (B or 1, L), and document numbers (B, L) if attention is to stay within documents.
 
     Padding belongs to document -1 and does not count in positions.

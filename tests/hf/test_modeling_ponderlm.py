@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
-from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from megatron_ponder.hf.layers_ponderlm import fold
+from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM, document_layout
+from megatron_ponder.model.passes import interleaving
 from tests.hf.exported import hugging_face
 from tests.models import random_tokens, small_model
 
@@ -151,8 +153,37 @@ def test_documents_are_kept_apart():
     assert (cached.logits - model.head(exact.output_BLH)).abs().max() < 1e-10
     last_document = 6 + cached.executed_steps[0, 7:].sum()
     assert cached.past_key_values.lengths[0] == last_document
+    assert cached.past_key_values.positions.tolist() == [6, 10]
     generated = twin.generate(tokens[:, :7], attention_mask=torch.ones(2, 7), max_new_tokens=6)
     assert torch.equal(generated, oracle(model, tokens[:, :7], 6)[0])
+
+
+def test_layout_of_documents_and_padding():
+    """Attention sees differences of positions only, so that nothing else would notice positions that never restart."""
+    eod_id, pad = 1, 1
+    tokens = torch.tensor([[5, 1, 6, 7, 1, 1, 8, 9], [5, 6, 1, 7, 8, 9, 5, 1]])
+    expected = interleaving(tokens, eod_id)
+    positions, documents = document_layout(tokens, None, eod_id)
+    assert torch.equal(positions, expected.positions_BL)
+    assert torch.equal(documents, expected.documents_BL)
+
+    padded = torch.tensor([[pad, pad, 5, 1, pad, 6, 7, pad]])
+    present = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0]]).bool()
+    positions, documents = document_layout(padded, present, eod_id)
+    assert positions[present].tolist() == [0, 1, 0, 1]
+    assert documents.tolist() == [[-1, -1, 0, 0, -1, 1, 1, -1]]
+    positions, documents = document_layout(padded, present, None)
+    assert positions[present].tolist() == [0, 1, 2, 3]
+    assert documents.tolist() == [[-1, -1, 0, 0, -1, 0, 0, -1]]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-4), (torch.float32, 1e-6)])
+def test_folded_keys_keep_their_weight(dtype, tolerance):
+    log_w = -torch.linspace(0, 9.2, 50).unsqueeze(0)
+    empty = torch.zeros(1, 2, 50, 8, dtype=dtype)
+    q, k, _ = fold(empty, empty, empty, log_w)
+    logits = (q.double() * k.double()).sum(-1) / math.sqrt(8)
+    assert (logits - log_w).abs().max() < tolerance
 
 
 def test_beam_search():

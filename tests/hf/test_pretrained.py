@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_ponder.checkpoint.load import load_weights
@@ -94,6 +94,16 @@ def test_configurations_of_older_versions(tmp_path):
     del written["rope_parameters"]
     path.write_text(json.dumps(written | {"rope_theta": 700.0}))
     assert import_pretrained(tmp_path)[1].model.rope_theta == 700.0
+
+
+def test_a_tied_head_that_was_saved_all_the_same(tmp_path):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
+    weights, config = import_pretrained(tmp_path, VANILLA)
+    assert config.model.tie_embeddings
+    assert "head.weight" not in weights
 
 
 def test_a_plain_model_gets_a_fresh_router(tmp_path):
