@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.model.rope import Rotation, rotate
+from megatron_ponder.parallel.collectives import copy_to_ranks
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import ShardedModule, normal
@@ -120,6 +121,7 @@ class Attention(ShardedModule):
         if log_w_BT is None:
             q, k = rotate(q, angles), rotate(k, angles)
         else:
+            log_w_BT = copy_to_ranks(log_w_BT, self.axis)  # every rank's heads add to its gradient
             q = rotate(q, angles, query_channels(q, self.head_size))
             k = rotate(k, angles, key_channels(log_w_BT, self.head_size, k.dtype))
             v = F.pad(v, (0, FOLDED_CHANNELS))

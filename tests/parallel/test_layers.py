@@ -1,0 +1,168 @@
+"""Parallel layers, loss and collectives over two ranks equal one process in outputs and all gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ponder.parallel.collectives import copy_to_ranks, gather_from_ranks
+from megatron_ponder.parallel.layers import (
+    ColumnParallelLinear,
+    LayerNorm,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    _RMSNormFunction,
+)
+from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
+from megatron_ponder.parallel.mesh import Axis, Mesh
+from megatron_ponder.parallel.sharding import ShardedModule, initialize, normal
+from tests.distributed import run_distributed
+from tests.parallel.gathered import Part, assert_equal_to_one_process, gradients
+
+IN, OUT, VOCAB = 6, 8, 14
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def part(whole: Tensor, axis: Axis, dim: int | None) -> Tensor:
+    """This rank's part of a tensor, as a leaf that wants a gradient."""
+    local = whole if dim is None else whole.chunk(axis.size, dim)[axis.rank]
+    return local.clone().requires_grad_()
+
+
+def evaluate(module: ShardedModule, x: Tensor, x_dim: int | None, y_dim: int | None, axis: Axis) -> dict[str, Part]:
+    """Output and gradients of a layer under a loss that weighs every output differently."""
+    initialize(module.double(), seed=3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1)  # biases begin at 0
+    if x.is_floating_point():
+        x = part(x, axis, x_dim)
+    y = module(x)
+    whole_shape = [*y.shape[:-1], y.shape[-1] * (axis.size if y_dim is not None else 1)]
+    (y * part(random(*whole_shape, seed=1), axis, y_dim).detach()).sum().backward()
+    result = {"y": Part(y.detach(), y_dim), **gradients(module)}
+    return result | {"grad x": Part(x.grad, x_dim)} if x.is_floating_point() else result
+
+
+def cross_entropy(axis: Axis, dtype: torch.dtype, scale: float) -> dict[str, Part]:
+    logits = part(scale * random(2, 5, VOCAB, dtype=dtype), axis, -1)
+    loss = vocab_parallel_cross_entropy(logits, labels(), axis)
+    (loss * random(2, 5, seed=2, dtype=loss.dtype)).sum().backward()
+    return {"loss": Part(loss.detach()), "grad": Part(logits.grad, -1)}
+
+
+def labels() -> Tensor:
+    """Labels at both ends of both ranks' parts."""
+    return torch.tensor([[0, VOCAB // 2 - 1, VOCAB // 2, VOCAB - 1, 3], [9, 9, 0, 1, 12]])
+
+
+def gather(axis: Axis) -> dict[str, Part]:
+    x = part(random(3, OUT), axis, -1)
+    y = gather_from_ranks(x, axis)
+    (y * random(3, OUT, seed=1)).sum().backward()
+    return {"y": Part(y.detach()), "grad x": Part(x.grad, -1)}
+
+
+def copy(axis: Axis) -> dict[str, Part]:
+    x = part(random(3, OUT), axis, None)
+    y = copy_to_ranks(x, axis) * part(random(OUT, 3, seed=1).T, axis, None).detach()
+    (y.chunk(axis.size, -1)[axis.rank]).sum().backward()
+    return {"grad x": Part(x.grad)}
+
+
+CASES = {
+    "column": lambda a: evaluate(ColumnParallelLinear(IN, OUT, a, normal(1)), random(2, 3, IN), None, -1, a),
+    "column, bias": lambda a: evaluate(ColumnParallelLinear(IN, OUT, a, normal(1), True), random(3, IN), None, -1, a),
+    "row": lambda a: evaluate(RowParallelLinear(IN, OUT, a, normal(1)), random(2, 3, IN), -1, None, a),
+    "row, bias": lambda a: evaluate(RowParallelLinear(IN, OUT, a, normal(1), True), random(3, IN), -1, None, a),
+    "embedding": lambda a: evaluate(VocabParallelEmbedding(VOCAB, OUT, a, normal(1)), labels(), None, None, a),
+    "rms norm": lambda a: evaluate(RMSNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),
+    "layer norm": lambda a: evaluate(LayerNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),
+    "gather": gather,
+    "copy": copy,
+    "cross-entropy": lambda a: cross_entropy(a, torch.float64, 3),
+    "cross-entropy, fp32": lambda a: cross_entropy(a, torch.float32, 3),
+    "cross-entropy, bf16": lambda a: cross_entropy(a, torch.bfloat16, 3),
+    "cross-entropy, large logits": lambda a: cross_entropy(a, torch.float64, 300),
+}
+TOLERANCES = {"cross-entropy, fp32": 1e-6, "cross-entropy, bf16": 2**-8}
+
+
+def all_cases(mesh: Mesh) -> dict[str, dict[str, Part]]:
+    """Runs on every rank."""
+    return {name: case(mesh.tensor) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, dict[str, Part]]]:
+    return run_distributed(all_cases, 2, tensor=2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(two_ranks, case):
+    ranks = [results[case] for results in two_ranks]
+    assert_equal_to_one_process(ranks, CASES[case](Axis()), TOLERANCES.get(case, 1e-12))
+
+
+# One process against PyTorch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "tolerance"),
+    [(torch.float64, 3, 1e-12), (torch.float64, 300, 1e-12), (torch.float32, 3, 1e-6), (torch.bfloat16, 3, 1e-6)],
+)
+def test_cross_entropy_equals_torch(dtype, scale, tolerance):
+    got = cross_entropy(Axis(), dtype, scale)
+    logits = (scale * random(2, 5, VOCAB, dtype=dtype)).requires_grad_()
+    wide = logits.to(torch.promote_types(dtype, torch.float32))
+    loss = F.cross_entropy(wide.flatten(0, 1), labels().flatten(), reduction="none").view(2, 5)
+    (loss * random(2, 5, seed=2, dtype=loss.dtype)).sum().backward()
+    assert got["loss"].tensor.dtype == wide.dtype
+    assert got["grad"].tensor.dtype == dtype
+    torch.testing.assert_close(got["loss"].tensor, loss.detach(), rtol=tolerance, atol=tolerance)
+    rounding = 2**-8 if dtype == torch.bfloat16 else tolerance
+    torch.testing.assert_close(got["grad"].tensor, logits.grad, rtol=rounding, atol=tolerance)
+
+
+def test_cross_entropy_gradient_by_finite_differences():
+    logits = random(4, VOCAB).requires_grad_()
+    torch.autograd.gradcheck(lambda x: vocab_parallel_cross_entropy(x, labels()[0, :4], Axis()), logits)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The formula."""
+    return x / ((x * x).mean(-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def test_rms_norm_equals_its_formula_with_gradients():
+    x, weight = random(3, 4, OUT).requires_grad_(), random(OUT, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNormFunction.apply(x, w, 1e-2), (x, weight))
+    got, expected = _RMSNormFunction.apply(x, weight, 1e-2), rms_norm(x, weight, 1e-2)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(got, F.rms_norm(x, (OUT,), weight, 1e-2), rtol=1e-13, atol=1e-13)  # the GPU's path
+    tangent = random(3, 4, OUT, seed=2)
+    grads = torch.autograd.grad(got, (x, weight), tangent), torch.autograd.grad(expected, (x, weight), tangent)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_rms_norm_in_low_precision(dtype, tolerance, scale):
+    hidden = 256
+    inputs = [(scale * random(7, hidden)).to(dtype), random(hidden, seed=1, dtype=dtype)]
+    tangent = random(7, hidden, seed=2, dtype=dtype)
+    results = []
+    for kind in (dtype, torch.float64):
+        x, weight = (tensor.to(kind).requires_grad_() for tensor in inputs)
+        norm = _RMSNormFunction.apply if kind == dtype else rms_norm
+        y = norm(x, weight, 1e-5)
+        assert y.dtype == kind
+        results.append([y.detach(), *torch.autograd.grad(y, (x, weight), tangent.to(kind))])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()
