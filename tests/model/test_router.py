@@ -1,0 +1,122 @@
+"""The router's numbers: distributions, tails, the hard rule and the fusion."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_ponder.config import ModelConfig, PonderConfig
+from megatron_ponder.model.attention import DEAD
+from megatron_ponder.model.router import Pruning, Router, fusion_weights, key_log_weights, route
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.sharding import initialize
+
+thresholds = st.sampled_from([0.0, 1e-30, 1e-4, 0.3, 0.999, 1.0]) | st.floats(0, 1)
+
+
+@st.composite
+def logit_tensors(draw) -> Tensor:
+    """(tokens, K + 1), with gaps from none to far beyond what exp can hold."""
+    options, scale = draw(st.integers(2, 6)), draw(st.sampled_from([1.0, 10.0, 200.0, 2000.0]))
+    row = st.lists(st.floats(-1, 1), min_size=options, max_size=options)
+    return scale * torch.tensor(draw(st.lists(row, min_size=1, max_size=4)), dtype=torch.float64)
+
+
+def soft(threshold: float = 1e-4, bias: float = 0.0) -> Pruning:
+    return Pruning(hard=False, threshold=threshold, bias=bias)
+
+
+@given(logits=logit_tensors())
+def test_s_is_a_distribution_and_w_its_tails(logits):
+    routing = route(logits, soft())
+    s, w = routing.log_s.exp(), routing.log_w.exp()
+    torch.testing.assert_close(s, logits.softmax(-1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(s.sum(-1), torch.ones(len(logits), dtype=s.dtype), rtol=1e-9, atol=1e-9)
+    tails = torch.stack([logits.softmax(-1)[:, k:].sum(-1) for k in range(logits.shape[1])], -1)
+    torch.testing.assert_close(w, tails, rtol=1e-9, atol=1e-12)
+    assert (routing.log_w[:, 0] == 0).all()
+    assert (routing.log_w.diff(dim=-1) <= 0).all()
+    assert routing.log_w.isfinite().all()
+
+
+@given(logits=logit_tensors(), threshold=thresholds)
+def test_executed_steps_by_their_definition(logits, threshold):
+    routing = route(logits, soft(threshold))
+    for log_w, executed in zip(routing.log_w, routing.executed, strict=True):
+        assert int(executed) == max(k for k, weight in enumerate(log_w.exp().tolist()) if weight >= threshold)
+
+
+@settings(max_examples=200)
+@given(logits=logit_tensors(), threshold=thresholds, hard=st.booleans())
+def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, hard):
+    pruning = Pruning(hard, threshold)
+    routing = route(logits, pruning)
+    weights = fusion_weights(routing, pruning)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(logits), dtype=weights.dtype), rtol=1e-9, atol=1e-9)
+    s, w = routing.log_s.exp(), routing.log_w.exp()
+    for token, last in enumerate(routing.executed.tolist()):
+        if not hard:
+            assert torch.equal(weights[token], s[token])
+            continue
+        assert torch.equal(weights[token, :last], s[token, :last])
+        assert weights[token, last] == w[token, last]  # takes the remaining mass
+        assert not weights[token, last + 1 :].any()
+
+
+@given(logits=logit_tensors(), threshold=thresholds)
+def test_steps_that_do_not_run_are_dead_as_keys(logits, threshold):
+    routing = route(logits, soft(threshold))
+    assert torch.equal(key_log_weights(routing, soft(threshold)), routing.log_w)
+    hard = key_log_weights(routing, Pruning(True, threshold))
+    for token, last in enumerate(routing.executed.tolist()):
+        assert torch.equal(hard[token, : last + 1], routing.log_w[token, : last + 1])
+        assert (hard[token, last + 1 :] == DEAD).all()
+
+
+@given(logits=logit_tensors(), bias=st.floats(-5, 5))
+def test_bias_is_added_once_for_each_step(logits, bias):
+    shifted = logits + bias * torch.arange(logits.shape[1])
+    torch.testing.assert_close(route(logits, soft(bias=bias)).log_w, route(shifted, soft()).log_w)
+    more = route(logits, soft(0.3, bias + 1)).executed
+    assert (more >= route(logits, soft(0.3, bias)).executed).all()
+
+
+def test_bias_does_not_touch_the_given_logits():
+    logits = torch.zeros(2, 3)
+    route(logits, soft(bias=1.0))
+    assert not logits.any()
+
+
+@pytest.mark.parametrize("gap", [10.0, 80.0, 200.0, 5000.0])
+def test_log_w_keeps_value_and_gradient_where_w_underflows(gap):
+    logits = torch.tensor([0.0, -gap, -2 * gap], requires_grad=True)
+    log_w = route(logits, soft()).log_w
+    torch.testing.assert_close(log_w, torch.tensor([0.0, -gap, -2 * gap]), rtol=1e-6, atol=1e-4)
+    for step in (1, 2):
+        gradient = torch.autograd.grad(log_w[step], logits, retain_graph=True)[0]
+        expected = torch.zeros(3)
+        expected[step], expected[0] = 1, -1  # d log w_k = d g_k - d g_0 where step 0 has all the mass
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_by_finite_differences():
+    logits = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: route(x, soft(bias=0.3))[:2], logits)
+
+
+@pytest.mark.parametrize("hidden", [0, 12])
+def test_router_computes_in_fp32_and_begins_near_fixed(hidden):
+    ponder = PonderConfig(max_steps=3, router_hidden_size=hidden, router_initial_bias=2.0)
+    router = Router(ModelConfig(hidden_size=16), ponder, Axis())
+    initialize(router, seed=0)
+    h = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(router(h), torch.tensor([0.0, 0.0, 0.0, 2.0]).expand(2, 5, 4))
+    assert router.to(torch.bfloat16)(h.bfloat16()).dtype == torch.float32
+    assert router.double()(h.double()).dtype == torch.float64
+    router.output.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    inner = (
+        h.double() if not hidden else torch.nn.functional.gelu(h.double() @ router.hidden.weight.T + router.hidden.bias)
+    )
+    torch.testing.assert_close(router(h.double()), inner @ router.output.weight.T + router.output.bias)
