@@ -97,7 +97,8 @@ class PonderLMPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
         elif isinstance(module, RouterOutput):
             nn.init.zeros_(module.weight)
-            module.bias[-1] = ROUTER_INITIAL_BIAS
+            if not getattr(module.bias, "_is_hf_initialized", False):  # a slice loses this mark of a loaded weight
+                module.bias[-1] = ROUTER_INITIAL_BIAS
 
 
 class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.layers_ponderlm import fold
@@ -262,6 +263,18 @@ def test_saving_and_loading(tmp_path):
     expected = twin.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_what_is_missing_is_initialised_and_no_more(tmp_path):
+    twin = hugging_face(varied_model().float())
+    twin.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["router.output.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    loaded = PonderLMForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert not loaded.pop("router.output.weight").any()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.items())
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,7 @@ def built(weights, config):
         lambda: llama(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
         lambda: gpt_neox(use_parallel_residual=True),
         lambda: gpt_neox(use_parallel_residual=False, layer_norm_eps=1e-4),
-        lambda: gpt_neox(
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
-            tie_word_embeddings=True,
-        ),
+        lambda: gpt_neox(rotary_emb_base=100.0, rotary_pct=0.5, tie_word_embeddings=True),
     ],
 )
 @torch.no_grad()
@@ -79,8 +76,7 @@ def test_a_plain_model_computes_what_it_computed(tmp_path, theirs):
 
 
 def test_configurations_of_older_versions(tmp_path):
-    model = gpt_neox(rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5})
-    model.save_pretrained(tmp_path)
+    gpt_neox(rotary_emb_base=100.0, rotary_pct=0.5).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     new = import_pretrained(tmp_path, VANILLA)[1]
     written = json.loads(path.read_text())
