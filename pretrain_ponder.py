@@ -9,14 +9,15 @@ import sys
 
 from megatron_ponder.config import read_config
 from megatron_ponder.errors import command
-from megatron_ponder.launch import discover, process_group
 
 
 @command
 def main() -> None:
     """Read the configuration, join the other ranks, train."""
     config = read_config(sys.argv[1:])
-    from megatron_ponder.training.trainer import train  # here, so that a wrong configuration is answered at once
+    # Imported here, so that a wrong configuration is answered at once.
+    from megatron_ponder.launch import discover, process_group
+    from megatron_ponder.training.trainer import train
 
     with process_group(discover()) as device:
         train(config, device)

@@ -68,7 +68,7 @@ def process_group(launch: Launch) -> Iterator[torch.device]:
     """Join the other ranks for as long as the context lasts, and say on which device this rank computes.
 
     NCCL on GPUs and gloo on CPUs. Also exports the variables that libraries below us read, divides the cores between
-    the ranks of a node, and prepares the CPU (see `prepare_cpu`).
+    the ranks of a node unless OMP_NUM_THREADS says otherwise, and prepares the CPU (see `prepare_cpu`).
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
@@ -79,7 +79,8 @@ def process_group(launch: Launch) -> Iterator[torch.device]:
             )
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_size))
+        share = max(1, (os.cpu_count() or 1) // launch.local_size)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
     prepare_cpu()
     os.environ.update(
         RANK=str(launch.rank),

@@ -1,10 +1,75 @@
 """Fixtures that more than one folder of tests needs."""
 
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
+
+from megatron_ponder.data.preprocessing import preprocess
+from megatron_ponder.data.tokenizer_training import train_tokenizer
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """Several tests and ranks share the cores; small tensors gain nothing from more threads."""
     torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A small real dataset: sources of Python's standard library.
+
+    Attributes:
+        tokenizer: SentencePiece model.
+        dataset: prefix of the indexed dataset.
+        text: one of the files.
+    """
+
+    tokenizer: Path
+    dataset: Path
+    text: Path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    """About 400 KB in 30 documents, 512 tokens."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    files = [path for path in files if 5_000 < path.stat().st_size < 25_000][:30]
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = train_tokenizer(files, folder / "tokenizer", vocab_size=512).path
+    report = preprocess(files, folder / "stdlib", tokenizer, workers=1)
+    return Corpus(Path(tokenizer), Path(report.prefix), files[0])
+
+
+@pytest.fixture
+def run_arguments(corpus, tmp_path) -> list[str]:
+    """A command line that trains a tiny adaptive model for 40 steps in `tmp_path/run`; append overrides."""
+    values = {
+        "model.hidden_size": 16,
+        "model.num_layers": 2,
+        "model.num_heads": 2,
+        "model.ffn_hidden_size": 32,
+        "ponder.max_steps": 2,
+        "ponder.penalty_weight": 0.01,
+        "ponder.penalty_end": 10,
+        "data.path": corpus.dataset,
+        "data.split": "90,10,0",
+        "data.sequence_length": 16,
+        "data.num_workers": 0,
+        "tokenizer.path": corpus.tokenizer,
+        "optimizer.learning_rate": 1e-2,
+        "training.run_dir": tmp_path / "run",
+        "training.steps": 40,
+        "training.global_batch_size": 4,
+        "training.micro_batch_size": 2,
+        "training.precision": "fp32",
+        "training.eval_interval": 20,
+        "training.eval_samples": 6,
+        "checkpoint.interval": 10,
+    }
+    return [f"--{key}={value}" for key, value in values.items()]

@@ -91,17 +91,10 @@ def _byte_counter(loaded: LoadedModel):
 def _table(results: list[Evaluation], loaded: LoadedModel) -> Table:
     ponder = loaded.config.ponder
     table = Table(title=f"{loaded.folder.name}: {ponder.mode}, {results[0].tokens:,} tokens")
-    for heading in (
-        "rule, evaluation",
-        "loss",
-        "perplexity",
-        "bits/byte",
-        "steps/token",
-        "tokens at K̂ = 0..K",
-        "KV/token",
-    ):
-        table.add_column(heading, justify="left" if heading.startswith("rule") else "right")
-    table.add_column("MFLOPs/token", justify="right")
+    table.add_column("rule, evaluation", no_wrap=True)
+    for heading in ("loss", "perplexity", "bits/byte", "steps", "share at 0..K", "KV", "MFLOPs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.caption = "steps, KV entries and FLOPs are per token"
     for result in results:
         table.add_row(
             result.setting,

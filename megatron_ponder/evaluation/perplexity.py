@@ -132,6 +132,6 @@ def settings(model: PonderLM, threshold: float | None, bias: float | None, refin
 
 
 def windows(tokens: Sequence[int], length: int) -> Iterator[Tensor]:
-    """Cut a text into samples (1, up to length + 1) that overlap in one token: all tokens but the first are predicted."""
+    """Cut text into samples (1, up to length + 1) that overlap in one token; all but the first are predicted."""
     for start in range(0, len(tokens) - 1, length):
         yield torch.tensor([tokens[start : start + length + 1]])

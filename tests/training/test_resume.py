@@ -1,0 +1,109 @@
+"""A run that is killed and resumed is the run that was never interrupted, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ponder.checkpoint.store import open_tensors, read_manifest, resolve_checkpoint
+from megatron_ponder.training.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start(arguments, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(REPOSITORY / "pretrain_ponder.py"), *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_after(process, run_dir, step):
+    """SIGKILL to every process of the run once it has recorded this step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and (records := read_metrics(run_dir)) and records[-1]["step"] >= step:
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def essentials(run_dir):
+    """What must not depend on an interruption: everything but times."""
+    records = read_metrics(run_dir)
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def final_state(run_dir):
+    folder = resolve_checkpoint(run_dir)
+    with open_tensors(folder) as tensors:
+        return {
+            (kind, name): tensors.get(kind, name)
+            for kind in ("weight", "exp_avg", "exp_avg_sq")
+            for name in tensors.names(kind)
+        }
+
+
+CASES = [
+    pytest.param(["--parallel.zero_stage=1"], 1, id="zero1-fp32"),
+    pytest.param(["--parallel.zero_stage=0"], 1, id="zero0-fp32", marks=pytest.mark.slow),
+    pytest.param(["--parallel.zero_stage=1", "--training.precision=bf16"], 1, id="zero1-bf16", marks=pytest.mark.slow),
+    pytest.param(["--parallel.zero_stage=2", "--training.precision=bf16"], 2, id="zero2-bf16", marks=pytest.mark.slow),
+    pytest.param(["--parallel.zero_stage=3"], 2, id="zero3-fp32", marks=pytest.mark.slow),
+    pytest.param(["--parallel.zero_stage=3", "--training.precision=bf16"], 2, id="zero3-bf16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "ranks"), CASES)
+def test_killed_and_resumed_equals_uninterrupted(run_arguments, tmp_path, overrides, ranks):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start([*run_arguments, *overrides, f"--training.run_dir={whole}"], ranks))
+
+    arguments = [*run_arguments, *overrides, f"--training.run_dir={broken}", "--checkpoint.resume=auto"]
+    kill_after(start(arguments, ranks), broken, step=14)
+    assert read_manifest(resolve_checkpoint(broken)).step in range(10, 40, 10)
+    output = finish(start(arguments, ranks))
+
+    assert "going on after step" in output
+    assert essentials(broken) == essentials(whole)
+    want, got = final_state(whole), final_state(broken)
+    assert want.keys() == got.keys()
+    for key, tensor in want.items():
+        assert torch.equal(got[key], tensor), key
+
+
+def test_metrics_and_pictures_of_a_run(run_arguments, tmp_path):
+    output = finish(start(run_arguments))
+    run = tmp_path / "run"
+    records = read_metrics(run)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    needed = {"step", "loss", "grad_norm", "learning_rate", "mean_steps", "tokens_per_second", "samples"}
+    assert all(needed <= record.keys() for record in records)
+    assert records[-1]["samples"] == 160
+    assert records[-1]["cross_entropy"] < records[0]["cross_entropy"] - 0.5
+    assert {record["refinements"] for record in records} == {2, 3}
+    assert [record["step"] for record in records if "validation_loss" in record] == [20, 40]
+    assert (run / "training.png").stat().st_size > 10_000
+    assert list(run.glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000030", "step-00000040"]
+    assert "step 40/40" in output
+    assert "tokens/s" in output
