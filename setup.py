@@ -15,7 +15,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19,<0.20",
-        "jsonargparse>=4.40,<5",
+        "jsonargparse[signatures]>=4.40,<5",
         "numpy>=1.26,<3",
         "PyYAML>=6.0,<7",
         "rich>=13.7,<16",
@@ -25,6 +25,7 @@ setup(
         "tokenizers>=0.21,<0.24",
         "transformers>=5.0,<6",
         "matplotlib>=3.8,<4",
+        "protobuf>=4.25,<8",
     ],
     extras_require={
         "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<0.18"],

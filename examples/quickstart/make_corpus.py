@@ -1,6 +1,6 @@
 """Write the text that every machine has: the sources and docs of this Python's standard library, one document a line.
 
-    python examples/quickstart/make_corpus.py --output data/stdlib.jsonl
+python examples/quickstart/make_corpus.py --output data/stdlib.jsonl
 """
 
 import argparse

@@ -1,0 +1,42 @@
+# Two commands do all the set-up: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-all lint bench clean help
+
+help:
+	@echo "make quickstart  train, evaluate, generate and export a small model on real text, on a CPU, in minutes"
+	@echo "make test        the tests, in minutes"
+	@echo "make test-all    the tests with the slow ones"
+	@echo "make lint        ruff"
+	@echo "make bench       the benchmarks"
+
+# PyTorch first and alone: the constraints file pins a version of which there is a build without CUDA.
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev,mpi]' -c constraints.txt
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/soft_mask.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
