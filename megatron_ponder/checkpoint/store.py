@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -36,7 +36,7 @@ class Manifest:
         data_fingerprint: of the dataset that they came from; None if there was none.
         tokenizer_fingerprint: of the tokenizer; None if the checkpoint has none.
         tensors: file that holds each tensor, by `kind/parameter name`.
-        files: size in bytes and sha256 of each file.
+        files: size in bytes and sha256 of each other file.
     """
 
     step: int = 0
@@ -95,7 +95,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(**{**fields, "files": {name: tuple(entry) for name, entry in fields["files"].items()}})
-    except (ValueError, TypeError, KeyError) as error:
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {MANIFEST}, so it is no complete checkpoint; use another one") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged; resume from another checkpoint in {folder.parent}") from error
     if manifest.format != 1:
         raise UserError(f"{folder} has checkpoint format {manifest.format}, this version reads 1; update the package")
@@ -199,8 +201,7 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     except SafetensorError as error:  # safetensors wraps the system's error, a full disk for instance
         raise UserError(f"could not write {path}: {error}; free some space or choose another folder") from error
-    _sync(path)
-    return path.stat().st_size, _sha256(path)
+    return _seal(path)
 
 
 @contextmanager
@@ -227,11 +228,15 @@ def publish(aside: Path, folder: Path) -> None:
 
 
 def write_description(folder: Path, manifest: Manifest, config: Config, tokenizer: Path | None) -> None:
-    """Write what describes the tensors: configuration, a copy of the tokenizer, and last the manifest."""
+    """Write what describes the tensors: configuration, a copy of the tokenizer, and last the manifest of all files."""
     (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    described = [folder / CONFIG]
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder / TOKENIZER)
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+        described += sorted((folder / TOKENIZER).iterdir())
+        _sync(folder / TOKENIZER)
+    files = manifest.files | {path.relative_to(folder).as_posix(): _seal(path) for path in described}
+    (folder / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
 
 
@@ -286,6 +291,12 @@ def write_weights_checkpoint(folder: Path, weights: dict[str, Tensor], config: C
         entry = write_tensors(aside, file, {f"{WEIGHT}/{name}": tensor.float() for name, tensor in weights.items()})
         tensors = {f"{WEIGHT}/{name}": file for name in weights}
         write_description(aside, Manifest(tensors=tensors, files={file: entry}), config, tokenizer)
+
+
+def _seal(path: Path) -> tuple[int, str]:
+    """Make a finished file durable; its size in bytes and sha256."""
+    _sync(path)
+    return path.stat().st_size, _sha256(path)
 
 
 def _sha256(path: Path) -> str:

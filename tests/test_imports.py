@@ -1,0 +1,127 @@
+"""What the package needs before it is used, and which way its imports point."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "megatron_ponder"
+FLOORS = {
+    "errors": 1,
+    "config": 1,
+    "launch": 1,
+    "parallel": 2,
+    "model": 3,
+    "data": 4,
+    "hf": 4,
+    "checkpoint": 4,
+    "training": 5,
+    "inference": 5,
+    "evaluation": 5,
+}
+# Copied into every export, where the package is not installed.
+SHIPPED = ["configuration_ponderlm.py", "modeling_ponderlm.py", "layers_ponderlm.py", "cache_ponderlm.py"]
+LIGHT = ["config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference"]
+OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard"]
+
+IMPORT_WITHOUT_OPTIONAL_PACKAGES = """
+import importlib, pkgutil, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OPTIONAL:
+            raise ImportError(f"{name} is refused")
+
+OPTIONAL = sys.argv[1].split(",")
+sys.meta_path.insert(0, Refuse())
+for refused in OPTIONAL:
+    try:
+        importlib.import_module(refused)
+    except ImportError:
+        continue
+    sys.exit(f"{refused} is not refused")
+for part in sys.argv[2].split(","):
+    module = importlib.import_module(f"megatron_ponder.{part}")
+    print(module.__name__)
+    for found in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        print(importlib.import_module(f"{module.__name__}.{found.name}").__name__)
+import torch
+if torch.cuda.is_initialized() or torch.distributed.is_initialized():
+    sys.exit("importing has side effects")
+"""
+
+
+def test_imports_without_optional_packages():
+    command = [sys.executable, "-c", IMPORT_WITHOUT_OPTIONAL_PACKAGES, ",".join(OPTIONAL), ",".join(LIGHT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    files = [PACKAGE / f"{part}.py" for part in LIGHT if (PACKAGE / f"{part}.py").exists()]
+    files += [path for part in LIGHT for path in (PACKAGE / part).glob("*.py")]
+    assert set(done.stdout.split()) == {module_name(path) for path in files}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything that a file imports, inside functions too."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) + "." if node.level else ""
+            yield from ((node.lineno, f"{base}{node.module or ''}.{alias.name}") for alias in node.names)
+
+
+def part_of(dotted: str) -> str | None:
+    """The part of the package that a dotted name lies in; None outside the package."""
+    first, *rest = dotted.split(".")
+    return rest[0] if first == "megatron_ponder" and rest else None
+
+
+PARTS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
+
+
+def test_every_part_has_a_floor():
+    assert {part_of(module_name(path)) for path in PARTS} == FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", PARTS, ids=module_name)
+def test_imports_point_down(path):
+    own = part_of(module_name(path))
+    for line, dotted in imports(path):
+        other = part_of(dotted)
+        if other is not None and other != own:
+            # floors 1, 4 and 5 hold several parts, which may know of each other
+            assert FLOORS[other] <= FLOORS[own], f"{path}:{line} imports {dotted} from a higher floor"
+        assert dotted.partition(".")[0] not in ("tests", "tools", "benchmarks"), f"{path}:{line}"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_import_nothing_of_the_package_but_each_other(name):
+    others = {f"megatron_ponder.hf.{Path(other).stem}" for other in SHIPPED}
+    for line, dotted in imports(PACKAGE / "hf" / name):
+        if part_of(dotted) is not None:
+            assert dotted.rpartition(".")[0] in others, f"{name}:{line} imports {dotted}"
+
+
+def test_the_package_itself_imports_nothing():
+    assert not list(imports(PACKAGE / "__init__.py"))
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    names = {module_name(path) for path in PARTS}
+    targets = {
+        module_name(path): {name for _, dotted in imports(path) for name in (dotted, dotted.rpartition(".")[0])} & names
+        for path in PARTS
+    }
+    remaining = set(names)
+    while leaves := {name for name in remaining if not targets[name] & remaining}:
+        remaining -= leaves
+    assert not remaining, f"import each other: {sorted(remaining)}"
