@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ponder.config import ModelConfig
@@ -12,6 +12,7 @@ from megatron_ponder.model.passes import PassState, enter_pass, interleaving, le
 from megatron_ponder.model.rope import rotation
 
 EOD = 7
+unhurried = settings(deadline=None)  # first calls of torch are slow
 token_batches = st.integers(1, 9).flatmap(
     lambda length: st.lists(
         st.lists(st.sampled_from([1, 2, EOD]), min_size=length, max_size=length), min_size=1, max_size=3
@@ -19,6 +20,7 @@ token_batches = st.integers(1, 9).flatmap(
 )
 
 
+@unhurried
 @given(steps=st.integers(1, 8), refinements=st.integers(0, 8))
 def test_cost_of_the_passes(steps, refinements):
     slots = pass_slots(steps, refinements)
@@ -29,6 +31,7 @@ def test_cost_of_the_passes(steps, refinements):
     assert all(after - before in (0, 1) for before, after in itertools.pairwise(slots))
 
 
+@unhurried
 @given(refinements=st.integers(0, 8))
 def test_no_steps_take_one_pass(refinements):
     assert pass_slots(0, refinements) == (1,)
@@ -69,6 +72,7 @@ def test_positions_without_documents():
     assert layout.mask(3) is None
 
 
+@unhurried
 @given(batch=token_batches, slots=st.integers(1, 3))
 def test_positions_and_masks_of_documents(batch, slots):
     layout = interleaving(torch.tensor(batch), EOD)

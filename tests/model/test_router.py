@@ -12,6 +12,7 @@ from megatron_ponder.model.router import Pruning, Router, fusion_weights, key_lo
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import initialize
 
+unhurried = settings(deadline=None)  # first calls of torch are slow
 thresholds = st.sampled_from([0.0, 1e-30, 1e-4, 0.3, 0.999, 1.0]) | st.floats(0, 1)
 
 
@@ -27,6 +28,7 @@ def soft(threshold: float = 1e-4, bias: float = 0.0) -> Pruning:
     return Pruning(hard=False, threshold=threshold, bias=bias)
 
 
+@unhurried
 @given(logits=logit_tensors())
 def test_s_is_a_distribution_and_w_its_tails(logits):
     routing = route(logits, soft())
@@ -40,6 +42,7 @@ def test_s_is_a_distribution_and_w_its_tails(logits):
     assert routing.log_w.isfinite().all()
 
 
+@unhurried
 @given(logits=logit_tensors(), threshold=thresholds)
 def test_executed_steps_by_their_definition(logits, threshold):
     routing = route(logits, soft(threshold))
@@ -47,7 +50,7 @@ def test_executed_steps_by_their_definition(logits, threshold):
         assert int(executed) == max(k for k, weight in enumerate(log_w.exp().tolist()) if weight >= threshold)
 
 
-@settings(max_examples=200)
+@unhurried
 @given(logits=logit_tensors(), threshold=thresholds, hard=st.booleans())
 def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, hard):
     pruning = Pruning(hard, threshold)
@@ -65,6 +68,7 @@ def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, hard):
         assert not weights[token, last + 1 :].any()
 
 
+@unhurried
 @given(logits=logit_tensors(), threshold=thresholds)
 def test_steps_that_do_not_run_are_dead_as_keys(logits, threshold):
     routing = route(logits, soft(threshold))
@@ -75,6 +79,7 @@ def test_steps_that_do_not_run_are_dead_as_keys(logits, threshold):
         assert (hard[token, last + 1 :] == DEAD).all()
 
 
+@unhurried
 @given(logits=logit_tensors(), bias=st.floats(-5, 5))
 def test_bias_is_added_once_for_each_step(logits, bias):
     shifted = logits + bias * torch.arange(logits.shape[1])
