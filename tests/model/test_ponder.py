@@ -102,13 +102,15 @@ def test_refinements_converge_to_the_exact_fixed_point(mode, hard):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])
 def test_early_positions_are_right_first(mode):
+    """Each pass puts at least one slot more right, so that K + 1 passes do for one more token."""
     model = small_model(ponder__mode=mode, router_scale=4.0)
     tokens, pruning = random_tokens(1, 8), model.pruning(True, threshold=0.2)
-    exact = model.exact(tokens, pruning).hidden_BLSH
-    for refinements in (0, 1, 4):
-        hidden = model.jacobi(tokens, refinements, pruning).hidden_BLSH
-        right = ((hidden - exact).abs().amax(-1) < 1e-11).flatten().long().cumprod(0).sum()
-        assert right >= len(pass_slots(2, refinements))
+    exact = model.exact(tokens, pruning).output_BLH
+    for count, refinements in ((1, 0), (2, 3), (3, 6)):
+        assert len(pass_slots(2, refinements)) == 3 * count
+        wrong = (model.jacobi(tokens, refinements, pruning).output_BLH - exact).abs().amax(-1)[0] > 1e-11
+        assert not wrong[:count].any()
+        assert wrong[count:].any() or refinements > 3
 
 
 # Gradients --------------------------------------------------------------------------------------------------------
