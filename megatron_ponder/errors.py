@@ -3,7 +3,11 @@
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
+
+# Launchers end the other ranks as soon as one ends; the one that reports must come first.
+SECONDS_FOR_THE_REPORT = 5.0
 
 
 class UserError(ValueError):
@@ -30,13 +34,20 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except (UserError, OSError) as error:
             if os.environ.get("PONDER_TRACEBACK") == "1":
                 raise
-            rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+            rank = _first_set("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
             if rank == 0 or not getattr(error, "shared", False):
                 who = f"rank {rank}: " if rank else ""
                 print(f"{who}error: {describe(error)}", file=sys.stderr, flush=True)
+            elif _first_set("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1) > 1:
+                time.sleep(SECONDS_FOR_THE_REPORT)
             sys.exit(2)
 
     return run
+
+
+def _first_set(*names: str, default: int) -> int:
+    """The number in the first of these environment variables that is set."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 def describe(error: Exception) -> str:
@@ -49,6 +60,8 @@ def describe(error: Exception) -> str:
         13: "choose a folder that you may write to, or change its permissions",  # EACCES
         30: "choose a folder on a writable file system",  # EROFS
         2: "check the path",  # ENOENT
+        17: "choose another folder, or remove the file that has its name",  # EEXIST
+        20: "a part of the path is a file; choose another folder",  # ENOTDIR
     }
     hint = f"; {hints[error.errno]}" if error.errno in hints else ""
     return f"{error.strerror}{name}{hint}"

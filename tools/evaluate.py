@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.data.dataset import build_datasets
 from megatron_ponder.data.loader import validation_batches
+from megatron_ponder.data.manifest import check_vocabulary
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings, windows
 from megatron_ponder.launch import prepare_cpu
@@ -68,9 +69,11 @@ def _text(loaded: LoadedModel, path: Path) -> list[Tensor]:
 
 def _split(loaded: LoadedModel, arguments: argparse.Namespace) -> list[Tensor]:
     data = loaded.config.data
-    datasets = build_datasets(
-        arguments.data or data.path, data.split, data.sequence_length, loaded.config.training.seed
-    )
+    prefix = arguments.data or data.path
+    if not prefix:
+        raise UserError(f"{loaded.folder} names no dataset; evaluate on one with --data, or on a file with --text")
+    datasets = build_datasets(prefix, data.split, data.sequence_length, loaded.config.training.seed)
+    check_vocabulary(prefix, loaded.config.model.vocab_size)
     if arguments.split not in datasets:
         raise UserError(f'data.split "{data.split}" has no {arguments.split} part; choose another --split, or --text')
     dataset = datasets[arguments.split]

@@ -44,6 +44,7 @@ def load_model(path: Path, mesh: Mesh | None = None, dtype: torch.dtype = torch.
     """
     mesh = mesh or Mesh()
     folder = resolve_checkpoint(path)
+    weights = read_weights(folder)  # first, because it verifies every file
     config = read_config_of(folder)
     source = tokenizer_path(folder)
     tokenizer = None if source is None else load_tokenizer(source)
@@ -54,7 +55,7 @@ def load_model(path: Path, mesh: Mesh | None = None, dtype: torch.dtype = torch.
         )
     eod_id = tokenizer.eod_id if config.data.reset_at_eod and tokenizer is not None else None
     model = PonderLM(config.model, config.ponder, mesh, eod_id)
-    load_weights(model, read_weights(folder))
+    load_weights(model, weights)
     return LoadedModel(model.to(mesh.device, dtype).eval(), config, tokenizer, folder)
 
 

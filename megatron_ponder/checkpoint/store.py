@@ -197,10 +197,13 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[
         Its size in bytes and sha256, for the manifest.
     """
     path = folder / name
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would let nobody but the owner read it
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     except SafetensorError as error:  # safetensors wraps the system's error, a full disk for instance
         raise UserError(f"could not write {path}: {error}; free some space or choose another folder") from error
+    path.chmod(mode)
     return _seal(path)
 
 

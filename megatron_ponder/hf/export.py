@@ -78,6 +78,8 @@ def export(
         for name in MODEL_FILES:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
         save_torch_state_dict(renamed, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        for path in folder.glob("*.safetensors"):  # which nobody but the owner could read
+            shutil.copymode(folder / "config.json", path)
         card = model_card(config, dtype, sum(tensor.numel() for tensor in renamed.values()), measured)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig, PonderConfig
+from megatron_ponder.errors import UserError
 from megatron_ponder.model.attention import DEAD
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, normal
@@ -40,6 +41,10 @@ class Pruning:
     hard: bool
     threshold: float
     bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"threshold {self.threshold} is not a weight; choose it between 0 (every step runs) and 1")
 
 
 class _Replicated(ShardedModule):

@@ -1,6 +1,7 @@
 """Saving the state of a run, all ranks together, and finding the state to go on from."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -50,9 +51,22 @@ class Checkpointer:
         """
         final = self.folder / checkpoint_name(step)
         aside = self.folder / f".{final.name}.partial"
+        self._remove_partial()
+        try:
+            self._write(engine, Manifest(step, samples, *self._fingerprints), aside, final)
+        except UserError:
+            self._remove_partial()  # the disk may be full
+            raise
+        return final
+
+    def _remove_partial(self) -> None:
+        """Remove what a failed save, or a run that was killed while it saved, has left."""
+        if dist.get_rank() == 0:
+            for folder in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, engine: Engine, manifest: Manifest, aside: Path, final: Path) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
         together(lambda: aside.mkdir(parents=True) if rank == 0 else None)
         own: dict[str, Tensor] = {}
         for index, item in enumerate(engine.state()):
@@ -64,21 +78,14 @@ class Checkpointer:
         dist.all_gather_object(parts, (file, entry, list(own)))
 
         def describe() -> None:
-            manifest = Manifest(
-                step=step,
-                samples=samples,
-                data_fingerprint=self._fingerprints[0],
-                tokenizer_fingerprint=self._fingerprints[1],
-                tensors={key: name for name, _, keys in parts for key in keys},
-                files={name: entry for name, entry, _ in parts},
-            )
-            write_description(aside, manifest, self._config, self._tokenizer)
+            tensors = {key: name for name, _, keys in parts for key in keys}
+            files = {name: entry for name, entry, _ in parts}
+            write_description(aside, replace(manifest, tensors=tensors, files=files), self._config, self._tokenizer)
             publish(aside, final)
             point_latest(self.folder, final.name)
             retain(self.folder, self._config.checkpoint.keep)
 
         together(lambda: describe() if rank == 0 else None)
-        return final
 
 
 def find_resume(config: Config) -> Path | None:

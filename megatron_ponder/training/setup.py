@@ -89,8 +89,9 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | 
     if source is None:
         initialize(model, config.training.seed)
         return model
+    weights = read_weights(source)  # first, because it verifies every file
     _check_same_model(config, read_config_of(source), source)
-    load_weights(model, read_weights(source))
+    load_weights(model, weights)
     return model
 
 

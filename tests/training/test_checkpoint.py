@@ -1,0 +1,178 @@
+"""Saving is all or nothing on all ranks; what is saved goes on, or starts anew, on any number of ranks."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ponder.checkpoint.load import load_model
+from megatron_ponder.checkpoint.store import open_tensors, read_manifest, resolve_checkpoint
+from megatron_ponder.config import Config, read_config
+from megatron_ponder.data.loader import validation_batches
+from megatron_ponder.errors import UserError
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.training import checkpoint as saving
+from megatron_ponder.training.checkpoint import Checkpointer, find_resume
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.schedules import refinements
+from megatron_ponder.training.setup import open_parts
+from megatron_ponder.training.trainer import train
+from tests.distributed import run_distributed
+from tests.models import random_tokens, small_config
+from tests.runs import FinishedRuns, finished_runs, tiny_arguments
+
+
+def engine_for(config: Config, mesh: Mesh) -> Engine:
+    """One step old, so that there are moments to save."""
+    model = PonderLM(config.model, config.ponder)
+    initialize(model, seed=0)
+    engine = Engine(Objective(model), config, mesh)
+    engine.forward_backward(random_tokens(1, 9, seed=mesh.data.rank), 1, model.pruning(hard=False), 0.0, 1 / 8)
+    engine.step(1e-3)
+    return engine
+
+
+def listing(folder: Path) -> list[str]:
+    """What is in a folder of checkpoints, without the files of each."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def disk_full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "tensors.safetensors")
+
+
+def save_with_failures(mesh: Mesh, run_dir: str) -> list[tuple[str, list[str], str]]:
+    """Saves that succeed and fail in turn: what was raised on this rank, what is there, and what `latest` names."""
+    config = small_config(
+        training__run_dir=run_dir,
+        training__global_batch_size=mesh.data.size,
+        training__micro_batch_size=1,
+        training__precision="fp32",
+        checkpoint__keep=2,
+    )
+    engine = engine_for(config, mesh)
+    checkpointer = Checkpointer(config, None, (None, None))
+    seen = []
+
+    def save(step: int, broken: str | None = None, rank: int = 0) -> None:
+        whole = getattr(saving, broken) if broken else None
+        if broken and mesh.data.rank == rank:
+            setattr(saving, broken, disk_full)
+        message = ""
+        try:
+            checkpointer.save(engine, step, samples=step)
+        except UserError as error:
+            message = str(error)
+        finally:
+            if broken:
+                setattr(saving, broken, whole)
+        torch.distributed.barrier()
+        folder = checkpointer.folder
+        latest = (folder / "latest").read_text().strip() if (folder / "latest").exists() else ""
+        seen.append((message, listing(folder), latest))
+        torch.distributed.barrier()
+
+    save(1)
+    save(2, broken="write_tensors", rank=1)
+    save(2, broken="write_description", rank=0)
+    (checkpointer.folder / ".step-00000007.partial").mkdir(exist_ok=True)  # of a run that was killed while it saved
+    torch.distributed.barrier()
+    save(2)
+    save(3)
+    save(3, broken="publish", rank=0)
+    return seen
+
+
+def on_two_ranks(mesh: Mesh, run_dir: str, command: list[str]) -> list[tuple[str, list[str], str]]:
+    """Everything here that needs two ranks, whose start takes longer than the rest."""
+    seen = save_with_failures(mesh, run_dir)
+    train(read_config(command), mesh.device)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def runs(corpus) -> FinishedRuns:
+    return finished_runs(corpus)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(runs, corpus, tmp_path_factory) -> tuple[list, Path]:
+    """What each rank saw of saves that failed, into `failures`; and in `halves` the last half of a run of one rank."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    command = tiny_arguments(
+        corpus,
+        folder / "halves",
+        training__micro_batch_size=1,
+        parallel__zero_stage=2,
+        checkpoint__resume=runs.whole / "checkpoints" / "step-00000004",
+    )
+    return run_distributed(on_two_ranks, 2, str(folder / "failures"), command), folder
+
+
+def test_a_save_that_fails_on_one_rank_leaves_the_last_checkpoint(two_ranks):
+    one, two, three = "step-00000001", "step-00000002", "step-00000003"
+    ranks, run_dir = two_ranks
+    assert ranks[0] == ranks[1]
+    messages, listings, latest = zip(*ranks[0], strict=True)
+    full = "No space left on device (tensors.safetensors); free some space or choose another folder"
+    assert messages == ("", full, full, "", "", full)
+    assert listings == (
+        ["latest", one],
+        ["latest", one],  # nothing of the failed save is left to fill the disk
+        ["latest", one],
+        ["latest", one, two],
+        ["latest", two, three],  # keep: 2
+        ["latest", two, three],
+    )
+    assert latest == (one, one, one, two, three, three)
+    folder = resolve_checkpoint(run_dir / "failures")
+    with open_tensors(folder) as tensors:  # whole, with its checksums, from both ranks' files
+        assert tensors.manifest.step == 3
+        assert len(set(tensors.manifest.tensors.values())) == 2
+        assert (folder / next(iter(tensors.manifest.files))).stat().st_mode == (folder / "config.yaml").stat().st_mode
+        assert set(tensors.names("weight")) == set(tensors.names("exp_avg")) == set(tensors.names("exp_avg_sq"))
+
+
+def test_where_to_go_on_from(tmp_path):
+    def config(resume):
+        return small_config(training__run_dir=tmp_path / "run", checkpoint__resume=resume)
+
+    assert find_resume(config("none")) is None
+    assert find_resume(config("auto")) is None
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        find_resume(config(tmp_path / "run"))
+    unfinished = tmp_path / "run" / "checkpoints" / ".step-00000001.partial"
+    unfinished.mkdir(parents=True)
+    (unfinished / "manifest.json").write_text("{}")
+    assert find_resume(config("auto")) is None
+
+
+def test_going_on_with_another_micro_batch_and_two_ranks(two_ranks, runs):
+    _, folder = two_ranks
+    want, got = read_metrics(runs.whole)[4:], read_metrics(folder / "halves")
+    assert [record["step"] for record in got] == [5, 6, 7, 8]
+    for key in ("loss", "cross_entropy", "grad_norm", "penalty", "learning_rate"):
+        assert [record[key] for record in got] == pytest.approx([record[key] for record in want], rel=1e-5)
+    for key in ("samples", "refinements", "step_histogram"):
+        assert [record[key] for record in got] == [record[key] for record in want]
+    assert got[-1]["validation_loss"] == pytest.approx(want[-1]["validation_loss"], rel=1e-5)
+
+
+def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
+    anew = runs.anew
+    records = read_metrics(anew)
+    assert [record["step"] for record in records] == [1, 2]
+    assert [record["samples"] for record in records] == [4, 8]
+    assert read_manifest(resolve_checkpoint(anew)).step == 2
+
+    # the first recorded loss is that of the given weights, before any update, on the first batch of the new order
+    config, parts = open_parts(read_config(["--config", str(anew / "config.yaml")]))
+    tokens = next(validation_batches(parts.datasets["train"], 4, 4, 0, 1))
+    objective = Objective(load_model(runs.whole).model)
+    _, sums = objective(tokens, refinements(0, 7, config.ponder), objective.model.pruning(hard=False))
+    assert records[0]["cross_entropy"] == pytest.approx(Tally.of(sums).mean_loss, rel=1e-5)

@@ -1,0 +1,122 @@
+"""What a run writes about itself."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from megatron_ponder.config import LoggingConfig
+from megatron_ponder.errors import UserError
+from megatron_ponder.training.metrics import METRICS, MetricsLog, RunProgress, prepare_run_dir, read_metrics
+
+PLAIN = LoggingConfig(tensorboard=False)
+
+
+def record(step: int, **more) -> dict:
+    return {"step": step, "loss": 7.0 - step, "mean_steps": 1.5, "tokens_per_second": 1234.0} | more
+
+
+def write(run_dir, steps, first_step=0, config=PLAIN, **more):
+    log = MetricsLog(run_dir, config, first_step)
+    for step in steps:
+        log.write(record(step, **more))
+    log.close()
+
+
+def steps_of(run_dir) -> list[int]:
+    return [entry["step"] for entry in read_metrics(run_dir)]
+
+
+def test_records_come_back_as_they_were_written(tmp_path):
+    write(tmp_path, [1], step_histogram=[3, 4, 5])
+    assert read_metrics(tmp_path) == [record(1, step_histogram=[3, 4, 5])]
+    line = (tmp_path / METRICS).read_text()
+    assert line.endswith("}\n")
+    assert json.loads(line)["step"] == 1
+
+
+def test_every_record_is_on_disk_at_once(tmp_path):
+    log = MetricsLog(tmp_path, PLAIN, 0)
+    log.write(record(1))
+    assert steps_of(tmp_path) == [1]
+    log.close()
+
+
+def test_records_after_the_resumed_step_are_dropped(tmp_path):
+    write(tmp_path, range(1, 8))
+    write(tmp_path, [5, 6], first_step=4, again=True)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert ["again" in entry for entry in read_metrics(tmp_path)] == [False] * 4 + [True] * 2
+    write(tmp_path, [1])
+    assert steps_of(tmp_path) == [1]
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+@pytest.mark.parametrize("kept", [1, 20, -2])
+def test_a_last_line_cut_off_by_a_crash_is_left_out(tmp_path, kept):
+    write(tmp_path, [1, 2, 3])
+    path = tmp_path / METRICS
+    whole, last = path.read_text().splitlines()[:2], path.read_text().splitlines()[2]
+    path.write_text("\n".join([*whole, last[:kept]]))
+    assert steps_of(tmp_path) == [1, 2]
+    write(tmp_path, [3], first_step=2)
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = LoggingConfig(tensorboard=True)
+    write(tmp_path, [1, 2, 3], config=config, step_histogram=[1, 2])
+    write(tmp_path, [3, 4], first_step=2, config=config)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "mean_steps", "tokens_per_second"}
+    losses = events.Scalars("loss")
+    assert [(event.step, event.value) for event in losses] == [(1, 6.0), (2, 5.0), (3, 4.0), (4, 3.0)]
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'megatron_ponder\[wandb\]'"):
+        MetricsLog(tmp_path, LoggingConfig(tensorboard=False, wandb_project="p"), 0)
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    with RunProgress(total_steps=25, first_step=0, interval=10, shown=True) as progress:
+        progress.say("starting")
+        for step in range(1, 26):
+            progress.update(record(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "starting"
+    assert [line.split("  ")[0] for line in lines[1:]] == ["step 10/25", "step 20/25", "step 25/25"]
+    assert lines[1] == "step 10/25  loss -3.0000  steps/token 1.50  1,234 tokens/s  left 0:00:00"
+
+
+def test_other_ranks_are_silent(capsys):
+    with RunProgress(total_steps=2, first_step=0, interval=1, shown=False) as progress:
+        progress.say("starting")
+        progress.update(record(1))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "140")
+    with RunProgress(total_steps=4, first_step=2, interval=1, shown=True) as progress:
+        progress.say("step 2  saved runs/[a]")
+        progress.update(record(3))
+    out = capsys.readouterr().out
+    assert "step 2  saved runs/[a]" in out
+    assert "3/4" in out
+    assert "steps/token 1.50" in out
+
+
+def test_the_configuration_is_replaced_whole(tmp_path):
+    run_dir = tmp_path / "a" / "run"
+    prepare_run_dir(run_dir, "model: {}\n")
+    prepare_run_dir(run_dir, "ponder: {}\n")
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text()) == {"ponder": {}}

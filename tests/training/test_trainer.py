@@ -1,0 +1,85 @@
+"""Validation counts every sample once, however the ranks divide them, and agrees with evaluation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_ponder.config import Config, read_config
+from megatron_ponder.data.loader import validation_batches
+from megatron_ponder.evaluation.perplexity import Setting, evaluate
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.setup import RunParts, build_model, open_parts
+from megatron_ponder.training.trainer import validate
+from tests.distributed import run_distributed
+from tests.runs import tiny_arguments
+
+# Samples: even, uneven, fewer than a micro-batch, fewer than ranks, more than the split holds.
+CASES = [(8, 2, 1), (7, 2, 1), (7, 3, 3), (2, 4, 3), (1, 2, 3), (10**9, 64, 1)]
+
+
+def prepared(arguments: list[str], samples: int, micro: int, stage: int) -> tuple[Config, RunParts, PonderLM]:
+    """A model whose router decides differently from token to token."""
+    overrides = [
+        f"--training.eval_samples={samples}",
+        f"--training.micro_batch_size={micro}",
+        f"--training.global_batch_size={2 * micro}",
+        f"--parallel.zero_stage={stage}",
+    ]
+    config, parts = open_parts(read_config([*arguments, *overrides]))
+    model = build_model(config, parts, Mesh(), None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 1.0 if name.startswith("router") else 0.1
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return config, parts, model
+
+
+def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]]) -> list:
+    """The tally of every case, on this rank."""
+    tallies = []
+    for case in cases:
+        config, parts, model = prepared(arguments, *case)
+        objective = Objective(model)
+        # under ZeRO-3 the engine partitions the weights, so that every rank must take part in every forward
+        engine = Engine(objective, config, mesh) if mesh.data.size > 1 else SimpleNamespace(objective=objective)
+        tallies.append(validate(config, mesh, parts, engine))
+    return tallies
+
+
+@pytest.fixture(scope="module")
+def arguments(corpus, tmp_path_factory) -> list[str]:
+    return tiny_arguments(corpus, tmp_path_factory.mktemp("run"), data__sequence_length=64)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def tallies(request, arguments) -> list[list]:
+    """By rank and case."""
+    if request.param == 1:
+        return [validated(Mesh(), arguments, CASES)]
+    return run_distributed(validated, request.param, arguments, CASES)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{s}-by-{m}-zero{z}" for s, m, z in CASES])
+def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
+    config, parts, model = prepared(arguments, *CASES[index])
+    dataset = parts.datasets["valid"]
+    count = min(CASES[index][0], dataset.samples_per_epoch)
+    soft = model.pruning(hard=False)
+    r = config.ponder.evaluation_refinements
+    want = evaluate(model, validation_batches(dataset, count, 5, 0, 1), Setting(soft, r))
+    routed = [
+        model.jacobi(tokens[:, :-1], r, soft).routing.executed.flatten()
+        for tokens in validation_batches(dataset, count, 64, 0, 1)
+    ]
+    histogram = torch.bincount(torch.cat(routed), minlength=3).tolist()
+    assert min(histogram) > 0 or count < 8
+    for rank in tallies:
+        tally = rank[index]
+        assert tally.tokens == want.tokens == count * config.data.sequence_length
+        assert tally.mean_loss == pytest.approx(want.cross_entropy, rel=1e-6)
+        assert tally.steps == histogram
