@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
+from megatron_ponder.model.cpu_attention import causal_attention
 from megatron_ponder.model.rope import Rotation, rotate
 from megatron_ponder.parallel.collectives import copy_to_ranks
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -58,7 +59,7 @@ def _constant(head_size: int) -> float:
 
 
 def attend(q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
-    """Scaled dot-product attention by PyTorch's kernels; every call of attention goes through here.
+    """Scaled dot-product attention; every call of attention goes through here and is given the kernel that suits it.
 
     Args:
         q_BTND: queries of N heads.
@@ -70,6 +71,9 @@ def attend(q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, mask: T
     Returns:
         (B, T, N, D).
     """
+    grouped = q_BTND.shape[2] != k_BSMD.shape[2]
+    if causal and mask is None and q_BTND.device.type == "cpu" and not grouped and torch.is_grad_enabled():
+        return causal_attention(q_BTND, k_BSMD, v_BSMD, scale)
     out = F.scaled_dot_product_attention(
         q_BTND.transpose(1, 2),
         k_BSMD.transpose(1, 2),
@@ -77,7 +81,7 @@ def attend(q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, mask: T
         attn_mask=mask,
         is_causal=causal and mask is None,
         scale=scale,
-        enable_gqa=q_BTND.shape[2] != k_BSMD.shape[2],
+        enable_gqa=grouped,
     )
     return out.transpose(1, 2)
 
@@ -104,6 +108,7 @@ class Attention(ShardedModule):
         log_w_BT: Tensor | None = None,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Attend from every slot to itself and the slots before it.
 
@@ -113,9 +118,10 @@ class Attention(ShardedModule):
             log_w_BT: log weight of each slot as a key; None where every weight is 1.
             mask: bool (B, 1, T, T) in place of the causal one.
             cache: keys and values of earlier slots; then T is 1 and log_w_BT is needed.
+            kept: int64, the slots whose result is wanted; None for all.
 
         Returns:
-            (B, T, H).
+            (B, T, H), or (B, len(kept), H).
         """
         q, k, v = (proj(x_BTH).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if log_w_BT is None:
@@ -128,4 +134,5 @@ class Attention(ShardedModule):
         if cache is not None:
             k, v = cache.append(k, v)
         y = attend(q, k, v, self.head_size**-0.5, mask, causal=cache is None)
-        return self.o_proj(y[..., : self.head_size].flatten(2))
+        y = y[..., : self.head_size].flatten(2)
+        return self.o_proj(y if kept is None else y.index_select(1, kept))

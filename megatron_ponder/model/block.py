@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.model.attention import Attention, LayerCache
+from megatron_ponder.model.recipes import keep_recipe
 from megatron_ponder.model.rope import Rotation
 from megatron_ponder.parallel.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
@@ -47,9 +48,12 @@ class SwiGLU(nn.Module):
         self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
         self.down_proj = RowParallelLinear(ffn, hidden, axis, last)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., H). Returns (..., H)."""
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, recipes: bool = False) -> Tensor:
+        """x: (..., H). Returns (..., H). `recipes` keeps the recipe of the product for the backward pass."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = _SwiGLU.apply(gate, up)
+        with keep_recipe(recipes, product, lambda: F.silu(gate).mul_(up)):
+            return self.down_proj(product)
 
 
 class GeluMLP(nn.Module):
@@ -62,9 +66,12 @@ class GeluMLP(nn.Module):
         self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial, bias=True)
         self.down_proj = RowParallelLinear(ffn, hidden, axis, last, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., H). Returns (..., H)."""
-        return self.down_proj(F.gelu(self.up_proj(x)))
+    def forward(self, x: Tensor, recipes: bool = False) -> Tensor:
+        """x: (..., H). Returns (..., H). `recipes` keeps the recipe of the activation for the backward pass."""
+        up = self.up_proj(x)
+        activated = F.gelu(up)
+        with keep_recipe(recipes, activated, lambda: F.gelu(up)):
+            return self.down_proj(activated)
 
 
 class Block(ShardedModule):
@@ -85,10 +92,24 @@ class Block(ShardedModule):
         log_w_BT: Tensor | None = None,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        kept: Tensor | None = None,
+        recipes: bool = False,
     ) -> Tensor:
-        """The residual stream after this block, (B, T, H); arguments as in `Attention.forward`."""
-        attended = self.attention(self.attention_norm(x_BTH), angles, log_w_BT, mask, cache)
-        if self.parallel_residual:
-            return x_BTH + attended + self.mlp(self.mlp_norm(x_BTH))
-        x_BTH = x_BTH + attended
-        return x_BTH + self.mlp(self.mlp_norm(x_BTH))
+        """The residual stream after this block; arguments as in `Attention.forward`.
+
+        Args:
+            recipes: keep recipes of norms and activations for the backward pass.
+
+        Returns:
+            (B, T, H), or (B, len(kept), H): only the kept slots get beyond being keys and values.
+        """
+        normed = self.attention_norm(x_BTH)
+        with keep_recipe(recipes, normed, self.attention_norm.recipe(x_BTH)):
+            attended = self.attention(normed, angles, log_w_BT, mask, cache, kept)
+        if kept is not None:
+            x_BTH = x_BTH.index_select(1, kept)
+        mlp_input = x_BTH if self.parallel_residual else x_BTH + attended
+        normed = self.mlp_norm(mlp_input)
+        with keep_recipe(recipes, normed, self.mlp_norm.recipe(mlp_input)):
+            changed = self.mlp(normed, recipes)
+        return mlp_input + attended + changed if self.parallel_residual else mlp_input + changed

@@ -36,6 +36,16 @@ def pass_slots(max_steps: int, refinements: int) -> tuple[int, ...]:
     return (*range(1, max_steps + 1), *[max_steps + 1] * (refinements + 1))
 
 
+def kept_slots(index: int, plan: tuple[int, ...], fused: bool) -> slice:
+    """The slots of pass `index` whose hidden states anybody reads; the last block need not finish the others.
+
+    The next pass reads as many as it has latents, and the output reads all slots if it fuses them, else the last.
+    """
+    if index + 1 < len(plan):
+        return slice(0, plan[index + 1] - 1)
+    return slice(0, plan[index]) if fused else slice(plan[index] - 1, plan[index])
+
+
 def enter_pass(embedded_BLH: Tensor, state: PassState) -> tuple[Tensor, Tensor | None]:
     """The interleaved sequence e_1, z_{1,1} .. z_{1,n}, e_2, .. (B, L (n + 1), H) and its log w (B, L (n + 1))."""
     slots_BLSH = embedded_BLH.unsqueeze(2)
@@ -49,7 +59,7 @@ def leave_pass(h_BLSH: Tensor, log_w_BLK: Tensor | None, next_slots: int) -> Pas
     """Hand over to a pass of `next_slots` slots a token: z_{t,j+1} := h_{t,j}.
 
     Args:
-        h_BLSH: hidden states of this pass's slots.
+        h_BLSH: hidden states of the slots that this pass kept, the first of each token among them.
         log_w_BLK: log weights of all K + 1 steps that this pass's routing gives; None where there is no router.
         next_slots: at most one more than this pass had.
     """

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.model.attention import LayerCache
-from megatron_ponder.model.passes import Interleaving, PassState, enter_pass, interleaving, leave_pass, pass_slots
+from megatron_ponder.model.passes import (
+    Interleaving,
+    PassState,
+    enter_pass,
+    interleaving,
+    kept_slots,
+    leave_pass,
+    pass_slots,
+)
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Pruning, Router, Routing, fusion_weights, key_log_weights, route
 from megatron_ponder.model.transformer import Transformer
@@ -25,7 +33,7 @@ class PonderOutput:
 
     Attributes:
         output_BLH: what the head reads: h_{t,0}, h_{t,K} or the fused ĥ_t, by mode.
-        hidden_BLSH: hidden states of all slots in the final pass.
+        hidden_BLSH: hidden states of the final pass's slots, of the last slot alone where only that is the output.
         routing: the final pass's routing; None unless the mode is `adaptive`.
         passes: how many passes were run.
     """
@@ -85,8 +93,9 @@ class PonderLM(nn.Module):
         state = PassState()
         for index, slots in enumerate(plan):
             truncated = gradient_passes is not None and index < len(plan) - gradient_passes
+            kept = kept_slots(index, plan, fused=self.router is not None)
             with torch.no_grad() if truncated else nullcontext():
-                hidden, routing = self.run_pass(embedded, state, layout, pruning)
+                hidden, routing = self.run_pass(embedded, state, layout, pruning, kept)
                 if index + 1 < len(plan):
                     state = self.next_state(hidden, routing, pruning, min(slots + 1, self.ponder_config.steps + 1))
         return PonderOutput(self.fuse(hidden, routing, pruning), hidden, routing, len(plan))
@@ -123,14 +132,32 @@ class PonderLM(nn.Module):
         return self.embedding(tokens) * self.ponder_config.embedding_scale
 
     def run_pass(
-        self, embedded_BLH: Tensor, state: PassState, layout: Interleaving, pruning: Pruning
+        self,
+        embedded_BLH: Tensor,
+        state: PassState,
+        layout: Interleaving,
+        pruning: Pruning,
+        kept: slice = slice(None),
     ) -> tuple[Tensor, Routing | None]:
-        """One pass over the interleaved sequence: hidden states (B, L, slots, H), and their routing."""
+        """One pass over the interleaved sequence.
+
+        Args:
+            embedded_BLH: e of every token.
+            state: what the pass before handed over.
+            layout: positions and visibility.
+            pruning: soft mask or hard rule.
+            kept: the slots of every token whose hidden states are wanted; with a router, the first is one of them.
+
+        Returns:
+            Hidden states (B, L, kept slots, H), and the routing from those of the first slots.
+        """
         x_BTH, log_w_BT = enter_pass(embedded_BLH, state)
         slots = x_BTH.shape[1] // embedded_BLH.shape[1]
         angles = layout.angles(slots, self.model_config, x_BTH.dtype)
-        h_BTH = self.transformer(x_BTH, angles, log_w_BT, layout.mask(slots))
-        hidden = h_BTH.unflatten(1, (-1, slots))
+        wanted = torch.arange(x_BTH.shape[1], device=x_BTH.device).view(-1, slots)[:, kept]
+        every = wanted.shape[1] == slots
+        h_BTH = self.transformer(x_BTH, angles, log_w_BT, layout.mask(slots), kept=None if every else wanted.flatten())
+        hidden = h_BTH.unflatten(1, wanted.shape)
         return hidden, self.route(hidden[:, :, 0], pruning)
 
     def route(self, h_token: Tensor, pruning: Pruning) -> Routing | None:

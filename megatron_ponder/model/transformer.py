@@ -33,13 +33,20 @@ class Transformer(nn.Module):
         log_w_BT: Tensor | None = None,
         mask: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, H); arguments as in `Attention.forward`, one cache a block."""
+        """Hidden states after the final norm.
+
+        Arguments as in `Attention.forward`, with one cache a block.
+
+        Returns:
+            (B, T, H), or (B, len(kept), H).
+        """
         for index, block in enumerate(self.blocks):
-            if caches is not None:
-                x_BTH = block(x_BTH, angles, log_w_BT, mask, caches[index])
-            elif self.recompute and torch.is_grad_enabled():
-                x_BTH = checkpoint(block, x_BTH, angles, log_w_BT, mask, use_reentrant=False, preserve_rng_state=False)
+            cache = None if caches is None else caches[index]
+            inputs = (x_BTH, angles, log_w_BT, mask, cache, kept if block is self.blocks[-1] else None)
+            if self.recompute and torch.is_grad_enabled():
+                x_BTH = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTH = block(x_BTH, angles, log_w_BT, mask)
+                x_BTH = block(*inputs, recipes=True)
         return self.norm(x_BTH)

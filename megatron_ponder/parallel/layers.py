@@ -1,5 +1,7 @@
 """Linear layers, embedding and norms, split over the tensor ranks or replicated on them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,9 +99,18 @@ class RMSNorm(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden). Returns the same shape and type."""
+        return self.compute(x, self.weight)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm with a given g."""
         if x.device.type == "cpu":  # there PyTorch composes its norm from many passes over memory
-            return _RMSNormFunction.apply(x, self.weight, self.epsilon)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+            return _RMSNormFunction.apply(x, weight, self.epsilon)
+        return F.rms_norm(x, weight.shape, weight, self.epsilon)
+
+    def recipe(self, x: Tensor) -> Callable[[], Tensor]:
+        """Computes `forward(x)` again, also when this rank no longer holds the parameters."""
+        weight = self.weight.detach().clone()
+        return lambda: self.compute(x, weight)
 
 
 class LayerNorm(ShardedModule):
@@ -114,3 +125,8 @@ class LayerNorm(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden). Returns the same shape and type."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+    def recipe(self, x: Tensor) -> Callable[[], Tensor]:
+        """Computes `forward(x)` again, also when this rank no longer holds the parameters."""
+        weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
+        return lambda: F.layer_norm(x, weight.shape, weight, bias, self.epsilon)

@@ -9,12 +9,12 @@ from megatron_ponder.parallel.mesh import Axis
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, axis: Axis, overwrite: bool) -> Tensor:
         wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         largest = wide.amax(-1, keepdim=True)
         if axis.size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=axis.group)
-        shifted = wide - largest
+        shifted = wide.sub_(largest) if overwrite or wide is not logits_NV else wide - largest
         columns = wide.shape[-1]
         local = labels_N - columns * axis.rank
         elsewhere = (local < 0) | (local >= columns)
@@ -31,24 +31,25 @@ class _CrossEntropy(torch.autograd.Function):
         return total.log() - label_logit
 
     @staticmethod
-    def backward(ctx, grad_N: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         weights, total, local, elsewhere = ctx.saved_tensors
-        grad = weights * (grad_N / total).unsqueeze(-1)
+        grad = weights.mul_((grad_N / total).unsqueeze(-1))  # in place: there is one backward pass, and V is large
         at_label = (-grad_N).masked_fill(elsewhere, 0).unsqueeze(-1)
         grad.scatter_add_(-1, local, at_label)
-        return grad.to(ctx.dtype), None, None
+        return grad.to(ctx.dtype), None, None, None
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, axis: Axis, overwrite: bool = False) -> Tensor:
     """Negative log-likelihood of each label, in nats, computed in fp32 or better.
 
     Args:
         logits: (..., V / ranks), this rank's part of the vocabulary.
         labels: int64 (...), ids in the whole vocabulary.
         axis: the tensor ranks.
+        overwrite: use the memory of the logits, which must not be read afterwards.
 
     Returns:
         (...), the same on every rank.
     """
-    loss = _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), axis)
+    loss = _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), axis, overwrite)
     return loss.view(labels.shape)

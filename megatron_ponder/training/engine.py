@@ -72,6 +72,7 @@ class Engine:
             config=deepspeed_config(config, mesh.data.size),
             dist_init_required=False,
         )
+        self._create_moments()
 
     def forward_backward(
         self, tokens: Tensor, refinements: int, pruning: Pruning, penalty: float, scale: float
@@ -112,19 +113,18 @@ class Engine:
     def state(self) -> Iterator[StateTensor]:
         """Every weight and moment, one after another, whole and in fp32, on every rank alike.
 
-        A collective: every rank must take every item. Moments are absent before the first step.
+        A collective: every rank must take every item.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        moments = MOMENTS if self._has_moments() else ()
         for name, parameter, *_ in self._declarations():
             if self._stage == 0:
                 yield StateTensor(WEIGHT, name, parameter.detach().cpu())
-                for kind in moments:
+                for kind in MOMENTS:
                     yield StateTensor(kind, name, self._engine.basic_optimizer.state[parameter][kind].cpu())
             else:
                 yield StateTensor(WEIGHT, name, safe_get_full_fp32_param(parameter).detach().cpu())
-                for kind in moments:
+                for kind in MOMENTS:
                     yield StateTensor(kind, name, safe_get_full_optimizer_state(parameter, kind).detach().cpu())
 
     def restore(self, checkpoint: Path, step: int) -> None:
@@ -134,8 +134,6 @@ class Engine:
             checkpoint: its folder.
             step: optimiser steps that it has done, for AdamW's bias correction.
         """
-        self._create_moments()
-        assert self._has_moments()
         kinds = (WEIGHT, *MOMENTS) if self._low_precision else MOMENTS
         with open_tensors(checkpoint) as tensors:
             for name, parameter, *_ in self._declarations():
@@ -152,31 +150,27 @@ class Engine:
         limit = self._clipping or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.objective.parameters(), limit)
 
-    def _has_moments(self) -> bool:
-        """Whether there are moments; then also lets DeepSpeed find those of every parameter group.
-
-        Stages 1 and 2 link parameters to moments after the first group's first step, when other groups have none yet.
-        """
-        optimizer = self._engine.basic_optimizer
-        if not any(FIRST_MOMENT in state for state in optimizer.state.values()):
-            return False
-        for _, parameter, *_ in self._declarations():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
-                flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
-                mapping.set_optim_state_fragment(flat, optimizer.state[flat])
-        return True
-
     def _create_moments(self) -> None:
         """Take a step with zero gradients at learning rate 0, which leaves the weights as they are.
 
-        DeepSpeed creates the moments in its first step, and has no public way to ask for them.
+        DeepSpeed creates the moments in its first step, and has no public way to ask for them. They are wanted before:
+        to restore a checkpoint into, and because between the activations of a first step they would leave the heap in
+        pieces.
         """
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
         pruning = self.objective.model.pruning(hard=False)
         for _ in range(self._accumulation):
             self.forward_backward(tokens, refinements=0, pruning=pruning, penalty=0.0, scale=0.0)
         self.step(learning_rate=0.0)
+        optimizer = self._engine.basic_optimizer
+        for state in optimizer.state.values():
+            state["step"].zero_()
+        # Stages 1 and 2 link parameters to moments after the first group's first step, when other groups have none yet.
+        for _, parameter, *_ in self._declarations():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+                mapping.set_optim_state_fragment(flat, optimizer.state[flat])
 
     def _set(self, parameter: nn.Parameter, kind: str, whole: Tensor) -> None:
         from deepspeed.utils import (

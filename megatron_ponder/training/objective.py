@@ -74,7 +74,8 @@ class Objective(nn.Module):
         model, ponder = self.model, self.model.ponder_config
         result = model.jacobi(tokens[:, :-1], refinements, pruning, ponder.gradient_passes)
         labels = tokens[:, 1:]
-        loss = vocab_parallel_cross_entropy(model.head(result.output_BLH), labels, model.head.axis).sum()
+        logits = model.head(result.output_BLH)
+        loss = vocab_parallel_cross_entropy(logits, labels, model.head.axis, overwrite=True).sum()
         sums = torch.zeros(ponder.steps + 3, dtype=torch.float64, device=tokens.device)
         sums[0] = loss.detach()
         if result.routing is None:

@@ -69,7 +69,7 @@ CASES = [
     pytest.param(["--parallel.zero_stage=1", "--training.precision=bf16"], 1, id="zero1-bf16", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=2", "--training.precision=bf16"], 2, id="zero2-bf16", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=3"], 2, id="zero3-fp32", marks=pytest.mark.slow),
-    pytest.param(["--parallel.zero_stage=3", "--training.precision=bf16"], 2, id="zero3-bf16"),
+    pytest.param(["--parallel.zero_stage=3", "--training.precision=bf16"], 2, id="zero3-bf16", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 

@@ -1,0 +1,123 @@
+"""One optimiser step of a small model against the machine's own matrix-multiplication rate.
+
+    python benchmarks/training_step.py [--rounds 7] [--threads 2]
+
+llama, hidden 256, 6 layers, 4 heads, ffn 688, vocabulary 8192, sequence 256, batch 4, K = 1, R = 2, through DeepSpeed
+with AdamW. The floor counts 6 × block parameters × slots over all passes (7 a token) and 6 × head parameters × tokens,
+attention left out, at the rate of a 2048³ fp32 product. Steps and products are timed in turn in one process; medians
+are printed. Peak memory is that of a process of its own that trains nothing else.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ponder.config import Config, read_config
+from megatron_ponder.launch import Launch, discover, process_group
+from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.objective import Objective
+
+BATCH, LENGTH, REFINEMENTS = 4, 256, 2
+CASES = {
+    "fixed fp32": ("fixed", "fp32", "none"),
+    "adaptive fp32": ("adaptive", "fp32", "none"),
+    "fixed bf16": ("fixed", "bf16", "none"),
+    "fixed fp32, recompute": ("fixed", "fp32", "block"),
+}
+
+
+def configuration(mode: str, precision: str, recompute: str) -> Config:
+    """The configuration of one case."""
+    values = {
+        "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
+        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": mode, "ponder.max_steps": 1,
+        "ponder.jacobi_iterations": REFINEMENTS, "training.precision": precision, "training.recompute": recompute,
+        "training.global_batch_size": BATCH, "training.micro_batch_size": BATCH, "parallel.zero_stage": 0,
+    }  # fmt: skip
+    return read_config([f"--{key}={value}" for key, value in values.items()])
+
+
+class Step:
+    """Runs optimiser steps of one case."""
+
+    def __init__(self, case: str, mesh: Mesh) -> None:
+        config = configuration(*CASES[case])
+        model = PonderLM(config.model, config.ponder, mesh)
+        model.transformer.recompute = config.training.recompute == "block"
+        initialize(model, seed=0)
+        self._engine = Engine(Objective(model), config, mesh)
+        self._tokens = torch.randint(0, 8192, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+        slots = sum(pass_slots(1, REFINEMENTS))
+        blocks = sum(parameter.numel() for parameter in model.transformer.blocks.parameters())
+        self.flops = 6 * (blocks * slots + model.head.weight.numel()) * BATCH * LENGTH
+
+    def __call__(self) -> None:
+        pruning = self._engine.objective.model.pruning(hard=False)
+        self._engine.forward_backward(self._tokens, REFINEMENTS, pruning, 0.0, 1 / (BATCH * LENGTH))
+        self._engine.step(1e-4)
+
+
+def seconds(action) -> float:
+    """Wall time of one call."""
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def memory_of(case: str, arguments: argparse.Namespace) -> float:
+    """Peak resident memory in GB of a process that takes three steps."""
+    words = [sys.executable, __file__, "--memory", case, "--threads", str(arguments.threads)]
+    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    with process_group(Launch(port=discover().port)) as device:
+        torch.set_num_threads(arguments.threads)
+        mesh = Mesh(device=device)
+        if arguments.memory:
+            step = Step(arguments.memory, mesh)
+            for _ in range(3):
+                step()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+            return
+        steps = {case: Step(case, mesh) for case in CASES}
+        a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+        times: dict[str, list[float]] = {case: [] for case in (*CASES, "product")}
+        for turn in range(arguments.rounds + 1):
+            for name, action in {**steps, "product": lambda: [a @ b for _ in range(4)]}.items():
+                elapsed = seconds(action)
+                if turn:  # the first round warms up
+                    times[name].append(elapsed)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rate = 4 * 2 * 2048**3 / median["product"]
+    table = Table(title=f"2048³ fp32 product: {rate / 1e9:.0f} GFLOP/s on {arguments.threads} threads")
+    for heading in ("case", "step [s]", "floor / measured", "over fixed fp32", "peak memory [GB]"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for case, step in steps.items():
+        over = statistics.median(x / y for x, y in zip(times[case], times["fixed fp32"], strict=True))
+        share = statistics.median(
+            step.flops / (8 * 2048**3 / product) / x for x, product in zip(times[case], times["product"], strict=True)
+        )
+        table.add_row(case, f"{median[case]:.3f}", f"{share:.1%}", f"{over:.2f}", f"{memory_of(case, arguments):.2f}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
