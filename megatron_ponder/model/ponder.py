@@ -100,8 +100,6 @@ class PonderLM(nn.Module):
                     state = self.next_state(hidden, routing, pruning, min(slots + 1, self.ponder_config.steps + 1))
         return PonderOutput(self.fuse(hidden, routing, pruning), hidden, routing, len(plan))
 
-    forward = jacobi
-
     @torch.no_grad()
     def exact(self, tokens_BL: Tensor, pruning: Pruning, tolerance: float | None = None) -> PonderOutput:
         """Iterate the Jacobi passes to their fixed point, which is the sequential model up to rounding.

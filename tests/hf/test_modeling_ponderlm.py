@@ -36,7 +36,7 @@ def test_forward_equals_the_model(family, mode, refinements):
     tokens = random_tokens(3, 12)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = model.to(dtype)
-        expected = model(tokens, refinements, model.pruning(hard=True))
+        expected = model.jacobi(tokens, refinements, model.pruning(hard=True))
         got = hugging_face(model, refinements)(tokens)
         logits = model.head(expected.output_BLH)
         assert (got.logits - logits).abs().max() < tolerance * logits.abs().max()
@@ -55,7 +55,7 @@ def test_forward_equals_the_model(family, mode, refinements):
 def test_options_of_the_model(option):
     model = varied_model(**option)
     tokens = random_tokens(2, 10)
-    expected = model.head(model(tokens, 1, model.pruning(hard=True)).output_BLH)
+    expected = model.head(model.jacobi(tokens, 1, model.pruning(hard=True)).output_BLH)
     assert (hugging_face(model, 1)(tokens).logits - expected).abs().max() < 1e-10
 
 
@@ -148,7 +148,7 @@ def test_documents_are_kept_apart():
     tokens[tokens == eod_id] = 8
     tokens[0, 5] = tokens[0, 6] = tokens[1, 2] = tokens[1, 12] = eod_id
     pruning = model.pruning(hard=True)
-    expected = model(tokens, 2, pruning)
+    expected = model.jacobi(tokens, 2, pruning)
     assert (twin(tokens).logits - model.head(expected.output_BLH)).abs().max() < 1e-10
     exact, cached = model.exact(tokens, pruning), twin(tokens, use_cache=True)
     assert (cached.logits - model.head(exact.output_BLH)).abs().max() < 1e-10

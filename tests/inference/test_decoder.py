@@ -53,7 +53,7 @@ def test_vanilla_and_grouped_query_heads_equal_one_pass():
     model = small_model(ponder__mode="vanilla", model__num_kv_heads=2)
     tokens = random_tokens(1, 20)
     want, executed, _ = decode(model, model.pruning(hard=True), tokens[0])
-    got = model(tokens, 0, model.pruning(hard=True))
+    got = model.jacobi(tokens, 0, model.pruning(hard=True))
     assert got.passes == 1 and executed.sum() == 0
     assert (got.output_BLH[0] - want).abs().max() < 1e-12
 
