@@ -1,0 +1,267 @@
+"""The typed sections of a configuration, and the fields that are derived from others."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Family = Literal["llama", "gpt_neox"]
+Mode = Literal["vanilla", "fixed", "adaptive"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer.
+
+    Attributes:
+        family: `llama` (RMSNorm, SwiGLU, grouped-query heads) or `gpt_neox` (LayerNorm, GELU, partial rotary, biases).
+        hidden_size: width H of the residual stream.
+        num_layers: number of blocks.
+        num_heads: number of query heads; must divide hidden_size.
+        num_kv_heads: number of key and value heads; num_heads unless given.
+        ffn_hidden_size: width of the feed-forward layer; 8/3 H rounded up to 16 for llama, 4 H for gpt_neox.
+        vocab_size: number of tokens; the tokenizer's unless given.
+        max_position_embeddings: longest sequence in tokens that the model is meant for; the training sequence length
+            unless given.
+        norm_epsilon: added to the variance in the norms.
+        rope_theta: base of the rotary frequencies.
+        rotary_fraction: share of each head's channels that are rotated; 1 for llama, 0.25 for gpt_neox.
+        parallel_residual: gpt_neox only: attention and feed-forward read the same input.
+        tie_embeddings: use the input embedding as output head.
+        init_std: standard deviation of the initial weights of linear layers.
+    """
+
+    family: Family = "llama"
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    ffn_hidden_size: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    rotary_fraction: float | None = None
+    parallel_residual: bool = True
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class PonderConfig:
+    """Additional latent steps.
+
+    Attributes:
+        mode: `vanilla` (none), `fixed` (max_steps for every token) or `adaptive` (a router decides for each token).
+        max_steps: K, the most additional steps of a token.
+        jacobi_iterations: R, refinement passes in training; a list is drawn from uniformly, once per optimiser step.
+        threshold: tau, a step is executed at inference while its weight w is at least this.
+        router_bias: alpha, added k times to the router's logit of step k at inference; positive buys more steps.
+        router_hidden_size: width of a hidden layer in the router; 0 for a linear router.
+        router_initial_bias: initial bias of the router for step K, so that training starts near `fixed`.
+        penalty_weight: lambda, weight of the mean sum of w over additional steps in the loss; unused without a router,
+            so that one configuration serves every mode.
+        penalty_start: optimiser step from which the penalty is warmed up linearly.
+        penalty_end: optimiser step from which the penalty has its full weight.
+        embedding_scale: c, factor on token embeddings; sqrt(2.5 H) unless given, and 1 for vanilla.
+        gradient_passes: let gradients flow through the last so many passes only; all of them unless given.
+    """
+
+    mode: Mode = "adaptive"
+    max_steps: int = 3
+    jacobi_iterations: int | list[int] = field(default_factory=lambda: [2, 3])
+    threshold: float = 1e-4
+    router_bias: float = 0.0
+    router_hidden_size: int = 0
+    router_initial_bias: float = 2.0
+    penalty_weight: float = 0.0
+    penalty_start: int = 0
+    penalty_end: int = 0
+    embedding_scale: float | None = None
+    gradient_passes: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Most additional steps of a token in this mode: max_steps, or 0 for vanilla."""
+        return 0 if self.mode == "vanilla" else self.max_steps
+
+    @property
+    def refinement_choices(self) -> tuple[int, ...]:
+        """The set that R is drawn from in training."""
+        choices = self.jacobi_iterations
+        return (choices,) if isinstance(choices, int) else tuple(choices)
+
+    @property
+    def evaluation_refinements(self) -> int:
+        """R where one number is needed, in evaluation and export: the largest that training used."""
+        return max(self.refinement_choices)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over ranks.
+
+    Attributes:
+        tensor: ranks that share each layer.
+        pipeline: ranks that share the stack of layers.
+        sequence_parallel: split norms and the residual stream over the tensor ranks.
+        zero_stage: DeepSpeed ZeRO stage over the data-parallel ranks, 0 to 3.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    zero_stage: int = 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The indexed dataset.
+
+    Attributes:
+        path: prefix of the dataset, the path of its .bin file without the ending.
+        split: weights of the train, valid and test parts, by documents.
+        sequence_length: L, tokens of one training sequence.
+        num_workers: loader processes on each rank; 0 reads in the training process.
+        reset_at_eod: confine attention to the document and restart positions after each end-of-document token.
+    """
+
+    path: str = ""
+    split: str = "969,30,1"
+    sequence_length: int = 2048
+    num_workers: int = 1
+    reset_at_eod: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer.
+
+    Attributes:
+        path: a SentencePiece .model file, a tokenizer.json, or a folder that holds one of them.
+    """
+
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: the peak.
+        min_learning_rate_fraction: the end of the cosine, as a share of the peak.
+        warmup_fraction: share of the steps spent on the linear warm-up.
+        betas: decay rates of the two moments.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled decay of matrices and embeddings; norms and biases have none.
+        gradient_clipping: largest global gradient norm; 0 turns clipping off.
+    """
+
+    learning_rate: float = 3e-4
+    min_learning_rate_fraction: float = 0.1
+    warmup_fraction: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clipping: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+        run_dir: the run's folder.
+        steps: optimiser steps.
+        global_batch_size: sequences of one optimiser step, over all ranks.
+        micro_batch_size: sequences of one forward pass on one rank; the rest is gradient accumulation.
+        precision: of activations and of the weights that compute; master weights and moments are always fp32.
+        seed: of initial weights, data order and the drawn number of refinements.
+        recompute: `block` keeps only the inputs of blocks and computes the rest again in the backward pass.
+        eval_interval: optimiser steps between validations; 0 for none.
+        eval_samples: validation sequences, at most what the split holds.
+    """
+
+    run_dir: str = "runs/default"
+    steps: int = 50_000
+    global_batch_size: int = 256
+    micro_batch_size: int = 8
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 1234
+    recompute: Literal["none", "block"] = "none"
+    eval_interval: int = 1000
+    eval_samples: int = 512
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming.
+
+    Attributes:
+        interval: optimiser steps between checkpoints; one is always written at the end.
+        keep: newest checkpoints that are kept.
+        resume: `none` starts anew, `auto` goes on from the run folder's latest checkpoint if there is one, anything
+            else is the folder of a checkpoint to go on from.
+        initialize_from: run or checkpoint folder whose weights a new run starts from, with a fresh optimiser at step 0.
+        allow_data_change: resume although the dataset is not the one that the checkpoint was trained on.
+    """
+
+    interval: int = 1000
+    keep: int = 2
+    resume: str = "none"
+    initialize_from: str | None = None
+    allow_data_change: bool = False
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run writes about itself.
+
+    Attributes:
+        interval: optimiser steps between plain progress lines where there is no terminal for a bar.
+        tensorboard: write TensorBoard events into the run folder.
+        wandb_project: also log to this Weights & Biases project (needs the extra `wandb`).
+    """
+
+    interval: int = 10
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    ponder: PonderConfig = field(default_factory=PonderConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def resolve(config: Config) -> Config:
+    """Fill in the fields that are derived from others. Idempotent."""
+    model, ponder = config.model, config.ponder
+    llama = model.family == "llama"
+    if model.ffn_hidden_size is None:
+        ffn = math.ceil(8 * model.hidden_size / 3 / 16) * 16 if llama else 4 * model.hidden_size
+        model = replace(model, ffn_hidden_size=ffn)
+    if model.num_kv_heads is None:
+        model = replace(model, num_kv_heads=model.num_heads)
+    if model.rotary_fraction is None:
+        model = replace(model, rotary_fraction=1.0 if llama else 0.25)
+    if model.max_position_embeddings is None:
+        model = replace(model, max_position_embeddings=config.data.sequence_length)
+    if ponder.embedding_scale is None:
+        scale = 1.0 if ponder.mode == "vanilla" else math.sqrt(2.5 * model.hidden_size)
+        ponder = replace(ponder, embedding_scale=scale)
+    return replace(config, model=model, ponder=ponder)
