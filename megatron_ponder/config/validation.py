@@ -98,6 +98,7 @@ def _validate_ponder(ponder: PonderConfig) -> None:
         f"ponder.threshold {ponder.threshold} is not a weight; choose it between 0 (every step runs) and 1",
     )
     _require(ponder.router_hidden_size >= 0, "ponder.router_hidden_size must be 0 (a linear router) or positive")
+    _require(ponder.penalty_weight >= 0, "ponder.penalty_weight must not be negative; 0 turns the penalty off")
     _require(
         0 <= ponder.penalty_start <= ponder.penalty_end,
         f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
@@ -146,6 +147,14 @@ def _validate_run(config: Config) -> None:
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
     )
     _require(optimizer.learning_rate > 0, f"optimizer.learning_rate is {optimizer.learning_rate}; it must be positive")
+    _require(
+        all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.epsilon > 0,
+        "optimizer.betas must lie between 0 and 1, and optimizer.epsilon above 0",
+    )
+    _require(
+        optimizer.weight_decay >= 0 and optimizer.gradient_clipping >= 0,
+        "optimizer.weight_decay and optimizer.gradient_clipping must not be negative; 0 turns them off",
+    )
     _require(
         0 <= optimizer.warmup_fraction < 1 and 0 <= optimizer.min_learning_rate_fraction <= 1,
         "optimizer.warmup_fraction and optimizer.min_learning_rate_fraction are shares between 0 and 1",

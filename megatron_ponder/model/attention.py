@@ -72,7 +72,8 @@ def attend(q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, mask: T
         (B, T, N, D).
     """
     grouped = q_BTND.shape[2] != k_BSMD.shape[2]
-    if causal and mask is None and q_BTND.device.type == "cpu" and not grouped and torch.is_grad_enabled():
+    plain = causal and mask is None and not grouped
+    if plain and q_BTND.device.type == "cpu" and q_BTND.dtype != torch.bfloat16 and torch.is_grad_enabled():
         return causal_attention(q_BTND, k_BSMD, v_BSMD, scale)
     out = F.scaled_dot_product_attention(
         q_BTND.transpose(1, 2),

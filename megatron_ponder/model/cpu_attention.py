@@ -12,7 +12,10 @@ BLOCK = 128
 
 
 def causal_attention(q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ, causal) v, (B, T, N, D); as many heads of keys and values as of queries."""
+    """softmax(scale · q kᵀ, causal) v, (B, T, N, D); as many heads of keys and values as of queries.
+
+    Logits are in the type of the inputs, so that fp32 or wider ones are wanted.
+    """
     B, _, N, _ = q_BTND.shape
     y = _CausalAttention.apply(*(x.transpose(1, 2).flatten(0, 1) for x in (q_BTND, k_BTND, v_BTND)), scale)
     return y.unflatten(0, (B, N)).transpose(1, 2)

@@ -1,0 +1,110 @@
+"""The soft mask as one more channel, against plain causal attention: time, and what is kept for the backward pass.
+
+    python benchmarks/soft_mask.py [--rounds 15] [--threads 2]
+
+Forward and backward of rotation and attention, 4 heads of 64 channels, batch 4. The three forms take turns; ratios are
+medians over rounds. `explicit` adds log w to a T × T mask, which nothing but the tests does.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_ponder.launch import prepare_cpu
+from megatron_ponder.model.attention import FOLDED_CHANNELS, attend, key_channels, query_channels
+from megatron_ponder.model.rope import Rotation, rotate, rotation
+
+BATCH, HEADS, SIZE = 4, 4, 64
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Rotation]
+
+
+def inputs(length: int) -> Inputs:
+    """q, k, v (B, T, heads, size), log w (B, T) and angles."""
+    q, k, v = (torch.randn(BATCH, length, HEADS, SIZE, requires_grad=True) for _ in range(3))
+    log_w = torch.randn(BATCH, length).abs().neg().requires_grad_()
+    return q, k, v, log_w, rotation(torch.arange(length).unsqueeze(0), SIZE, 1e4, torch.float32)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, _: Tensor, angles: Rotation) -> Tensor:
+    """Causal attention without weights."""
+    return attend(rotate(q, angles), rotate(k, angles), v, SIZE**-0.5, None, causal=True)
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, angles: Rotation) -> Tensor:
+    """log w in the keys' further channels, as the model has it."""
+    q = rotate(q, angles, query_channels(q, SIZE))
+    k = rotate(k, angles, key_channels(log_w, SIZE, k.dtype))
+    return attend(q, k, F.pad(v, (0, FOLDED_CHANNELS)), SIZE**-0.5, None, causal=True)[..., :SIZE]
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, angles: Rotation) -> Tensor:
+    """log w added to a causal mask."""
+    length = q.shape[1]
+    mask = torch.full((length, length), float("-inf")).triu(1) + log_w[:, None, None, :]
+    heads_first = (x.transpose(1, 2) for x in (rotate(q, angles), rotate(k, angles), v))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+
+
+FORMS = {"plain": plain, "folded": folded, "explicit": explicit}
+
+
+def kept_bytes(form, arguments: Inputs) -> int:
+    """Memory that autograd keeps for the backward pass, each storage once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = form(*arguments)
+    size = sum(storages.values())
+    del result
+    return size
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    prepare_cpu()
+    torch.set_num_threads(arguments.threads)
+    table = Table(title=f"batch {BATCH}, {HEADS} heads of {SIZE}, fp32, {arguments.threads} threads")
+    for heading in ("length T", "plain [ms]", "folded / plain", "explicit / plain"):
+        table.add_column(heading, justify="right")
+    for heading in ("folded keeps more [MB]", "explicit keeps more [MB]"):
+        table.add_column(heading, justify="right")
+    for length in (256, 512, 1024, 2048):
+        given = inputs(length)
+        times: dict[str, list[float]] = {name: [] for name in FORMS}
+        for turn in range(arguments.rounds + 1):
+            for name, form in FORMS.items():
+                begun = time.perf_counter()
+                form(*given).sum().backward()
+                if turn:  # the first round warms up
+                    times[name].append(time.perf_counter() - begun)
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True)) for name in FORMS
+        }
+        kept = {name: kept_bytes(form, given) / 1e6 for name, form in FORMS.items()}
+        table.add_row(
+            str(length),
+            f"{1e3 * statistics.median(times['plain']):.1f}",
+            f"{ratios['folded']:.2f}",
+            f"{ratios['explicit']:.2f}",
+            f"{kept['folded'] - kept['plain']:.1f}",
+            f"{kept['explicit'] - kept['plain']:.1f}",
+        )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
