@@ -32,7 +32,7 @@ def train(config: Config, device: torch.device) -> None:
     Raises:
         UserError: on every rank, for whatever the user has to change.
     """
-    data_size = data_parallel_size(config, dist.get_world_size())
+    data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
     resumed = together(lambda: find_resume(config))
     fingerprints = (parts.data_fingerprint, parts.tokenizer.fingerprint if parts.tokenizer else None)
