@@ -1,4 +1,4 @@
-"""The router: how much of each additional step a token gets (SPEC of the model: softmax over steps, reversed tails)."""
+"""The router: how much of each additional step a token gets, as a softmax over steps and its reversed tails."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

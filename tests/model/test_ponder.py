@@ -35,7 +35,7 @@ def gradients(model: PonderLM, loss: Tensor) -> dict[str, Tensor]:
 
 
 def naive_chain(model: PonderLM, tokens: list[int], refinements: int, hard: bool, threshold: float) -> Tensor:
-    """SPEC §4 and §5 word by word for one sequence, slot lists and all: what the head reads, (L, H)."""
+    """The definition word by word for one sequence, slot lists and all: what the head reads, (L, H)."""
     length, steps = len(tokens), model.ponder_config.steps
     embedded = [model.ponder_config.embedding_scale * model.embedding.weight[token] for token in tokens]
     z: list[list[Tensor]] = [[] for _ in tokens]
