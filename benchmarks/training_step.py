@@ -9,6 +9,7 @@ are printed. Peak memory is that of a process of its own that trains nothing els
 """
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
@@ -78,7 +79,8 @@ def seconds(action) -> float:
 def memory_of(case: str, arguments: argparse.Namespace) -> float:
     """Peak resident memory in GB of a process that takes three steps."""
     words = [sys.executable, __file__, "--memory", case, "--threads", str(arguments.threads)]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return float(subprocess.run(words, env=alone, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def main() -> None:
@@ -86,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--memory", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with process_group(Launch(port=discover().port)) as device:
@@ -97,9 +100,9 @@ def main() -> None:
                 step()
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
             return
-        steps = {case: Step(case, mesh) for case in CASES}
+        steps = {case: Step(case, mesh) for case in arguments.cases}
         a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-        times: dict[str, list[float]] = {case: [] for case in (*CASES, "product")}
+        times: dict[str, list[float]] = {case: [] for case in (*steps, "product")}
         for turn in range(arguments.rounds + 1):
             for name, action in {**steps, "product": lambda: [a @ b for _ in range(4)]}.items():
                 elapsed = seconds(action)
@@ -108,10 +111,10 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = 4 * 2 * 2048**3 / median["product"]
     table = Table(title=f"2048³ fp32 product: {rate / 1e9:.0f} GFLOP/s on {arguments.threads} threads")
-    for heading in ("case", "step [s]", "floor / measured", "over fixed fp32", "peak memory [GB]"):
+    for heading in ("case", "step [s]", "floor / measured", f"over {arguments.cases[0]}", "peak memory [GB]"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case, step in steps.items():
-        over = statistics.median(x / y for x, y in zip(times[case], times["fixed fp32"], strict=True))
+        over = statistics.median(x / y for x, y in zip(times[case], times[arguments.cases[0]], strict=True))
         share = statistics.median(
             step.flops / (8 * 2048**3 / product) / x for x, product in zip(times[case], times["product"], strict=True)
         )

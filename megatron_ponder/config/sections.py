@@ -208,7 +208,7 @@ class CheckpointConfig:
         resume: `none` starts anew, `auto` goes on from the run folder's latest checkpoint if there is one, anything
             else is the folder of a checkpoint to go on from.
         initialize_from: run or checkpoint folder whose weights a new run starts from, with a fresh optimiser at step 0.
-        allow_data_change: resume although the dataset is not the one that the checkpoint was trained on.
+        allow_data_change: resume although dataset, split, sequence length or seed are not the checkpoint's.
     """
 
     interval: int = 1000

@@ -117,8 +117,9 @@ def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokeniz
     manifest = read_manifest(folder)
     if manifest.data_fingerprint not in (None, data_fingerprint) and not config.checkpoint.allow_data_change:
         raise UserError(
-            f"the dataset {config.data.path} is not the one that {folder} was trained on; put it back, or add "
-            "--checkpoint.allow_data_change true to go on with the new one"
+            f"the data are not those that {folder} was trained on: the dataset {config.data.path}, data.split, "
+            "data.sequence_length or training.seed has changed; put it back, or add "
+            "--checkpoint.allow_data_change true to go on all the same"
         )
     known = manifest.tokenizer_fingerprint
     if known is not None and tokenizer_fingerprint is not None and known != tokenizer_fingerprint:

@@ -4,9 +4,11 @@ DeepSpeed's configuration is generated here from ours. What the rest of the pack
 that returns the gradient norm, and whole fp32 tensors by parameter name.
 """
 
+import io
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,18 +62,20 @@ class Engine:
         self._low_precision = config.training.precision == "bf16"
         self._stage = _effective_stage(config)
         deepspeed = _import_deepspeed(mesh)
-        self._engine, *_ = deepspeed.initialize(
-            model=objective,
-            optimizer=torch.optim.AdamW(
-                _parameter_groups(objective, config.optimizer.weight_decay),
-                lr=0.0,  # set before every step
-                betas=config.optimizer.betas,
-                eps=config.optimizer.epsilon,
-                fused=True,
-            ),
-            config=deepspeed_config(config, mesh.data.size),
-            dist_init_required=False,
-        )
+        # At each start its bf16 optimiser prints memory figures, whatever the log level.
+        with redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=objective,
+                optimizer=torch.optim.AdamW(
+                    _parameter_groups(objective, config.optimizer.weight_decay),
+                    lr=0.0,  # set before every step
+                    betas=config.optimizer.betas,
+                    eps=config.optimizer.epsilon,
+                    fused=True,
+                ),
+                config=deepspeed_config(config, mesh.data.size),
+                dist_init_required=False,
+            )
         self._create_moments()
 
     def forward_backward(

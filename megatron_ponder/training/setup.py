@@ -1,5 +1,6 @@
 """What a run is made of, checked against each other before anything is written: tokenizer, data, model."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class RunParts:
 
     Attributes:
         datasets: by split: train, valid, test; a split without weight is absent.
-        data_fingerprint: of the dataset.
+        data_fingerprint: of the dataset and of everything else that decides which sample comes when.
         tokenizer: None if none is configured.
         eod_id: end-of-document token; None if unknown.
     """
@@ -66,7 +67,14 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     eod_id = next((known.eod_id for known in (tokenizer, manifest) if known is not None), None)
     if config.data.reset_at_eod and eod_id is None:
         raise UserError("data.reset_at_eod needs to know the end-of-document token; set tokenizer.path")
-    return config, RunParts(datasets, fingerprint(config.data.path), tokenizer, eod_id)
+    return config, RunParts(datasets, _order_fingerprint(config), tokenizer, eod_id)
+
+
+def _order_fingerprint(config: Config) -> str:
+    """Consumed samples mean the same only for the same tokens, cut and shuffled in the same way."""
+    data = config.data
+    order = f"{fingerprint(data.path)}/{data.split}/{data.sequence_length}/{config.training.seed}"
+    return hashlib.sha256(order.encode()).hexdigest()
 
 
 def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | None) -> PonderLM:
