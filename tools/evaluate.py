@@ -9,6 +9,7 @@ decoding) it is about.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def main() -> None:
     if refinements is None:
         refinements = sorted({0, loaded.config.ponder.evaluation_refinements})
     ways = settings(loaded.model, arguments.threshold, arguments.router_bias, refinements)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     progress = track(ways, "evaluating", console=console, disable=not console.is_terminal, transient=True)
     results = [evaluate(loaded.model, batches, way, _byte_counter(loaded)) for way in progress]
     console.print(_table(results, loaded))
