@@ -67,10 +67,14 @@ def gather_from_ranks(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _Gather.apply(x, axis)
 
 
-def together(action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank of the default group; if it fails for the user's reason on any, it fails on all.
+def together(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
+    """Run `action` on every rank; if it fails for the user's reason on any, it fails on all.
 
     Without this, a rank that stops leaves the others waiting in their next collective.
+
+    Args:
+        action: what this rank does.
+        group: of the ranks; the default group unless given. A thread beside training needs one of its own.
 
     Raises:
         UserError: the first failing rank's own error, on every rank.
@@ -80,9 +84,9 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except (UserError, OSError) as error:
         message = describe(error)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        messages = [None] * dist.get_world_size(group)
+        dist.all_gather_object(messages, message, group=group)
         message = next((m for m in messages if m is not None), None)
     if message is not None:
         error = UserError(message)
