@@ -56,7 +56,7 @@ class Step:
     def __init__(self, case: str, mesh: Mesh) -> None:
         config = configuration(*CASES[case])
         model = PonderLM(config.model, config.ponder, mesh)
-        model.transformer.recompute = config.training.recompute == "block"
+        model.recompute = config.training.recompute
         initialize(model, seed=0)
         self._engine = Engine(Objective(model), config, mesh)
         self._tokens = torch.randint(0, 8192, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))

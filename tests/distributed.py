@@ -21,7 +21,13 @@ class RankError(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, tensor: int = 1, time_limit: float = 120.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence_parallel: bool = False,
+    time_limit: float = 120.0,
 ) -> list[Any]:
     """Run `function(mesh, *args)` on spawned gloo ranks and return what it returned, by rank.
 
@@ -29,7 +35,9 @@ def run_distributed(
         function: at the top level of an importable module, because ranks import it.
         world_size: number of ranks.
         args: anything that can be pickled.
-        tensor: ranks that share each layer; the others share the data.
+        tensor: ranks that share each layer.
+        pipeline: ranks that share the stack; the others share the data.
+        sequence_parallel: split the residual stream over the tensor ranks.
         time_limit: seconds after which ranks are killed.
 
     Raises:
@@ -38,7 +46,8 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        arguments = (function, world_size, free_port(), tensor, folder, args)
+        layout = (tensor, pipeline, world_size // (tensor * pipeline), sequence_parallel)
+        arguments = (function, world_size, free_port(), layout, folder, args)
         context = mp.start_processes(_run_rank, arguments, nprocs=world_size, join=False, start_method="spawn")
         deadline = time.monotonic() + time_limit
         try:
@@ -60,13 +69,13 @@ def run_distributed(
 
 
 def _run_rank(
-    rank: int, function: Callable[..., Any], world_size: int, port: int, tensor: int, folder: Path, args: tuple
+    rank: int, function: Callable[..., Any], world_size: int, port: int, layout: tuple, folder: Path, args: tuple
 ) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     with process_group(Launch(rank, world_size, rank, world_size, "127.0.0.1", port, source="test")) as device:
         torch.set_num_threads(1)
         try:
-            mesh = build_mesh(device, tensor=tensor, pipeline=1, data=world_size // tensor)
+            mesh = build_mesh(device, *layout)
             torch.save(function(mesh, *args), folder / f"result-{rank}")
         except BaseException:
             (folder / f"error-{rank}").write_text(traceback.format_exc())

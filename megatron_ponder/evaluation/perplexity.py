@@ -94,7 +94,9 @@ def evaluate(
             result = model.exact(inputs, setting.pruning)
         else:
             result = model.jacobi(inputs, setting.refinements, setting.pruning)
-        losses = vocab_parallel_cross_entropy(model.head(result.output_BLH), labels, model.head.axis)
+        losses = vocab_parallel_cross_entropy(
+            model.head(result.output_BLH), labels, model.axis, model.model_config.vocab_size
+        )
         if result.routing is None or not setting.pruning.hard:
             executed = torch.full_like(labels, steps)  # the soft mask runs every step
         else:

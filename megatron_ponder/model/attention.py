@@ -6,7 +6,7 @@ key-value cache, and the gradient of log w comes from the kernel's gradient of k
 """
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.model.cpu_attention import causal_attention
 from megatron_ponder.model.rope import Rotation, rotate
-from megatron_ponder.parallel.collectives import copy_to_ranks
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.regions import enter
 from megatron_ponder.parallel.sharding import ShardedModule, normal
 
 # Kernels want head sizes in multiples of 8, so folding costs eight channels of which it uses one or two.
@@ -31,6 +31,28 @@ class LayerCache(Protocol):
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one slot of each sequence, (B, 1, heads, width), and return all stored ones, (B, T, heads, width)."""
+
+
+class Slots(NamedTuple):
+    """The slots of one forward, as every block sees them: S of each of L tokens, T = L · S in all.
+
+    Attributes:
+        tokens: L.
+        angles: of the T slots.
+        log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1.
+        mask: bool (B, 1, T, T) in place of the causal one.
+        kept: the slots of every token whose result is wanted.
+    """
+
+    tokens: int
+    angles: Rotation
+    log_w_BT: Tensor | None = None
+    mask: Tensor | None = None
+    kept: slice = slice(None)
+
+    def keep(self, x: Tensor, tokens: int) -> Tensor:
+        """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
+        return x if self.kept == slice(None) else x.unflatten(1, (tokens, -1))[:, :, self.kept].flatten(1, 2)
 
 
 def query_channels(q: Tensor, head_size: int) -> Tensor:
@@ -102,38 +124,27 @@ class Attention(ShardedModule):
         self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, axis, initial, bias)
         self.o_proj = RowParallelLinear(config.hidden_size, config.hidden_size, axis, last, bias)
 
-    def forward(
-        self,
-        x_BTH: Tensor,
-        angles: Rotation,
-        log_w_BT: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        kept: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BTH: Tensor, slots: Slots, cache: LayerCache | None = None) -> Tensor:
         """Attend from every slot to itself and the slots before it.
 
         Args:
-            x_BTH: normed inputs.
-            angles: of the T slots.
-            log_w_BT: log weight of each slot as a key; None where every weight is 1.
-            mask: bool (B, 1, T, T) in place of the causal one.
-            cache: keys and values of earlier slots; then T is 1 and log_w_BT is needed.
-            kept: int64, the slots whose result is wanted; None for all.
+            x_BTH: normed inputs in the residual stream.
+            slots: what they are.
+            cache: keys and values of earlier slots; then T is 1 and log w is needed.
 
         Returns:
-            (B, T, H), or (B, len(kept), H).
+            (B, kept slots, H) in the residual stream.
         """
+        x_BTH = enter(x_BTH, self.axis, slots.tokens)
         q, k, v = (proj(x_BTH).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if log_w_BT is None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if slots.log_w_BT is None:
+            q, k = rotate(q, slots.angles), rotate(k, slots.angles)
         else:
-            log_w_BT = copy_to_ranks(log_w_BT, self.axis)  # every rank's heads add to its gradient
-            q = rotate(q, angles, query_channels(q, self.head_size))
-            k = rotate(k, angles, key_channels(log_w_BT, self.head_size, k.dtype))
+            q = rotate(q, slots.angles, query_channels(q, self.head_size))
+            k = rotate(k, slots.angles, key_channels(slots.log_w_BT, self.head_size, k.dtype))
             v = F.pad(v, (0, FOLDED_CHANNELS))
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, self.head_size**-0.5, mask, causal=cache is None)
-        y = y[..., : self.head_size].flatten(2)
-        return self.o_proj(y if kept is None else y.index_select(1, kept))
+        y = attend(q, k, v, self.head_size**-0.5, slots.mask, causal=cache is None)
+        y = slots.keep(y[..., : self.head_size].flatten(2), slots.tokens)
+        return self.o_proj(y, slots.tokens)

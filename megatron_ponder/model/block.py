@@ -4,14 +4,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
-from megatron_ponder.model.attention import Attention, LayerCache
+from megatron_ponder.model.attention import Attention, LayerCache, Slots
 from megatron_ponder.model.recipes import keep_recipe
-from megatron_ponder.model.rope import Rotation
 from megatron_ponder.parallel.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.regions import enter
 from megatron_ponder.parallel.sharding import ShardedModule, normal
 
 
@@ -37,41 +38,42 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(ShardedModule):
     """Feed-forward of the llama family: W_down (silu(W_gate x) · W_up x)."""
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
-        super().__init__()
+        super().__init__(axis)
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
         initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
         self.gate_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
         self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
         self.down_proj = RowParallelLinear(ffn, hidden, axis, last)
 
-    def forward(self, x: Tensor, recipes: bool = False) -> Tensor:
-        """x: (..., H). Returns (..., H). `recipes` keeps the recipe of the product for the backward pass."""
+    def forward(self, x: Tensor, tokens: int, recipes: bool = False) -> Tensor:
+        """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the product's recipe for the backward pass."""
+        x = enter(x, self.axis, tokens)
         gate, up = self.gate_proj(x), self.up_proj(x)
         product = _SwiGLU.apply(gate, up)
         with keep_recipe(recipes, product, lambda: F.silu(gate).mul_(up)):
-            return self.down_proj(product)
+            return self.down_proj(product, tokens)
 
 
-class GeluMLP(nn.Module):
+class GeluMLP(ShardedModule):
     """Feed-forward of the gpt_neox family: W_down gelu(W_up x), with biases."""
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
-        super().__init__()
+        super().__init__(axis)
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
         initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
         self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial, bias=True)
         self.down_proj = RowParallelLinear(ffn, hidden, axis, last, bias=True)
 
-    def forward(self, x: Tensor, recipes: bool = False) -> Tensor:
-        """x: (..., H). Returns (..., H). `recipes` keeps the recipe of the activation for the backward pass."""
-        up = self.up_proj(x)
+    def forward(self, x: Tensor, tokens: int, recipes: bool = False) -> Tensor:
+        """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the activation's recipe for the backward pass."""
+        up = self.up_proj(enter(x, self.axis, tokens))
         activated = F.gelu(up)
         with keep_recipe(recipes, activated, lambda: F.gelu(up)):
-            return self.down_proj(activated)
+            return self.down_proj(activated, tokens)
 
 
 class Block(ShardedModule):
@@ -88,28 +90,35 @@ class Block(ShardedModule):
     def forward(
         self,
         x_BTH: Tensor,
-        angles: Rotation,
-        log_w_BT: Tensor | None = None,
-        mask: Tensor | None = None,
+        slots: Slots,
         cache: LayerCache | None = None,
-        kept: Tensor | None = None,
         recipes: bool = False,
+        recompute_attention: bool = False,
     ) -> Tensor:
-        """The residual stream after this block; arguments as in `Attention.forward`.
+        """The residual stream after this block.
 
         Args:
+            x_BTH: the residual stream before it.
+            slots: what its positions are.
+            cache: as in `Attention.forward`.
             recipes: keep recipes of norms and activations for the backward pass.
+            recompute_attention: keep attention's input alone and compute it again in the backward pass.
 
         Returns:
-            (B, T, H), or (B, len(kept), H): only the kept slots get beyond being keys and values.
+            (B, kept slots, H): slots that are not kept get no further than being keys and values.
         """
-        normed = self.attention_norm(x_BTH)
-        with keep_recipe(recipes, normed, self.attention_norm.recipe(x_BTH)):
-            attended = self.attention(normed, angles, log_w_BT, mask, cache, kept)
-        if kept is not None:
-            x_BTH = x_BTH.index_select(1, kept)
+        if recompute_attention:
+            attended = checkpoint(self._attend, x_BTH, slots, use_reentrant=False, preserve_rng_state=False)
+        else:
+            attended = self._attend(x_BTH, slots, cache, recipes)
+        x_BTH = slots.keep(x_BTH, self.axis.share(slots.tokens))
         mlp_input = x_BTH if self.parallel_residual else x_BTH + attended
         normed = self.mlp_norm(mlp_input)
         with keep_recipe(recipes, normed, self.mlp_norm.recipe(mlp_input)):
-            changed = self.mlp(normed, recipes)
+            changed = self.mlp(normed, slots.tokens, recipes)
         return mlp_input + attended + changed if self.parallel_residual else mlp_input + changed
+
+    def _attend(self, x_BTH: Tensor, slots: Slots, cache: LayerCache | None = None, recipes: bool = False) -> Tensor:
+        normed = self.attention_norm(x_BTH)
+        with keep_recipe(recipes, normed, self.attention_norm.recipe(x_BTH)):
+            return self.attention(normed, slots, cache)

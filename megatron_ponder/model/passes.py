@@ -82,6 +82,11 @@ class Interleaving:
     _angles: dict[int, Rotation] = field(default_factory=dict)
     _masks: dict[int, Tensor | None] = field(default_factory=dict)
 
+    @property
+    def tokens(self) -> int:
+        """L."""
+        return self.positions_BL.shape[1]
+
     def angles(self, slots: int, config: ModelConfig, dtype: torch.dtype) -> Rotation:
         """Rotations of the L · slots positions."""
         if slots not in self._angles:

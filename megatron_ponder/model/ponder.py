@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig, PonderConfig
-from megatron_ponder.model.attention import LayerCache
+from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.passes import (
     Interleaving,
     PassState,
@@ -21,9 +21,10 @@ from megatron_ponder.model.passes import (
 )
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Pruning, Router, Routing, fusion_weights, key_log_weights, route
-from megatron_ponder.model.transformer import Transformer
+from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
 from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.regions import all_tokens, enter
 from megatron_ponder.parallel.sharding import normal
 
 
@@ -32,8 +33,9 @@ class PonderOutput:
     """The result of a parallel evaluation.
 
     Attributes:
-        output_BLH: what the head reads: h_{t,0}, h_{t,K} or the fused ĥ_t, by mode.
-        hidden_BLSH: hidden states of the final pass's slots, of the last slot alone where only that is the output.
+        output_BLH: what the head reads, on all tensor ranks: h_{t,0}, h_{t,K} or the fused ĥ_t, by mode.
+        hidden_BLSH: hidden states of the final pass's slots, of the last slot alone where only that is the output; with
+            sequence parallelism those of this rank's tokens.
         routing: the final pass's routing; None unless the mode is `adaptive`.
         passes: how many passes were run.
     """
@@ -50,22 +52,39 @@ class PonderLM(nn.Module):
     Attributes:
         model_config, ponder_config: what it was built from.
         eod_id: end-of-document token that confines attention and restarts positions; None for neither.
+        part: which part of the model this pipeline rank holds; modules of other parts are None.
+        axis: the tensor ranks.
+        recompute: what the backward pass computes again, in the first `recompute_passes` passes (None for all).
     """
 
     def __init__(
-        self, model: ModelConfig, ponder: PonderConfig, mesh: Mesh | None = None, eod_id: int | None = None
+        self,
+        model: ModelConfig,
+        ponder: PonderConfig,
+        mesh: Mesh | None = None,
+        eod_id: int | None = None,
+        part: ModelPart | None = None,
+        vocab_multiple: int = 1,
     ) -> None:
         super().__init__()
         self.model_config, self.ponder_config, self.eod_id = model, ponder, eod_id
-        axis = (mesh or Mesh()).tensor
+        self.part = part = part or ModelPart(range(model.num_layers))
+        self.axis = axis = (mesh or Mesh()).tensor
+        self.recompute: Recompute = "none"
+        self.recompute_passes: int | None = None
+        vocabulary = (model.vocab_size, model.hidden_size, axis)
         # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
         std = model.init_std if ponder.mode == "vanilla" else math.sqrt(2 / (5 * model.hidden_size))
-        self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden_size, axis, normal(std))
-        self.transformer = Transformer(model, axis)
-        self.router = Router(model, ponder, axis) if ponder.mode == "adaptive" else None
-        self.head = ColumnParallelLinear(model.hidden_size, model.vocab_size, axis, normal(model.init_std))
-        if model.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.embedding = VocabParallelEmbedding(*vocabulary, normal(std), vocab_multiple) if part.first else None
+        self.transformer = Transformer(model, axis, part)
+        self.router, self.head = None, None
+        if part.last:
+            self.router = Router(model, ponder, axis) if ponder.mode == "adaptive" else None
+            self.head = ColumnParallelLinear(
+                model.hidden_size, model.vocab_size, axis, normal(model.init_std), multiple=vocab_multiple
+            )
+            if model.tie_embeddings:
+                self.head.weight = self.embedding.weight
 
     def pruning(self, hard: bool, threshold: float | None = None, bias: float | None = None) -> Pruning:
         """The rule for `jacobi` and `exact`, with the configured τ and α unless others are given."""
@@ -91,14 +110,13 @@ class PonderLM(nn.Module):
         layout = interleaving(tokens_BL, self.eod_id)
         embedded = self.embed(tokens_BL)
         state = PassState()
-        for index, slots in enumerate(plan):
+        for index in range(len(plan)):
             truncated = gradient_passes is not None and index < len(plan) - gradient_passes
-            kept = kept_slots(index, plan, fused=self.router is not None)
             with torch.no_grad() if truncated else nullcontext():
-                hidden, routing = self.run_pass(embedded, state, layout, pruning, kept)
+                hidden, routing = self.run_pass(embedded, state, layout, pruning, index, plan)
                 if index + 1 < len(plan):
-                    state = self.next_state(hidden, routing, pruning, min(slots + 1, self.ponder_config.steps + 1))
-        return PonderOutput(self.fuse(hidden, routing, pruning), hidden, routing, len(plan))
+                    state = self.next_state(hidden, routing, pruning, plan[index + 1])
+        return self.output(hidden, routing, pruning, layout, len(plan))
 
     @torch.no_grad()
     def exact(self, tokens_BL: Tensor, pruning: Pruning, tolerance: float | None = None) -> PonderOutput:
@@ -123,10 +141,10 @@ class PonderLM(nn.Module):
             if steps == 0 or (passes > steps + 1 and _settled(state, following, tolerance)):
                 break
             state = following
-        return PonderOutput(self.fuse(hidden, routing, pruning), hidden, routing, passes)
+        return self.output(hidden, routing, pruning, layout, passes)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """e = c · E[x]: (...) ids → (..., H)."""
+        """e = c · E[x]: (...) ids → (..., H) in the residual stream."""
         return self.embedding(tokens) * self.ponder_config.embedding_scale
 
     def run_pass(
@@ -135,32 +153,74 @@ class PonderLM(nn.Module):
         state: PassState,
         layout: Interleaving,
         pruning: Pruning,
-        kept: slice = slice(None),
+        index: int = 0,
+        plan: tuple[int, ...] = (),
     ) -> tuple[Tensor, Routing | None]:
-        """One pass over the interleaved sequence.
+        """One pass of a whole model over the interleaved sequence.
 
         Args:
             embedded_BLH: e of every token.
             state: what the pass before handed over.
             layout: positions and visibility.
             pruning: soft mask or hard rule.
-            kept: the slots of every token whose hidden states are wanted; with a router, the first is one of them.
+            index, plan: as in `run_blocks`.
 
         Returns:
             Hidden states (B, L, kept slots, H), and the routing from those of the first slots.
         """
         x_BTH, log_w_BT = enter_pass(embedded_BLH, state)
-        slots = x_BTH.shape[1] // embedded_BLH.shape[1]
-        angles = layout.angles(slots, self.model_config, x_BTH.dtype)
-        wanted = torch.arange(x_BTH.shape[1], device=x_BTH.device).view(-1, slots)[:, kept]
-        every = wanted.shape[1] == slots
-        h_BTH = self.transformer(x_BTH, angles, log_w_BT, layout.mask(slots), kept=None if every else wanted.flatten())
-        hidden = h_BTH.unflatten(1, wanted.shape)
-        return hidden, self.route(hidden[:, :, 0], pruning)
+        return self.end_pass(self.run_blocks(x_BTH, log_w_BT, layout, index, plan), layout, pruning)
+
+    def run_blocks(
+        self,
+        x_BTH: Tensor,
+        log_w_BT: Tensor | None,
+        layout: Interleaving,
+        index: int = 0,
+        plan: tuple[int, ...] = (),
+    ) -> Tensor:
+        """What this part's blocks do in one pass over the interleaved sequence.
+
+        Args:
+            x_BTH: the residual stream that enters them.
+            log_w_BT: log weight of each slot as a key; None where every weight is 1.
+            layout: positions and visibility.
+            index: of the pass.
+            plan: slots per token of every pass, which tells which hidden states of this one anybody reads; empty if all
+                are wanted.
+
+        Returns:
+            The residual stream that leaves them, (B, T, H); in the last part normed and of the kept slots alone.
+        """
+        slots_per_token = x_BTH.shape[1] // self.axis.share(layout.tokens)
+        slots = Slots(
+            layout.tokens,
+            layout.angles(slots_per_token, self.model_config, x_BTH.dtype),
+            None if log_w_BT is None else enter(log_w_BT, self.axis, layout.tokens),
+            layout.mask(slots_per_token),
+            kept_slots(index, plan, fused=self.ponder_config.mode == "adaptive") if plan else slice(None),
+        )
+        recomputed = self.recompute_passes is None or index < self.recompute_passes
+        return self.transformer(x_BTH, slots, recompute=self.recompute if recomputed else "none")
+
+    def end_pass(self, h_BTH: Tensor, layout: Interleaving, pruning: Pruning) -> tuple[Tensor, Routing | None]:
+        """Hidden states by token and slot, (B, L, kept slots, H), and the routing from those of the first slots."""
+        h_BLSH = h_BTH.unflatten(1, (self.axis.share(layout.tokens), -1))
+        return h_BLSH, self.route(h_BLSH[:, :, 0], pruning)
+
+    def output(
+        self, hidden_BLSH: Tensor, routing: Routing | None, pruning: Pruning, layout: Interleaving, passes: int
+    ) -> PonderOutput:
+        """The result, from the hidden states of the final pass and their routing."""
+        tokens = layout.tokens
+        fused = enter(self.fuse(hidden_BLSH, routing, pruning), self.axis, tokens)
+        if routing is not None:
+            routing = Routing(*(all_tokens(part, self.axis, tokens) for part in routing))
+        return PonderOutput(fused, hidden_BLSH, routing, passes)
 
     def route(self, h_token: Tensor, pruning: Pruning) -> Routing | None:
         """The routing from h_{t,0} (..., H); None unless the mode is `adaptive`."""
-        return None if self.router is None else route(self.router(h_token), pruning)
+        return None if self.ponder_config.mode != "adaptive" else route(self.router(h_token), pruning)
 
     def next_state(self, hidden_BLSH: Tensor, routing: Routing | None, pruning: Pruning, next_slots: int) -> PassState:
         """What the next pass starts from."""
@@ -189,7 +249,8 @@ class PonderLM(nn.Module):
         config = self.model_config
         rotated = int(config.head_size * config.rotary_fraction)
         angles = rotation(positions_B.unsqueeze(1), rotated, config.rope_theta, inputs_BH.dtype)
-        return self.transformer(inputs_BH.unsqueeze(1), angles, log_w_B.unsqueeze(1), caches=caches).squeeze(1)
+        slots = Slots(1, angles, log_w_B.unsqueeze(1))
+        return self.transformer(inputs_BH.unsqueeze(1), slots, caches=caches).squeeze(1)
 
 
 def _settled(before: PassState, after: PassState, tolerance: float) -> bool:

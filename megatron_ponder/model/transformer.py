@@ -1,52 +1,79 @@
 """The stack of blocks that every pass runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
-from megatron_ponder.model.attention import LayerCache
+from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.block import Block, make_norm
-from megatron_ponder.model.rope import Rotation
 from megatron_ponder.parallel.mesh import Axis
+
+Recompute = Literal["none", "block", "attention"]
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """The part of a model that one pipeline rank holds.
+
+    Attributes:
+        layers: indices of its blocks in the whole stack.
+        first: it has the embedding.
+        last: it has the final norm, the router and the head.
+    """
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the model is elsewhere."""
+        return self.first and self.last
 
 
 class Transformer(nn.Module):
-    """Blocks and the final norm.
+    """The blocks of one part of a model and, in the last part, the final norm.
 
-    Attributes:
-        recompute: keep only the inputs of blocks for the backward pass and compute the rest again.
+    Blocks have the names that they have in the whole stack.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis) -> None:
+    def __init__(self, config: ModelConfig, axis: Axis, part: ModelPart | None = None) -> None:
         super().__init__()
-        self.recompute = False
-        self.blocks = nn.ModuleList(Block(config, axis) for _ in range(config.num_layers))
-        self.norm = make_norm(config, axis)
+        part = part or ModelPart(range(config.num_layers))
+        self.axis = axis
+        self.blocks = nn.ModuleDict({str(layer): Block(config, axis) for layer in part.layers})
+        self.norm = make_norm(config, axis) if part.last else None
 
     def forward(
         self,
         x_BTH: Tensor,
-        angles: Rotation,
-        log_w_BT: Tensor | None = None,
-        mask: Tensor | None = None,
+        slots: Slots,
         caches: Sequence[LayerCache] | None = None,
-        kept: Tensor | None = None,
+        recompute: Recompute = "none",
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """The residual stream after these blocks, in the last part normed.
 
-        Arguments as in `Attention.forward`, with one cache a block.
+        Args:
+            x_BTH: the residual stream before them.
+            slots: what its positions are; those that are not kept end in the last block of the whole stack.
+            caches: one for each block.
+            recompute: what is computed again in the backward pass in place of being kept.
 
         Returns:
-            (B, T, H), or (B, len(kept), H).
+            (B, T, H), in the last part (B, kept slots, H).
         """
-        for index, block in enumerate(self.blocks):
-            cache = None if caches is None else caches[index]
-            inputs = (x_BTH, angles, log_w_BT, mask, cache, kept if block is self.blocks[-1] else None)
-            if self.recompute and torch.is_grad_enabled():
+        every = slots._replace(kept=slice(None))
+        recompute = recompute if torch.is_grad_enabled() else "none"
+        last = None if self.norm is None else len(self.blocks) - 1
+        for index, block in enumerate(self.blocks.values()):
+            inputs = (x_BTH, slots if index == last else every, None if caches is None else caches[index])
+            if recompute == "block":
                 x_BTH = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTH = block(*inputs, recipes=True)
-        return self.norm(x_BTH)
+                x_BTH = block(*inputs, recipes=True, recompute_attention=recompute == "attention")
+        return x_BTH if self.norm is None else self.norm(x_BTH)

@@ -6,19 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.parallel.collectives import copy_to_ranks, sum_over_ranks
 from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.regions import leave, on_residual
 from megatron_ponder.parallel.sharding import Initializer, ParameterSpec, ShardedModule, constant
 
 
 class ColumnParallelLinear(ShardedModule):
-    """y = x Wᵀ + b with the output features split: (..., in) → (..., out / ranks)."""
+    """y = x Wᵀ + b with the output features split: (..., in) → (..., out / ranks).
+
+    Layers that read the same x share one `regions.enter`, which is therefore their caller's.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, axis: Axis, initialize: Initializer, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        axis: Axis,
+        initialize: Initializer,
+        bias: bool = False,
+        multiple: int = 0,
     ) -> None:
+        """Declare the parameters; `multiple` pads this rank's output features, as in `ParameterSpec`."""
         super().__init__(axis)
-        self.declare("weight", ParameterSpec((out_features, in_features), initialize, shard_dim=0))
+        spec = ParameterSpec((out_features, in_features), initialize, shard_dim=0, multiple=multiple)
+        self.declare("weight", spec)
         if bias:
             self.declare("bias", ParameterSpec((out_features,), constant(0.0), shard_dim=0))
         else:
@@ -26,7 +37,7 @@ class ColumnParallelLinear(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in), the same on every rank. Returns this rank's output features (..., out / ranks)."""
-        return F.linear(copy_to_ranks(x, self.axis), self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(ShardedModule):
@@ -42,30 +53,42 @@ class RowParallelLinear(ShardedModule):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in / ranks), this rank's features. Returns (..., out), the same on every rank."""
+    def forward(self, x: Tensor, tokens: int) -> Tensor:
+        """Sum over the ranks, which leaves the sharded region.
+
+        Args:
+            x: (B, slots, in / ranks), this rank's features.
+            tokens: L, that the slots belong to.
+
+        Returns:
+            (B, slots, out) in the residual stream.
+        """
         if self.axis.size == 1:
             return F.linear(x, self.weight, self.bias)
-        y = sum_over_ranks(F.linear(x, self.weight), self.axis)
-        return y if self.bias is None else y + self.bias
+        y = leave(F.linear(x, self.weight), self.axis, tokens)
+        return y if self.bias is None else y + on_residual(self.bias, self.axis)
 
 
 class VocabParallelEmbedding(ShardedModule):
-    """Rows of the table split over the ranks: ids (...) → vectors (..., hidden)."""
+    """Rows of the table split over the ranks: ids (B, L) → vectors (B, L, hidden)."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, initialize: Initializer) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, axis: Axis, initialize: Initializer, multiple: int = 0
+    ) -> None:
+        """Declare the table; `multiple` pads this rank's rows, as in `ParameterSpec`."""
         super().__init__(axis)
-        self.declare("weight", ParameterSpec((vocab_size, hidden_size), initialize, shard_dim=0))
+        spec = ParameterSpec((vocab_size, hidden_size), initialize, shard_dim=0, multiple=multiple)
+        self.declare("weight", spec)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: int64 (...). Returns (..., hidden), the same on every rank."""
+        """ids: int64 (B, L) or any shape without sequence parallelism. Returns (.., hidden) in the residual stream."""
         if self.axis.size == 1:
             return F.embedding(ids, self.weight)
         rows = self.weight.shape[0]
         local = ids - rows * self.axis.rank
         elsewhere = (local < 0) | (local >= rows)
         vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return sum_over_ranks(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+        return leave(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis, ids.shape[-1])
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -99,7 +122,7 @@ class RMSNorm(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden). Returns the same shape and type."""
-        return self.compute(x, self.weight)
+        return self.compute(x, on_residual(self.weight, self.axis))
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """The norm with a given g."""
@@ -124,7 +147,8 @@ class LayerNorm(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden). Returns the same shape and type."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        weight, bias = on_residual(self.weight, self.axis), on_residual(self.bias, self.axis)
+        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 
     def recipe(self, x: Tensor) -> Callable[[], Tensor]:
         """Computes `forward(x)` again, also when this rank no longer holds the parameters."""

@@ -4,10 +4,11 @@ Initialisation, the gradient norm, checkpoints and conversion all read this one 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ponder.parallel.mesh import Axis
@@ -20,18 +21,42 @@ class ParameterSpec:
     """What a layer declares about one parameter.
 
     Attributes:
-        shape: of the whole parameter, as one process would hold it.
+        shape: of the whole parameter, as one process would hold it and every checkpoint does.
         initialize: fills a tensor of that shape in place, given a generator.
         shard_dim: dimension that is split evenly over the tensor ranks; None if each rank holds a copy.
+        multiple: each rank's part of that dimension is padded with zeros to a multiple of this; 0 if it must not be
+            padded, because it divides evenly.
     """
 
     shape: tuple[int, ...]
     initialize: Initializer
     shard_dim: int | None = None
+    multiple: int = 0
+
+    def part_shape(self, axis: Axis) -> tuple[int, ...]:
+        """Shape of what each tensor rank holds."""
+        shape = list(self.shape)
+        if self.shard_dim is not None:
+            size, unit = shape[self.shard_dim], self.multiple or 1
+            assert self.multiple or size % axis.size == 0, f"{shape} over {axis.size} ranks"
+            shape[self.shard_dim] = -(-size // (axis.size * unit)) * unit
+        return tuple(shape)
 
     def shard(self, whole: Tensor, axis: Axis) -> Tensor:
         """The part of the whole parameter that this tensor rank holds."""
-        return whole if self.shard_dim is None else whole.chunk(axis.size, self.shard_dim)[axis.rank]
+        if self.shard_dim is None:
+            return whole
+        part = self.part_shape(axis)[self.shard_dim]
+        start = min(part * axis.rank, self.shape[self.shard_dim])
+        own = whole.narrow(self.shard_dim, start, min(part, self.shape[self.shard_dim] - start))
+        missing = part - own.shape[self.shard_dim]
+        return F.pad(own, (0, 0) * (whole.dim() - 1 - self.shard_dim) + (0, missing)) if missing else own
+
+    def unshard(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole parameter from the parts of all tensor ranks, in order."""
+        if self.shard_dim is None:
+            return parts[0]
+        return torch.cat(list(parts), self.shard_dim).narrow(self.shard_dim, 0, self.shape[self.shard_dim])
 
 
 def normal(std: float) -> Initializer:
@@ -63,12 +88,8 @@ class ShardedModule(nn.Module):
         Raises:
             AssertionError: if the dimension cannot be split evenly, which the configuration should have refused.
         """
-        shape = list(spec.shape)
-        if spec.shard_dim is not None:
-            assert shape[spec.shard_dim] % self.axis.size == 0, f"{name} {shape} over {self.axis.size} ranks"
-            shape[spec.shard_dim] //= self.axis.size
         self.specs[name] = spec
-        self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.register_parameter(name, nn.Parameter(torch.empty(spec.part_shape(self.axis))))
 
 
 def declarations(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec, Axis]]:

@@ -90,7 +90,7 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | 
         UserError: if the checkpoint is damaged or of another model.
     """
     model = PonderLM(config.model, config.ponder, mesh, parts.eod_id if config.data.reset_at_eod else None)
-    model.transformer.recompute = config.training.recompute == "block"
+    model.recompute = config.training.recompute
     source = checkpoint
     if source is None and config.checkpoint.initialize_from is not None:
         source = resolve_checkpoint(Path(config.checkpoint.initialize_from))

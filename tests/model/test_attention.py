@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
-from megatron_ponder.model.attention import DEAD, FOLDED_CHANNELS, Attention, key_channels, query_channels
+from megatron_ponder.model.attention import DEAD, FOLDED_CHANNELS, Attention, Slots, key_channels, query_channels
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Pruning, route
 from megatron_ponder.parallel.mesh import Axis
@@ -36,8 +36,9 @@ def build(heads: int = 4, kv_heads: int = 4, head_size: int = 8, family: str = "
     return layer
 
 
-def angles_for(layer: Attention, dtype: torch.dtype):
-    return rotation(torch.arange(LENGTH).unsqueeze(0), layer.rotated, 10000.0, dtype)
+def slots_for(layer: Attention, dtype: torch.dtype, log_w: Tensor | None, mask: Tensor | None = None) -> Slots:
+    angles = rotation(torch.arange(LENGTH).unsqueeze(0), layer.rotated, 10000.0, dtype)
+    return Slots(LENGTH, angles, log_w, mask)
 
 
 def turn(x: Tensor, rotated: int) -> Tensor:
@@ -57,7 +58,7 @@ def oracle(layer: Attention, x: Tensor, log_w: Tensor, mask: Tensor | None = Non
     logits = torch.einsum("btnd,bsnd->bnts", q, k) / math.sqrt(layer.head_size) + log_w[:, None, None, :]
     visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() if mask is None else mask
     probabilities = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-    return layer.o_proj(torch.einsum("bnts,bsnd->btnd", probabilities, v).flatten(2))
+    return layer.o_proj(torch.einsum("bnts,bsnd->btnd", probabilities, v).flatten(2), LENGTH)
 
 
 def random_log_w() -> Tensor:
@@ -85,7 +86,7 @@ def test_folded_equals_explicit_mask(dtype, tolerance, heads, kv_heads, head_siz
         x = random(BATCH, LENGTH, heads * head_size).to(kind).requires_grad_()
         log_w = random_log_w().to(kind).requires_grad_()
         if not results:
-            y = layer(x, angles_for(layer, kind), log_w, mask)
+            y = layer(x, slots_for(layer, kind, log_w, mask))
         else:
             y = oracle(layer, x, log_w, mask)
         (y * random(*y.shape, seed=2).to(kind)).sum().backward()
@@ -101,7 +102,7 @@ def test_weights_of_one_change_nothing():
     layer = build()
     x = random(BATCH, LENGTH, 32)
     zeros = torch.zeros(BATCH, LENGTH, dtype=torch.float64)
-    plain, folded = (layer(x, angles_for(layer, x.dtype), log_w) for log_w in (None, zeros))
+    plain, folded = (layer(x, slots_for(layer, x.dtype, log_w)) for log_w in (None, zeros))
     torch.testing.assert_close(folded, plain, rtol=1e-13, atol=1e-13)
 
 
@@ -117,7 +118,7 @@ def test_faint_steps_keep_their_gradient(log_weight, head_size):
         logits = logits.to(dtype).requires_grad_()
         log_w = route(logits, Pruning(hard=False, threshold=1e-4)).log_w.flatten(1)
         x = random(BATCH, LENGTH, 4 * head_size).to(dtype)
-        y = layer(x, angles_for(layer, dtype), log_w) if dtype == torch.float32 else oracle(layer, x, log_w)
+        y = layer(x, slots_for(layer, dtype, log_w)) if dtype == torch.float32 else oracle(layer, x, log_w)
         (y * random(*y.shape, seed=2).to(dtype)).sum().backward()
         gradients.append(logits.grad.double())
     got, expected = gradients
@@ -140,7 +141,7 @@ def test_a_dead_key_is_not_there(dtype, head_size):
     other[:, dead] = 30 * random(BATCH, len(dead), 4 * head_size, seed=9).to(dtype)
     alive = [slot for slot in range(LENGTH) if slot not in dead]
     with torch.no_grad():
-        first, second = (layer(inputs, angles_for(layer, dtype), log_w)[:, alive] for inputs in (x, other))
+        first, second = (layer(inputs, slots_for(layer, dtype, log_w))[:, alive] for inputs in (x, other))
     assert first.isfinite().all()
     assert torch.equal(first, second)
 
@@ -173,6 +174,6 @@ def test_two_channels_show_in_bf16_outputs():
     x[..., 0] = torch.linspace(-4, 4, LENGTH)
     with torch.no_grad():
         layer.q_proj.weight.zero_()  # logits are log w alone
-        got, rounded = (layer(x, angles_for(layer, x.dtype), bias) for bias in (log_w, log_w.bfloat16().float()))
+        got, rounded = (layer(x, slots_for(layer, x.dtype, bias)) for bias in (log_w, log_w.bfloat16().float()))
         expected = oracle(layer.double(), x.double(), log_w.double())
     assert (got - expected).square().mean() < (rounded - expected).square().mean()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.block import LayerNorm, RMSNorm, _SwiGLU, make_norm
 from megatron_ponder.model.passes import interleaving
 from megatron_ponder.parallel.mesh import Axis
@@ -23,20 +24,21 @@ def test_swiglu_equals_its_formula_with_gradients():
 )
 def test_residual_stream(family, parallel, norm):
     model = small_model(model__family=family, model__parallel_residual=parallel, ponder__mode="vanilla")
-    block = model.transformer.blocks[0]
+    block = model.transformer.blocks["0"]
     tokens = random_tokens(2, 5)
     x = model.embed(tokens)
     angles = interleaving(tokens, None).angles(1, model.model_config, x.dtype)
-    attended = block.attention(block.attention_norm(x), angles)
+    slots = Slots(5, angles)
+    attended = block.attention(block.attention_norm(x), slots)
     mlp_input = x if family == "gpt_neox" and parallel else x + attended
-    torch.testing.assert_close(block(x, angles), x + attended + block.mlp(block.mlp_norm(mlp_input)))
+    torch.testing.assert_close(block(x, slots), x + attended + block.mlp(block.mlp_norm(mlp_input), 5))
     assert isinstance(block.mlp_norm, norm)
     assert isinstance(make_norm(model.model_config, Axis()), norm)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_feed_forward(family):
-    mlp = small_model(model__family=family).transformer.blocks[0].mlp
+    mlp = small_model(model__family=family).transformer.blocks["0"].mlp
     x = torch.randn(3, 32, dtype=torch.float64)
     up = x @ mlp.up_proj.weight.T
     if family == "llama":
@@ -45,4 +47,4 @@ def test_feed_forward(family):
         up = up + mlp.up_proj.bias
         gelu = up * 0.5 * (1 + torch.erf(up / 2**0.5))
         expected = gelu @ mlp.down_proj.weight.T + mlp.down_proj.bias
-    torch.testing.assert_close(mlp(x), expected)
+    torch.testing.assert_close(mlp(x, 3), expected)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.model.attention import DEAD
+from megatron_ponder.model.attention import DEAD, Slots
 from megatron_ponder.model.passes import interleaving, pass_slots
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import declarations
@@ -50,7 +50,7 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, hard: bool
         if weights is not None:
             log_w = torch.stack([weights[t][k] for t in range(length) for k in range(slots)]).unsqueeze(0)
         angles = layout.angles(1, model.model_config, sequence.dtype)
-        states = model.transformer(sequence.unsqueeze(0), angles, log_w)[0]
+        states = model.transformer(sequence.unsqueeze(0), Slots(len(sequence), angles, log_w))[0]
         h = [states[t * slots : (t + 1) * slots] for t in range(length)]
         z = [list(h[t]) for t in range(length)]
         if model.router is not None:
@@ -139,13 +139,15 @@ def test_gradient_through_all_passes_by_finite_differences(family, mode):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_recompute_changes_no_gradient(family, mode):
+@pytest.mark.parametrize("recompute", ["block", "attention"])
+def test_recompute_changes_no_gradient(family, mode, recompute):
     model = small_model(ponder__mode=mode, **family)
     tokens = random_tokens(2, 8)
     plain = gradients(model, soft_loss(model, tokens))
-    model.transformer.recompute = True
-    again = gradients(model, soft_loss(model, tokens))
-    assert all(torch.equal(again[name], gradient) for name, gradient in plain.items())
+    for passes in (None, 1, 3):
+        model.recompute, model.recompute_passes = recompute, passes
+        again = gradients(model, soft_loss(model, tokens))
+        assert all(torch.equal(again[name], gradient) for name, gradient in plain.items())
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])

@@ -16,6 +16,7 @@ from megatron_ponder.parallel.layers import (
 )
 from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 from megatron_ponder.parallel.mesh import Axis, Mesh
+from megatron_ponder.parallel.regions import enter
 from megatron_ponder.parallel.sharding import ShardedModule, initialize, normal
 from tests.distributed import run_distributed
 from tests.parallel.gathered import Part, assert_equal_to_one_process, gradients
@@ -42,11 +43,18 @@ def evaluate(module: ShardedModule, x: Tensor, x_dim: int | None, y_dim: int | N
                 parameter.add_(0.1)  # biases begin at 0
     if x.is_floating_point():
         x = part(x, axis, x_dim)
-    y = module(x)
+    y = apply(module, x)
     whole_shape = [*y.shape[:-1], y.shape[-1] * (axis.size if y_dim is not None else 1)]
     (y * part(random(*whole_shape, seed=1), axis, y_dim).detach()).sum().backward()
     result = {"y": Part(y.detach(), y_dim), **gradients(module)}
     return result | {"grad x": Part(x.grad, x_dim)} if x.is_floating_point() else result
+
+
+def apply(module: ShardedModule, x: Tensor) -> Tensor:
+    """The layer as its callers use it."""
+    if isinstance(module, ColumnParallelLinear):
+        return module(enter(x, module.axis, tokens=x.shape[1]))
+    return module(x, tokens=x.shape[1]) if isinstance(module, RowParallelLinear) else module(x)
 
 
 def cross_entropy(axis: Axis, dtype: torch.dtype, scale: float) -> dict[str, Part]:
@@ -77,9 +85,11 @@ def copy(axis: Axis) -> dict[str, Part]:
 
 CASES = {
     "column": lambda a: evaluate(ColumnParallelLinear(IN, OUT, a, normal(1)), random(2, 3, IN), None, -1, a),
-    "column, bias": lambda a: evaluate(ColumnParallelLinear(IN, OUT, a, normal(1), True), random(3, IN), None, -1, a),
+    "column, bias": lambda a: evaluate(
+        ColumnParallelLinear(IN, OUT, a, normal(1), True), random(1, 3, IN), None, -1, a
+    ),
     "row": lambda a: evaluate(RowParallelLinear(IN, OUT, a, normal(1)), random(2, 3, IN), -1, None, a),
-    "row, bias": lambda a: evaluate(RowParallelLinear(IN, OUT, a, normal(1), True), random(3, IN), -1, None, a),
+    "row, bias": lambda a: evaluate(RowParallelLinear(IN, OUT, a, normal(1), True), random(1, 3, IN), -1, None, a),
     "embedding": lambda a: evaluate(VocabParallelEmbedding(VOCAB, OUT, a, normal(1)), labels(), None, None, a),
     "rms norm": lambda a: evaluate(RMSNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),
     "layer norm": lambda a: evaluate(LayerNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),

@@ -48,15 +48,15 @@ def test_initial_weights_follow_seed_and_name_alone():
             assert not torch.equal(parameter, other.get_parameter(name))
             assert torch.equal(parameter, deeper[name])
     blocks = first.transformer.blocks
-    assert not torch.equal(blocks[0].attention.q_proj.weight, blocks[1].attention.q_proj.weight)
-    assert not torch.equal(blocks[0].attention.q_proj.weight, blocks[0].attention.k_proj.weight)
+    assert not torch.equal(blocks["0"].attention.q_proj.weight, blocks["1"].attention.q_proj.weight)
+    assert not torch.equal(blocks["0"].attention.q_proj.weight, blocks["0"].attention.k_proj.weight)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_scale_of_initial_weights(family):
     layers, hidden = 8, 64
     model = build(model__family=family, model__hidden_size=hidden, model__num_layers=layers)
-    block = model.transformer.blocks[3]
+    block = model.transformer.blocks["3"]
 
     def std(weight):
         return pytest.approx(weight.std().item(), rel=0.1)
