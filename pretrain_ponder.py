@@ -7,7 +7,7 @@ The same command runs as one process, under torchrun, srun or mpirun. `--help` l
 
 import sys
 
-from megatron_ponder.config import read_config
+from megatron_ponder.config import check_layout, read_config
 from megatron_ponder.errors import command
 
 
@@ -19,7 +19,9 @@ def main() -> None:
     from megatron_ponder.launch import discover, process_group
     from megatron_ponder.training.trainer import train
 
-    with process_group(discover()) as device:
+    launch = discover()
+    check_layout(config, launch)  # while no rank waits for another
+    with process_group(launch) as device:
         train(config, device)
 
 

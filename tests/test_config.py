@@ -4,12 +4,14 @@ import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 
 from megatron_ponder.config import (
     Config,
@@ -17,14 +19,19 @@ from megatron_ponder.config import (
     ParallelConfig,
     PonderConfig,
     TrainingConfig,
+    check_layout,
     data_parallel_size,
     load_config,
+    micro_batches,
     read_config,
     resolve,
+    stage_layers,
     to_yaml,
     validate,
 )
+from megatron_ponder.config.layout import fits_schedule
 from megatron_ponder.errors import UserError
+from megatron_ponder.launch import Launch
 from megatron_ponder.model.ponder import PonderLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "configs"
@@ -237,9 +244,68 @@ def test_wrong_types(key, value, got):
         ({"ponder__gradient_passes": 0}, "ponder.gradient_passes must be at least 1"),
         ({"ponder__embedding_scale": 0}, "ponder.embedding_scale is 0.0; it must be positive"),
         ({"parallel__zero_stage": 4}, "parallel.zero_stage is 4; DeepSpeed has stages 0, 1, 2 and 3"),
-        ({"parallel__tensor": 2}, "parallel.tensor is 2, but this version trains data-parallel only"),
-        ({"parallel__pipeline": 2}, "parallel.pipeline is 2, but this version trains data-parallel only"),
+        ({"parallel__tensor": 0}, "parallel.tensor is 0; it must be at least 1"),
+        ({"parallel__pipeline": 0}, "parallel.pipeline is 0; it must be at least 1"),
+        ({"parallel__vocab_multiple": 0}, "parallel.vocab_multiple is 0; it must be at least 1"),
+        ({"parallel__replica_check_interval": -1}, "parallel.replica_check_interval must be 0 (never) or a number of"),
+        ({"parallel__tensor": 8}, "8 does not divide model.num_heads 12; the largest that works is parallel.tensor 4"),
+        (
+            {"parallel__tensor": 6, "model__num_kv_heads": 4},
+            "6 does not divide model.num_kv_heads 4, and grouped-query heads are not replicated; "
+            "the largest that works is parallel.tensor 4",
+        ),
+        (
+            {"parallel__tensor": 6, "model__num_kv_heads": 3, "model__ffn_hidden_size": 2304},
+            "and grouped-query heads are not replicated; the largest that works is parallel.tensor 3",
+        ),
+        (
+            {"parallel__tensor": 4, "model__ffn_hidden_size": 1026},
+            "4 does not divide model.ffn_hidden_size 1026; the largest that works is parallel.tensor 3",
+        ),
         ({"parallel__sequence_parallel": "true"}, "parallel.sequence_parallel needs parallel.tensor of at least 2"),
+        (
+            {"parallel__pipeline": 13},
+            "parallel.pipeline 13 leaves ranks without a block, as model.num_layers is 12; set parallel.pipeline to 12",
+        ),
+        (
+            {"parallel__pipeline": 3, "parallel__pipeline_layers": "[6,6]"},
+            "parallel.pipeline_layers [6, 6] must be 3 numbers from 1 up, one for each of parallel.pipeline, whose sum "
+            "is model.num_layers 12; [4, 4, 4] is",
+        ),
+        ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[6,5]"}, "num_layers 12; [6, 6] is"),
+        ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[12,0]"}, "must be 2 numbers from 1 up"),
+        ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[]"}, "must be 2 numbers from 1 up"),
+        ({"parallel__pipeline_layers": "[4,4,4]"}, "set parallel.pipeline to 3 or leave parallel.pipeline_layers out"),
+        ({"parallel__pipeline_schedule": "zero_bubble"}, "zero_bubble needs parallel.pipeline of at least 2; leave"),
+        (
+            {"parallel__pipeline": 2, "parallel__zero_stage": 2},
+            "gradients of several passes and micro-batches are in flight on a rank, so that they cannot be partitioned "
+            "before the step; set parallel.zero_stage to 1, or parallel.pipeline to 1",
+        ),
+        ({"parallel__pipeline": 2, "parallel__zero_stage": 3}, "parallel.zero_stage 3 cannot be used with parallel.pi"),
+        (
+            {"parallel__pipeline": 2, "model__tie_embeddings": "true"},
+            "embedding and head are on different ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
+        ),
+        (
+            {"parallel__pipeline": 2, "ponder__gradient_passes": 2},
+            "every pass must hand a gradient back to the one before; leave ponder.gradient_passes out",
+        ),
+        (
+            {"parallel__offload_optimizer": "cpu", "parallel__zero_stage": 0},
+            "parallel.offload_optimizer cpu moves what ZeRO has partitioned; set parallel.zero_stage to 1, 2 or 3",
+        ),
+        (
+            {"parallel__offload_optimizer": "nvme", "parallel__offload_nvme_path": "/scratch"},
+            "parallel.offload_optimizer nvme needs parallel.zero_stage 3, not 1; set it to 3, or offload to cpu",
+        ),
+        ({"parallel__offload_optimizer": "nvme", "parallel__zero_stage": 3}, "set parallel.offload_nvme_path"),
+        ({"parallel__offload_nvme_path": "/scratch"}, "not used with parallel.offload_optimizer none; leave it out"),
+        ({"training__recompute_passes": 2}, "recomputes nothing while training.recompute is none; set training.recom"),
+        (
+            {"training__recompute": "block", "training__recompute_passes": 0},
+            "training.recompute_passes is 0; it must be at least 1, or left out to recompute in every pass",
+        ),
         ({"data__sequence_length": 0}, "data.sequence_length is 0; it must be at least 1"),
         ({"training__steps": 0}, "training.steps is 0; it must be at least 1"),
         ({"training__global_batch_size": 0}, "training.global_batch_size is 0; it must be at least 1"),
@@ -270,6 +336,19 @@ def test_contradictions_are_refused(overrides, said):
         {"ponder__threshold": 1},
         {"model__family": "gpt_neox", "model__rotary_fraction": 1},
         {"model__num_kv_heads": 1},
+        {"parallel__tensor": 12, "model__ffn_hidden_size": 2304},
+        {"parallel__tensor": 2, "parallel__sequence_parallel": "true", "model__num_kv_heads": 2},
+        {"parallel__tensor": 2, "parallel__zero_stage": 3, "model__tie_embeddings": "true"},
+        {"parallel__pipeline": 12, "parallel__pipeline_schedule": "zero_bubble", "parallel__zero_stage": 0},
+        {"parallel__pipeline": 3, "parallel__pipeline_layers": "[1,10,1]"},
+        {"parallel__offload_optimizer": "cpu", "parallel__offload_pin_memory": "true"},
+        {
+            "parallel__offload_optimizer": "nvme",
+            "parallel__offload_nvme_path": "/scratch",
+            "parallel__zero_stage": 3,
+        },
+        {"parallel__replica_check_interval": 0},
+        {"training__recompute": "attention", "training__recompute_passes": 1},
     ],
 )
 def test_edges_are_accepted(overrides):
@@ -283,14 +362,59 @@ def test_the_suggested_hidden_size_is_accepted():
     assert read(model__hidden_size=suggested, model__num_heads=24).model.hidden_size == suggested
 
 
-# Ranks ------------------------------------------------------------------------------------------------------------
+# Layouts ----------------------------------------------------------------------------------------------------------
 
 
-def layout(tensor=1, pipeline=1, global_batch=256, micro_batch=8) -> Config:
-    return Config(
-        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
+@pytest.mark.parametrize(
+    ("layers", "pipeline", "counts"),
+    [
+        (12, 1, [12]),
+        (12, 4, [3, 3, 3, 3]),
+        (13, 2, [7, 6]),
+        (13, 3, [4, 5, 4]),
+        (14, 3, [5, 5, 4]),
+        (13, 4, [3, 4, 3, 3]),
+        (14, 4, [3, 4, 4, 3]),
+        (23, 5, [4, 5, 5, 5, 4]),
+        (5, 5, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_the_ranks_in_the_middle_have_one_block_more(layers, pipeline, counts):
+    config = read(model__num_layers=layers, parallel__pipeline=pipeline)
+    assert [len(blocks) for blocks in stage_layers(config)] == counts
+
+
+@given(layers=st.integers(1, 200), data=st.data())
+def test_every_block_is_on_one_rank_in_order(layers, data):
+    pipeline = data.draw(st.integers(1, layers))
+    stages = stage_layers(Config(model=ModelConfig(num_layers=layers), parallel=ParallelConfig(pipeline=pipeline)))
+    assert [index for blocks in stages for index in blocks] == list(range(layers))
+    counts = [len(blocks) for blocks in stages]
+    assert len(counts) == pipeline
+    assert max(counts) - min(counts) <= 1
+    assert counts[-1] == min(counts)
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=2, max_size=6))
+def test_given_counts_are_kept(counts):
+    config = resolve(
+        Config(
+            model=ModelConfig(num_layers=sum(counts)),
+            parallel=ParallelConfig(pipeline=len(counts), pipeline_layers=counts),
+        )
+    )
+    stages = stage_layers(validate(config))
+    assert [len(blocks) for blocks in stages] == counts
+    assert [index for blocks in stages for index in blocks] == list(range(sum(counts)))
+
+
+def layout(tensor=1, pipeline=1, global_batch=256, micro_batch=8, **others) -> Config:
+    config = Config(
+        model=ModelConfig(ffn_hidden_size=2304),
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, **others),
         training=TrainingConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
     )
+    return validate(resolve(config))
 
 
 @pytest.mark.parametrize(
@@ -298,11 +422,91 @@ def layout(tensor=1, pipeline=1, global_batch=256, micro_batch=8) -> Config:
 )
 def test_data_parallel_size(config, world_size, expected):
     assert data_parallel_size(config, world_size) == expected
+    assert micro_batches(config, world_size) == 256 // 8 // expected
 
 
-def test_ranks_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"6 ranks cannot be divided .* = 4; start a multiple of 4 ranks"):
-        data_parallel_size(layout(tensor=2, pipeline=2), 6)
+@pytest.mark.parametrize(
+    ("config", "world_size", "flags"),
+    [
+        (layout(tensor=2, pipeline=2), 6, "--parallel.pipeline 1 --training.global_batch_size 264"),
+        (layout(tensor=4, global_batch=48), 6, "--parallel.tensor 3"),
+        (layout(tensor=12, global_batch=64), 8, "--parallel.tensor 4"),
+        (layout(tensor=2, global_batch=35, micro_batch=1, sequence_parallel=True), 5, "{1} {0} false"),
+        (
+            layout(pipeline=4, global_batch=48, pipeline_schedule="zero_bubble"),
+            3,
+            "--parallel.pipeline 3",
+        ),
+        (
+            layout(pipeline=4, global_batch=40, pipeline_schedule="zero_bubble", pipeline_layers=[2, 4, 4, 2]),
+            5,
+            "--parallel.pipeline 1 --parallel.pipeline_layers null --parallel.pipeline_schedule 1f1b",
+        ),
+    ],
+)
+def test_ranks_that_do_not_divide_are_refused_with_the_nearest_layout(config, world_size, flags):
+    size = config.parallel.tensor * config.parallel.pipeline
+    flags = flags.format("--parallel.sequence_parallel", "--parallel.tensor 1")
+    with pytest.raises(UserError) as caught:
+        data_parallel_size(config, world_size)
+    assert str(caught.value) == (
+        f"{world_size} ranks cannot be divided into groups of parallel.tensor × parallel.pipeline = {size}; "
+        f"start a multiple of {size} ranks, or add {flags}"
+    )
+
+
+@given(
+    tensor=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    pipeline=st.integers(1, 12),
+    batch=st.tuples(st.integers(1, 300), st.integers(1, 9)),
+    ranks=st.tuples(st.integers(1, 4), st.integers(1, 16)),
+    sequence=st.booleans(),
+    zero_bubble=st.booleans(),
+)
+@settings(deadline=None)
+def test_following_what_is_said_leads_to_a_layout_that_works(tensor, pipeline, batch, ranks, sequence, zero_bubble):
+    nodes, local_size = ranks
+    launch = Launch(world_size=nodes * local_size, local_size=local_size)
+    arguments = {
+        "parallel.tensor": tensor,
+        "parallel.pipeline": pipeline,
+        "parallel.sequence_parallel": sequence and tensor > 1,
+        "parallel.pipeline_schedule": "zero_bubble" if zero_bubble and pipeline > 1 else "1f1b",
+        "training.global_batch_size": batch[0],
+        "training.micro_batch_size": batch[1],
+    }
+    arguments["model.ffn_hidden_size"] = 2304
+    said = []
+    while True:
+        config = read_config([f"--{key}={value}" for key, value in arguments.items()])
+        try:
+            check_layout(config, launch)
+        except UserError as error:
+            said.append(str(error))
+        else:
+            break
+        advice = re.findall(r"--([a-z_.0-9]+) (\S+)", said[-1])
+        advice += re.findall(r"set (training\.global_batch_size) to (\d+)", said[-1])
+        arguments |= dict(advice)
+        assert len(said) <= 2, said
+    data = launch.world_size // (config.parallel.tensor * config.parallel.pipeline)
+    count = micro_batches(config, launch.world_size)
+    assert count * data * config.training.micro_batch_size == config.training.global_batch_size
+    assert fits_schedule(count, config.parallel.pipeline)
+
+
+def test_tensor_ranks_stay_inside_a_node():
+    config = layout(tensor=4, global_batch=240)
+    check_layout(config, Launch(world_size=12, local_size=4))
+    check_layout(config, Launch(world_size=4, local_size=4))
+    for local_rank in (0, 1):
+        with pytest.raises(UserError) as caught:
+            check_layout(config, Launch(rank=6 + local_rank, world_size=12, local_rank=local_rank, local_size=6))
+        assert str(caught.value) == (
+            "parallel.tensor 4 does not divide the 6 ranks of a node, and tensor ranks stay inside a node; "
+            "start a multiple of 4 ranks on each node, or add --parallel.tensor 2"
+        )
+        assert caught.value.shared == (local_rank == 1)  # one report for each such node
 
 
 @pytest.mark.parametrize(
@@ -315,6 +519,47 @@ def test_the_suggested_batch_fits(global_batch, micro_batch, world_size):
     fits = int(re.search(r"set training.global_batch_size to (\d+)", str(caught.value)).group(1))
     assert data_parallel_size(layout(global_batch=fits, micro_batch=micro_batch), world_size) == world_size
     assert abs(fits - global_batch) <= micro_batch * world_size
+
+
+@pytest.mark.parametrize(("batch", "rounds", "fits"), [(5 * 8, 2, 4 * 8), (11 * 8, 5, 10 * 8), (7 * 8, 3, 6 * 8)])
+def test_micro_batches_that_make_no_rounds_are_refused(batch, rounds, fits):
+    with pytest.raises(UserError) as caught:
+        data_parallel_size(layout(pipeline=2, global_batch=batch), 2)
+    assert str(caught.value) == (
+        f"training.global_batch_size {batch} makes {batch // 8} micro-batches of each data-parallel rank, which do not "
+        f"divide into the {rounds} rounds of a pipeline of 2 ranks; set training.global_batch_size to {fits}"
+    )
+
+
+class StageStub(SimpleNamespace):
+    """As much of a pipeline stage as a schedule looks at when it is made."""
+
+
+@given(pipeline=st.integers(2, 5), count=st.integers(1, 14), passes=st.integers(1, 5), zero_bubble=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_the_rule_for_micro_batches_is_that_of_the_schedules(pipeline, count, passes, zero_bubble):
+    ranks = {stage: stage % pipeline for stage in range(passes * pipeline)}
+    stages = [
+        StageStub(
+            group_size=pipeline,
+            group_rank=0,
+            group=None,
+            stage_index=index * pipeline,
+            num_stages=len(ranks),
+            stage_index_to_group_rank=ranks,
+            is_first=index == 0,
+            is_last=False,
+            has_backward=True,
+            submod=None,
+        )
+        for index in range(passes)
+    ]
+    schedule = ScheduleInterleavedZeroBubble if zero_bubble else ScheduleInterleaved1F1B
+    if fits_schedule(count, pipeline):
+        assert len(schedule(stages, count, loss_fn=torch.sum).pipeline_order) == pipeline
+    else:
+        with pytest.raises(ValueError, match="multiple of the number of rounds"):
+            schedule(stages, count, loss_fn=torch.sum)
 
 
 # The resolved form ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import pretrain_ponder
@@ -17,6 +18,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.training.metrics import read_metrics
+from tests.distributed import free_port
 from tests.runs import LATEST, contents, finished_runs, refused, tiny_arguments
 
 REPOSITORY = Path(__file__).parents[1]
@@ -92,8 +94,8 @@ def test_an_unknown_key_of_a_file_through_the_real_command(tmp_path):
         (["--model.hidden_size=30", "--model.num_heads=4"], "not divisible by model.num_heads 4", "for example 32"),
         (["--ponder.max_steps=0"], "needs ponder.max_steps of at least 1", "set ponder.mode to vanilla"),
         (["--ponder.mode=fixed", "--ponder.max_steps=0"], "ponder.mode fixed needs", "set ponder.mode to vanilla"),
-        (["--parallel.tensor=2"], "trains data-parallel only", "set parallel.tensor to 1"),
-        (["--parallel.pipeline=2"], "trains data-parallel only", "set parallel.pipeline to 1"),
+        (["--parallel.tensor=5"], "parallel.tensor 5 does not divide", "the largest that works is parallel.tensor 4"),
+        (["--parallel.pipeline=13"], "leaves ranks without a block", "set parallel.pipeline to 12"),
         (["--parallel.zero_stage=4"], "parallel.zero_stage is 4", "stages 0, 1, 2 and 3"),
         (["--ponder.penalty_start=9"], "ponder.penalty_start 9", "ponder.penalty_end 0"),
         (["--model.max_position_embeddings=8"], "longer than model.max_position_embeddings 8", "raise the other"),
@@ -126,6 +128,38 @@ def test_an_error_of_the_configuration_is_printed_once(run_arguments):
     done = command(*run_arguments, "--ponder.max_stepps=3", ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("unknown configuration key ponder.max_stepps") == 1
+
+
+def ranks_in_the_environment(monkeypatch, rank: int) -> None:
+    """As if torchrun had started six ranks, of which no other is alive."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "6", "LOCAL_RANK": str(rank), **address}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_layout_that_cannot_work_is_refused_without_any_other_rank(monkeypatch, run_arguments, tmp_path):
+    ranks_in_the_environment(monkeypatch, rank=0)
+    done = command(*run_arguments, "--parallel.pipeline=2", "--parallel.tensor=2")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: 6 ranks cannot be divided into groups of parallel.tensor × parallel.pipeline = 4; start a multiple of "
+        "4 ranks, or add --parallel.pipeline 1 --training.global_batch_size 6\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_leave_the_report_to_the_first(monkeypatch, capsys, run_arguments):
+    ranks_in_the_environment(monkeypatch, rank=3)
+    monkeypatch.setattr("megatron_ponder.errors.SECONDS_FOR_THE_REPORT", 0.0)
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain_ponder.py", *run_arguments, "--parallel.pipeline=2", "--parallel.tensor=2"]
+    )
+    with pytest.raises(SystemExit) as stop:
+        pretrain_ponder.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "")
+    assert not torch.distributed.is_initialized()
 
 
 # The run folder

@@ -4,6 +4,7 @@
 resolved form, so that nothing is ever derived twice.
 """
 
+from megatron_ponder.config.layout import check_layout, data_parallel_size, micro_batches, stage_layers
 from megatron_ponder.config.parsing import load_config, read_config, to_yaml
 from megatron_ponder.config.sections import (
     CheckpointConfig,
@@ -18,7 +19,7 @@ from megatron_ponder.config.sections import (
     TrainingConfig,
     resolve,
 )
-from megatron_ponder.config.validation import data_parallel_size, validate
+from megatron_ponder.config.validation import validate
 
 __all__ = [
     "CheckpointConfig",
@@ -31,10 +32,13 @@ __all__ = [
     "PonderConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "check_layout",
     "data_parallel_size",
     "load_config",
+    "micro_batches",
     "read_config",
     "resolve",
+    "stage_layers",
     "to_yaml",
     "validate",
 ]

@@ -109,13 +109,31 @@ class ParallelConfig:
         tensor: ranks that share each layer.
         pipeline: ranks that share the stack of layers.
         sequence_parallel: split norms and the residual stream over the tensor ranks.
-        zero_stage: DeepSpeed ZeRO stage over the data-parallel ranks, 0 to 3.
+        zero_stage: DeepSpeed ZeRO stage over the data-parallel ranks, 0 to 3; at most 1 with a pipeline.
+        pipeline_layers: blocks on each pipeline rank, first to last; divided as evenly as possible unless given.
+        pipeline_schedule: order of forward and backward passes of a step on the pipeline ranks: `1f1b` (interleaved
+            one-forward-one-backward) or `zero_bubble` (computes gradients of weights where a rank would wait).
+        vocab_multiple: rows of the vocabulary on each tensor rank are padded to a multiple of this; padded ids exist
+            in memory only, in no checkpoint and in no loss.
+        offload_optimizer: where master weights and moments are kept: `none` (with the weights), `cpu` (host memory;
+            zero_stage 1 to 3) or `nvme` (files below offload_nvme_path; zero_stage 3).
+        offload_nvme_path: folder on a fast disk of every node.
+        offload_pin_memory: offload through page-locked host memory, which is faster and cannot be swapped out.
+        replica_check_interval: optimiser steps between comparisons of the checksums of what tensor ranks hold
+            replicated; 0 = never.
     """
 
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 1
+    pipeline_layers: list[int] | None = None
+    pipeline_schedule: Literal["1f1b", "zero_bubble"] = "1f1b"
+    vocab_multiple: int = 1
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_nvme_path: str | None = None
+    offload_pin_memory: bool = False
+    replica_check_interval: int = 100
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,9 @@ class TrainingConfig:
         micro_batch_size: sequences of one forward pass on one rank; the rest is gradient accumulation.
         precision: of activations and of the weights that compute; master weights and moments are always fp32.
         seed: of initial weights, data order and the drawn number of refinements.
-        recompute: `block` keeps only the inputs of blocks and computes the rest again in the backward pass.
+        recompute: `block` keeps only the inputs of blocks and computes the rest again in the backward pass;
+            `attention` does so with attention alone.
+        recompute_passes: recompute in the first so many passes only; in all of them unless given.
         eval_interval: optimiser steps between validations; 0 for none.
         eval_samples: validation sequences, at most what the split holds.
     """
@@ -193,7 +213,8 @@ class TrainingConfig:
     micro_batch_size: int = 8
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = 1234
-    recompute: Literal["none", "block"] = "none"
+    recompute: Literal["none", "block", "attention"] = "none"
+    recompute_passes: int | None = None
     eval_interval: int = 1000
     eval_samples: int = 512
 
@@ -209,6 +230,7 @@ class CheckpointConfig:
             else is the folder of a checkpoint to go on from.
         initialize_from: run or checkpoint folder whose weights a new run starts from, with a fresh optimiser at step 0.
         allow_data_change: resume although dataset, split, sequence length or seed are not the checkpoint's.
+        asynchronous: write while training goes on, at the cost of host memory for one copy of this rank's share.
     """
 
     interval: int = 1000
@@ -216,6 +238,7 @@ class CheckpointConfig:
     resume: str = "none"
     initialize_from: str | None = None
     allow_data_change: bool = False
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import math
 
-from megatron_ponder.config.sections import Config, ModelConfig, ParallelConfig, PonderConfig
+from megatron_ponder.config.layout import even_layers, largest_tensor
+from megatron_ponder.config.sections import Config, ModelConfig, ParallelConfig, PonderConfig, TrainingConfig
 from megatron_ponder.errors import UserError
 
 
@@ -15,33 +16,13 @@ def validate(config: Config) -> Config:
     _validate_model(config.model)
     _validate_ponder(config.ponder)
     _validate_parallel(config.parallel)
+    _validate_tensor(config.model, config.parallel)
+    if config.parallel.pipeline > 1:
+        _validate_pipeline(config)
+    _validate_offload(config.parallel)
+    _validate_recompute(config.training)
     _validate_run(config)
     return config
-
-
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """Number of data-parallel ranks; checks that the layout and the batch fit the number of ranks.
-
-    Raises:
-        UserError: when they do not.
-    """
-    parallel, training = config.parallel, config.training
-    shared = parallel.tensor * parallel.pipeline
-    if world_size % shared:
-        raise UserError(
-            f"{world_size} ranks cannot be divided into groups of parallel.tensor × parallel.pipeline = {shared}; "
-            f"start a multiple of {shared} ranks or change the two"
-        )
-    size = world_size // shared
-    unit = training.micro_batch_size * size
-    if training.global_batch_size % unit:
-        fits = max(unit, round(training.global_batch_size / unit) * unit)
-        raise UserError(
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
-            f"{training.micro_batch_size} × {size} data-parallel ranks; set training.global_batch_size to {fits}, or a "
-            f"smaller training.micro_batch_size"
-        )
-    return size
 
 
 def _require(condition: bool, message: str) -> None:
@@ -111,19 +92,108 @@ def _validate_ponder(ponder: PonderConfig) -> None:
 
 
 def _validate_parallel(parallel: ParallelConfig) -> None:
+    for name in ("tensor", "pipeline", "vocab_multiple"):
+        value = getattr(parallel, name)
+        _require(value >= 1, f"parallel.{name} is {value}; it must be at least 1")
     _require(
         0 <= parallel.zero_stage <= 3,
         f"parallel.zero_stage is {parallel.zero_stage}; DeepSpeed has stages 0, 1, 2 and 3",
     )
-    for name in ("tensor", "pipeline"):
+    _require(
+        parallel.pipeline > 1 or parallel.pipeline_schedule == "1f1b",
+        "parallel.pipeline_schedule zero_bubble needs parallel.pipeline of at least 2; "
+        "leave parallel.pipeline_schedule out",
+    )
+    _require(
+        parallel.pipeline > 1 or parallel.pipeline_layers is None,
+        "parallel.pipeline_layers divides blocks over parallel.pipeline ranks, but that is 1; "
+        f"set parallel.pipeline to {max(2, len(parallel.pipeline_layers or []))} or leave parallel.pipeline_layers out",
+    )
+    _require(
+        parallel.replica_check_interval >= 0,
+        "parallel.replica_check_interval must be 0 (never) or a number of steps",
+    )
+
+
+def _validate_tensor(model: ModelConfig, parallel: ParallelConfig) -> None:
+    tensor, fits = parallel.tensor, largest_tensor(model, parallel.tensor)
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+        grouped = name == "num_kv_heads" and model.num_kv_heads < model.num_heads
+        reason = ", and grouped-query heads are not replicated" if grouped else ""
         _require(
-            getattr(parallel, name) == 1,
-            f"parallel.{name} is {getattr(parallel, name)}, but this version trains data-parallel only; "
-            f"set parallel.{name} to 1 and use parallel.zero_stage to save memory",
+            getattr(model, name) % tensor == 0,
+            f"parallel.tensor {tensor} does not divide model.{name} {getattr(model, name)}{reason}; "
+            f"the largest that works is parallel.tensor {fits}",
         )
     _require(
-        not parallel.sequence_parallel,
+        not parallel.sequence_parallel or tensor > 1,
         "parallel.sequence_parallel needs parallel.tensor of at least 2; set it to false",
+    )
+
+
+def _validate_pipeline(config: Config) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    pipeline, counts = parallel.pipeline, parallel.pipeline_layers
+    _require(
+        pipeline <= layers,
+        f"parallel.pipeline {pipeline} leaves ranks without a block, as model.num_layers is {layers}; "
+        f"set parallel.pipeline to {layers} or less",
+    )
+    if counts is not None:
+        _require(
+            len(counts) == pipeline and sum(counts) == layers and min(counts) >= 1,
+            f"parallel.pipeline_layers {counts} must be {pipeline} numbers from 1 up, one for each of "
+            f"parallel.pipeline, whose sum is model.num_layers {layers}; {even_layers(layers, pipeline)} is",
+        )
+    _require(
+        parallel.zero_stage <= 1,
+        f"parallel.zero_stage {parallel.zero_stage} cannot be used with parallel.pipeline {pipeline}: gradients of "
+        "several passes and micro-batches are in flight on a rank, so that they cannot be partitioned before the "
+        "step; set parallel.zero_stage to 1, or parallel.pipeline to 1",
+    )
+    _require(
+        not config.model.tie_embeddings,
+        f"model.tie_embeddings cannot be used with parallel.pipeline {pipeline}: embedding and head are on different "
+        "ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
+    )
+    _require(
+        config.ponder.gradient_passes is None,
+        f"ponder.gradient_passes cannot be used with parallel.pipeline {pipeline}: every pass must hand a gradient "
+        "back to the one before; leave ponder.gradient_passes out, or set parallel.pipeline to 1",
+    )
+
+
+def _validate_offload(parallel: ParallelConfig) -> None:
+    where, stage = parallel.offload_optimizer, parallel.zero_stage
+    _require(
+        where != "cpu" or stage >= 1,
+        "parallel.offload_optimizer cpu moves what ZeRO has partitioned; set parallel.zero_stage to 1, 2 or 3",
+    )
+    _require(
+        where != "nvme" or stage == 3,
+        f"parallel.offload_optimizer nvme needs parallel.zero_stage 3, not {stage}; set it to 3, or offload to cpu",
+    )
+    _require(
+        where != "nvme" or bool(parallel.offload_nvme_path),
+        "parallel.offload_optimizer nvme needs a folder on a fast disk of every node; set parallel.offload_nvme_path",
+    )
+    _require(
+        where == "nvme" or parallel.offload_nvme_path is None,
+        f"parallel.offload_nvme_path is not used with parallel.offload_optimizer {where}; "
+        "leave it out, or set parallel.offload_optimizer to nvme",
+    )
+
+
+def _validate_recompute(training: TrainingConfig) -> None:
+    passes = training.recompute_passes
+    _require(
+        passes is None or training.recompute != "none",
+        f"training.recompute_passes {passes} recomputes nothing while training.recompute is none; "
+        "set training.recompute to block or attention, or leave training.recompute_passes out",
+    )
+    _require(
+        passes is None or passes >= 1,
+        f"training.recompute_passes is {passes}; it must be at least 1, or left out to recompute in every pass",
     )
 
 

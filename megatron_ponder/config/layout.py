@@ -1,0 +1,167 @@
+"""How layers, batch and ranks divide, and the nearest layout that works where they do not."""
+
+import math
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from megatron_ponder.config.sections import Config, ModelConfig
+from megatron_ponder.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ponder.launch import Launch
+
+
+def stage_layers(config: Config) -> list[range]:
+    """Global indices of the blocks of each pipeline rank, first to last.
+
+    `parallel.pipeline_layers` if it is given, else as `even_layers` divides them.
+    """
+    parallel = config.parallel
+    counts = parallel.pipeline_layers or even_layers(config.model.num_layers, parallel.pipeline)
+    ends = list(accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def even_layers(num_layers: int, pipeline: int) -> list[int]:
+    """Blocks of each pipeline rank; counts differ by at most one.
+
+    The ranks in the middle have one more, because the first has the embedding too and the last the head and the router.
+    Where the remainder has no exact middle, the earlier ranks have it: the head is the larger of the two burdens.
+    """
+    share, remainder = divmod(num_layers, pipeline)
+    first = (pipeline - remainder) // 2
+    return [share + (first <= rank < first + remainder) for rank in range(pipeline)]
+
+
+def largest_tensor(model: ModelConfig, at_most: int) -> int:
+    """The largest number of tensor ranks up to `at_most` that heads and feed-forward can be divided over."""
+    common = math.gcd(model.num_heads, model.num_kv_heads, model.ffn_hidden_size)
+    return max(size for size in range(1, at_most + 1) if common % size == 0)
+
+
+def micro_batches(config: Config, world_size: int) -> int:
+    """M, the micro-batches of one optimiser step on each data-parallel rank.
+
+    Raises:
+        UserError: when layout and batch do not fit the number of ranks.
+    """
+    size = data_parallel_size(config, world_size)
+    return config.training.global_batch_size // (config.training.micro_batch_size * size)
+
+
+def fits_schedule(count: int, pipeline: int) -> bool:
+    """Whether an interleaved schedule runs so many micro-batches: in max(1, count // pipeline) rounds of one size."""
+    return count % max(1, count // pipeline) == 0
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Number of data-parallel ranks; checks that the layout and the batch fit the number of ranks.
+
+    Args:
+        config: resolved.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: when they do not.
+    """
+    return _divide(config, world_size, local_size=world_size)
+
+
+def check_layout(config: Config, launch: "Launch") -> None:
+    """Refuse a layout that cannot work on the ranks that were started; needs no process group.
+
+    Args:
+        config: resolved and validated.
+        launch: the place of this process among the ranks.
+
+    Raises:
+        UserError: on every rank alike; where the ranks of a node are the reason, on every rank of such nodes.
+    """
+    tensor, local_size = config.parallel.tensor, launch.local_size
+    try:
+        _divide(config, launch.world_size, local_size)
+    except UserError as error:
+        error.shared = True
+        raise
+    if launch.world_size > local_size and local_size % tensor:
+        flags = _nearest_layout(config, launch.world_size, local_size)
+        error = UserError(
+            f"parallel.tensor {tensor} does not divide the {local_size} ranks of a node, and tensor ranks stay inside "
+            f"a node; start a multiple of {tensor} ranks on each node, or add {flags}"
+        )
+        error.shared = launch.local_rank != 0  # other nodes may have other numbers of ranks and nothing to report
+        raise error
+
+
+def _divide(config: Config, world_size: int, local_size: int) -> int:
+    parallel, training = config.parallel, config.training
+    shared = parallel.tensor * parallel.pipeline
+    if world_size % shared:
+        raise UserError(
+            f"{world_size} ranks cannot be divided into groups of parallel.tensor × parallel.pipeline = {shared}; "
+            f"start a multiple of {shared} ranks, or add {_nearest_layout(config, world_size, local_size)}"
+        )
+    size = world_size // shared
+    unit = training.micro_batch_size * size
+    batch = training.global_batch_size
+    fits = _nearest_batch(batch, unit, parallel.pipeline)
+    if batch % unit:
+        raise UserError(
+            f"training.global_batch_size {batch} is not a multiple of training.micro_batch_size "
+            f"{training.micro_batch_size} × {size} data-parallel ranks; set training.global_batch_size to {fits}, or a "
+            f"smaller training.micro_batch_size"
+        )
+    if batch != fits:
+        count = batch // unit
+        raise UserError(
+            f"training.global_batch_size {batch} makes {count} micro-batches of each data-parallel rank, which do not "
+            f"divide into the {count // parallel.pipeline} rounds of a pipeline of {parallel.pipeline} ranks; "
+            f"set training.global_batch_size to {fits}"
+        )
+    return size
+
+
+def _nearest_batch(wanted: int, unit: int, pipeline: int) -> int:
+    """The global batch nearest to the wanted one that is some number of units that the schedule can run.
+
+    Multiples of `pipeline` always are, so that one lies near.
+    """
+    about = round(wanted / unit)
+    counts = range(max(1, about - pipeline), about + pipeline + 1)
+    return min((count * unit for count in counts if fits_schedule(count, pipeline)), key=lambda fit: abs(fit - wanted))
+
+
+def _nearest_layout(config: Config, world_size: int, local_size: int) -> str:
+    """Flags that turn the layout into one that the ranks can have: the fewest, for the largest layout within it.
+
+    No split becomes finer than it was, so that nothing is proposed that the model or a pipeline would not allow.
+    """
+    candidates = [
+        _changes(config, tensor, pipeline, world_size)
+        for tensor in range(config.parallel.tensor, 0, -1)
+        if largest_tensor(config.model, tensor) == tensor and (world_size == local_size or local_size % tensor == 0)
+        for pipeline in range(config.parallel.pipeline, 0, -1)
+        if world_size % (tensor * pipeline) == 0
+    ]
+    return " ".join(f"--{key} {value}" for key, value in min(candidates, key=len).items())
+
+
+def _changes(config: Config, tensor: int, pipeline: int, world_size: int) -> dict[str, int | str]:
+    """What has to be set for these sizes, with all that follows from them."""
+    parallel, training = config.parallel, config.training
+    changes: dict[str, int | str] = {}
+    if tensor != parallel.tensor:
+        changes["parallel.tensor"] = tensor
+        if tensor == 1 and parallel.sequence_parallel:
+            changes["parallel.sequence_parallel"] = "false"
+    if pipeline != parallel.pipeline:
+        changes["parallel.pipeline"] = pipeline
+        if parallel.pipeline_layers is not None:
+            changes["parallel.pipeline_layers"] = "null"
+        if pipeline == 1 and parallel.pipeline_schedule != "1f1b":
+            changes["parallel.pipeline_schedule"] = "1f1b"
+    unit = training.micro_batch_size * (world_size // (tensor * pipeline))
+    batch = _nearest_batch(training.global_batch_size, unit, pipeline)
+    if batch != training.global_batch_size:
+        changes["training.global_batch_size"] = batch
+    return changes
