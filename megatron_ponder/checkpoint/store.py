@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ class Manifest:
         tokenizer_fingerprint: of the tokenizer; None if the checkpoint has none.
         tensors: file that holds each tensor, by `kind/parameter name`.
         files: size in bytes and sha256 of each other file.
+        layout: of the ranks that wrote it, for people to read; loading does not look at it.
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class Manifest:
     tokenizer_fingerprint: str | None = None
     tensors: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    layout: dict[str, int | str] = field(default_factory=dict)
     format: int = 1
 
 
@@ -110,24 +112,51 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises:
         UserError: naming the first file that is missing or damaged.
     """
-    for name, (size, digest) in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != size:
-            problem = f"has {path.stat().st_size} bytes where {size} were written"
-        elif _sha256(path) != digest:
-            problem = "is damaged (its checksum differs)"
-        else:
-            continue
-        raise UserError(f"{path} {problem}; use another checkpoint, or delete {folder} to go on from the one before")
+    for name, entry in manifest.files.items():
+        problem = problem_of(folder / name, *entry)
+        if problem is not None:
+            raise damaged(folder, name, problem)
+
+
+def problem_of(path: Path, size: int, digest: str | None, advance: Callable[[int], None] | None = None) -> str | None:
+    """What is wrong with a file, as the end of a sentence that begins with its name; None if it is whole.
+
+    Args:
+        path: of the file.
+        size: in bytes, when it was written.
+        digest: its sha256 then; None compares the size alone.
+        advance: told the number of further bytes that have been read.
+    """
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes where {size} were written"
+    if digest is not None and _sha256(path, advance) != digest:
+        return "is damaged (its checksum differs)"
+    return None
+
+
+def damaged(folder: Path, name: str, problem: str) -> UserError:
+    """The error for a file of a checkpoint with which something is wrong."""
+    return UserError(
+        f"{folder / name} {problem}; use another checkpoint, or delete {folder} to go on from the one before"
+    )
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator["TensorReader"]:
-    """Verify a checkpoint and read its tensors one by one, whichever files hold them."""
+def open_tensors(folder: Path, verified: bool = False) -> Iterator["TensorReader"]:
+    """Verify a checkpoint and read its tensors one by one, whichever files hold them.
+
+    Args:
+        folder: of the checkpoint.
+        verified: its files have been verified already, so that they need not be read twice.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
     manifest = read_manifest(folder)
-    verify(folder, manifest)
+    if not verified:
+        verify(folder, manifest)
     with ExitStack() as stack:
         files = {}
         for name in sorted(set(manifest.tensors.values())):
@@ -163,6 +192,32 @@ class TensorReader:
             raise UserError(f"the checkpoint has no {kind} of {name}; it was made for another model configuration")
         return self._files[self.manifest.tensors[key]].get_tensor(key)
 
+    def of_kind(self, kind: str) -> Mapping[str, Tensor]:
+        """All tensors of this kind by parameter name, each read when it is asked for."""
+        return _TensorsOfKind(self, kind)
+
+
+class _TensorsOfKind(Mapping[str, Tensor]):
+    """What `TensorReader.of_kind` gives."""
+
+    def __init__(self, reader: TensorReader, kind: str) -> None:
+        self._reader, self._kind = reader, kind
+        self._names = dict.fromkeys(reader.names(kind))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        return self._reader.get(self._kind, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a checkpoint, whole and in fp32, by parameter name.
@@ -171,7 +226,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         UserError: if a file is missing or damaged.
     """
     with open_tensors(folder) as tensors:
-        return {name: tensors.get(WEIGHT, name) for name in tensors.names(WEIGHT)}
+        return dict(tensors.of_kind(WEIGHT))
 
 
 def read_config_of(folder: Path) -> Config:
@@ -210,7 +265,7 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block succeeds and vanishes when it fails."""
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = partial_folder(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -224,10 +279,12 @@ def staged(folder: Path) -> Iterator[Path]:
 def publish(aside: Path, folder: Path) -> None:
     """Make a finished temporary folder durable and give it its final name, replacing an older one."""
     _sync(aside)
-    if folder.exists():
-        remove(folder)
+    older = partial_folder(folder, "replaced")
+    if folder.exists():  # moved away first, because removing it takes time in which neither would have the name
+        folder.rename(older)
     aside.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def write_description(folder: Path, manifest: Manifest, config: Config, tokenizer: Path | None) -> None:
@@ -264,9 +321,24 @@ def point_latest(folder: Path, name: str) -> None:
 
 
 def retain(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of a folder of checkpoints."""
-    for path in checkpoints_in(folder)[:-keep]:
+    """Remove all but `keep` checkpoints of a folder of checkpoints: the latest, and of the others the newest.
+
+    The latest is not the newest by number in a run that has gone back to an older checkpoint and on from there.
+    """
+    latest = latest_checkpoint(folder)
+    others = [path for path in checkpoints_in(folder) if path != latest]
+    for path in others[: max(0, len(others) - (keep - 1))]:
         remove(path)
+
+
+def partial_folder(folder: Path, state: str = "") -> Path:
+    """Name beside a checkpoint's folder for what is not, or no longer, complete; hidden and never read."""
+    return folder.with_name(f".{folder.name}.{state}.partial" if state else f".{folder.name}.partial")
+
+
+def partial_folders_in(folder: Path) -> list[Path]:
+    """What failed or killed saves have left in a folder of checkpoints."""
+    return sorted(folder.glob(".step-*.partial"))
 
 
 def remove(folder: Path) -> None:
@@ -302,11 +374,13 @@ def _seal(path: Path) -> tuple[int, str]:
     return path.stat().st_size, _sha256(path)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            if advance is not None:
+                advance(len(chunk))
     return digest.hexdigest()
 
 

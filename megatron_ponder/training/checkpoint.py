@@ -1,9 +1,14 @@
 """Saving the state of a run, all ranks together, and finding the state to go on from."""
 
+import logging
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -11,18 +16,25 @@ from megatron_ponder.checkpoint.store import (
     Manifest,
     checkpoint_name,
     latest_checkpoint,
+    partial_folder,
+    partial_folders_in,
     point_latest,
     publish,
     read_manifest,
     resolve_checkpoint,
     retain,
+    verify,
     write_description,
     write_tensors,
 )
 from megatron_ponder.config import Config
 from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import together
+from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.training.engine import Engine
+
+Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -30,62 +42,183 @@ class Checkpointer:
 
     A checkpoint is written aside by all ranks, each a share of the tensors; when all have said that theirs is on the
     disk it gets its name, then `latest` moves, then old ones go. Whatever fails before leaves the last one in place.
+
+    An asynchronous save does the same in a thread, from a copy of this rank's share. The ranks then agree over a
+    process group of their own, so that what they say never comes between the collectives of training. There is at
+    most one save under way. Leave the block of this context manager, or call `finish`, before the run ends.
+
+    Attributes:
+        folder: of the checkpoints.
     """
 
-    def __init__(self, config: Config, tokenizer: Path | None, fingerprints: tuple[str | None, str | None]) -> None:
-        """Prepare to save.
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Path | None,
+        fingerprints: tuple[str | None, str | None],
+        mesh: Mesh | None = None,
+    ) -> None:
+        """Prepare to save; a collective.
 
         Args:
             config: resolved; stored with every checkpoint.
             tokenizer: to copy into every checkpoint.
             fingerprints: of the dataset and of the tokenizer.
+            mesh: the ranks; all of them share the data unless given.
         """
         self._config, self._tokenizer, self._fingerprints = config, tokenizer, fingerprints
+        self._mesh = mesh or Mesh(data=Axis(dist.get_world_size(), dist.get_rank()))
         self.folder = Path(config.training.run_dir) / "checkpoints"
+        self._group, self._thread = None, None
+        if config.checkpoint.asynchronous:
+            self._group = dist.new_group(backend="gloo")
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future | None = None
+        self._share: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception is None:
+            self.finish()
+        elif self._under_way is not None:
+            wait([self._under_way])  # the checkpoint is worth having, and its own failure would hide this exception
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def save(self, engine: Engine, step: int, samples: int) -> Path:
-        """Write the checkpoint after `step` steps; a collective.
+        """Write the checkpoint after `step` steps, or begin to; a collective.
+
+        An asynchronous save returns when the state has been copied, and training may change it.
+
+        Returns:
+            The checkpoint's folder, which an asynchronous save has yet to make.
 
         Raises:
-            UserError: on every rank, if any rank could not write its part.
+            UserError: on every rank, if any rank could not write its part, of this checkpoint or, where that was
+                asynchronous, of the one before.
         """
+        self.finish()
         final = self.folder / checkpoint_name(step)
-        aside = self.folder / f".{final.name}.partial"
+        manifest = Manifest(step, samples, *self._fingerprints, layout=self._layout())
+        share = self._take_share(engine)
+        if self._thread is None:
+            self._write(share, manifest, final)
+        else:
+            self._share = share
+            self._under_way = self._thread.submit(self._write_behind, share, manifest, final)
+        return final
+
+    def finish(self) -> None:
+        """Wait for the save that is under way, if there is one.
+
+        Raises:
+            UserError: on every rank, if it failed on any.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _layout(self) -> dict[str, int | str]:
+        mesh, config = self._mesh, self._config
+        sizes = {name: getattr(mesh, name).size for name in ("tensor", "pipeline", "data")}
+        return sizes | {"zero_stage": config.parallel.zero_stage, "precision": config.training.precision}
+
+    def _take_share(self, engine: Engine) -> dict[str, Tensor]:
+        """This rank's share of what its pipeline stage holds, by `kind/parameter name`.
+
+        What the engine gives may be training's own memory, so that the thread needs a copy. It goes where that of the
+        save before was, because new memory costs many times as long as the copy itself.
+        """
+        data, tensor = self._mesh.data, self._mesh.tensor
+        own = data.rank * tensor.size + tensor.rank
+        share = {}
+        for writer, item in shared_out(engine.state(), lambda item: item.tensor.nbytes, data.size * tensor.size):
+            if writer == own:
+                key, whole = f"{item.kind}/{item.name}", item.tensor
+                if self._thread is not None:
+                    before = self._share.get(key)
+                    whole = (torch.empty(whole.shape) if before is None else before).copy_(whole)
+                share[key] = whole
+        return share
+
+    def _write_behind(self, share: dict[str, Tensor], manifest: Manifest, final: Path) -> None:
+        """Write in the thread, and say at once what training hears of only when it saves again."""
+        try:
+            self._write(share, manifest, final)
+        except Exception as error:
+            if dist.get_rank() == 0 or not getattr(error, "shared", False):
+                logger.warning("%s could not be saved, and training will stop at the next: %s", final, error)
+            raise
+
+    def _write(self, share: dict[str, Tensor], manifest: Manifest, final: Path) -> None:
         self._remove_partial()
         try:
-            self._write(engine, Manifest(step, samples, *self._fingerprints), aside, final)
+            self._write_together(share, manifest, partial_folder(final), final)
         except UserError:
             self._remove_partial()  # the disk may be full
             raise
-        return final
 
     def _remove_partial(self) -> None:
         """Remove what a failed save, or a run that was killed while it saved, has left."""
         if dist.get_rank() == 0:
-            for folder in self.folder.glob(".step-*.partial"):
+            for folder in partial_folders_in(self.folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _write(self, engine: Engine, manifest: Manifest, aside: Path, final: Path) -> None:
+    def _write_together(self, share: dict[str, Tensor], manifest: Manifest, aside: Path, final: Path) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
-        together(lambda: aside.mkdir(parents=True) if rank == 0 else None)
-        own: dict[str, Tensor] = {}
-        for index, item in enumerate(engine.state()):
-            if index % world == rank:
-                own[f"{item.kind}/{item.name}"] = item.tensor
+        together(lambda: aside.mkdir(parents=True) if rank == 0 else None, self._group)
         file = f"tensors-{rank:05d}-of-{world:05d}.safetensors"
-        entry = together(lambda: write_tensors(aside, file, own))
+        entry = together(lambda: write_tensors(aside, file, share), self._group)
         parts: list = [None] * world
-        dist.all_gather_object(parts, (file, entry, list(own)))
+        dist.all_gather_object(parts, (file, entry, list(share)), group=self._group)
+        tensors = {key: name for name, _, keys in parts for key in keys}
+        assert len(tensors) == sum(len(keys) for *_, keys in parts), "two ranks have written the same tensor"
+        files = {name: entry for name, entry, _ in parts}
 
         def describe() -> None:
-            tensors = {key: name for name, _, keys in parts for key in keys}
-            files = {name: entry for name, entry, _ in parts}
             write_description(aside, replace(manifest, tensors=tensors, files=files), self._config, self._tokenizer)
             publish(aside, final)
             point_latest(self.folder, final.name)
             retain(self.folder, self._config.checkpoint.keep)
 
-        together(lambda: describe() if rank == 0 else None)
+        together(lambda: describe() if rank == 0 else None, self._group)
+
+
+def shared_out(items: Iterable[Item], size: Callable[[Item], int], ranks: int) -> Iterator[tuple[int, Item]]:
+    """Share items out between ranks, each to the one that has the fewest bytes; alike on all that see the same sizes.
+
+    No rank gets more than an even share and the largest item.
+
+    Args:
+        items: in an order that all ranks share.
+        size: of an item in bytes.
+        ranks: number of ranks.
+
+    Returns:
+        Each item with the rank that it belongs to.
+    """
+    loads = [0] * ranks
+    for item in items:
+        rank = loads.index(min(loads))
+        loads[rank] += size(item)
+        yield rank, item
+
+
+def verify_together(folder: Path) -> None:
+    """Verify a checkpoint, each rank a share of its files, so that each is read once in the whole job; a collective.
+
+    Raises:
+        UserError: on every rank, naming a file that is missing or damaged.
+    """
+
+    def verify_share() -> None:
+        manifest = read_manifest(folder)
+        shares = shared_out(manifest.files.items(), lambda file: file[1][0], dist.get_world_size())
+        verify(folder, replace(manifest, files=dict(file for rank, file in shares if rank == dist.get_rank())))
+
+    together(verify_share)
 
 
 def find_resume(config: Config) -> Path | None:
