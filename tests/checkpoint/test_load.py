@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from megatron_ponder.checkpoint.load import load_model, load_weights
-from megatron_ponder.checkpoint.store import read_weights, write_weights_checkpoint
+from megatron_ponder.checkpoint.store import open_tensors, read_weights, write_weights_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.transformer import ModelPart
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.sharding import declarations
 from tests.models import random_tokens, small_config, small_model
@@ -91,6 +92,35 @@ def test_each_tensor_rank_takes_its_part(tmp_path):
             assert all(torch.equal(part, parameter) for part in parts)
         else:
             assert torch.equal(torch.cat(parts, spec.shard_dim), parameter)
+
+
+def test_each_pipeline_rank_reads_its_part_alone(tmp_path, monkeypatch):
+    model, config = save(tmp_path / "c")
+    parts = [ModelPart(range(1), last=False), ModelPart(range(1, 2), first=False)]
+    taken = []
+    for part in parts:
+        rank = PonderLM(config.model, config.ponder, part=part)
+        with open_tensors(tmp_path / "c") as tensors:
+            asked = []
+            get = tensors.get
+            monkeypatch.setattr(
+                tensors, "get", lambda kind, name, get=get, asked=asked: asked.append(name) or get(kind, name)
+            )
+            load_weights(rank, tensors.of_kind("weight"))
+        own = {name: parameter for name, parameter, _, _ in declarations(rank)}
+        assert sorted(asked) == sorted(own)
+        assert all(torch.equal(parameter, model.get_parameter(name)) for name, parameter in own.items())
+        taken += own
+    assert sorted(taken) == sorted(name for name, *_ in declarations(model))
+
+
+def test_a_pipeline_rank_refuses_a_checkpoint_that_lacks_its_parameters(tmp_path):
+    _, config = save(tmp_path / "c")
+    weights = read_weights(tmp_path / "c")
+    last = PonderLM(config.model, config.ponder, part=ModelPart(range(1, 2), first=False))
+    load_weights(last, {name: weight for name, weight in weights.items() if name != "embedding.weight"})
+    with pytest.raises(UserError, match=r"differ in head.weight and 0 more tensors"):
+        load_weights(last, {name: weight for name, weight in weights.items() if name != "head.weight"})
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -18,6 +18,7 @@ from megatron_ponder.checkpoint.store import (
     checkpoints_in,
     latest_checkpoint,
     open_tensors,
+    partial_folders_in,
     point_latest,
     read_config_of,
     read_manifest,
@@ -100,6 +101,12 @@ def test_tensors_of_several_files_and_kinds(tmp_path):
         assert torch.equal(reader.get("weight", "b"), parts[1]["weight/b"])
         with pytest.raises(UserError, match="no exp_avg of b; it was made for another model configuration"):
             reader.get("exp_avg", "b")
+        weights = reader.of_kind("weight")
+        assert (list(weights), len(weights)) == (["a", "b"], 2)
+        assert torch.equal(weights["b"], parts[1]["weight/b"])
+        assert "b" not in reader.of_kind("exp_avg")
+        with pytest.raises(KeyError):
+            reader.of_kind("exp_avg")["b"]
     assert tokenizer_path(tmp_path / "c") is None
 
 
@@ -199,6 +206,14 @@ def test_a_full_disk_is_the_users_to_mend(checkpoint):
 FILES = ["weights-00000.safetensors", "config.yaml", "tokenizer/tokenizer.json"]
 
 
+def test_files_that_have_been_verified_are_not_verified_again(checkpoint):
+    flip_a_bit(checkpoint / FILES[1])
+    with pytest.raises(UserError, match="is damaged"), open_tensors(checkpoint):
+        pass
+    with open_tensors(checkpoint, verified=True) as tensors:
+        assert tensors.names("weight") == list(WEIGHTS)
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) * 3 // 4] ^= 1
@@ -236,6 +251,14 @@ def test_no_manifest_is_no_checkpoint(checkpoint):
         read_weights(checkpoint)
     with pytest.raises(UserError, match=f"{checkpoint} holds no complete checkpoint; give a run folder"):
         resolve_checkpoint(checkpoint)
+
+
+def test_a_manifest_from_before_layouts_were_recorded(checkpoint):
+    fields = json.loads((checkpoint / MANIFEST).read_text())
+    assert fields.pop("layout") == {}
+    (checkpoint / MANIFEST).write_text(json.dumps(fields))
+    assert read_manifest(checkpoint).layout == {}
+    assert read_weights(checkpoint).keys() == WEIGHTS.keys()
 
 
 def test_another_format_is_refused(checkpoint):
@@ -306,3 +329,38 @@ def test_retention_keeps_the_newest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [paths[2].name, paths[3].name, "step-99999999"]
     retain(tmp_path, 1)
     assert checkpoints_in(tmp_path) == paths[3:]
+
+
+def test_retention_never_removes_the_latest(tmp_path):
+    """A run that has gone back to an older checkpoint writes smaller numbers than are there."""
+    paths = complete(tmp_path, 4, 8, 12)
+    new = complete(tmp_path, 6)[0]
+    point_latest(tmp_path, new.name)
+    retain(tmp_path, 2)
+    assert checkpoints_in(tmp_path) == [new, paths[2]]
+    retain(tmp_path, 1)
+    assert checkpoints_in(tmp_path) == [new]
+
+
+KILLED_WHILE_REPLACING = """
+import os, sys, torch
+from pathlib import Path
+from megatron_ponder.checkpoint import store
+from tests.models import small_config
+def die(path, **_):
+    if path.exists():
+        os._exit(9)
+with store.staged(Path(sys.argv[1])) as aside:
+    entry = store.write_tensors(aside, "w", {"weight/new": torch.ones(2)})
+    manifest = store.Manifest(tensors={"weight/new": "w"}, files={"w": entry})
+    store.write_description(aside, manifest, small_config(), None)
+    store.shutil.rmtree = die
+"""
+
+
+def test_a_replaced_checkpoint_goes_only_when_the_new_one_has_its_name(checkpoint):
+    done = run(KILLED_WHILE_REPLACING, checkpoint)
+    assert done.returncode == 9, done.stderr
+    assert list(read_weights(checkpoint)) == ["new"]
+    assert [path.name for path in partial_folders_in(checkpoint.parent)] == [f".{checkpoint.name}.replaced.partial"]
+    assert checkpoints_in(checkpoint.parent) == [checkpoint]
