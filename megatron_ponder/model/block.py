@@ -69,7 +69,7 @@ class GeluMLP(ShardedModule):
         self.down_proj = RowParallelLinear(ffn, hidden, axis, last, bias=True)
 
     def forward(self, x: Tensor, tokens: int, recipes: bool = False) -> Tensor:
-        """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the activation's recipe for the backward pass."""
+        """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the recipe of gelu for the backward pass."""
         up = self.up_proj(enter(x, self.axis, tokens))
         activated = F.gelu(up)
         with keep_recipe(recipes, activated, lambda: F.gelu(up)):

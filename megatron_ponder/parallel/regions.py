@@ -93,14 +93,16 @@ class _RepeatTokens(torch.autograd.Function):
 def _gather(x: Tensor, axis: Axis, tokens: int) -> Tensor:
     slots = x.shape[1] // axis.share(tokens)
     parts = x.new_empty(axis.size, *x.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=axis.group)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in PyTorch 2.13
+    all_gather(parts.flatten(0, 1), x.contiguous(), group=axis.group)
     return parts.movedim(0, 1).flatten(1, 2)[:, : tokens * slots]
 
 
 def _reduce_scatter(x: Tensor, axis: Axis, tokens: int) -> Tensor:
     shares = _shares(x, axis, tokens).contiguous()
     own = torch.empty_like(shares[0])
-    dist.reduce_scatter_tensor(own, shares.flatten(0, 1), group=axis.group)
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # as above
+    reduce_scatter(own, shares.flatten(0, 1), group=axis.group)
     return own
 
 

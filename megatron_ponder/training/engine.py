@@ -7,20 +7,22 @@ that returns the gradient norm, and whole fp32 tensors by parameter name.
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ponder.checkpoint.store import FIRST_MOMENT, SECOND_MOMENT, WEIGHT, open_tensors
 from megatron_ponder.config import Config
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.parallel.sharding import declarations
+from megatron_ponder.parallel.sharding import ParameterSpec, declarations
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.pipelined import PipelinedObjective
 
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 
@@ -40,12 +42,33 @@ class StateTensor:
     tensor: Tensor
 
 
-class Engine:
-    """A model under DeepSpeed.
+class _ModelParallelUnit:
+    """What DeepSpeed asks about the ranks that hold one copy of the model."""
 
-    Attributes:
-        objective: the module that was given; evaluation calls it as it is.
-    """
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_model_parallel_group(self):
+        return self._mesh.model.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.model.size
+
+    def get_data_parallel_group(self):
+        return self._mesh.data.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.data.size
+
+
+class Engine:
+    """A model, or this rank's part of it, under DeepSpeed."""
 
     def __init__(self, objective: Objective, config: Config, mesh: Mesh) -> None:
         """Hand the module to DeepSpeed, which casts it to the training precision and partitions it.
@@ -55,12 +78,15 @@ class Engine:
             config: resolved.
             mesh: the ranks.
         """
-        self.objective = objective
-        self._mesh = mesh
+        self._objective, self._mesh = objective, mesh
         self._accumulation = config.training.global_batch_size // (config.training.micro_batch_size * mesh.data.size)
         self._clipping = config.optimizer.gradient_clipping
         self._low_precision = config.training.precision == "bf16"
         self._stage = _effective_stage(config)
+        self._pipelined = None
+        for _, parameter, spec, _ in self._declarations():
+            # These count in the gradient norm on every model-parallel rank, others on the first alone.
+            parameter.model_parallel = spec.shard_dim is not None or mesh.tensor.rank == 0
         deepspeed = _import_deepspeed(mesh)
         # At each start its bf16 optimiser prints memory figures, whatever the log level.
         with redirect_stdout(io.StringIO()):
@@ -74,31 +100,70 @@ class Engine:
                     fused=True,
                 ),
                 config=deepspeed_config(config, mesh.data.size),
+                mpu=_ModelParallelUnit(mesh),
                 dist_init_required=False,
             )
+        if mesh.pipeline.size > 1:
+            self._engine.pipeline_parallelism = True
+            dtype = torch.bfloat16 if self._low_precision else torch.float32
+            self._pipelined = PipelinedObjective(objective, mesh, dtype, config.parallel.pipeline_schedule)
         self._create_moments()
 
+    def pruning(self, hard: bool) -> Pruning:
+        """The model's rule with α = 0, as training and validation use it."""
+        return self._objective.model.pruning(hard, bias=0.0)
+
     def forward_backward(
-        self, tokens: Tensor, refinements: int, pruning: Pruning, penalty: float, scale: float
+        self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, penalty: float, scale: float
     ) -> Tensor:
-        """Forward and backward of one micro-batch; the last of a step also reduces gradients over the ranks.
+        """Forward and backward of this rank's micro-batches of a step; gradients are reduced over the data ranks.
 
         Args:
-            tokens: int64 (B, L + 1).
+            micro_batches: int64 (B, L + 1) each.
             refinements: R.
             pruning: soft.
             penalty: λ.
             scale: factor on the sum over tokens; 1 / supervised tokens of the whole step, over all ranks.
 
         Returns:
-            Sums of a `Tally` for this micro-batch.
+            Sums of a `Tally` for these micro-batches, (K + 3,).
         """
-        loss, sums = self._engine(tokens, refinements, pruning, penalty)
         # DeepSpeed averages over data-parallel ranks what has been divided by the global count already
-        self._engine.backward(loss * (scale * self._mesh.data.size), scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # updates nothing; it counts the micro-batch
-        return sums
+        scale = scale * self._mesh.data.size
+        if self._pipelined is not None:
+            sums = self._pipelined.forward_backward(micro_batches, refinements, pruning, penalty, scale)
+            self._engine.allreduce_gradients()
+            return sums
+        total = 0
+        for tokens in micro_batches:
+            loss, sums = self._engine(tokens, refinements, pruning, penalty)
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()  # updates nothing; it counts the micro-batch
+            total = total + sums.sum(0)
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Tensor], rounds: int, refinements: int, pruning: Pruning) -> Tensor:
+        """Sums of a `Tally` over micro-batches that nothing is learnt from.
+
+        Args:
+            micro_batches: int64 (at most B, L + 1) each.
+            rounds: the most micro-batches that any data-parallel rank has.
+            refinements: R.
+            pruning: soft or hard.
+        """
+        if self._pipelined is not None:
+            return self._pipelined.evaluate(micro_batches, refinements, pruning)
+        total = torch.zeros(
+            self._objective.model.ponder_config.steps + 3, dtype=torch.float64, device=self._mesh.device
+        )
+        for tokens in micro_batches:
+            total += self._objective(tokens, refinements, pruning)[1].sum(0)
+        # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
+        for _ in range(rounds - len(micro_batches)):
+            self._objective(torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device), refinements, pruning)
+        return total
 
     def step(self, learning_rate: float) -> float:
         """Clip, update the weights, clear the gradients. Returns the global gradient norm before clipping."""
@@ -109,27 +174,39 @@ class Engine:
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """Whole gradients by parameter name, between the last backward and the step; on every rank alike."""
+        """Whole gradients of this rank's part by parameter name, between `forward_backward` and `step`."""
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: safe_get_full_grad(parameter).clone() for name, parameter, *_ in self._declarations()}
+        return {
+            name: self._whole(safe_get_full_grad(parameter), spec).clone()
+            for name, parameter, spec, _ in self._declarations()
+        }
+
+    def differing_replicas(self) -> list[str]:
+        """Parameters that tensor ranks should hold bit for bit alike, and do not; a collective of the tensor ranks."""
+        replicated = [(name, parameter) for name, parameter, spec, _ in self._declarations() if spec.shard_dim is None]
+        checksums = torch.stack([_checksum(self._held(parameter)) for _, parameter in replicated])
+        everyones = [torch.empty_like(checksums) for _ in range(self._mesh.tensor.size)]
+        dist.all_gather(everyones, checksums, group=self._mesh.tensor.group)
+        differs = (torch.stack(everyones) != checksums).any(0).tolist()
+        return [name for (name, _), different in zip(replicated, differs, strict=True) if different]
 
     def state(self) -> Iterator[StateTensor]:
-        """Every weight and moment, one after another, whole and in fp32, on every rank alike.
+        """Weights and moments of this rank's part, one after another, whole, unpadded and in fp32.
 
-        A collective: every rank must take every item.
+        The same on all ranks of a pipeline stage, and a collective of them: every rank must take every item.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter, *_ in self._declarations():
+        for name, parameter, spec, _ in self._declarations():
             if self._stage == 0:
-                yield StateTensor(WEIGHT, name, parameter.detach().cpu())
-                for kind in MOMENTS:
-                    yield StateTensor(kind, name, self._engine.basic_optimizer.state[parameter][kind].cpu())
+                moments = self._engine.basic_optimizer.state[parameter]
+                parts = [parameter.detach(), *(moments[kind] for kind in MOMENTS)]
             else:
-                yield StateTensor(WEIGHT, name, safe_get_full_fp32_param(parameter).detach().cpu())
-                for kind in MOMENTS:
-                    yield StateTensor(kind, name, safe_get_full_optimizer_state(parameter, kind).detach().cpu())
+                parts = [safe_get_full_fp32_param(parameter).detach()]
+                parts += [safe_get_full_optimizer_state(parameter, kind).detach() for kind in MOMENTS]
+            for kind, part in zip((WEIGHT, *MOMENTS), parts, strict=True):
+                yield StateTensor(kind, name, self._whole(part, spec).cpu())
 
     def restore(self, checkpoint: Path, step: int) -> None:
         """Set master weights and moments from a checkpoint whose weights the module was built with; a collective.
@@ -140,19 +217,41 @@ class Engine:
         """
         kinds = (WEIGHT, *MOMENTS) if self._low_precision else MOMENTS
         with open_tensors(checkpoint) as tensors:
-            for name, parameter, *_ in self._declarations():
+            for name, parameter, spec, axis in self._declarations():
                 for kind in kinds:
-                    self._set(parameter, kind, tensors.get(kind, name).to(self._mesh.device))
+                    self._set(parameter, kind, spec.shard(tensors.get(kind, name), axis).to(self._mesh.device))
         for state in self._engine.basic_optimizer.state.values():
             state["step"].fill_(step)
 
     def _declarations(self):
-        return declarations(self.objective.model)
+        return declarations(self._objective.model)
+
+    def _whole(self, part: Tensor, spec: ParameterSpec) -> Tensor:
+        """A logical tensor from the parts of all tensor ranks."""
+        axis = self._mesh.tensor
+        if spec.shard_dim is None or axis.size == 1:
+            return spec.unshard([part])
+        parts = [torch.empty_like(part) for _ in range(axis.size)]
+        dist.all_gather(parts, part.contiguous(), group=axis.group)
+        return spec.unshard(parts)
+
+    def _held(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank keeps of a parameter between steps; data-parallel ranks share it at stage 3, padded."""
+        if self._stage < 3:
+            return parameter.detach()
+        part = parameter.ds_tensor
+        return part[: max(0, parameter.ds_numel - part.numel() * self._mesh.data.rank)]
 
     def _clip_replicated(self) -> Tensor:
-        """Stage 0 leaves whole gradients on every rank."""
-        limit = self._clipping or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.objective.parameters(), limit)
+        """Stage 0 leaves gradients whole on every data-parallel rank, and their norm to us."""
+        parameters = [parameter for _, parameter, *_ in self._declarations()]
+        counted = [p.grad for p in parameters if self._mesh.model.rank == 0 or p.model_parallel]
+        square = torch.nn.utils.get_total_norm(counted).square()
+        if self._mesh.model.size > 1:
+            dist.all_reduce(square, group=self._mesh.model.group)
+        norm = square.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping or float("inf"), norm)
+        return norm
 
     def _create_moments(self) -> None:
         """Take a step with zero gradients at learning rate 0, which leaves the weights as they are.
@@ -162,9 +261,8 @@ class Engine:
         pieces.
         """
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
-        pruning = self.objective.model.pruning(hard=False)
-        for _ in range(self._accumulation):
-            self.forward_backward(tokens, refinements=0, pruning=pruning, penalty=0.0, scale=0.0)
+        micro_batches = [tokens] * self._accumulation
+        self.forward_backward(micro_batches, refinements=0, pruning=self.pruning(hard=False), penalty=0.0, scale=0.0)
         self.step(learning_rate=0.0)
         optimizer = self._engine.basic_optimizer
         for state in optimizer.state.values():
@@ -207,23 +305,32 @@ def deepspeed_config(config: Config, data_size: int) -> dict:
         config: resolved.
         data_size: data-parallel ranks.
     """
-    training = config.training
-    stage = _effective_stage(config)
+    training, parallel = config.training, config.parallel
+    stage, pipelined = _effective_stage(config), parallel.pipeline > 1
+    # A pipeline runs all micro-batches of a step before DeepSpeed sees anything of it.
+    micro_batch = training.global_batch_size // data_size if pipelined else training.micro_batch_size
+    offload = {"device": parallel.offload_optimizer, "pin_memory": parallel.offload_pin_memory}
+    if parallel.offload_nvme_path is not None:
+        offload["nvme_path"] = parallel.offload_nvme_path
     return {
         "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * data_size),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": training.global_batch_size // (micro_batch * data_size),
         "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,
         "steps_per_print": None,
-        "bf16": {"enabled": training.precision == "bf16"},
+        # under a pipeline gradients must go into the fp32 ones at once, since nobody tells DeepSpeed of micro-batches
+        "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": pipelined},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": stage,
-            "contiguous_gradients": True,
-            "overlap_comm": torch.cuda.is_available(),
+            # its buffer for them would be as large as a bucket, in every step anew under a pipeline
+            "contiguous_gradients": not pipelined,
+            "overlap_comm": torch.cuda.is_available() and not pipelined,
             # ours are small and used in every pass; gathering each of them anew would be all latency
             "stage3_param_persistence_threshold": 10_000,
-        },
+        }
+        | ({} if parallel.offload_optimizer == "none" else {"offload_optimizer": offload}),
+        "zero_force_ds_cpu_optimizer": False,  # its AdamW is compiled at first use; PyTorch's has a fused one too
         "zero_allow_untested_optimizer": True,
     }
 
@@ -241,6 +348,12 @@ def _parameter_groups(objective: Objective, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Sum of the bit patterns, int64, in which a single flipped bit shows."""
+    bits = tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+    return bits.sum(dtype=torch.int64)
 
 
 def _import_deepspeed(mesh: Mesh):

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 
@@ -40,7 +41,7 @@ class Tally(NamedTuple):
 
     @staticmethod
     def of(sums: Tensor) -> "Tally":
-        """From the sums that `Objective` returns, added over whatever they should cover."""
+        """From sums (K + 3,) that `Objective` returns, added over whatever they should cover."""
         cross_entropy, penalty, *steps = sums.tolist()
         return Tally(cross_entropy, penalty, [round(count) for count in steps])
 
@@ -68,20 +69,35 @@ class Objective(nn.Module):
             penalty_weight: λ.
 
         Returns:
-            The sum over tokens of cross-entropy and λ Σ_{k ≥ 1} w_k, with its gradient, in nats; and the detached sums
-            of a `Tally`, fp64 (K + 3,).
+            As `measure`.
         """
-        model, ponder = self.model, self.model.ponder_config
-        result = model.jacobi(tokens[:, :-1], refinements, pruning, ponder.gradient_passes)
-        labels = tokens[:, 1:]
+        result = self.model.jacobi(tokens[:, :-1], refinements, pruning, self.model.ponder_config.gradient_passes)
+        return self.measure(result, tokens, penalty_weight)
+
+    def measure(self, result: PonderOutput, tokens: Tensor, penalty_weight: float) -> tuple[Tensor, Tensor]:
+        """The loss of a model's output.
+
+        Args:
+            result: the output for the first L tokens.
+            tokens: int64 (B, L + 1).
+            penalty_weight: λ.
+
+        Returns:
+            The sum over tokens of cross-entropy and λ Σ_{k ≥ 1} w_k, with its gradient, in nats; and for each sequence
+            the detached sums of a `Tally`, fp64 (B, K + 3).
+        """
+        model, labels = self.model, tokens[:, 1:]
         logits = model.head(result.output_BLH)
-        loss = vocab_parallel_cross_entropy(logits, labels, model.head.axis, overwrite=True).sum()
-        sums = torch.zeros(ponder.steps + 3, dtype=torch.float64, device=tokens.device)
-        sums[0] = loss.detach()
+        losses_BL = vocab_parallel_cross_entropy(
+            logits, labels, model.axis, model.model_config.vocab_size, overwrite=True
+        )
+        loss = losses_BL.sum()
+        sums = torch.zeros(len(tokens), model.ponder_config.steps + 3, dtype=torch.float64, device=tokens.device)
+        sums[:, 0] = losses_BL.detach().sum(1, dtype=torch.float64)
         if result.routing is None:
-            sums[-1] = labels.numel()
+            sums[:, -1] = labels.shape[1]
             return loss, sums
-        penalty = result.routing.log_w[..., 1:].exp().sum()
-        sums[1] = penalty.detach()
-        sums[2:] = torch.bincount(result.routing.executed.flatten(), minlength=ponder.steps + 1)
-        return loss + penalty_weight * penalty, sums
+        penalties_BL = result.routing.log_w[..., 1:].exp().sum(-1)
+        sums[:, 1] = penalties_BL.detach().sum(1, dtype=torch.float64)
+        sums[:, 2:] = F.one_hot(result.routing.executed, model.ponder_config.steps + 1).sum(1)
+        return loss + penalty_weight * penalties_BL.sum(), sums

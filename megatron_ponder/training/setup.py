@@ -6,12 +6,13 @@ from pathlib import Path
 
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint
-from megatron_ponder.config import Config
+from megatron_ponder.config import Config, stage_layers
 from megatron_ponder.data.dataset import TokenDataset, build_datasets
 from megatron_ponder.data.manifest import check_vocabulary, fingerprint, read_manifest
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.transformer import ModelPart
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
 
@@ -77,8 +78,14 @@ def _order_fingerprint(config: Config) -> str:
     return hashlib.sha256(order.encode()).hexdigest()
 
 
+def model_part(config: Config, mesh: Mesh) -> ModelPart:
+    """What this pipeline rank holds of the model."""
+    axis = mesh.pipeline
+    return ModelPart(stage_layers(config)[axis.rank], first=axis.rank == 0, last=axis.rank == axis.size - 1)
+
+
 def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | None) -> PonderLM:
-    """The model in fp32, with initial weights from the seed or those of a checkpoint.
+    """This rank's part of the model in fp32, with initial weights from the seed or those of a checkpoint.
 
     Args:
         config: resolved, with a vocabulary size.
@@ -89,8 +96,15 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | 
     Raises:
         UserError: if the checkpoint is damaged or of another model.
     """
-    model = PonderLM(config.model, config.ponder, mesh, parts.eod_id if config.data.reset_at_eod else None)
-    model.recompute = config.training.recompute
+    model = PonderLM(
+        config.model,
+        config.ponder,
+        mesh,
+        parts.eod_id if config.data.reset_at_eod else None,
+        model_part(config, mesh),
+        config.parallel.vocab_multiple,
+    )
+    model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
     source = checkpoint
     if source is None and config.checkpoint.initialize_from is not None:
         source = resolve_checkpoint(Path(config.checkpoint.initialize_from))

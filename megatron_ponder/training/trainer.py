@@ -2,7 +2,7 @@
 
 import math
 import time
-from itertools import zip_longest
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
 from megatron_ponder.data.loader import batches, validation_batches
+from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.plots import plot_training
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
@@ -37,7 +38,8 @@ def train(config: Config, device: torch.device) -> None:
     resumed = together(lambda: find_resume(config))
     fingerprints = (parts.data_fingerprint, parts.tokenizer.fingerprint if parts.tokenizer else None)
     manifest = None if resumed is None else together(lambda: check_resumable(resumed, config, *fingerprints))
-    mesh = build_mesh(device, config.parallel.tensor, config.parallel.pipeline, data_size)
+    parallel = config.parallel
+    mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data_size, parallel.sequence_parallel)
     model = together(lambda: build_model(config, parts, mesh, resumed))
     run_dir, leader = Path(config.training.run_dir), dist.get_rank() == 0
     together(lambda: prepare_run_dir(run_dir, to_yaml(config)) if leader else None)
@@ -70,7 +72,7 @@ def _loop(
     samples: int,
 ) -> None:
     training = config.training
-    pruning = engine.objective.model.pruning(hard=False, bias=0.0)
+    pruning = engine.pruning(hard=False)
     tokens_per_step = training.global_batch_size * config.data.sequence_length
     loader = batches(
         parts.datasets["train"],
@@ -87,12 +89,13 @@ def _loop(
         rate = learning_rate(step, training.steps, config.optimizer)
         penalty = penalty_weight(step, config.ponder)
         r = refinements(step, training.seed, config.ponder)
-        sums = 0
-        for tokens in next(loader):
-            tokens = tokens.to(mesh.device, non_blocking=True)
-            sums = sums + engine.forward_backward(tokens, r, pruning, penalty, scale=1 / tokens_per_step)
+        micro_batches = [tokens.to(mesh.device, non_blocking=True) for tokens in next(loader)]
+        sums = engine.forward_backward(micro_batches, r, pruning, penalty, scale=1 / tokens_per_step)
         norm = engine.step(rate)
         step, samples = step + 1, samples + training.global_batch_size
+        interval = config.parallel.replica_check_interval
+        if mesh.tensor.size > 1 and interval and step % interval == 0:
+            together(partial(check_replicas, engine, step))
         tally = _sum_over_data_ranks(sums, mesh)
         record = {
             "step": step,
@@ -120,23 +123,29 @@ def _loop(
             progress.say(f"step {step}  saved {checkpointer.save(engine, step, samples)}")
 
 
-@torch.no_grad()
 def validate(config: Config, mesh: Mesh, parts: RunParts, engine: Engine) -> Tally:
     """Cross-entropy and steps on the first validation samples, with the soft mask and the largest R of training."""
     dataset = parts.datasets["valid"]
     count = min(config.training.eval_samples, dataset.samples_per_epoch)
     r = config.ponder.evaluation_refinements
-    pruning = engine.objective.model.pruning(hard=False, bias=0.0)
     own = validation_batches(dataset, count, config.training.micro_batch_size, mesh.data.rank, mesh.data.size)
-    # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
+    micro_batches = [tokens.to(mesh.device) for tokens in own]
     rounds = math.ceil(math.ceil(count / mesh.data.size) / config.training.micro_batch_size)
-    filler = torch.zeros(1, 2, dtype=torch.long)
-    sums: Tensor | int = 0
-    for tokens, _ in zip_longest(own, range(rounds)):
-        counted = tokens is not None
-        _, part = engine.objective((tokens if counted else filler).to(mesh.device), r, pruning)
-        sums = sums + (part if counted else torch.zeros_like(part))
-    return _sum_over_data_ranks(sums, mesh)
+    return _sum_over_data_ranks(engine.evaluate(micro_batches, rounds, r, engine.pruning(hard=False)), mesh)
+
+
+def check_replicas(engine: Engine, step: int) -> None:
+    """Compare what tensor ranks hold replicated.
+
+    Raises:
+        UserError: if it has come to differ, after which they no longer train one model.
+    """
+    differing = engine.differing_replicas()
+    if differing:
+        raise UserError(
+            f"after step {step}, {differing[0]} and {len(differing) - 1} more replicated parameters differ between "
+            "tensor ranks, as faulty memory or a faulty link makes them; resume from the last checkpoint on other nodes"
+        )
 
 
 def _sum_over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:

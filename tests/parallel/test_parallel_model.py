@@ -1,4 +1,4 @@
-"""A whole PonderLM over tensor ranks equals one process in loss and every gradient, with and without a split sequence."""
+"""A whole PonderLM over tensor ranks equals one process in loss and every gradient, also where they split tokens."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def train_plainly(config):
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
-        record.append((Tally.of(sums), gradients, float(norm)))
+        record.append((Tally.of(sums.sum(0)), gradients, float(norm)))
     return record, {name: parameter.detach() for name, parameter in parameters.items()}
 
 

@@ -1,0 +1,168 @@
+"""A ring of pipeline ranks that a micro-batch goes round several times, as virtual stages of PyTorch's schedules.
+
+Stage r · P + p is round r on rank p of P. All stages of a rank run the same weights, so gradients are never divided by
+the number of micro-batches here: that would divide shared weights once a round.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleInterleavedZeroBubble
+
+from megatron_ponder.parallel.mesh import Axis
+
+ScheduleKind = Literal["1f1b", "zero_bubble"]
+
+
+class _Stage(PipelineStage):
+    """A stage that holds a buffer for what it receives from the receive to the backward pass, and no longer.
+
+    PyTorch's own stage allocates one for every micro-batch and keeps them from step to step, which would be as much
+    memory as all rounds of all micro-batches send.
+    """
+
+    def _prepare_forward_infra(self, *args, **kwargs):
+        result = super()._prepare_forward_infra(*args, **kwargs)
+        for infos in self.args_recv_info.values():
+            _forget(infos)
+        return result
+
+    def _prepare_backward_infra(self, *args, **kwargs):
+        result = super()._prepare_backward_infra(*args, **kwargs)
+        for infos in self.grad_recv_info.values():
+            _forget(infos)
+        return result
+
+    def get_fwd_recv_ops(self, chunk: int):
+        _allocate(self.args_recv_info[chunk], self.device)
+        return super().get_fwd_recv_ops(chunk)
+
+    def get_bwd_recv_ops(self, chunk: int):
+        if self.has_backward:
+            _allocate(self.grad_recv_info.get(chunk, ()), self.device)
+        return super().get_bwd_recv_ops(chunk)
+
+    def forward_one_chunk(self, chunk: int, *args, **kwargs):
+        output = super().forward_one_chunk(chunk, *args, **kwargs)
+        _forget(self.args_recv_info[chunk])  # autograd, or nobody, needs it from here on
+        return output
+
+    def backward_one_chunk(self, chunk: int, *args, **kwargs):
+        super().backward_one_chunk(chunk, *args, **kwargs)
+        _forget(self.grad_recv_info.get(chunk, ()))
+
+
+def _allocate(infos, device: torch.device) -> None:
+    for info in infos:
+        if not info.is_root_arg and info.tensor_meta is not None:
+            info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=device)
+
+
+def _forget(infos) -> None:
+    for info in infos:
+        if not info.is_root_arg:
+            info.buffer = None
+
+
+def build_schedule(
+    rounds: Sequence[nn.Module],
+    carried: Sequence[int],
+    first_input: Tensor,
+    last_output: Tensor,
+    dtype: torch.dtype,
+    micro_batches: int,
+    axis: Axis,
+    device: torch.device,
+    kind: ScheduleKind,
+    loss_function: Callable[[Tensor, Tensor], Tensor] | None,
+) -> PipelineScheduleMulti:
+    """The schedule of one rank; all ranks of the ring build theirs with the same arguments but for `rounds`.
+
+    Args:
+        rounds: what this rank runs in each round; called with the packed tensor received (the first stage of all with
+            `first_input`) and with the keyword arguments of the step.
+        carried: numbers in the packed tensor between consecutive stages, one fewer than there are stages.
+        first_input: a tensor like a micro-batch's.
+        last_output: a tensor like what the last stage returns.
+        dtype: of the packed tensors.
+        micro_batches: in a step.
+        axis: the pipeline ranks.
+        device: of this rank.
+        kind: of schedule; `zero_bubble` computes gradients of weights apart from those of activations, later.
+        loss_function: of the last stage's output and the micro-batch's target; None for forward passes only.
+    """
+    count = len(rounds) * axis.size
+    grad = loss_function is not None
+    between = [torch.empty(size, dtype=dtype, device="meta", requires_grad=grad) for size in carried]
+    ends = [first_input.to("meta"), *between, last_output.to("meta").requires_grad_(grad)]
+    stages = [
+        _Stage(module, index, count, device, input_args=ends[index], output_args=ends[index + 1], group=axis.group)
+        for index, module in zip(range(axis.rank, count, axis.size), rounds, strict=True)
+    ]
+    schedule = ScheduleInterleaved1F1B if kind == "1f1b" or not grad else ScheduleInterleavedZeroBubble
+    return schedule(stages, micro_batches, loss_fn=loss_function, scale_grads=False)
+
+
+def pack(x: Tensor, log_w: Tensor | None) -> Tensor:
+    """One flat tensor of x's type from activations and log weights, for the journey between two stages.
+
+    One, because pipeline stages exchange one contiguous buffer each way. The log weights travel bit by bit in the slots
+    of a possibly narrower type, and so do their gradients back: in bf16, rounding would lose the router's tail.
+    """
+    return x.flatten() if log_w is None else _Pack.apply(x, log_w)
+
+
+def unpack(packed: Tensor, x_shape: Sequence[int], log_w_shape: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
+    """What was packed; log weights are fp32, or fp64 where everything is."""
+    if log_w_shape is None:
+        return packed.view(*x_shape), None
+    return _Unpack.apply(packed, tuple(x_shape), tuple(log_w_shape))
+
+
+def packed_size(x_shape: Sequence[int], log_w_shape: Sequence[int] | None, dtype: torch.dtype) -> int:
+    """Numbers of the given type in the packed tensor."""
+    size = torch.Size(x_shape).numel()
+    return (
+        size
+        if log_w_shape is None
+        else size + torch.Size(log_w_shape).numel() * _wide(dtype).itemsize // dtype.itemsize
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _join(x: Tensor, log_w: Tensor) -> Tensor:
+    return torch.cat([x.flatten(), log_w.contiguous().flatten().view(x.dtype)])
+
+
+def _split(packed: Tensor, x_shape: Sequence[int], log_w_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    size = torch.Size(x_shape).numel()
+    log_w = packed[size:].clone().view(_wide(packed.dtype))  # a clone is aligned for the wider type
+    return packed[:size].view(*x_shape), log_w.view(*log_w_shape)
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, log_w: Tensor) -> Tensor:
+        assert log_w.dtype == _wide(x.dtype)
+        ctx.shapes = x.shape, log_w.shape
+        return _join(x, log_w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return _split(grad, *ctx.shapes)
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed: Tensor, x_shape: tuple[int, ...], log_w_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return _split(packed, x_shape, log_w_shape)
+
+    @staticmethod
+    def backward(ctx, grad_x: Tensor, grad_log_w: Tensor) -> tuple[Tensor, None, None]:
+        return _join(grad_x, grad_log_w), None, None
