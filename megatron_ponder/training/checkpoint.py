@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -80,12 +80,10 @@ class Checkpointer:
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
-        if exception is None:
-            self.finish()
-        elif self._under_way is not None:
-            wait([self._under_way])  # the checkpoint is worth having, and its own failure would hide this exception
         if self._thread is not None:
-            self._thread.shutdown()
+            self._thread.shutdown()  # waits: the checkpoint is worth having, whatever has ended the training
+        if exception is None:
+            self.finish()  # else a failure of the save would hide the reason
 
     def save(self, engine: Engine, step: int, samples: int) -> Path:
         """Write the checkpoint after `step` steps, or begin to; a collective.
