@@ -91,7 +91,7 @@ class Inspection:
         manifest: of the checkpoint.
         config: that it was trained with; None if that file is damaged.
         files: all but the manifest.
-        tensors: those in files with which nothing is wrong.
+        tensors: those in files with which nothing is wrong, in the model's order.
         missing: `kind/parameter name` of tensors that a checkpoint of this model should have; moments only if it has
             any, or has done a step.
     """
@@ -124,7 +124,7 @@ class Inspection:
             if tensor.nan or tensor.infinite:
                 raise UserError(
                     f"{self.folder}: the {tensor.kind} of {tensor.name} holds {tensor.nan} NaN and {tensor.infinite} "
-                    "infinite values; go on from an older checkpoint with a lower learning rate"
+                    "infinite values; go on from an older checkpoint"
                 )
 
 
@@ -169,7 +169,10 @@ def inspect(folder: Path, contents: bool = True, advance: Callable[[int], None] 
     files += [FileReport(name, 0, f"is not among the files of {MANIFEST}") for name in sorted(unlisted)]
     readable = all(file.problem is None for file in files if file.name == CONFIG)
     config = read_config_of(folder) if readable else None
-    return Inspection(folder, manifest, config, files, tensors, _missing(manifest, config))
+    wanted = {key: place for place, key in enumerate(_wanted(manifest, config))}
+    tensors.sort(key=lambda tensor: wanted.get(f"{tensor.kind}/{tensor.name}", len(wanted)))
+    missing = [key for key in wanted if key not in manifest.tensors]
+    return Inspection(folder, manifest, config, files, tensors, missing)
 
 
 def _tensors(folder: Path, name: str, keys: list[str], contents: bool) -> Iterator[TensorReport]:
@@ -185,11 +188,12 @@ def _tensors(folder: Path, name: str, keys: list[str], contents: bool) -> Iterat
             yield TensorReport(kind, parameter, name, view.get_dtype(), tuple(view.get_shape()), nan, infinite)
 
 
-def _missing(manifest: Manifest, config: Config | None) -> list[str]:
+def _wanted(manifest: Manifest, config: Config | None) -> list[str]:
+    """What a checkpoint should hold, in the model's order; without a configuration, what belongs to its weights."""
     weights = [key.partition("/")[2] for key in manifest.tensors if key.startswith(f"{WEIGHT}/")]
     if config is not None:
         with torch.device("meta"):  # names alone, without memory for the values
             weights = [name for name, *_ in declarations(PonderLM(config.model, config.ponder))]
     weights_only = manifest.step == 0 and all(key.startswith(f"{WEIGHT}/") for key in manifest.tensors)
     kinds = (WEIGHT,) if weights_only else (WEIGHT, FIRST_MOMENT, SECOND_MOMENT)
-    return [f"{kind}/{name}" for name in weights for kind in kinds if f"{kind}/{name}" not in manifest.tensors]
+    return [f"{kind}/{name}" for name in weights for kind in kinds]
