@@ -4,11 +4,14 @@ Stage r · P + p is round r on rank p of P. All stages of a rank run the same we
 the number of micro-batches here: that would divide shared weights once a round.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import P2POp, Work
 from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleInterleavedZeroBubble
 
@@ -17,12 +20,39 @@ from megatron_ponder.parallel.mesh import Axis
 ScheduleKind = Literal["1f1b", "zero_bubble"]
 
 
-class _Stage(PipelineStage):
-    """A stage that holds a buffer for what it receives from the receive to the backward pass, and no longer.
+class _Outbox:
+    """What one rank is sending; PyTorch's schedules hold on to all that a step sends until its end.
 
-    PyTorch's own stage allocates one for every micro-batch and keeps them from step to step, which would be as much
-    memory as all rounds of all micro-batches send.
+    To wait for an old send cannot block for ever: the action table has its receive at the same place as the send, so
+    that nothing after the send is needed for it.
     """
+
+    def __init__(self, limit: int) -> None:
+        """Allow so many sends under way."""
+        self._limit = limit
+        self._works: deque[Work] = deque()
+
+    def send(self, operations: list[P2POp]) -> None:
+        for operation in operations:
+            self._works.append(dist.isend(operation.tensor, group=operation.group, group_dst=operation.group_peer))
+        self.wait(self._limit)
+
+    def wait(self, at_most: int = 0) -> None:
+        """Wait until no more than so many are under way."""
+        while len(self._works) > at_most:
+            self._works.popleft().wait()
+
+
+class _Stage(PipelineStage):
+    """A stage that holds what it sends and receives no longer than it is needed.
+
+    PyTorch's own stage keeps a receive buffer for every micro-batch from step to step, which would be as much memory as
+    all rounds of all micro-batches send.
+    """
+
+    def __init__(self, *args, outbox: _Outbox, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._outbox = outbox
 
     def _prepare_forward_infra(self, *args, **kwargs):
         result = super()._prepare_forward_infra(*args, **kwargs)
@@ -36,21 +66,35 @@ class _Stage(PipelineStage):
             _forget(infos)
         return result
 
-    def get_fwd_recv_ops(self, chunk: int):
+    def clear_runtime_states(self) -> None:
+        self._outbox.wait()
+        super().clear_runtime_states()
+
+    def get_fwd_recv_ops(self, chunk: int) -> list[P2POp]:
         _allocate(self.args_recv_info[chunk], self.device)
         return super().get_fwd_recv_ops(chunk)
 
-    def get_bwd_recv_ops(self, chunk: int):
+    def get_bwd_recv_ops(self, chunk: int) -> list[P2POp]:
         if self.has_backward:
             _allocate(self.grad_recv_info.get(chunk, ()), self.device)
         return super().get_bwd_recv_ops(chunk)
+
+    def get_fwd_send_ops(self, chunk: int) -> list[P2POp]:
+        self._outbox.send(super().get_fwd_send_ops(chunk))
+        if not self.has_backward:
+            del self.fwd_cache[chunk]
+        return []  # nothing is left to send
+
+    def get_bwd_send_ops(self, chunk: int) -> list[P2POp]:
+        self._outbox.send(super().get_bwd_send_ops(chunk))
+        return []
 
     def forward_one_chunk(self, chunk: int, *args, **kwargs):
         output = super().forward_one_chunk(chunk, *args, **kwargs)
         _forget(self.args_recv_info[chunk])  # autograd, or nobody, needs it from here on
         return output
 
-    def backward_one_chunk(self, chunk: int, *args, **kwargs):
+    def backward_one_chunk(self, chunk: int, *args, **kwargs) -> None:
         super().backward_one_chunk(chunk, *args, **kwargs)
         _forget(self.grad_recv_info.get(chunk, ()))
 
@@ -98,8 +142,18 @@ def build_schedule(
     grad = loss_function is not None
     between = [torch.empty(size, dtype=dtype, device="meta", requires_grad=grad) for size in carried]
     ends = [first_input.to("meta"), *between, last_output.to("meta").requires_grad_(grad)]
+    outbox = _Outbox(limit=2 * axis.size)
     stages = [
-        _Stage(module, index, count, device, input_args=ends[index], output_args=ends[index + 1], group=axis.group)
+        _Stage(
+            module,
+            index,
+            count,
+            device,
+            input_args=ends[index],
+            output_args=ends[index + 1],
+            group=axis.group,
+            outbox=outbox,
+        )
         for index, module in zip(range(axis.rank, count, axis.size), rounds, strict=True)
     ]
     schedule = ScheduleInterleaved1F1B if kind == "1f1b" or not grad else ScheduleInterleavedZeroBubble
@@ -112,7 +166,7 @@ def pack(x: Tensor, log_w: Tensor | None) -> Tensor:
     One, because pipeline stages exchange one contiguous buffer each way. The log weights travel bit by bit in the slots
     of a possibly narrower type, and so do their gradients back: in bf16, rounding would lose the router's tail.
     """
-    return x.flatten() if log_w is None else _Pack.apply(x, log_w)
+    return x.flatten().clone() if log_w is None else _Pack.apply(x, log_w)  # stages detach outputs, views cannot be
 
 
 def unpack(packed: Tensor, x_shape: Sequence[int], log_w_shape: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:

@@ -107,7 +107,7 @@ class PipelinedObjective:
     def _finish(self, output: PonderOutput, tokens: Tensor) -> Tensor:
         loss, sums = self._objective.measure(output, tokens, self._penalty)
         self._sums.append(sums)
-        return (loss * self._scale).view(1)
+        return torch.stack([loss * self._scale])
 
     def _measure(self, output: PonderOutput, tokens: Tensor) -> Tensor:
         return self._objective.measure(output, tokens, 0.0)[1]
