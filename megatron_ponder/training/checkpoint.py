@@ -4,7 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,19 @@ from megatron_ponder.training.engine import Engine
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank writes.
+
+    Attributes:
+        tensors: by `kind/parameter name`.
+        stage: keys of all tensors of its pipeline stage, on the first rank of the stage; else none.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    stage: list[str] = field(default_factory=list)
 
 
 class Checkpointer:
@@ -74,7 +87,7 @@ class Checkpointer:
             self._group = dist.new_group(backend="gloo")
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future | None = None
-        self._share: dict[str, Tensor] = {}
+        self._copy = _Share()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -104,7 +117,7 @@ class Checkpointer:
         if self._thread is None:
             self._write(share, manifest, final)
         else:
-            self._share = share
+            self._copy = share
             self._under_way = self._thread.submit(self._write_behind, share, manifest, final)
         return final
 
@@ -123,25 +136,27 @@ class Checkpointer:
         sizes = {name: getattr(mesh, name).size for name in ("tensor", "pipeline", "data")}
         return sizes | {"zero_stage": config.parallel.zero_stage, "precision": config.training.precision}
 
-    def _take_share(self, engine: Engine) -> dict[str, Tensor]:
-        """This rank's share of what its pipeline stage holds, by `kind/parameter name`.
+    def _take_share(self, engine: Engine) -> _Share:
+        """This rank's share of what its pipeline stage holds.
 
         What the engine gives may be training's own memory, so that the thread needs a copy. It goes where that of the
         save before was, because new memory costs many times as long as the copy itself.
         """
         data, tensor = self._mesh.data, self._mesh.tensor
         own = data.rank * tensor.size + tensor.rank
-        share = {}
+        share = _Share()
         for writer, item in shared_out(engine.state(), lambda item: item.tensor.nbytes, data.size * tensor.size):
+            key, whole = f"{item.kind}/{item.name}", item.tensor
+            if own == 0:
+                share.stage.append(key)
             if writer == own:
-                key, whole = f"{item.kind}/{item.name}", item.tensor
                 if self._thread is not None:
-                    before = self._share.get(key)
+                    before = self._copy.tensors.get(key)
                     whole = (torch.empty(whole.shape) if before is None else before).copy_(whole)
-                share[key] = whole
+                share.tensors[key] = whole
         return share
 
-    def _write_behind(self, share: dict[str, Tensor], manifest: Manifest, final: Path) -> None:
+    def _write_behind(self, share: _Share, manifest: Manifest, final: Path) -> None:
         """Write in the thread, and say at once what training hears of only when it saves again."""
         try:
             self._write(share, manifest, final)
@@ -150,7 +165,7 @@ class Checkpointer:
                 logger.warning("%s could not be saved, and training will stop at the next: %s", final, error)
             raise
 
-    def _write(self, share: dict[str, Tensor], manifest: Manifest, final: Path) -> None:
+    def _write(self, share: _Share, manifest: Manifest, final: Path) -> None:
         self._remove_partial()
         try:
             self._write_together(share, manifest, partial_folder(final), final)
@@ -164,16 +179,18 @@ class Checkpointer:
             for folder in partial_folders_in(self.folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _write_together(self, share: dict[str, Tensor], manifest: Manifest, aside: Path, final: Path) -> None:
+    def _write_together(self, share: _Share, manifest: Manifest, aside: Path, final: Path) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
         together(lambda: aside.mkdir(parents=True) if rank == 0 else None, self._group)
         file = f"tensors-{rank:05d}-of-{world:05d}.safetensors"
-        entry = together(lambda: write_tensors(aside, file, share), self._group)
+        entry = together(lambda: write_tensors(aside, file, share.tensors), self._group)
         parts: list = [None] * world
-        dist.all_gather_object(parts, (file, entry, list(share)), group=self._group)
-        tensors = {key: name for name, _, keys in parts for key in keys}
-        assert len(tensors) == sum(len(keys) for *_, keys in parts), "two ranks have written the same tensor"
-        files = {name: entry for name, entry, _ in parts}
+        dist.all_gather_object(parts, (file, entry, list(share.tensors), share.stage), group=self._group)
+        tensors = {key: name for name, _, keys, _ in parts for key in keys}
+        held = sorted(key for *_, stage in parts for key in stage)
+        written = sorted(key for *_, keys, _ in parts for key in keys)
+        assert held == written, "every tensor of every stage is written once"
+        files = {name: entry for name, entry, *_ in parts}
 
         def describe() -> None:
             write_description(aside, replace(manifest, tensors=tensors, files=files), self._config, self._tokenizer)
@@ -237,6 +254,16 @@ def find_resume(config: Config) -> Path | None:
             "from it, or choose another --training.run_dir"
         )
     return None
+
+
+def initial_weights(config: Config) -> Path | None:
+    """The checkpoint whose weights a new run starts from; None for initial ones from the seed.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    source = config.checkpoint.initialize_from
+    return None if source is None else resolve_checkpoint(Path(source))
 
 
 def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Manifest:

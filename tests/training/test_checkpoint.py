@@ -1,6 +1,7 @@
 """Saving is all or nothing on all ranks; what is saved goes on, or starts anew, on any number of ranks."""
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,15 @@ def engine_for(config: Config, mesh: Mesh) -> Engine:
     model = PonderLM(config.model, config.ponder)
     initialize(model, seed=0)
     engine = Engine(Objective(model), config, mesh)
-    engine.forward_backward(random_tokens(1, 9, seed=mesh.data.rank), 1, model.pruning(hard=False), 0.0, 1 / 8)
-    engine.step(1e-3)
+    train_one_step(engine, mesh)
     return engine
+
+
+def train_one_step(engine: Engine, mesh: Mesh) -> None:
+    """Change every weight and moment."""
+    tokens = random_tokens(1, 9, seed=mesh.data.rank)
+    engine.forward_backward([tokens], 1, engine.pruning(hard=False), 0.0, 1 / 8)
+    engine.step(1e-3)
 
 
 def listing(folder: Path) -> list[str]:
@@ -46,17 +53,23 @@ def disk_full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device", "tensors.safetensors")
 
 
-def save_with_failures(mesh: Mesh, run_dir: str) -> list[tuple[str, list[str], str]]:
-    """Saves that succeed and fail in turn: what was raised on this rank, what is there, and what `latest` names."""
-    config = small_config(
+def config_for(mesh: Mesh, run_dir: Path, **overrides) -> Config:
+    """One sequence of each rank a step."""
+    return small_config(
         training__run_dir=run_dir,
         training__global_batch_size=mesh.data.size,
         training__micro_batch_size=1,
         training__precision="fp32",
         checkpoint__keep=2,
+        **overrides,
     )
+
+
+def save_with_failures(mesh: Mesh, run_dir: Path) -> list[tuple[str, list[str], str]]:
+    """Saves that succeed and fail in turn: what was raised on this rank, what is there, and what `latest` names."""
+    config = config_for(mesh, run_dir)
     engine = engine_for(config, mesh)
-    checkpointer = Checkpointer(config, None, (None, None))
+    checkpointer = Checkpointer(config, None, (None, None), mesh)
     seen = []
 
     def save(step: int, broken: str | None = None, rank: int = 0) -> None:
@@ -88,9 +101,29 @@ def save_with_failures(mesh: Mesh, run_dir: str) -> list[tuple[str, list[str], s
     return seen
 
 
-def on_two_ranks(mesh: Mesh, run_dir: str, command: list[str]) -> list[tuple[str, list[str], str]]:
+def save_beside_training(mesh: Mesh, folder: Path) -> None:
+    """Save the same state, at ZeRO stages that keep it in different ways, at once and while the next step is taken."""
+    write = saving.write_tensors
+    for stage in (0, 1, 3):
+        config = config_for(mesh, folder / f"at-once-{stage}", parallel__zero_stage=stage)
+        engine = engine_for(config, mesh)
+        Checkpointer(config, None, (None, None), mesh).save(engine, 1, samples=2)
+        config = config_for(
+            mesh, folder / f"beside-{stage}", parallel__zero_stage=stage, checkpoint__asynchronous="true"
+        )
+        stepped = threading.Event()
+        saving.write_tensors = lambda *arguments, stepped=stepped: stepped.wait(60) and write(*arguments)
+        with Checkpointer(config, None, (None, None), mesh) as checkpointer:
+            checkpointer.save(engine, 1, samples=2)
+            train_one_step(engine, mesh)
+            stepped.set()
+        saving.write_tensors = write
+
+
+def on_two_ranks(mesh: Mesh, folder: Path, command: list[str]) -> list[tuple[str, list[str], str]]:
     """Everything here that needs two ranks, whose start takes longer than the rest."""
-    seen = save_with_failures(mesh, run_dir)
+    seen = save_with_failures(mesh, folder / "failures")
+    save_beside_training(mesh, folder)
     train(read_config(command), mesh.device)
     return seen
 
@@ -111,7 +144,7 @@ def two_ranks(runs, corpus, tmp_path_factory) -> tuple[list, Path]:
         parallel__zero_stage=2,
         checkpoint__resume=runs.whole / "checkpoints" / "step-00000004",
     )
-    return run_distributed(on_two_ranks, 2, str(folder / "failures"), command), folder
+    return run_distributed(on_two_ranks, 2, folder, command), folder
 
 
 def test_a_save_that_fails_on_one_rank_leaves_the_last_checkpoint(two_ranks):
@@ -136,6 +169,23 @@ def test_a_save_that_fails_on_one_rank_leaves_the_last_checkpoint(two_ranks):
         assert len(set(tensors.manifest.tensors.values())) == 2
         assert (folder / next(iter(tensors.manifest.files))).stat().st_mode == (folder / "config.yaml").stat().st_mode
         assert set(tensors.names("weight")) == set(tensors.names("exp_avg")) == set(tensors.names("exp_avg_sq"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_training_may_go_on_while_its_state_is_written(two_ranks, stage):
+    _, folder = two_ranks
+    states = []
+    for name in (f"at-once-{stage}", f"beside-{stage}"):
+        with open_tensors(resolve_checkpoint(folder / name)) as tensors:
+            assert tensors.manifest.layout == {
+                "tensor": 1, "pipeline": 1, "data": 2, "zero_stage": stage, "precision": "fp32"
+            }  # fmt: skip
+            keys = [key.partition("/")[::2] for key in tensors.manifest.tensors]
+            states.append({(kind, parameter): tensors.get(kind, parameter).clone() for kind, parameter in keys})
+    at_once, beside = states
+    assert at_once.keys() == beside.keys()
+    assert {kind for kind, _ in at_once} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(beside[key], tensor) for key, tensor in at_once.items())
 
 
 def test_where_to_go_on_from(tmp_path):
@@ -175,4 +225,4 @@ def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     tokens = next(validation_batches(parts.datasets["train"], 4, 4, 0, 1))
     objective = Objective(load_model(runs.whole).model)
     _, sums = objective(tokens, refinements(0, 7, config.ponder), objective.model.pruning(hard=False))
-    assert records[0]["cross_entropy"] == pytest.approx(Tally.of(sums).mean_loss, rel=1e-5)
+    assert records[0]["cross_entropy"] == pytest.approx(Tally.of(sums.sum(0)).mean_loss, rel=1e-5)
