@@ -212,11 +212,11 @@ class Engine:
         """Set master weights and moments from a checkpoint whose weights the module was built with; a collective.
 
         Args:
-            checkpoint: its folder.
+            checkpoint: its folder, verified.
             step: optimiser steps that it has done, for AdamW's bias correction.
         """
         kinds = (WEIGHT, *MOMENTS) if self._low_precision else MOMENTS
-        with open_tensors(checkpoint) as tensors:
+        with open_tensors(checkpoint, verified=True) as tensors:
             for name, parameter, spec, axis in self._declarations():
                 for kind in kinds:
                     self._set(parameter, kind, spec.shard(tensors.get(kind, name), axis).to(self._mesh.device))

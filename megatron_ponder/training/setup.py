@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ponder.checkpoint.load import load_weights
-from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint
+from megatron_ponder.checkpoint.store import WEIGHT, open_tensors, read_config_of
 from megatron_ponder.config import Config, stage_layers
 from megatron_ponder.data.dataset import TokenDataset, build_datasets
 from megatron_ponder.data.manifest import check_vocabulary, fingerprint, read_manifest
@@ -84,17 +84,17 @@ def model_part(config: Config, mesh: Mesh) -> ModelPart:
     return ModelPart(stage_layers(config)[axis.rank], first=axis.rank == 0, last=axis.rank == axis.size - 1)
 
 
-def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | None) -> PonderLM:
+def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None) -> PonderLM:
     """This rank's part of the model in fp32, with initial weights from the seed or those of a checkpoint.
 
     Args:
         config: resolved, with a vocabulary size.
         parts: of the run.
         mesh: the ranks.
-        checkpoint: whose weights to take; else `checkpoint.initialize_from`, else none.
+        source: a verified checkpoint whose weights to take; None for none.
 
     Raises:
-        UserError: if the checkpoint is damaged or of another model.
+        UserError: if the checkpoint is of another model.
     """
     model = PonderLM(
         config.model,
@@ -105,15 +105,12 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, checkpoint: Path | 
         config.parallel.vocab_multiple,
     )
     model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
-    source = checkpoint
-    if source is None and config.checkpoint.initialize_from is not None:
-        source = resolve_checkpoint(Path(config.checkpoint.initialize_from))
     if source is None:
         initialize(model, config.training.seed)
         return model
-    weights = read_weights(source)  # first, because it verifies every file
     _check_same_model(config, read_config_of(source), source)
-    load_weights(model, weights)
+    with open_tensors(source, verified=True) as tensors:
+        load_weights(model, tensors.of_kind(WEIGHT))
     return model
 
 

@@ -15,7 +15,13 @@ from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.plots import plot_training
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
-from megatron_ponder.training.checkpoint import Checkpointer, check_resumable, find_resume
+from megatron_ponder.training.checkpoint import (
+    Checkpointer,
+    check_resumable,
+    find_resume,
+    initial_weights,
+    verify_together,
+)
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.metrics import MetricsLog, RunProgress, prepare_run_dir
 from megatron_ponder.training.objective import Objective, Tally
@@ -36,11 +42,14 @@ def train(config: Config, device: torch.device) -> None:
     data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
     resumed = together(lambda: find_resume(config))
+    source = resumed or together(lambda: initial_weights(config))
+    if source is not None:
+        verify_together(source)
     fingerprints = (parts.data_fingerprint, parts.tokenizer.fingerprint if parts.tokenizer else None)
     manifest = None if resumed is None else together(lambda: check_resumable(resumed, config, *fingerprints))
     parallel = config.parallel
     mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data_size, parallel.sequence_parallel)
-    model = together(lambda: build_model(config, parts, mesh, resumed))
+    model = together(lambda: build_model(config, parts, mesh, source))
     run_dir, leader = Path(config.training.run_dir), dist.get_rank() == 0
     together(lambda: prepare_run_dir(run_dir, to_yaml(config)) if leader else None)
 
@@ -50,11 +59,12 @@ def train(config: Config, device: torch.device) -> None:
         step, samples = manifest.step, manifest.samples
         if step > 0:
             together(lambda: engine.restore(resumed, step))
-    checkpointer = Checkpointer(config, Path(config.tokenizer.path) if parts.tokenizer else None, fingerprints)
+    tokenizer = Path(config.tokenizer.path) if parts.tokenizer else None
     log = together(lambda: MetricsLog(run_dir, config.logging, step) if leader else None)
     with RunProgress(config.training.steps, step, config.logging.interval, shown=leader) as progress:
         progress.say(_headline(config, mesh, parts, step))
-        _loop(config, mesh, parts, engine, checkpointer, log, progress, step, samples)
+        with Checkpointer(config, tokenizer, fingerprints, mesh) as checkpointer:
+            _loop(config, mesh, parts, engine, checkpointer, log, progress, step, samples)
         if leader:
             log.close()
             progress.say(f"loss plot in {plot_training(run_dir)}")

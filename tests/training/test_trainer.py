@@ -1,6 +1,6 @@
 """Validation counts every sample once, however the ranks divide them, and agrees with evaluation."""
 
-from types import SimpleNamespace
+import zlib
 
 import pytest
 import torch
@@ -21,19 +21,24 @@ from tests.runs import tiny_arguments
 CASES = [(8, 2, 1), (7, 2, 1), (7, 3, 3), (2, 4, 3), (1, 2, 3), (10**9, 64, 1)]
 
 
-def prepared(arguments: list[str], samples: int, micro: int, stage: int) -> tuple[Config, RunParts, PonderLM]:
-    """A model whose router decides differently from token to token."""
+def prepared(
+    arguments: list[str], samples: int, micro: int, stage: int, mesh: Mesh | None = None
+) -> tuple[Config, RunParts, PonderLM]:
+    """A model, or a rank's part of it, whose router decides differently from token to token."""
+    mesh = mesh or Mesh()
+    pipeline = mesh.pipeline.size
     overrides = [
         f"--training.eval_samples={samples}",
         f"--training.micro_batch_size={micro}",
         f"--training.global_batch_size={2 * micro}",
-        f"--parallel.zero_stage={stage}",
+        f"--parallel.zero_stage={stage if pipeline == 1 else min(stage, 1)}",
+        f"--parallel.pipeline={pipeline}",
     ]
     config, parts = open_parts(read_config([*arguments, *overrides]))
-    model = build_model(config, parts, Mesh(), None)
-    generator = torch.Generator().manual_seed(0)
+    model = build_model(config, parts, mesh, None)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             scale = 1.0 if name.startswith("router") else 0.1
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return config, parts, model
@@ -43,11 +48,8 @@ def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]
     """The tally of every case, on this rank."""
     tallies = []
     for case in cases:
-        config, parts, model = prepared(arguments, *case)
-        objective = Objective(model)
-        # under ZeRO-3 the engine partitions the weights, so that every rank must take part in every forward
-        engine = Engine(objective, config, mesh) if mesh.data.size > 1 else SimpleNamespace(objective=objective)
-        tallies.append(validate(config, mesh, parts, engine))
+        config, parts, model = prepared(arguments, *case, mesh)
+        tallies.append(validate(config, mesh, parts, Engine(Objective(model), config, mesh)))
     return tallies
 
 
@@ -56,12 +58,11 @@ def arguments(corpus, tmp_path_factory) -> list[str]:
     return tiny_arguments(corpus, tmp_path_factory.mktemp("run"), data__sequence_length=64)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=["alone", "two data ranks", "two pipeline ranks"])
 def tallies(request, arguments) -> list[list]:
     """By rank and case."""
-    if request.param == 1:
-        return [validated(Mesh(), arguments, CASES)]
-    return run_distributed(validated, request.param, arguments, CASES)
+    ranks, pipeline = request.param
+    return run_distributed(validated, ranks, arguments, CASES, pipeline=pipeline, time_limit=300)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{s}-by-{m}-zero{z}" for s, m, z in CASES])

@@ -1,0 +1,118 @@
+"""A run moves between layouts: what one layout saved, every other goes on from as the first would have."""
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from megatron_ponder.checkpoint.store import read_manifest
+from megatron_ponder.training.metrics import read_metrics
+from tests.distributed import run_distributed
+from tests.runs import tiny_arguments, train_in_turn
+
+SAVED, STEPS = 3, 8
+
+
+class Layout(NamedTuple):
+    """Sizes of a layout, and what its configuration says besides."""
+
+    ranks: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    overrides: tuple[tuple[str, str], ...] = ()
+
+
+LAYOUTS = {
+    "alone": Layout(),
+    "tensor": Layout(
+        2, tensor=2, overrides=(("parallel__sequence_parallel", "true"), ("parallel__vocab_multiple", "100"))
+    ),
+    "pipeline": Layout(2, pipeline=2, overrides=(("checkpoint__asynchronous", "true"),)),
+    "data": Layout(2, overrides=(("parallel__zero_stage", "3"),)),
+    "all": Layout(8, tensor=2, pipeline=2, overrides=(("checkpoint__asynchronous", "true"),)),
+}
+QUICK = [("pipeline", "tensor"), ("tensor", "data"), ("data", "pipeline")]
+
+
+def command(corpus, run_dir: Path, layout: Layout, **overrides) -> list[str]:
+    return tiny_arguments(
+        corpus,
+        run_dir,
+        training__steps=STEPS,
+        training__global_batch_size=8,
+        training__eval_interval=STEPS,
+        checkpoint__interval=SAVED,
+        checkpoint__keep=9,
+        ponder__penalty_weight=0.05,
+        ponder__jacobi_iterations="[0,1,2,3]",
+        parallel__tensor=layout.tensor,
+        parallel__pipeline=layout.pipeline,
+        parallel__replica_check_interval=2,
+        **dict(layout.overrides),
+        **overrides,
+    )
+
+
+def run_pairs(corpus, folder: Path, pairs: list[tuple[str, str]]) -> Path:
+    """Train in every layout that is named, then move; runs of as many ranks share processes, which start slowly."""
+    stayed = {name: command(corpus, folder / name, LAYOUTS[name]) for name in sorted({*itertools.chain(*pairs)})}
+    moved = {}
+    for source, target in pairs:
+        checkpoint = folder / source / "checkpoints" / f"step-{SAVED:08d}"
+        name = f"{source}-{target}"
+        moved[name] = command(corpus, folder / name, LAYOUTS[target], checkpoint__resume=checkpoint)
+    together = len({LAYOUTS[name].ranks for name in stayed}) == 1
+    for runs in [stayed | moved] if together else [stayed, moved]:
+        for ranks in {layout.ranks for layout in LAYOUTS.values()}:
+            commands = [own for name, own in runs.items() if LAYOUTS[name.split("-")[-1]].ranks == ranks]
+            if commands:
+                run_distributed(train_in_turn, ranks, commands, time_limit=900)
+    return folder
+
+
+def check(folder: Path, source: str, target: str) -> None:
+    sizes = {"tensor": LAYOUTS[source].tensor, "pipeline": LAYOUTS[source].pipeline}
+    written_by = read_manifest(folder / source / "checkpoints" / f"step-{SAVED:08d}").layout
+    assert sizes.items() <= written_by.items()
+    stayed = read_metrics(folder / source)[SAVED:]
+    moved = read_metrics(folder / f"{source}-{target}")
+    assert [record["step"] for record in moved] == list(range(SAVED + 1, STEPS + 1))
+    for expected, got in zip(stayed, moved, strict=True):
+        for key in ("loss", "cross_entropy", "penalty", "grad_norm"):
+            assert got[key] == pytest.approx(expected[key], rel=1e-5), (key, expected["step"])
+        for key in ("samples", "refinements", "learning_rate", "step_histogram"):
+            assert got[key] == expected[key], (key, expected["step"])
+    assert moved[-1]["validation_loss"] == pytest.approx(stayed[-1]["validation_loss"], rel=1e-5)
+    assert len({record["refinements"] for record in stayed}) > 1
+
+
+@pytest.fixture(scope="module")
+def quick(corpus, tmp_path_factory) -> Path:
+    return run_pairs(corpus, tmp_path_factory.mktemp("quick"), QUICK)
+
+
+@pytest.mark.parametrize(("source", "target"), QUICK)
+def test_a_run_moves(quick, source, target):
+    check(quick, source, target)
+
+
+@pytest.fixture(scope="module")
+def every(corpus, tmp_path_factory) -> Path:
+    return run_pairs(corpus, tmp_path_factory.mktemp("every"), list(itertools.permutations(LAYOUTS, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(LAYOUTS, 2)))
+def test_a_run_moves_from_every_layout_to_every_other(every, source, target):
+    check(every, source, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "alone"])
+def test_every_layout_trains_the_same_run(every, name):
+    alone, spread = read_metrics(every / "alone"), read_metrics(every / name)
+    for expected, got in zip(alone, spread, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert got["refinements"] == expected["refinements"]
