@@ -1,0 +1,276 @@
+"""A short training run on any layout of ranks and in one process of plain PyTorch, and their comparison."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ponder.config import Config
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.sharding import declarations, initialize
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.setup import model_part
+from tests.distributed import run_distributed
+from tests.models import random_tokens, small_config
+
+STEPS, REFINEMENTS, RATE = 3, (1, 2, 1), 1e-2
+LENGTH = 11  # which neither two nor four tensor ranks can share evenly, nor the vocabulary of 61
+EOD = 7
+EVALUATED = random_tokens(16, LENGTH + 1, seed=99)
+MODELS = {
+    f"{family} {mode}": {"model__family": family, "ponder__mode": mode} | heads
+    for family, heads in {"llama": {"model__num_kv_heads": 2}, "gpt_neox": {}}.items()
+    for mode in ("vanilla", "fixed", "adaptive")
+}
+
+
+Evaluation = tuple[int, bool]  # number of samples, whether the rule is hard
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    zero_stage: int = 1
+
+    def config(self, case: dict) -> Config:
+        """Of a run with the given overrides; four micro-batches on every data-parallel rank unless they differ."""
+        values = {
+            "model__num_layers": self.pipeline + 1,  # some ranks have more blocks than others
+            "model__init_std": 0.05,
+            "ponder__penalty_weight": 0.05,
+            "ponder__threshold": 0.1,
+            "data__sequence_length": LENGTH,
+            "optimizer__gradient_clipping": 0.3,
+            # Adam would make steps of full size of gradients that are 0 but for rounding, as key biases have
+            "optimizer__epsilon": 1e-4,
+            "training__global_batch_size": 8 * self.data,
+            "training__micro_batch_size": 2,
+            "training__precision": "fp32",
+            "parallel__tensor": self.tensor,
+            "parallel__pipeline": self.pipeline,
+            "parallel__sequence_parallel": self.sequence_parallel,
+            "parallel__zero_stage": self.zero_stage,
+        }
+        return small_config(**(values | case))
+
+    def run(self, function: Callable, *args, time_limit: float = 500.0) -> list:
+        """`function(mesh, self, *args)` on every rank."""
+        return run_distributed(
+            function,
+            self.tensor * self.pipeline * self.data,
+            self,
+            *args,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            sequence_parallel=self.sequence_parallel,
+            time_limit=time_limit,
+        )
+
+
+@dataclass
+class Step:
+    """One optimiser step: sums over the whole batch, gradients before clipping by name, their norm."""
+
+    tally: Tally
+    gradients: dict[str, Tensor]
+    norm: float
+
+
+@dataclass
+class Run:
+    """What one rank, or one process alone, has seen of a training run; all tensors whole.
+
+    Attributes:
+        before: weights before training.
+        steps: of the optimiser.
+        after: weights after training.
+        evaluations: before every step.
+        differing: replicated parameters that differ between tensor ranks in the end.
+    """
+
+    before: dict[str, Tensor]
+    steps: list[Step]
+    after: dict[str, Tensor]
+    evaluations: list[dict[Evaluation, Tally]]
+    differing: list[str]
+
+
+def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...] = ()) -> Run:
+    """Train on this rank.
+
+    Args:
+        mesh: the ranks.
+        layout: theirs.
+        case: overrides of the configuration.
+        wanted: evaluations before every step.
+    """
+    config = layout.config(case)
+    engine = Engine(Objective(model_for(config, mesh)), config, mesh)
+    pruning, scale = engine.pruning(hard=False), 1 / (config.training.global_batch_size * LENGTH)
+    before, steps, evaluations = weights(engine), [], []
+    for step in range(STEPS):
+        evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
+        own = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
+        micro_batches = own.split(config.training.micro_batch_size)
+        penalty = config.ponder.penalty_weight
+        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], pruning, penalty, scale)
+        gradients = engine.full_gradients()
+        norm = engine.step(RATE)
+        steps.append(Step(over_data_ranks(sums, mesh), gradients, norm))
+    return Run(before, steps, weights(engine), evaluations, engine.differing_replicas())
+
+
+def train_all(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, Run]:
+    """Every case in one start of the ranks, because importing DeepSpeed takes seconds."""
+    return {name: train(mesh, layout, case) for name, case in cases.items()}
+
+
+def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, hard: bool) -> Tally:
+    """On the first samples of the validation batch, divided over the data-parallel ranks as training divides them."""
+    size, rank = mesh.data.size, mesh.data.rank
+    own = EVALUATED[count * rank // size : count * (rank + 1) // size]
+    per_batch = config.training.micro_batch_size
+    micro_batches = own.split(per_batch) if len(own) else []
+    rounds = ceil(ceil(count / size) / per_batch)
+    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.pruning(hard)), mesh)
+
+
+def over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
+    if mesh.data.size > 1:
+        dist.all_reduce(sums, group=mesh.data.group)
+    return Tally.of(sums)
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    return {item.name: item.tensor.clone() for item in engine.state() if item.kind == "weight"}
+
+
+def model_for(config: Config, mesh: Mesh | None = None) -> PonderLM:
+    """This rank's part of the initial model, whose router decides differently from token to token."""
+    mesh = mesh or Mesh()
+    eod_id = EOD if config.data.reset_at_eod else None
+    part = model_part(config, mesh)
+    model = PonderLM(config.model, config.ponder, mesh, eod_id, part, config.parallel.vocab_multiple)
+    model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
+    initialize(model, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter, *_ in declarations(model):
+            if name.startswith("router"):
+                scale = 3 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else 1
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def batch_of(config: Config, step: int) -> Tensor:
+    """Tokens of all ranks in one step, int64 (global batch, L + 1)."""
+    tokens = random_tokens(config.training.global_batch_size, LENGTH + 1, seed=step)
+    return tokens.masked_fill(tokens % 5 == 0, EOD) if config.data.reset_at_eod else tokens
+
+
+def alone(layout: Layout, case: dict, wanted: tuple[Evaluation, ...] = ()) -> Run:
+    """The reference for a case: one process."""
+    config = layout.config(case)
+    computes = ("model__", "ponder__", "data__")  # the other settings must not matter
+    items = {key: value for key, value in case.items() if key.startswith(computes)} | {
+        "model__num_layers": config.model.num_layers,
+        "training__global_batch_size": config.training.global_batch_size,
+    }
+    return _alone(tuple(items.items()), wanted)
+
+
+@cache
+def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
+    """PyTorch alone, the whole batch at once; it must be able to tell right from wrong."""
+    config = Layout().config(dict(items))
+    objective = Objective(model_for(config))
+    model, pruning = objective.model, objective.model.pruning(hard=False)
+    parameters = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=config.optimizer.betas, eps=config.optimizer.epsilon)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    steps, evaluations = [], []
+    for step in range(STEPS):
+        with torch.no_grad():
+            evaluations.append(
+                {
+                    (count, hard): Tally.of(objective(EVALUATED[:count], 2, model.pruning(hard, bias=0.0))[1].sum(0))
+                    for count, hard in wanted
+                }
+            )
+        tokens = batch_of(config, step)
+        total, sums = objective(tokens, REFINEMENTS[step], pruning, config.ponder.penalty_weight)
+        (total / tokens[:, 1:].numel()).backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        clipping = config.optimizer.gradient_clipping
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), clipping))
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(Step(Tally.of(sums.sum(0)), gradients, norm))
+        assert norm > clipping, "nothing is clipped"
+        assert all(gradient.norm() > 0 for gradient in gradients.values()), "a gradient is 0"
+        assert model.router is None or sum(count > 0 for count in steps[-1].tally.steps) > 1, "all tokens decide alike"
+    return Run(before, steps, {name: parameter.detach() for name, parameter in parameters.items()}, evaluations, [])
+
+
+def assert_equal_to_one_process(layout: Layout, case: dict, runs: list[Run]) -> None:
+    """Losses, every gradient, their norms and all weights are those of one process, on every rank."""
+    want = alone(layout, case)
+    assert_whole_model_once(layout, [run.after for run in runs], want.after)
+    for run in runs:
+        assert run.differing == []
+        for name, weight in run.before.items():
+            assert torch.equal(weight, want.before[name]), name
+        for expected, got in zip(want.steps, run.steps, strict=True):
+            assert_same_tally(got.tally, expected.tally, 1e-5)
+            assert got.norm == pytest.approx(expected.norm, rel=1e-5)
+            assert got.gradients.keys() == run.after.keys()
+            for name, gradient in got.gradients.items():
+                error = (gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()
+                assert error < 1e-4, (name, error)
+        for name, weight in run.after.items():
+            assert (weight - want.after[name]).abs().max() < 1e-5, name
+
+
+def assert_whole_model_once(layout: Layout, parts: list[dict], whole: dict) -> None:
+    """Every pipeline rank has its part of the model, and everything is in exactly one of them."""
+    stages = list(zip(*[iter(parts)] * (len(parts) // layout.pipeline), strict=True))
+    for stage in stages:
+        assert all(part.keys() == stage[0].keys() for part in stage)
+    assert sorted(name for stage in stages for name in stage[0]) == sorted(whole)
+
+
+def assert_same_tally(got: Tally, expected: Tally, tolerance: float) -> None:
+    assert got.cross_entropy == pytest.approx(expected.cross_entropy, rel=tolerance)
+    assert got.penalty == pytest.approx(expected.penalty, rel=tolerance)
+    assert got.steps == expected.steps
+
+
+def assert_near_one_process(layout: Layout, case: dict, runs: list[Run]) -> None:
+    """What bf16 can promise: losses, norms and the fp32 master weights stay near those of fp32."""
+    want = alone(layout, case)
+    assert_whole_model_once(layout, [run.after for run in runs], want.after)
+    for run in runs:
+        assert run.differing == []
+        for expected, got in zip(want.steps, run.steps, strict=True):
+            assert got.tally.cross_entropy == pytest.approx(expected.tally.cross_entropy, rel=2e-2)
+            assert got.norm == pytest.approx(expected.norm, rel=5e-2)
+        for name, weight in run.after.items():
+            assert weight.dtype == torch.float32
+            assert (weight - want.after[name]).abs().mean() < 5e-3, name
+        assert any((weight != weight.bfloat16()).any() for weight in run.after.values())

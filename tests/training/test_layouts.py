@@ -1,0 +1,163 @@
+"""Every layout of ranks computes the training run of one process: losses, every gradient, norms, updated weights."""
+
+import pytest
+import torch
+
+from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.model.stages import PassStage
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.schedules import refinements
+from tests.training.layouts import (
+    LENGTH,
+    MODELS,
+    Layout,
+    alone,
+    assert_equal_to_one_process,
+    assert_near_one_process,
+    assert_same_tally,
+    batch_of,
+    model_for,
+    train,
+    train_all,
+)
+
+LAYOUTS = {
+    "tp2": Layout(tensor=2),
+    "tp2 sequence": Layout(tensor=2, sequence_parallel=True),
+    "pp2": Layout(pipeline=2),
+    "pp4": Layout(pipeline=4),
+    "tp2 pp2": Layout(tensor=2, pipeline=2),
+    "tp2 dp2 zero1": Layout(tensor=2, data=2, zero_stage=1),
+    "tp2 dp2 zero2": Layout(tensor=2, data=2, zero_stage=2),
+    "tp2 dp2 zero3": Layout(tensor=2, data=2, zero_stage=3),
+    "pp2 dp2 zero1": Layout(pipeline=2, data=2, zero_stage=1),
+    "dp2 zero3": Layout(data=2, zero_stage=3),
+    "tp2 sequence pp2": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    "tp2 pp2 dp2": Layout(tensor=2, pipeline=2, data=2, zero_stage=1),
+}
+ALL = tuple(MODELS)
+QUICK = {
+    "tp2 sequence": ALL,
+    "pp2": ALL,
+    "tp2 pp2": ("llama adaptive",),
+    "pp2 dp2 zero1": ("gpt_neox adaptive",),
+}
+LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
+RECOMPUTE = {
+    "recompute block": LLAMA | {"training__recompute": "block"},
+    "recompute attention": NEOX | {"training__recompute": "attention"},
+    "recompute one pass": LLAMA | {"training__recompute": "block", "training__recompute_passes": 1},
+}
+VARIANTS = {
+    "pp2": RECOMPUTE
+    | {
+        "zero bubble adaptive": LLAMA | {"parallel__pipeline_schedule": "zero_bubble"},
+        "zero bubble fixed": MODELS["gpt_neox fixed"] | {"parallel__pipeline_schedule": "zero_bubble"},
+        "unequal parts": LLAMA | {"model__num_layers": 4, "parallel__pipeline_layers": [1, 3]},
+        "unequal parts the other way": NEOX | {"model__num_layers": 4, "parallel__pipeline_layers": [3, 1]},
+        "documents": LLAMA | {"data__reset_at_eod": True},
+        "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
+        **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
+    },
+    "tp2 sequence": RECOMPUTE
+    | {
+        "documents": LLAMA | {"data__reset_at_eod": True},
+        "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
+        "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
+    },
+}
+LOW_PRECISION = {name: case | {"training__precision": "bf16"} for name, case in MODELS.items() if "adaptive" in name}
+
+
+def groups():
+    """Tests of every model in every layout; the quick ones of a layout, and the others, share a start of its ranks."""
+    for name in LAYOUTS:
+        quick = QUICK.get(name, ())
+        for models, marks in ((quick, ()), ([model for model in ALL if model not in quick], pytest.mark.slow)):
+            group = (name, {model: MODELS[model] for model in models})  # pytest knows a fixture's parameter by identity
+            for model in models:
+                yield pytest.param(group, model, marks=marks, id=f"{name}-{model}")
+
+
+def variants():
+    for group in VARIANTS.items():
+        for case in group[1]:
+            yield pytest.param(group, case, marks=pytest.mark.slow, id=f"{group[0]}-{case}")
+
+
+@pytest.fixture(scope="module")
+def trained(request) -> tuple[Layout, dict, list[dict]]:
+    """A layout, a group of cases, and what every rank returned for them."""
+    name, cases = request.param
+    return LAYOUTS[name], cases, LAYOUTS[name].run(train_all, cases)
+
+
+@pytest.mark.parametrize(("trained", "case"), [*groups(), *variants()], indirect=["trained"])
+def test_a_layout_equals_one_process(trained, case):
+    layout, cases, ranks = trained
+    assert_equal_to_one_process(layout, cases[case], [runs[case] for runs in ranks])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pp2", "tp2 dp2 zero2", "tp2 sequence pp2"])
+def test_bf16_stays_near_fp32(name):
+    ranks = LAYOUTS[name].run(train_all, LOW_PRECISION)
+    for model, case in LOW_PRECISION.items():
+        assert_near_one_process(LAYOUTS[name], case, [runs[model] for runs in ranks])
+
+
+# Ragged micro-batches and unequal shares of the data-parallel ranks; a rank without any.
+EVALUATIONS = ((9, False), (9, True), (1, False))
+
+
+def train_and_evaluate(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, tuple]:
+    """Training with evaluations between the steps, and without."""
+    return {name: (train(mesh, layout, case, EVALUATIONS), train(mesh, layout, case)) for name, case in cases.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pp2", "tp2 sequence", "pp2 dp2 zero1", "dp2 zero3"])
+def test_evaluation_equals_one_process_and_disturbs_no_training(name):
+    layout, cases = LAYOUTS[name], {model: MODELS[model] for model in ("llama adaptive", "gpt_neox fixed")}
+    for results in layout.run(train_and_evaluate, cases):
+        for model, (evaluated, undisturbed) in results.items():
+            want = alone(layout, cases[model], EVALUATIONS).evaluations
+            for step, (got, expected) in enumerate(zip(evaluated.evaluations, want, strict=True)):
+                for item, tally in expected.items():
+                    assert tally.tokens == item[0] * LENGTH
+                    assert_same_tally(got[item], tally, 1e-5 if step else 1e-6)
+            for weight, other in zip(evaluated.after.values(), undisturbed.after.values(), strict=True):
+                assert torch.equal(weight, other)
+
+
+def train_with_drawn_refinements(mesh: Mesh, layout: Layout, case: dict) -> list[tuple[int, int]]:
+    """R of every step and the stages that this rank ran in it."""
+    config = layout.config(case)
+    engine = Engine(Objective(model_for(config, mesh)), config, mesh)
+    executed, forward = [], PassStage.forward
+
+    def counted(stage: PassStage, *args, **kwargs):
+        executed.append(stage)
+        return forward(stage, *args, **kwargs)
+
+    PassStage.forward = counted
+    seen = []
+    for step in range(6):
+        executed.clear()
+        drawn = refinements(step, config.training.seed, config.ponder)
+        engine.forward_backward(batch_of(config, step).split(2), drawn, engine.pruning(hard=False), 0.0, 1.0)
+        engine.step(1e-3)
+        seen.append((drawn, len(executed)))
+    return seen
+
+
+@pytest.mark.slow
+def test_every_rank_draws_the_same_refinements_and_runs_as_many_passes():
+    case = LLAMA | {"ponder__jacobi_iterations": [0, 1, 3]}
+    first, *others = LAYOUTS["pp2"].run(train_with_drawn_refinements, case)
+    assert others == [first]
+    assert len({drawn for drawn, _ in first}) == 3
+    for drawn, stages in first:
+        assert stages == 4 * len(pass_slots(2, drawn))
