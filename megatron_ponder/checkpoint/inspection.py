@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_ponder.checkpoint.files import problem_of
 from megatron_ponder.checkpoint.store import (
     CONFIG,
     FIRST_MOMENT,
@@ -18,7 +19,6 @@ from megatron_ponder.checkpoint.store import (
     damaged,
     latest_checkpoint,
     partial_folders_in,
-    problem_of,
     read_config_of,
     read_manifest,
 )

@@ -5,19 +5,17 @@ which. Nothing in it is executed when it is read. A folder is complete if and on
 written last, in a folder that gets its final name only then.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_ponder.checkpoint.files import problem_of, seal, sync, write_tensors
 from megatron_ponder.config import Config, load_config, to_yaml
 from megatron_ponder.errors import UserError
 
@@ -116,24 +114,6 @@ def verify(folder: Path, manifest: Manifest) -> None:
         problem = problem_of(folder / name, *entry)
         if problem is not None:
             raise damaged(folder, name, problem)
-
-
-def problem_of(path: Path, size: int, digest: str | None, advance: Callable[[int], None] | None = None) -> str | None:
-    """What is wrong with a file, as the end of a sentence that begins with its name; None if it is whole.
-
-    Args:
-        path: of the file.
-        size: in bytes, when it was written.
-        digest: its sha256 then; None compares the size alone.
-        advance: told the number of further bytes that have been read.
-    """
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != size:
-        return f"has {path.stat().st_size} bytes where {size} were written"
-    if digest is not None and _sha256(path, advance) != digest:
-        return "is damaged (its checksum differs)"
-    return None
 
 
 def damaged(folder: Path, name: str, problem: str) -> UserError:
@@ -240,28 +220,6 @@ def tokenizer_path(folder: Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Write one safetensors file durably.
-
-    Args:
-        folder: an existing folder.
-        name: of the file.
-        tensors: by `kind/parameter name`.
-
-    Returns:
-        Its size in bytes and sha256, for the manifest.
-    """
-    path = folder / name
-    path.touch()
-    mode = path.stat().st_mode  # safetensors would let nobody but the owner read it
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # safetensors wraps the system's error, a full disk for instance
-        raise UserError(f"could not write {path}: {error}; free some space or choose another folder") from error
-    path.chmod(mode)
-    return _seal(path)
-
-
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block succeeds and vanishes when it fails."""
@@ -278,12 +236,12 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def publish(aside: Path, folder: Path) -> None:
     """Make a finished temporary folder durable and give it its final name, replacing an older one."""
-    _sync(aside)
+    sync(aside)
     older = partial_folder(folder, "replaced")
     if folder.exists():  # moved away first, because removing it takes time in which neither would have the name
         folder.rename(older)
     aside.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(older, ignore_errors=True)
 
 
@@ -294,10 +252,10 @@ def write_description(folder: Path, manifest: Manifest, config: Config, tokenize
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder / TOKENIZER)
         described += sorted((folder / TOKENIZER).iterdir())
-        _sync(folder / TOKENIZER)
-    files = manifest.files | {path.relative_to(folder).as_posix(): _seal(path) for path in described}
+        sync(folder / TOKENIZER)
+    files = manifest.files | {path.relative_to(folder).as_posix(): seal(path) for path in described}
     (folder / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1), encoding="utf-8")
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -315,9 +273,9 @@ def point_latest(folder: Path, name: str) -> None:
     """Let `latest` in a folder of checkpoints name one of them."""
     aside = folder / f".{LATEST}.partial"
     aside.write_text(name + "\n", encoding="utf-8")
-    _sync(aside)
+    sync(aside)
     aside.rename(folder / LATEST)
-    _sync(folder)
+    sync(folder)
 
 
 def retain(folder: Path, keep: int) -> None:
@@ -366,27 +324,3 @@ def write_weights_checkpoint(folder: Path, weights: dict[str, Tensor], config: C
         entry = write_tensors(aside, file, {f"{WEIGHT}/{name}": tensor.float() for name, tensor in weights.items()})
         tensors = {f"{WEIGHT}/{name}": file for name in weights}
         write_description(aside, Manifest(tensors=tensors, files={file: entry}), config, tokenizer)
-
-
-def _seal(path: Path) -> tuple[int, str]:
-    """Make a finished file durable; its size in bytes and sha256."""
-    _sync(path)
-    return path.stat().st_size, _sha256(path)
-
-
-def _sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            if advance is not None:
-                advance(len(chunk))
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

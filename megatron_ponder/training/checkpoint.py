@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ponder.checkpoint.files import write_tensors
 from megatron_ponder.checkpoint.store import (
     Manifest,
     checkpoint_name,
@@ -25,7 +26,6 @@ from megatron_ponder.checkpoint.store import (
     retain,
     verify,
     write_description,
-    write_tensors,
 )
 from megatron_ponder.config import Config
 from megatron_ponder.errors import UserError

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ponder.checkpoint.files import write_tensors
 from megatron_ponder.checkpoint.store import (
     MANIFEST,
     Manifest,
@@ -28,7 +29,6 @@ from megatron_ponder.checkpoint.store import (
     staged,
     tokenizer_path,
     write_description,
-    write_tensors,
     write_weights_checkpoint,
 )
 from megatron_ponder.errors import UserError
@@ -155,7 +155,8 @@ def test_a_second_write_replaces_the_first(checkpoint):
 KILLED = """
 import os, sys, torch
 from pathlib import Path
-from megatron_ponder.checkpoint.store import staged, write_tensors
+from megatron_ponder.checkpoint.files import write_tensors
+from megatron_ponder.checkpoint.store import staged
 with staged(Path(sys.argv[1])) as aside:
     write_tensors(aside, "w.safetensors", {"weight/a": torch.ones(3)})
     os._exit(9)

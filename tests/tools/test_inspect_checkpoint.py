@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ponder.checkpoint.files import write_tensors
 from megatron_ponder.checkpoint.store import (
     MANIFEST,
     Manifest,
@@ -16,7 +17,6 @@ from megatron_ponder.checkpoint.store import (
     point_latest,
     staged,
     write_description,
-    write_tensors,
     write_weights_checkpoint,
 )
 from megatron_ponder.parallel.sharding import declarations

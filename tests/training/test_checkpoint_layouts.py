@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.checkpoint import store
+from megatron_ponder.checkpoint import files, store
 from megatron_ponder.checkpoint.store import checkpoints_in, open_tensors, read_manifest, resolve_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.errors import UserError
@@ -154,8 +154,8 @@ def fail_beside_training(mesh: Mesh, run: Path) -> list[tuple[str, list[str], li
 def verify_in_shares(checkpoint: Path, name: str) -> tuple[list[str], str]:
     """The files that this rank reads to verify a checkpoint, and what is said when one of them is damaged."""
     read: list[str] = []
-    digest = store._sha256
-    store._sha256 = lambda path, *rest: read.append(path.name) or digest(path, *rest)
+    digest = files.sha256
+    files.sha256 = lambda path, *rest: read.append(path.name) or digest(path, *rest)
     try:
         verify_together(checkpoint)
         first = list(read)
@@ -168,7 +168,7 @@ def verify_in_shares(checkpoint: Path, name: str) -> tuple[list[str], str]:
         with pytest.raises(UserError) as caught:
             verify_together(checkpoint)
     finally:
-        store._sha256 = digest
+        files.sha256 = digest
     return first, str(caught.value)
 
 
