@@ -1,0 +1,375 @@
+"""Bytes that each collective moves in one training step, counted on real ranks, beside the formula that predicts them.
+
+    python benchmarks/communication.py [--layouts tp2 tp2+sp ..] [--modes adaptive ..]
+
+llama, hidden 64, 4 layers, 4 heads, ffn 176, vocabulary 256, sequence 32, K = 2, R = 2, fp32, two micro-batches of two
+sequences on each data-parallel rank, through DeepSpeed with AdamW, on gloo. Every operation of `c10d` is seen when it
+is called, in forward, backward and step, with the process group that it runs on. Groups of one rank are left out.
+
+A message counts by its whole size, before what an algorithm makes of it: what is reduced, what is gathered from all
+ranks together, what is scattered, what is sent. Receives are the sends of other ranks and are not counted again. For
+the textbook's volume of tensor parallelism, 4 all-reduces of B · T · H for each block and pass, an all-gather and a
+reduce-scatter count half an all-reduce each: a ring moves half as much for them.
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.distributed import ProcessGroup
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_ponder.config import Config, read_config
+from megatron_ponder.launch import discover, process_group
+from megatron_ponder.model.passes import kept_slots, pass_slots
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.stages import PassShapes
+from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.parallel.sharding import declarations, initialize
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.setup import model_part
+
+FP32, INT64, FP64 = 4, 8, 8  # bytes of a number
+MICRO_BATCHES, REFINEMENTS = 2, 2
+MODES = ("vanilla", "fixed", "adaptive")
+# What an operation is called here, and the position of its message among its arguments.
+OPERATIONS = {
+    "allreduce_": ("all-reduce", 0),
+    "allreduce_coalesced_": ("all-reduce", 0),
+    "allgather_": ("all-gather", 0),
+    "_allgather_base_": ("all-gather", 0),
+    "allgather_into_tensor_coalesced_": ("all-gather", 0),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "reduce_": ("reduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "send": ("send", 0),
+    "barrier": ("barrier", 0),
+}
+IGNORED = ("recv_",)
+SHARE_OF_ALL_REDUCE = {"all-reduce": 1.0, "all-gather": 0.5, "reduce-scatter": 0.5}
+
+
+class Volume(NamedTuple):
+    """Calls of an operation and the size of their messages together."""
+
+    calls: int
+    bytes: int
+
+
+class Layout(NamedTuple):
+    """Sizes of the mesh, and DeepSpeed's ZeRO stage."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    zero_stage: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.tensor * self.pipeline * self.data
+
+
+LAYOUTS = {
+    "tp2": Layout(tensor=2),
+    "tp2+sp": Layout(tensor=2, sequence_parallel=True),
+    "pp2": Layout(pipeline=2),
+    "dp2 zero0": Layout(data=2),
+    "dp2 zero1": Layout(data=2, zero_stage=1),
+    "dp2 zero2": Layout(data=2, zero_stage=2),
+    "dp2 zero3": Layout(data=2, zero_stage=3),
+    "tp2 dp2": Layout(tensor=2, data=2, zero_stage=1),
+    "tp2 pp2": Layout(tensor=2, pipeline=2),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations on process groups of more than one rank, in the thread that enters it.
+
+    On a CPU the backward pass runs in that thread too.
+
+    Attributes:
+        calls, bytes: by name of the mesh's axis and operation.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._names = {getattr(mesh, name).group.group_name: name for name in ("model", "pipeline", "data", "tensor")}
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Count, and go on.
+
+        Raises:
+            KeyError: for an operation that nobody thought of, so that none goes by uncounted.
+        """
+        name = function._schema.name.removeprefix("c10d::")
+        if function.namespace == "c10d" and name not in IGNORED:
+            operation, position = OPERATIONS[name]
+            group = next(ProcessGroup.unbox(value) for value in args if _is_group(value))
+            if group.size() > 1:
+                key = self._names.get(group.group_name, "all ranks"), operation
+                self.calls[key] += 1
+                self.bytes[key] += sum(part.numel() * part.itemsize for part in tree_leaves(args[position]))
+        return function(*args, **(kwargs or {}))
+
+    def volumes(self) -> dict[tuple[str, str], Volume]:
+        """What has been counted."""
+        return {key: Volume(calls, self.bytes[key]) for key, calls in self.calls.items()}
+
+
+def _is_group(value: object) -> bool:
+    return isinstance(value, torch.ScriptObject) and value._type().name() == "ProcessGroup"
+
+
+def configuration(layout: Layout, mode: str, length: int = 32) -> Config:
+    """The configuration of one case; `length` is L."""
+    values = {
+        "model.hidden_size": 64, "model.num_layers": 4, "model.num_heads": 4, "model.ffn_hidden_size": 176,
+        "model.vocab_size": 256, "data.sequence_length": length, "ponder.mode": mode, "ponder.max_steps": 2,
+        "training.precision": "fp32", "training.micro_batch_size": 2,
+        "training.global_batch_size": 2 * MICRO_BATCHES * layout.data, "parallel.tensor": layout.tensor,
+        "parallel.pipeline": layout.pipeline, "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "parallel.zero_stage": layout.zero_stage,
+    }  # fmt: skip
+    return read_config([f"--{key}={value}" for key, value in values.items()])
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reason to communicate, in one training step of one rank."""
+
+    axis: str
+    operation: str
+    reason: str
+    calls: int
+    bytes: int
+
+
+class Formula:
+    """What one rank should move in a training step, term by term.
+
+    M micro-batches of B sequences of L tokens, hidden size H, N blocks on this rank. Pass i has S_i slots a token, so
+    T_i = L · S_i; the last block of the stack finishes only those that somebody reads. With sequence parallelism L is
+    padded to a multiple of the tensor ranks.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, parameters: Sequence[tuple[int, int]]) -> None:
+        """Take the sizes.
+
+        Args:
+            config: resolved.
+            mesh: the ranks, and this one's place.
+            parameters: dimensions and numbers of this rank's part of each parameter.
+        """
+        self._config, self._mesh, self._parameters = config, mesh, parameters
+        self._part = model_part(config, mesh)
+        self._plan = pass_slots(config.ponder.steps, REFINEMENTS)
+        self._adaptive = config.ponder.mode == "adaptive"
+        tokens = config.data.sequence_length
+        self._own = mesh.tensor.share(tokens)
+        self._tokens = self._own * mesh.tensor.size if mesh.tensor.sequence_parallel else tokens
+        self._batch, self._hidden = config.training.micro_batch_size, config.model.hidden_size
+
+    def terms(self) -> list[Term]:
+        """All terms of groups that have more than one rank."""
+        every = [*self._tensor_terms(), *self._pipeline_terms(), *self._data_terms(), *self._model_terms()]
+        return [term for term in every if term.calls and getattr(self._mesh, term.axis).size > 1]
+
+    def textbook(self) -> int:
+        """Bytes of Megatron's 4 all-reduces of B · T · H for each block and pass."""
+        slots = self._batch * self._tokens * sum(self._plan)
+        return MICRO_BATCHES * len(self._part.layers) * 4 * slots * self._hidden * FP32
+
+    def _tensor_terms(self) -> Iterator[Term]:
+        hidden, options, passes = self._hidden * FP32, self._config.ponder.steps + 1, len(self._plan)
+        sentences = self._batch * self._tokens
+        for index, slots in enumerate(self._plan):
+            count = len(self._part.layers)
+            yield from self._border("blocks", enter=2, leave=2, repeats=count - self._part.last, size=slots * hidden)
+            if self._part.last:
+                kept = len(range(slots)[kept_slots(index, self._plan, self._adaptive)])
+                yield from self._border("blocks", enter=1, leave=0, size=slots * hidden)  # keys need every slot
+                yield from self._border("blocks", enter=1, leave=2, size=kept * hidden)
+            if self._adaptive and index > 0:
+                yield from self._border("log w", enter=1, leave=0, size=slots * FP32)
+        if self._part.first:  # a pipeline's first rank embeds anew in every pass
+            repeats = passes if self._mesh.pipeline.size > 1 else 1
+            yield from self._border("embedding", enter=0, leave=1, repeats=repeats, size=hidden)
+        if self._part.last:
+            yield from self._border("head", enter=1, leave=0, size=hidden)
+            labels = self._batch * self._config.data.sequence_length * FP32
+            yield self._step("tensor", "all-reduce", "loss: largest logit", 1, labels)
+            yield self._step("tensor", "all-reduce", "loss: sum of exponentials, label's logit", 1, 2 * labels)
+        if self._mesh.tensor.sequence_parallel:
+            norms = passes * (2 * len(self._part.layers) + self._part.last)
+            yield self._step("tensor", "all-reduce", "gradients of norms", norms, hidden)
+            if self._adaptive and self._part.last:
+                yield self._step("tensor", "all-reduce", "gradient of the router's weight", passes, options * hidden)
+                yield self._step("tensor", "all-reduce", "gradient of the router's bias", passes, options * FP32)
+                yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
+                yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
+
+    def _border(self, reason: str, enter: int, leave: int, size: int, repeats: int = 1) -> Iterator[Term]:
+        """Entering and leaving sharded regions, forward and backward; `size` is bytes of a token."""
+        size *= self._batch * self._tokens
+        if not self._mesh.tensor.sequence_parallel:  # one of the two directions is free
+            yield self._step("tensor", "all-reduce", reason, repeats * (enter + leave), size)
+            return
+        for operation in ("all-gather", "reduce-scatter"):
+            yield self._step("tensor", operation, reason, repeats * (enter + leave), size)
+
+    def _pipeline_terms(self) -> Iterator[Term]:
+        axis = self._mesh.pipeline
+        shapes = PassShapes(self._config.ponder, REFINEMENTS, self._batch, self._own, self._hidden)
+        carried = shapes.carried(axis.size, torch.float32)
+        for stage in range(axis.rank, len(carried) + 1, axis.size):
+            if stage < len(carried):
+                yield self._step("pipeline", "send", "activations", 1, carried[stage] * FP32)
+            if stage > 0:
+                yield self._step("pipeline", "send", "their gradients", 1, carried[stage - 1] * FP32)
+        yield Term("pipeline", "all-reduce", "sums of the tally", 1, (self._config.ponder.steps + 3) * FP64)
+
+    def _data_terms(self) -> Iterator[Term]:
+        size, stage = self._mesh.data.size, self._config.parallel.zero_stage
+        numbers = [count for _, count in self._parameters]
+        each_padded = sum(_padded(count, size) for count in numbers)
+        if stage == 3:
+            yield self._step("data", "reduce-scatter", "gradients", 1, each_padded * FP32)
+        else:
+            repeats = MICRO_BATCHES if stage == 2 else 1
+            yield Term("data", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
+        groups = [sum(count for dims, count in self._parameters if (dims > 1) is decayed) for decayed in (True, False)]
+        if stage in (1, 2):
+            gathered = sum(_padded(count, 2 * size) for count in groups)
+            yield Term("data", "all-gather", "updated weights", len(groups), gathered * FP32)
+        if stage == 3:
+            large = [count for count in numbers if count > 10_000]  # smaller ones stay whole on every rank
+            for count in large:
+                yield self._step("data", "all-gather", "weights, for all passes", 1, _padded(count, size) * FP32)
+            small = sum(_padded(count, size) for count in numbers if count <= 10_000)
+            yield Term("data", "all-gather", "updated small weights", 1, small * FP32)
+        if stage > 0:
+            yield Term("data", "all-reduce", "gradient norm, overflow check", 2, 2 * (FP64 if stage == 3 else FP32))
+
+    def _model_terms(self) -> Iterator[Term]:
+        checks = 2 if self._config.parallel.zero_stage > 0 else 1
+        yield Term("model", "all-reduce", "gradient norm, overflow check", checks, checks * FP32)
+
+    def _step(self, axis: str, operation: str, reason: str, calls: int, size: int) -> Term:
+        """As often in every micro-batch."""
+        return Term(axis, operation, reason, MICRO_BATCHES * calls, MICRO_BATCHES * calls * size)
+
+
+def _padded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class Count(NamedTuple):
+    """One case on one rank: what was counted, what was expected, and the textbook's bytes of tensor parallelism."""
+
+    measured: dict[tuple[str, str], Volume]
+    terms: list[Term]
+    textbook: int
+
+    def expected(self) -> dict[tuple[str, str], Volume]:
+        """The terms added up by axis and operation."""
+        sums: dict[tuple[str, str], Volume] = defaultdict(lambda: Volume(0, 0))
+        for term in self.terms:
+            before = sums[term.axis, term.operation]
+            sums[term.axis, term.operation] = Volume(before.calls + term.calls, before.bytes + term.bytes)
+        return dict(sums)
+
+
+def count_step(mesh: Mesh, config: Config) -> Count:
+    """Count one training step on this rank, after steps in which DeepSpeed learns the order of modules."""
+    model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
+    initialize(model, seed=0)
+    formula = Formula(config, mesh, [(part.dim(), part.numel()) for _, part, *_ in declarations(model)])
+    engine = Engine(Objective(model), config, mesh)
+    shape = (MICRO_BATCHES, config.training.micro_batch_size, config.data.sequence_length + 1)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(4):
+        with Traffic(mesh) as traffic:
+            engine.forward_backward(list(tokens), REFINEMENTS, engine.pruning(hard=False), 0.0, 1 / tokens.numel())
+            engine.step(1e-4)
+    return Count(traffic.volumes(), formula.terms(), formula.textbook())
+
+
+def count_cases(cases: Sequence[tuple[Layout, str]]) -> list[Count]:
+    """Count layouts and modes, one after another, on this rank."""
+    with process_group(discover()) as device:
+        torch.set_num_threads(1)
+        counts = []
+        for layout, mode in cases:
+            mesh = build_mesh(device, layout.tensor, layout.pipeline, layout.data, layout.sequence_parallel)
+            counts.append(count_step(mesh, configuration(layout, mode)))
+        return counts
+
+
+def main() -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    arguments = parser.parse_args()
+    counted, textbook = Table(title="One training step, mean over ranks"), Table(title="Tensor ranks, of the textbook")
+    headings = ("layout", "mode", "axis", "operation", "calls", "formula", "kB", "formula", "unexplained bytes")
+    for index, heading in enumerate(headings):
+        counted.add_column(heading, justify="right" if index > 3 else "left")
+    reasons = ("blocks", "embedding", "head", "loss", "log w", "gradient", "routing")
+    for heading in ("layout", "mode", "textbook [kB]", "measured", *reasons):
+        textbook.add_column(heading, justify="left" if heading in ("layout", "mode") else "right")
+    for ranks in sorted({LAYOUTS[name].ranks for name in arguments.layouts}):
+        names = [name for name in arguments.layouts if LAYOUTS[name].ranks == ranks]
+        cases = [(name, mode) for name in names for mode in arguments.modes]
+        launch = LaunchConfig(
+            1, 1, ranks, run_id="count", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1"
+        )
+        by_rank = elastic_launch(launch, count_cases)([(LAYOUTS[name], mode) for name, mode in cases])
+        for (name, mode), counts in zip(cases, zip(*by_rank.values(), strict=True), strict=True):
+            for row in _rows(counts):
+                counted.add_row(name, mode, *row)
+            if LAYOUTS[name].tensor > 1:
+                textbook.add_row(name, mode, *_shares(counts, reasons))
+    console = Console(width=130)
+    console.print(counted)
+    console.print(textbook)
+
+
+def _rows(counts: Sequence[Count]) -> Iterator[tuple[str, ...]]:
+    measured, expected = [count.measured for count in counts], [count.expected() for count in counts]
+    nothing = Volume(0, 0)
+    for key in sorted({key for volumes in (*measured, *expected) for key in volumes}):
+        pairs = [(m.get(key, nothing), e.get(key, nothing)) for m, e in zip(measured, expected, strict=True)]
+        calls, calls_expected = (sum(pair[side].calls for pair in pairs) / len(pairs) for side in (0, 1))
+        size, size_expected = (sum(pair[side].bytes for pair in pairs) / len(pairs) / 1e3 for side in (0, 1))
+        difference = sum(abs(m.bytes - e.bytes) for m, e in pairs)
+        yield *key, f"{calls:g}", f"{calls_expected:g}", f"{size:.3f}", f"{size_expected:.3f}", str(difference)
+
+
+def _shares(counts: Sequence[Count], reasons: Sequence[str]) -> Iterator[str]:
+    """The textbook's bytes, the measured share of them, and that of every reason, over all ranks."""
+    whole = sum(count.textbook for count in counts)
+    yield f"{whole / len(counts) / 1e3:.0f}"
+    sizes = [(key, volume.bytes) for count in counts for key, volume in count.measured.items() if key[0] == "tensor"]
+    yield f"{sum(SHARE_OF_ALL_REDUCE[operation] * size for (_, operation), size in sizes) / whole:.4f}"
+    for reason in reasons:
+        terms = [t for count in counts for t in count.terms if t.axis == "tensor" and t.reason.startswith(reason)]
+        yield f"{sum(SHARE_OF_ALL_REDUCE[term.operation] * term.bytes for term in terms) / whole:.4f}"
+
+
+if __name__ == "__main__":
+    main()

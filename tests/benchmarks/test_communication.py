@@ -1,0 +1,64 @@
+"""What the benchmark counts on real ranks is what was sent, and tensor parallelism sends what the formula says."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.communication import LAYOUTS, MICRO_BATCHES, Count, Traffic, Volume, configuration, count_step
+from megatron_ponder.parallel.collectives import copy_to_ranks
+from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from tests.distributed import run_distributed
+
+LENGTH = 7  # odd, so that sequence parallelism pads
+CASES = [(layout, mode) for layout in ("tp2", "tp2+sp") for mode in ("vanilla", "adaptive")]
+
+
+def count_by_hand(mesh: Mesh) -> dict[tuple[str, str], Volume]:
+    x = torch.ones(3, 5, requires_grad=True)
+    with Traffic(mesh) as traffic:
+        copy_to_ranks(x, mesh.tensor).sum().backward()  # an all-reduce of 15 numbers, in the backward pass
+        dist.all_gather_into_tensor(torch.empty(8), torch.ones(4), group=mesh.tensor.group)
+        dist.reduce_scatter_tensor(torch.empty(2), torch.ones(4), group=mesh.tensor.group)
+        dist.all_reduce(torch.ones(1000), group=mesh.data.group)  # of one rank: moves nothing
+        if mesh.tensor.rank == 0:
+            dist.send(torch.ones(9, dtype=torch.float64), group=mesh.tensor.group, dst=1)
+        else:
+            dist.recv(torch.empty(9, dtype=torch.float64), group=mesh.tensor.group, src=0)
+    return traffic.volumes()
+
+
+def count_all(mesh: Mesh) -> tuple[dict[tuple[str, str], Volume], list[Count]]:
+    counts = []
+    for name, mode in CASES:
+        layout = LAYOUTS[name]
+        case_mesh = build_mesh(mesh.device, layout.tensor, layout.pipeline, layout.data, layout.sequence_parallel)
+        counts.append(count_step(case_mesh, configuration(layout, mode, LENGTH)))
+    return count_by_hand(mesh), counts
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """Everything, by rank."""
+    return run_distributed(count_all, 2, tensor=2, time_limit=300)
+
+
+def test_counts_what_is_called(two_ranks):
+    both = {
+        ("tensor", "all-reduce"): Volume(1, 60),
+        ("tensor", "all-gather"): Volume(1, 32),
+        ("tensor", "reduce-scatter"): Volume(1, 16),
+    }
+    assert two_ranks[0][0] == both | {("tensor", "send"): Volume(1, 72)}
+    assert two_ranks[1][0] == both
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{layout}-{mode}" for layout, mode in CASES])
+def test_tensor_ranks_move_what_the_formula_says(two_ranks, index):
+    for _, counts in two_ranks:
+        assert counts[index].measured == counts[index].expected()
+
+
+def test_formula_by_hand(two_ranks):
+    # 4 blocks of 4 all-reduces, embedding, head: 18 of B · L · H numbers; the loss: 1 and 2 of B · L
+    size = MICRO_BATCHES * 2 * LENGTH * (18 * 64 + 3) * 4
+    assert two_ranks[0][1][0].measured["tensor", "all-reduce"] == Volume(MICRO_BATCHES * 20, size)
