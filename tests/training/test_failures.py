@@ -1,0 +1,118 @@
+"""A rank that dies takes the job down, soon and with its own error shown, whatever launched it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import free_port
+from tests.runs import tiny_arguments
+
+REPOSITORY = Path(__file__).parents[2]
+SECONDS = 60
+
+FAIL_IN_THIRD_STEP = """
+import sys
+from megatron_ponder.training.engine import Engine
+
+steps = 0
+
+def step(engine, learning_rate, real=Engine.step):
+    global steps
+    steps += 1
+    if steps == 5:  # the first is taken when the engine is made
+        raise ArithmeticError("the sky is falling on this rank")
+    return real(engine, learning_rate)
+
+Engine.step = step
+sys.argv[0] = "pretrain_ponder.py"
+import pretrain_ponder
+pretrain_ponder.main()
+"""
+
+
+def environment(**variables) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+
+
+def start_ranks(arguments: list[str], ranks: int, folder: Path, failing: int | None) -> list[subprocess.Popen]:
+    """Without a launcher, which would end the others itself."""
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        program = ["-c", FAIL_IN_THIRD_STEP] if rank == failing else ["pretrain_ponder.py"]
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        with (folder / f"rank-{rank}").open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, *program, *arguments],
+                cwd=REPOSITORY,
+                env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        processes.append(process)
+    return processes
+
+
+def wait_for(condition, processes: list[subprocess.Popen], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        ended = any(process.poll() is not None for process in processes)
+        assert not ended or condition(), "a rank ended too early"
+        time.sleep(0.1)
+
+
+def end_all(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Exit codes of ranks that are given so many seconds to end by themselves."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), (2, 1)], ids=["pipeline", "tensor"])
+def test_an_error_of_one_rank_ends_all(corpus, tmp_path, tensor, pipeline):
+    layout = {"parallel__tensor": tensor, "parallel__pipeline": pipeline, "training__steps": 10**6}
+    arguments = tiny_arguments(corpus, tmp_path / "run", **layout)
+    processes = start_ranks(arguments, 2, tmp_path, failing=1)
+    own = tmp_path / "rank-1"
+    wait_for(lambda: "the sky is falling" in own.read_text(), processes, seconds=120)
+    codes = end_all(processes, SECONDS)
+    assert all(code != 0 for code in codes)
+    assert "ArithmeticError: the sky is falling on this rank" in own.read_text()
+    assert "Traceback" in (tmp_path / "rank-0").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all(corpus, tmp_path):
+    layout = {"parallel__tensor": 2, "parallel__pipeline": 2, "training__steps": 10**6, "logging__interval": 1}
+    processes = start_ranks(tiny_arguments(corpus, tmp_path / "run", **layout), 4, tmp_path, failing=None)
+    wait_for(lambda: "step 2/" in (tmp_path / "rank-0").read_text(), processes, seconds=180)
+    processes[2].kill()
+    codes = end_all(processes, SECONDS)
+    assert codes[2] == -signal.SIGKILL
+    assert all(code != 0 for code in codes)
+
+
+@pytest.mark.slow
+def test_torchrun_shows_which_rank_was_killed(corpus, tmp_path):
+    layout = {"parallel__pipeline": 2, "training__steps": 10**6, "logging__interval": 1}
+    arguments = tiny_arguments(corpus, tmp_path / "run", **layout)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "pretrain_ponder.py", *arguments]
+    output = (tmp_path / "output").open("w+")
+    job = subprocess.Popen(launch, cwd=REPOSITORY, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+    wait_for(lambda: "step 2/" in (tmp_path / "output").read_text(), [job], seconds=180)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    (code,) = end_all([job], SECONDS)
+    assert code != 0
+    assert re.search(r"exitcode\s*:\s*-9", (tmp_path / "output").read_text())
