@@ -30,7 +30,7 @@ from megatron_ponder.checkpoint.store import (
 from megatron_ponder.config import Config
 from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import together
-from megatron_ponder.parallel.mesh import Axis, Mesh
+from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.engine import Engine
 
 Item = TypeVar("Item")
@@ -69,7 +69,7 @@ class Checkpointer:
         config: Config,
         tokenizer: Path | None,
         fingerprints: tuple[str | None, str | None],
-        mesh: Mesh | None = None,
+        mesh: Mesh,
     ) -> None:
         """Prepare to save; a collective.
 
@@ -77,10 +77,10 @@ class Checkpointer:
             config: resolved; stored with every checkpoint.
             tokenizer: to copy into every checkpoint.
             fingerprints: of the dataset and of the tokenizer.
-            mesh: the ranks; all of them share the data unless given.
+            mesh: the ranks.
         """
         self._config, self._tokenizer, self._fingerprints = config, tokenizer, fingerprints
-        self._mesh = mesh or Mesh(data=Axis(dist.get_world_size(), dist.get_rank()))
+        self._mesh = mesh
         self.folder = Path(config.training.run_dir) / "checkpoints"
         self._group, self._thread = None, None
         if config.checkpoint.asynchronous:

@@ -265,7 +265,7 @@ def test_a_job_verifies_each_file_once(layout):
 
 def test_an_exception_in_training_does_not_lose_the_save_under_way(tmp_path):
     def train() -> None:
-        with Checkpointer(config_for(tmp_path, True), None, (None, None)) as checkpointer, Gate() as gate:
+        with Checkpointer(config_for(tmp_path, True), None, (None, None), Mesh()) as checkpointer, Gate() as gate:
             checkpointer.save(StandIn(0), 1, samples=8)
             threading.Timer(0.3, gate.open).start()
             raise ZeroDivisionError
@@ -282,6 +282,7 @@ def test_an_exception_in_training_does_not_lose_the_save_under_way(tmp_path):
 KILLED = """
 import sys, time, torch
 from pathlib import Path
+from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpoint as saving
 from tests.runs import alone
 from tests.training.test_checkpoint_layouts import StandIn, config_for
@@ -292,7 +293,7 @@ def stall(folder, name, tensors):
     time.sleep(100)
 
 with alone():
-    with saving.Checkpointer(config_for(Path(sys.argv[1]), True), None, (None, None)) as checkpointer:
+    with saving.Checkpointer(config_for(Path(sys.argv[1]), True), None, (None, None), Mesh()) as checkpointer:
         checkpointer.save(StandIn(0), 1, samples=8)
         checkpointer.finish()
         saving.write_tensors = stall
@@ -313,7 +314,7 @@ def test_a_kill_while_saving_beside_training_leaves_the_last_checkpoint(tmp_path
     assert (folder / "latest").read_text() == f"{ONE}\n"
     with open_tensors(resolve_checkpoint(tmp_path)) as tensors:
         assert tensors.manifest.step == 1
-    with alone(), Checkpointer(config_for(tmp_path, True), None, (None, None)) as checkpointer:
+    with alone(), Checkpointer(config_for(tmp_path, True), None, (None, None), Mesh()) as checkpointer:
         checkpointer.save(StandIn(0), 3, samples=24)
     assert listing(folder) == ["latest", ONE, "step-00000003"]
     assert checkpoints_in(folder)[-1] == resolve_checkpoint(tmp_path)
