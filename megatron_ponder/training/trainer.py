@@ -23,6 +23,7 @@ from megatron_ponder.training.checkpoint import (
     verify_together,
 )
 from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.layout import describe_layout
 from megatron_ponder.training.metrics import MetricsLog, RunProgress, prepare_run_dir
 from megatron_ponder.training.objective import Objective, Tally
 from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
@@ -63,6 +64,7 @@ def train(config: Config, device: torch.device) -> None:
     log = together(lambda: MetricsLog(run_dir, config.logging, step) if leader else None)
     with RunProgress(config.training.steps, step, config.logging.interval, shown=leader) as progress:
         progress.say(_headline(config, mesh, parts, step))
+        progress.say(describe_layout(config, mesh))
         with Checkpointer(config, tokenizer, fingerprints, mesh) as checkpointer:
             _loop(config, mesh, parts, engine, checkpointer, log, progress, step, samples)
         if leader:
@@ -171,8 +173,7 @@ def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:
     )
     start = f"going on after step {step}" if step else "starting"
     return (
-        f"{start}: {config.model.family}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}, "
-        f"{mesh.data.size} data-parallel ranks, ZeRO {config.parallel.zero_stage}; "
+        f"{start}: {config.model.family}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "
         f"{parts.datasets['train'].samples_per_epoch:,} samples of {config.data.sequence_length} tokens an epoch, "
         f"{training.global_batch_size} a step"
     )
