@@ -509,6 +509,17 @@ def test_tensor_ranks_stay_inside_a_node():
         assert caught.value.shared == (local_rank == 1)  # one report for each such node
 
 
+def test_ranks_of_a_node_must_be_neighbours():
+    config = read(parallel__tensor=2, training__global_batch_size=16)
+    by_node = [Launch(rank=r, world_size=4, local_rank=r % 2, local_size=2) for r in range(4)]
+    for launch in by_node:
+        check_layout(config, launch)
+    dealt_out = [Launch(rank=r, world_size=4, local_rank=r // 2, local_size=2) for r in range(4)]
+    for launch in dealt_out[1:3]:
+        with pytest.raises(UserError, match="srun --distribution=block"):
+            check_layout(config, launch)
+
+
 @pytest.mark.parametrize(
     ("global_batch", "micro_batch", "world_size"), [(256, 8, 3), (4, 8, 1), (100, 7, 5), (1, 2, 9)]
 )

@@ -91,6 +91,11 @@ def check_layout(config: Config, launch: "Launch") -> None:
         )
         error.shared = launch.local_rank != 0  # other nodes may have other numbers of ranks and nothing to report
         raise error
+    if launch.world_size > local_size and (launch.rank - launch.local_rank) % tensor:
+        raise UserError(
+            f"the {tensor} tensor ranks would lie on different nodes, because the ranks of a node do not follow each "
+            "other; start with srun --distribution=block, or mpirun --map-by slot"
+        )
 
 
 def _divide(config: Config, world_size: int, local_size: int) -> int:

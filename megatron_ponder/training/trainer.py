@@ -132,7 +132,8 @@ def _loop(
             log.write(record)
         progress.update(record)
         if last or step % config.checkpoint.interval == 0:
-            progress.say(f"step {step}  saved {checkpointer.save(engine, step, samples)}")
+            verb = "saving" if config.checkpoint.asynchronous else "saved"
+            progress.say(f"step {step}  {verb} {checkpointer.save(engine, step, samples)}")
 
 
 def validate(config: Config, mesh: Mesh, parts: RunParts, engine: Engine) -> Tally:
