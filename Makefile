@@ -37,6 +37,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/soft_mask.py
+	$(BIN)/python benchmarks/pipeline_schedule.py
+	$(BIN)/python benchmarks/communication.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -9,7 +9,8 @@ is called, in forward, backward and step, with the process group that it runs on
 A message counts by its whole size, before what an algorithm makes of it: what is reduced, what is gathered from all
 ranks together, what is scattered, what is sent. Receives are the sends of other ranks and are not counted again. For
 the textbook's volume of tensor parallelism, 4 all-reduces of B · T · H for each block and pass, an all-gather and a
-reduce-scatter count half an all-reduce each: a ring moves half as much for them.
+reduce-scatter count half an all-reduce each: a ring moves half as much for them. At ZeRO stage 3 DeepSpeed fetches
+small neighbours together when it can, so that there may be fewer calls than the formula has.
 """
 
 import argparse
@@ -330,13 +331,20 @@ def main() -> None:
     for index, heading in enumerate(headings):
         counted.add_column(heading, justify="right" if index > 3 else "left")
     reasons = ("blocks", "embedding", "head", "loss", "log w", "gradient", "routing")
-    for heading in ("layout", "mode", "textbook [kB]", "measured", *reasons):
+    for heading in ("layout", "mode", "textbook, kB", "measured", *reasons):
         textbook.add_column(heading, justify="left" if heading in ("layout", "mode") else "right")
     for ranks in sorted({LAYOUTS[name].ranks for name in arguments.layouts}):
         names = [name for name in arguments.layouts if LAYOUTS[name].ranks == ranks]
         cases = [(name, mode) for name in names for mode in arguments.modes]
         launch = LaunchConfig(
-            1, 1, ranks, run_id="count", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1"
+            1,
+            1,
+            ranks,
+            run_id="count",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
         )
         by_rank = elastic_launch(launch, count_cases)([(LAYOUTS[name], mode) for name, mode in cases])
         for (name, mode), counts in zip(cases, zip(*by_rank.values(), strict=True), strict=True):

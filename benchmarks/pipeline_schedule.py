@@ -1,6 +1,6 @@
 """How long pipeline ranks wait for each other: counted from the schedules that run, and timed on two ranks.
 
-    python benchmarks/pipeline_schedule.py [--rounds 3]
+    python benchmarks/pipeline_schedule.py [--rounds 3] [--length 256]
 
 First, every rank's table of actions is taken from the schedule itself and played through without communication: an
 action starts when its rank is free and the stage that it depends on has finished. A forward pass takes 1, a backward
@@ -10,8 +10,8 @@ share (P − 1) / (passes · M + P − 1) of a ring that P ranks fill once for a
 (P − 1) / (M + P − 1), that of a pipeline that is emptied after every pass.
 
 Then two ranks of one thread each train a llama of 10 million parameters (hidden 256, 8 layers, 4 heads, ffn 688,
-vocabulary 8192, adaptive, K = 2, R = 1) on M micro-batches of one sequence of 256 tokens. They take turns with one rank
-alone that does the same work with one thread, while the other sleeps. Medians over rounds; speed-ups are medians of the
+vocabulary 8192, adaptive, K = 2, R = 1) on M micro-batches of one sequence. They take turns with one rank alone that
+does the same work with one thread, while the other sleeps. Medians over rounds; speed-ups are medians of the
 ratios within a round.
 """
 
@@ -42,7 +42,7 @@ from megatron_ponder.training.setup import model_part
 
 KINDS: tuple[ScheduleKind, ...] = ("1f1b", "zero_bubble")
 COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # forward; backward: whole, of inputs, of weights
-LENGTH, STEPS, REFINEMENTS = 256, 2, 1
+STEPS, REFINEMENTS = 2, 1
 
 
 class Action(NamedTuple):
@@ -173,10 +173,10 @@ CASES = {4: ("one rank", "pp2 1f1b"), 8: tuple(LAYOUTS)}
 class Step:
     """Runs optimiser steps of one layout on this rank."""
 
-    def __init__(self, layout: Layout, micro_batches: int, device: torch.device) -> None:
+    def __init__(self, layout: Layout, micro_batches: int, length: int, device: torch.device) -> None:
         values = {
             "model.hidden_size": 256, "model.num_layers": 8, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-            "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": "adaptive",
+            "model.vocab_size": 8192, "data.sequence_length": length, "ponder.mode": "adaptive",
             "ponder.max_steps": STEPS, "training.precision": "fp32", "training.micro_batch_size": 1,
             "training.global_batch_size": micro_batches, "parallel.tensor": layout.tensor,
             "parallel.pipeline": layout.pipeline, "parallel.pipeline_schedule": layout.schedule,
@@ -191,12 +191,16 @@ class Step:
         model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
         initialize(model, seed=0)
         self._engine, self._idle = Engine(Objective(model), config, mesh), layout.alone and dist.get_rank() > 0
-        tokens = torch.randint(0, 8192, (micro_batches, 1, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+        from deepspeed.utils import groups  # after the engine, which knows how to import it
+
+        self._groups, self._mpu = groups, groups.mpu
+        tokens = torch.randint(0, 8192, (micro_batches, 1, length + 1), generator=torch.Generator().manual_seed(0))
         self._micro_batches = list(tokens[mesh.data.rank :: mesh.data.size])
-        self._scale = 1 / (micro_batches * LENGTH)
+        self._scale = 1 / (micro_batches * length)
 
     def __call__(self) -> float:
         """Take one step. Returns wall time in seconds until all ranks have finished."""
+        self._groups.mpu = self._mpu  # DeepSpeed otherwise reduces over the groups of the engine that was built last
         dist.barrier()
         begun = time.perf_counter()
         if not self._idle:
@@ -207,13 +211,13 @@ class Step:
         return time.perf_counter() - begun
 
 
-def time_steps(rounds: int) -> dict[tuple[int, str], list[float]]:
+def time_steps(rounds: int, length: int) -> dict[tuple[int, str], list[float]]:
     """Seconds of every step by number of micro-batches and layout, as this rank sees them."""
     times = {}
     with process_group(discover()) as device:
         torch.set_num_threads(1)
         for micro_batches, names in CASES.items():
-            steps = {name: Step(LAYOUTS[name], micro_batches, device) for name in names}
+            steps = {name: Step(LAYOUTS[name], micro_batches, length, device) for name in names}
             for turn in range(rounds + 1):
                 for name, step in steps.items():
                     elapsed = step()
@@ -222,14 +226,14 @@ def time_steps(rounds: int) -> dict[tuple[int, str], list[float]]:
     return times
 
 
-def print_timed(console: Console, rounds: int) -> None:
+def print_timed(console: Console, rounds: int, length: int) -> None:
     """The table of step times."""
     launch = LaunchConfig(
-        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1"
+        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
     )
-    times = elastic_launch(launch, time_steps)(rounds)[0]
-    table = Table(title="Two ranks against one, one thread each")
-    for heading in ("M", "layout", "step [s]", "speed-up", "ideal", "of the ideal"):
+    times = elastic_launch(launch, time_steps)(rounds, length)[0]
+    table = Table(title=f"Two ranks against one, one thread each, sequences of {length}")
+    for heading in ("M", "layout", "seconds a step", "speed-up", "ideal", "of the ideal"):
         table.add_column(heading, justify="left" if heading == "layout" else "right")
     plan = pass_slots(STEPS, REFINEMENTS)
     for (micro_batches, name), seconds in times.items():
@@ -250,10 +254,11 @@ def main() -> None:
     """Count, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
     console = Console(width=110)
     print_counted(console)
-    print_timed(console, arguments.rounds)
+    print_timed(console, arguments.rounds, arguments.length)
 
 
 if __name__ == "__main__":
