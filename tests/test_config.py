@@ -278,6 +278,15 @@ def test_wrong_types(key, value, got):
         ({"parallel__pipeline_layers": "[4,4,4]"}, "set parallel.pipeline to 3 or leave parallel.pipeline_layers out"),
         ({"parallel__pipeline_schedule": "zero_bubble"}, "zero_bubble needs parallel.pipeline of at least 2; leave"),
         (
+            {
+                "parallel__pipeline": 2,
+                "parallel__pipeline_schedule": "zero_bubble",
+                "training__recompute": "block",
+            },
+            "training.recompute block saves nothing with parallel.pipeline_schedule zero_bubble, which keeps all that "
+            "it has computed again; set parallel.pipeline_schedule to 1f1b, or training.recompute to attention",
+        ),
+        (
             {"parallel__pipeline": 2, "parallel__zero_stage": 2},
             "gradients of several passes and micro-batches are in flight on a rank, so that they cannot be partitioned "
             "before the step; set parallel.zero_stage to 1, or parallel.pipeline to 1",

@@ -161,6 +161,11 @@ def _validate_pipeline(config: Config) -> None:
         f"ponder.gradient_passes cannot be used with parallel.pipeline {pipeline}: every pass must hand a gradient "
         "back to the one before; leave ponder.gradient_passes out, or set parallel.pipeline to 1",
     )
+    _require(
+        config.training.recompute != "block" or parallel.pipeline_schedule != "zero_bubble",
+        "training.recompute block saves nothing with parallel.pipeline_schedule zero_bubble, which keeps all that it "
+        "has computed again; set parallel.pipeline_schedule to 1f1b, or training.recompute to attention",
+    )
 
 
 def _validate_offload(parallel: ParallelConfig) -> None:

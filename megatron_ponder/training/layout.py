@@ -138,9 +138,9 @@ def _router_parameters(config: Config) -> int:
 
 
 def weight_bytes(rank: Rank) -> float:
-    """N b; at ZeRO 3 each rank's share N b / D and, while passes run, the gathered parameters, N b."""
+    """N b; at ZeRO 3 each rank's share, N b / D."""
     whole = rank_parameters(rank) * rank.width
-    return whole + whole / rank.data if rank.config.parallel.zero_stage == 3 else whole
+    return whole / rank.data if rank.config.parallel.zero_stage == 3 else whole
 
 
 def optimizer_bytes(rank: Rank) -> float:
@@ -327,6 +327,21 @@ def workspace_bytes(rank: Rank, p: Pass) -> float:
     return size
 
 
+def deferred_bytes(rank: Rank, p: Pass) -> float:
+    """What the zero-bubble schedule keeps besides activations until it computes gradients of weights.
+
+    Gradients of the outputs of all layers that have weights: T b (4 H + (H + 2 kv)/t + 2 F/t) a block, or 1 F/t, the
+    first term in the residual stream. Rank p of the pipeline defers p backward passes and runs one.
+    """
+    parallel, model, b = rank.config.parallel, rank.config.model, rank.width
+    if parallel.pipeline_schedule != "zero_bubble":
+        return 0.0
+    kv = model.num_kv_heads * model.head_size
+    sharded = model.hidden_size + 2 * kv + (2 if model.family == "llama" else 1) * model.ffn_hidden_size
+    block = b * (4 * rank.residual(p.slots) * model.hidden_size + p.slots * sharded // parallel.tensor)
+    return (rank.pipeline_rank + 1) * len(rank.layers) * block
+
+
 def loss_bytes(rank: Rank) -> float:
     """Logits of this rank's part of the vocabulary in fp32, 4 B L V/t, and in bf16 also as they are, 2 B L V/t."""
     config = rank.config
@@ -341,13 +356,17 @@ def loss_bytes(rank: Rank) -> float:
 def held_gradient_bytes(rank: Rank) -> float:
     """Sums over micro-batches while others run: 4 N, from ZeRO 2 on 4 N / D.
 
-    In fp32, and at ZeRO 2, they exist only after the first backward pass of a step.
+    In fp32, and at ZeRO 2, they exist only after the first backward pass of a step. In bf16 at stage 1 they always do,
+    and from then on the last micro-batch's gradients besides, 2 N, which a pipeline adds up at once.
     """
-    stage, size = _stage(rank), FP32 * rank_parameters(rank)
-    always = stage == 3 or (stage == 1 and rank.width < FP32)
-    if not always and rank.micro_batches == 1 and rank.config.parallel.pipeline == 1:
-        return 0.0
-    return size / rank.data if stage >= 2 else size
+    stage, count = _stage(rank), rank_parameters(rank)
+    pipelined = rank.config.parallel.pipeline > 1
+    repeated = rank.micro_batches > 1 or pipelined
+    if stage == 1 and rank.width < FP32:
+        return (FP32 + (rank.width if repeated and not pipelined else 0)) * count
+    if stage == 3:
+        return FP32 * count / rank.data
+    return FP32 * count / (rank.data if stage == 2 else 1) if repeated else 0.0
 
 
 def unfinished_gradient_bytes(rank: Rank) -> float:
@@ -365,12 +384,12 @@ def reduction_bytes(rank: Rank) -> float:
 
     fp32: 8 N without ZeRO (gradients, and one flat copy), 4 N + 4 N / D with stages 1 and 2, of which 2 has the sums of
     earlier micro-batches besides. bf16: 12 N at stage 1 (fp32 sums 4 N, gradients 2 N, flat copies in both types), of
-    which a pipeline has no gradients; 2 N + 4 N / D at stage 2. Stage 3: 2 N b besides its share.
+    which a pipeline has no gradients; 2 N + 4 N / D at stage 2. Stage 3: 3 N b besides its share.
     """
     stage, b, count = _stage(rank), rank.width, rank_parameters(rank)
     share, pipelined = FP32 * count / rank.data, rank.config.parallel.pipeline > 1
     if stage == 3:
-        return share + 2 * count * b
+        return share + 3 * count * b
     if b < FP32:
         return (10 if pipelined else 12) * count if stage == 1 else share + count * b
     if stage == 0 or pipelined:
@@ -391,16 +410,21 @@ def memory_estimate(rank: Rank) -> RankMemory:
 
 
 def running_moments(rank: Rank) -> list[tuple[float, float, float]]:
-    """Gradients, activations and other memory at the moments of forward and backward passes that may need most."""
+    """Gradients, activations and other memory at the moments of forward and backward passes that may need most.
+
+    At ZeRO 3 forward passes gather the parameters, N b, and the backward pass lets them go as it proceeds.
+    """
     sizes = [pass_bytes(rank, p) for p in passes(rank)]
     spaces = [workspace_bytes(rank, p) for p in passes(rank)]
     held, loss = held_gradient_bytes(rank), loss_bytes(rank)
     if rank.config.parallel.pipeline > 1:
-        return [(held, most_in_flight(rank, sizes), max(*spaces, loss))]
+        deferred = max(deferred_bytes(rank, p) for p in passes(rank))
+        return [(held, most_in_flight(rank, sizes), deferred + max(*spaces, loss))]
     head = vocabulary_parameters(rank) * rank.width
     unfinished = held + unfinished_gradient_bytes(rank)
     moments = [(unfinished, sum(sizes[:end]), spaces[end - 1]) for end in range(1, len(sizes))]
-    return [*moments, (held + head, sum(sizes), spaces[-1]), (held, sum(sizes), loss)]
+    gathered = rank_parameters(rank) * rank.width if _stage(rank) == 3 else 0.0
+    return [*moments, (held + head, sum(sizes), spaces[-1] + gathered), (held, sum(sizes), loss + gathered)]
 
 
 # The table --------------------------------------------------------------------------------------------------------
