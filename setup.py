@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Inputs other than text and JSON Lines: Parquet, saved datasets, .zst.
+DATA = ["pyarrow>=23,<27", "datasets>=5.0,<6", "zstandard>=0.23,<0.26"]
+
 setup(
     name="megatron_ponder",
     version="0.1.0",
@@ -28,7 +31,8 @@ setup(
         "protobuf>=5.26,<8",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<0.18"],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<0.18", *DATA],
+        "data": DATA,
         "mpi": ["mpi4py>=4,<5"],
         "wandb": ["wandb>=0.19,<1"],
         "eval": ["lm-eval>=0.4.9,<0.5"],

@@ -26,7 +26,8 @@ FLOORS = {
 # Copied into every export, where the package is not installed.
 SHIPPED = ["configuration_ponderlm.py", "modeling_ponderlm.py", "layers_ponderlm.py", "cache_ponderlm.py"]
 LIGHT = ["config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference"]
-OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard"]
+OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
+OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
 
 IMPORT_WITHOUT_OPTIONAL_PACKAGES = """
 import importlib, pkgutil, sys

@@ -1,29 +1,44 @@
 #!/usr/bin/env python3
-"""Tokenise text files, folders of them or JSON Lines into Megatron's .bin/.idx format.
+"""Tokenise text, JSON Lines, Parquet and saved datasets into Megatron's .bin/.idx format.
 
-Writes PREFIX_KEY_document.bin, .idx and .json, where a .jsonl line or any other file is one document.
+Writes PREFIX_KEY_document.bin, .idx and .json. A line of a .jsonl file and a row of a table are one document each, and
+so is any other file. Files may be compressed (.gz, .zst). Started by mpirun, srun or torchrun, the ranks share the
+work. A run that was interrupted goes on from its finished shards when started again.
 
 Example:
-    python tools/preprocess_data.py --input corpus/*.jsonl --output-prefix data/corpus \\
+    python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
         --tokenizer data/tokenizer.model --workers 8 --append-eod
 """
 
 import argparse
 
-from megatron_ponder.data.preprocessing import preprocess
+from megatron_ponder.data.preprocessing import Team, preprocess
 from megatron_ponder.errors import command
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders or glob patterns")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders, glob patterns, folders of save_to_disk, or hf://owner/name[:split]",
+    )
     parser.add_argument("--output-prefix", required=True, help="path of the dataset without _KEY_document.bin")
     parser.add_argument("--tokenizer", required=True, help="a .model or tokenizer.json file, or a folder with one")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes per rank that tokenise (default: 1)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end token")
-    parser.add_argument("--key", default="text", help="field of a .jsonl line that holds the text (default: text)")
+    parser.add_argument(
+        "--key", default="text", help="field of a .jsonl line or column that holds the text (default: text)"
+    )
     arguments = parser.parse_args()
+    # Here, because every worker imports this file again and has no use for PyTorch, which this one imports.
+    from megatron_ponder.launch import discover
+
+    launch = discover()
+    # The address that ranks meet at tells one start of them from another; a rank alone has nobody to tell.
+    name = f"{launch.address}-{launch.port}" if launch.world_size > 1 else ""
     report = preprocess(
         arguments.input,
         arguments.output_prefix,
@@ -31,8 +46,10 @@ def main() -> None:
         workers=arguments.workers,
         append_eod=arguments.append_eod,
         key=arguments.key,
+        team=Team(launch.rank, launch.world_size, name),
     )
-    print(report)
+    if report is not None:
+        print(report)
 
 
 if __name__ == "__main__":

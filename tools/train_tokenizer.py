@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a SentencePiece tokenizer on text files, folders of them or JSON Lines.
+"""Train a SentencePiece tokenizer on text, JSON Lines, Parquet and saved datasets, compressed or not.
 
 Example:
     python tools/train_tokenizer.py --input corpus/ --output-prefix data/tokenizer --vocab-size 32000
@@ -14,10 +14,12 @@ from megatron_ponder.errors import command
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders or glob patterns")
+    parser.add_argument("--input", nargs="+", required=True, help="as of tools/preprocess_data.py")
     parser.add_argument("--output-prefix", required=True, help="path of the tokenizer without .model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
-    parser.add_argument("--key", default="text", help="field of a .jsonl line that holds the text (default: text)")
+    parser.add_argument(
+        "--key", default="text", help="field of a .jsonl line or column that holds the text (default: text)"
+    )
     parser.add_argument(
         "--sample-bytes",
         type=int,

@@ -12,9 +12,9 @@
     i64[D+1] first sequence of each document; begins with 0 and ends with S
 """
 
+import hashlib
 import struct
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ponder.data.atomic_files import make_folder, partial_path, publish, sync, sync_folder
+from megatron_ponder.data.token_streams import END, LENGTH, TokenStreams, blocks_of_array, blocks_of_file
 from megatron_ponder.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -107,12 +108,18 @@ class IndexedDataset:
 
         Raises:
             IndexError: the sequence does not exist or is shorter than that.
+            UserError: the index contradicts itself there.
         """
         if not 0 <= sequence < len(self):
             raise IndexError(f"sequence {sequence} of {len(self)}")
-        available = int(self.sequence_lengths[sequence]) - offset
+        start, size = int(self.sequence_offsets[sequence]), int(self.sequence_lengths[sequence])
+        end = start + size * self.dtype.itemsize
+        following = self.sequence_offsets[sequence + 1] if sequence + 1 < len(self) else self._tokens.nbytes
+        if size < 0 or start < 0 or start % self.dtype.itemsize or end != following or end > self._tokens.nbytes:
+            raise _damaged(dataset_paths(self.prefix)[1], "has sequences that do not follow one another")
+        available = size - offset
         length = available if length is None else length
-        return self._view(int(self.sequence_offsets[sequence]) // self.dtype.itemsize, offset, length, available)
+        return self._view(start // self.dtype.itemsize, offset, length, available)
 
     def read_document(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """The same of a whole document, whose sequences follow one another in `.bin`.
@@ -144,10 +151,11 @@ class IndexedDataset:
             raise _damaged(idx_path, "has documents that do not follow one another")
         return starts[self.document_indices]
 
-    def largest_token(self) -> int:
-        """The largest token id of all; reads the whole dataset."""
+    def token_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id of all; reads the whole dataset."""
         block = 1 << 24
-        return max(int(self._tokens[at : at + block].max()) for at in range(0, self.num_tokens, block))
+        blocks = [self._tokens[at : at + block] for at in range(0, self.num_tokens, block)]
+        return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
 
     def _view(self, start: int, offset: int, length: int, available: int) -> np.ndarray:
         if offset < 0 or not 0 <= length <= available:
@@ -156,14 +164,19 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Context manager that streams documents to disk, one sequence each.
+    """Context manager that streams documents to disk, one sequence each unless they are too long for that.
 
     The files appear under their names only when the block ends without an exception; otherwise what was written is
-    removed and an older dataset of that name stays as it was. Lengths take four bytes of memory a document.
+    removed and an older dataset of that name stays as it was. Memory does not grow with what is written: until the end
+    the index lies in two more files beside the dataset.
 
     Args:
         prefix: path of the two files without `.bin` and `.idx`; its folder is made if needed.
         dtype: token dtype, see `dtype_for_vocabulary`.
+
+    Attributes:
+        streams: where tokens go that are at hand in larger amounts than a document.
+        idx_sha256: of the finished index, in hex, once the block has ended.
 
     Raises:
         UserError: at the end of the block, if no token was written.
@@ -174,55 +187,85 @@ class IndexedDatasetWriter:
         self._code = next(code for code, known in DTYPES.items() if known == self.dtype)
         self._limits = np.iinfo(self.dtype)
         self._bin_path, self._idx_path = dataset_paths(prefix)
-        self._lengths = array("i")
-        self.num_tokens = 0
+        self._old_manifest = Path(f"{prefix}.json")
+        self._lengths_path = Path(f"{prefix}.lengths.partial")
+        self._ends_path = Path(f"{prefix}.documents.partial")
 
     def __enter__(self) -> "IndexedDatasetWriter":
         make_folder(self._bin_path.parent)
-        self._file = open(partial_path(self._bin_path), "wb", buffering=1 << 20)
+        self.streams = TokenStreams(partial_path(self._bin_path), self._lengths_path, self._ends_path, self.dtype)
         return self
+
+    @property
+    def num_tokens(self) -> int:
+        return self.streams.num_tokens
+
+    @property
+    def bin_sha256(self) -> str:
+        """SHA-256 of the tokens so far, in hex."""
+        return self.streams.digest.hexdigest()
 
     def add_document(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append one document of token ids, possibly none.
 
         Raises:
-            UserError: an id does not fit the dtype, or the document is longer than its 32-bit length can say.
+            UserError: an id does not fit the dtype.
         """
         tokens = np.asarray(tokens, dtype=np.int64)
-        if len(tokens) > np.iinfo(np.int32).max:
-            raise UserError(f"a document of {len(tokens)} tokens is too long for the format: cut it into several")
         if len(tokens) and not self._limits.min <= tokens.min() <= tokens.max() <= self._limits.max:
             raise UserError(f"token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}: check the tokenizer")
-        self._file.write(tokens.astype(self.dtype).tobytes())
-        self._lengths.append(len(tokens))
-        self.num_tokens += len(tokens)
+        self.streams.add(tokens.astype(self.dtype), np.array([len(tokens)]))
+
+    def append_dataset(self, dataset: IndexedDataset) -> str:
+        """Append all of another dataset of the same dtype, its documents and sequences as they are.
+
+        Returns:
+            The SHA-256 of its `.bin`.
+        """
+        bin_path, _ = dataset_paths(dataset.prefix)
+        return self.streams.append(
+            bin_path, blocks_of_array(dataset.sequence_lengths), blocks_of_array(dataset.document_indices[1:])
+        )
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         with ExitStack() as cleanup:
-            for path in (self._bin_path, self._idx_path):
-                cleanup.callback(partial_path(path).unlink, missing_ok=True)
-            cleanup.callback(self._file.close)
+            partial = (partial_path(self._bin_path), partial_path(self._idx_path), self._lengths_path, self._ends_path)
+            for path in partial:
+                cleanup.callback(path.unlink, missing_ok=True)
+            cleanup.callback(self.streams.close)
             if exception_type is None:
                 self._finish()
 
     def _finish(self) -> None:
         if self.num_tokens == 0:
             raise UserError(f"{self._bin_path} would hold no tokens: check the input")
-        sync(self._file)
+        self.streams.sync()
+        digest = hashlib.sha256()
         with open(partial_path(self._idx_path), "wb") as file:
-            lengths = np.frombuffer(self._lengths, dtype=np.intc)
-            offsets = np.zeros(len(lengths), dtype="<i8")
-            np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-            file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(lengths) + 1))
-            file.write(lengths.astype("<i4").tobytes())
-            file.write((offsets * self.dtype.itemsize).tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            for block in self._index_blocks():
+                digest.update(block)
+                file.write(block)
             sync(file)
-        # Between the renames there is no index at all, rather than an old one beside new tokens.
+        self.idx_sha256 = digest.hexdigest()
+        # Between the renames there is no index at all, rather than an old one beside new tokens; and the manifest of
+        # the older dataset must not stay to describe the new one.
         self._idx_path.unlink(missing_ok=True)
+        self._old_manifest.unlink(missing_ok=True)
         publish(self._bin_path)
         publish(self._idx_path)
         sync_folder(self._bin_path.parent)
+
+    def _index_blocks(self) -> Iterator[bytes]:
+        streams = self.streams
+        yield HEADER.pack(MAGIC, VERSION, self._code, streams.num_sequences, streams.num_documents + 1)
+        yield from (block.tobytes() for block in blocks_of_file(self._lengths_path, LENGTH))
+        offset = 0
+        for block in blocks_of_file(self._lengths_path, LENGTH):
+            ends = offset + np.cumsum(block, dtype="<i8") * self.dtype.itemsize
+            yield np.concatenate(([offset], ends[:-1]), dtype="<i8").tobytes()
+            offset = int(ends[-1])
+        yield bytes(END.itemsize)
+        yield from (block.tobytes() for block in blocks_of_file(self._ends_path, END))
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:

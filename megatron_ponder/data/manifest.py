@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_ponder.data.atomic_files import write_atomically
@@ -19,6 +19,8 @@ class Manifest:
     vocab_size: all token ids lie below.
     eod_id: the token that ends a document.
     text_bytes: size of the text as UTF-8.
+    bin_sha256, idx_sha256: of the two files; empty in manifests of earlier versions.
+    fingerprint: see `fingerprint`; empty in manifests of earlier versions.
     """
 
     tokenizer: str
@@ -27,6 +29,9 @@ class Manifest:
     documents: int
     tokens: int
     text_bytes: int
+    bin_sha256: str = ""
+    idx_sha256: str = ""
+    fingerprint: str = ""
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -46,7 +51,8 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     path = manifest_path(prefix)
     try:
         content = json.loads(path.read_bytes())
-        return Manifest(**{field.name: field.type(content[field.name]) for field in fields(Manifest)})
+        known = [field for field in fields(Manifest) if field.default is MISSING or field.name in content]
+        return Manifest(**{field.name: field.type(content[field.name]) for field in known})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -58,17 +64,21 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 def fingerprint(prefix: str | Path) -> str:
     """A digest, in hex, that changes when a dataset is replaced: of its whole index and of both ends of its tokens.
 
-    Reading all tokens would take minutes; a dataset made from other text has other lengths or another beginning.
+    Reading all tokens would take minutes; a dataset made from other text has other lengths or another beginning. Where
+    the manifest says what the digest was when the dataset was made, damage since then is found on the way.
 
     Raises:
-        UserError: a file is missing.
+        UserError: a file is missing, or is not what it was.
     """
     digest = hashlib.sha256()
     bin_path, idx_path = dataset_paths(prefix)
+    manifest = read_manifest(prefix)
     try:
         with open(idx_path, "rb") as file:
             while block := file.read(MEBIBYTE):
                 digest.update(block)
+        if manifest is not None and manifest.idx_sha256 not in ("", digest.hexdigest()):
+            raise changed(idx_path)
         size = bin_path.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with open(bin_path, "rb") as file:
@@ -77,7 +87,17 @@ def fingerprint(prefix: str | Path) -> str:
             digest.update(file.read(MEBIBYTE))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: check the path of the dataset") from None
+    if manifest is not None and manifest.fingerprint not in ("", digest.hexdigest()):
+        raise changed(bin_path)
     return digest.hexdigest()
+
+
+def changed(path: Path) -> UserError:
+    """What to say of a file whose checksum is not the one in the manifest."""
+    return UserError(
+        f"{path} is not the file that its manifest describes: copy or make the dataset again, or remove "
+        f"{path.with_suffix('.json').name} if the change is meant"
+    )
 
 
 def check_vocabulary(prefix: str | Path, vocab_size: int) -> None:
@@ -86,12 +106,14 @@ def check_vocabulary(prefix: str | Path, vocab_size: int) -> None:
     The manifest answers at once; a dataset without one is read from end to end.
 
     Raises:
-        UserError: the dataset needs a larger vocabulary.
+        UserError: the dataset needs a larger vocabulary, or has negative ids.
     """
     manifest = read_manifest(prefix)
-    needed = IndexedDataset(prefix).largest_token() + 1 if manifest is None else manifest.vocab_size
-    if needed > vocab_size:
+    smallest, largest = (0, manifest.vocab_size - 1) if manifest else IndexedDataset(prefix).token_range()
+    if smallest < 0:
+        raise UserError(f"{prefix}.bin has the token id {smallest}: make the dataset again, with its right token type")
+    if largest >= vocab_size:
         raise UserError(
-            f"{prefix} has token ids up to {needed - 1}: set model.vocab_size to at least {needed}, "
+            f"{prefix} has token ids up to {largest}: set model.vocab_size to at least {largest + 1}, "
             "or preprocess the data with the model's tokenizer"
         )

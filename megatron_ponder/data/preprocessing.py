@@ -1,9 +1,15 @@
-"""Tokenise a corpus into an indexed dataset, with several processes and the same bytes for any number of them."""
+"""Tokenise a corpus into an indexed dataset, with several processes and the same bytes for any number of them.
 
+The corpus is cut into shards, see `shards`. Each rank tokenises every n-th of them, its workers together on one; then
+it goes on to what the others have not finished, from the far end, and leaves a shard as soon as somebody else finishes
+it. So a rank that dies costs nothing but time, and no rank waits for another. The first one joins the shards.
+"""
+
+import contextlib
 import functools
 import multiprocessing
 import os
-import re
+import shutil
 import signal
 import threading
 import time
@@ -17,52 +23,90 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ponder.data.corpus import describe_skipped, iterate_documents
+from megatron_ponder.data.atomic_files import make_folder
+from megatron_ponder.data.corpus import cut_inputs, describe_skipped, no_documents, read_range
 from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter, dtype_for_vocabulary
-from megatron_ponder.data.manifest import Manifest, manifest_path, write_manifest
+from megatron_ponder.data.manifest import Manifest, fingerprint, write_manifest
 from megatron_ponder.data.progress import ThroughputDisplay
+from megatron_ponder.data.segments import cut_segments, cuts_at_word_ends, group_chunks
+from megatron_ponder.data.shards import Shard, ShardWriter, append_shard, make_shards
+from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError
 
-# A worker gets this much text at a time, enough to make the cost of handing it over small.
-CHUNK_CHARACTERS = 1 << 18
-# Byte-pair encoding slows down with the length of the text: by a third from this to a whole chunk.
-SEGMENT_CHARACTERS = 1 << 14
+# Small enough to lose little of in a crash, large enough for its own files to cost nothing.
+SHARD_BYTES = 1 << 28
 CHUNKS_IN_FLIGHT_PER_WORKER = 3
-# Between a word and the single space after it no tokenizer of the usual kinds has a token.
-WORD_END = re.compile(r"(?<=\S)(?= \S)")
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_FOR_LATE_RANKS = 600.0
 
 
-class Segment(NamedTuple):
-    """A document, or a part of a long one."""
+@dataclass(frozen=True)
+class Team:
+    """The ranks that work on one dataset, through a folder that all of them see.
 
-    text: str
-    ends_document: bool
+    Attributes:
+        rank: of this process, below `size`.
+        size: number of ranks.
+        name: the same for all of them, and another for ranks started at another time.
+    """
+
+    rank: int = 0
+    size: int = 1
+    name: str = ""
+
+
+class Chunk(NamedTuple):
+    """Segments of one shard; without segments, the news that the shard has been read to its end."""
+
+    shard: Shard
+    tally: Tally
+    input_bytes: int
+    segments: list[Segment]
 
 
 class Encoded(NamedTuple):
-    """The tokens of a chunk one after another, the number in each segment, and the size of the text."""
+    """The tokens of a chunk.
+
+    Attributes:
+        tokens: one after another, end tokens included.
+        counts: int64, tokens of each document or part of one.
+        unfinished: the last document goes on in the next chunk.
+        text_bytes: size of the text as UTF-8.
+    """
 
     tokens: np.ndarray
-    lengths: list[int]
+    counts: np.ndarray
+    unfinished: bool
     text_bytes: int
 
 
 @dataclass(frozen=True)
 class PreprocessingReport:
+    """Attributes:
+    new_text_bytes: text that was tokenised in this run; the rest lay in finished shards of an earlier one.
+    shards, reused_shards: in all, and of an earlier run.
+    """
+
     prefix: Path
     documents: int
     tokens: int
     text_bytes: int
+    new_text_bytes: int
+    shards: int
+    reused_shards: int
     skipped: Counter[str]
     seconds: float
 
     def __str__(self) -> str:
+        new = self.new_text_bytes / 1e6
         lines = [
             f"{self.prefix}.bin, .idx and .json: {self.documents:,} documents, {self.tokens:,} tokens",
             f"{self.text_bytes / self.tokens:.2f} bytes per token; "
-            f"{self.text_bytes / 1e6:.1f} MB in {self.seconds:.1f} s, {self.text_bytes / 1e6 / self.seconds:.1f} MB/s",
+            f"{new:.1f} MB in {self.seconds:.1f} s, {new / self.seconds:.1f} MB/s",
         ]
+        if self.reused_shards:
+            lines.append(f"{self.reused_shards} of {self.shards} shards were finished by an earlier run")
         if self.skipped:
             lines.append(f"skipped: {describe_skipped(self.skipped)}")
         return "\n".join(lines)
@@ -75,17 +119,26 @@ def preprocess(
     workers: int = 1,
     append_eod: bool = True,
     key: str = "text",
-) -> PreprocessingReport:
+    team: Team = Team(),
+    shard_bytes: int = SHARD_BYTES,
+) -> PreprocessingReport | None:
     """Write `{output_prefix}_{key}_document.bin`, `.idx` and `.json` (the manifest).
 
-    The files appear when all is done; a run that fails leaves an older dataset of that name as it was. Memory holds the
-    input file at hand (or its current line, for `.jsonl`) and a few chunks per worker.
+    The files appear when all is done; a run that fails leaves an older dataset of that name as it was, and its finished
+    shards in `{output_prefix}_{key}_document.shards` for the next run. Until then these take as much of the disk as the
+    dataset itself. Memory holds the names of the input files, the current line of a `.jsonl` file or a few rows of a
+    table, and a few chunks per worker.
 
     Args:
-        inputs, key: the corpus, see `iterate_documents`.
+        inputs, key: the corpus, see `find_inputs` and `read_range`.
         tokenizer_path: see `load_tokenizer`.
         workers: processes that tokenise; 1 does it in this one.
         append_eod: end each document with the tokenizer's end token.
+        team: which of the ranks this is; all must be given the same arguments.
+        shard_bytes: input per shard, where it can be cut; without influence on the result.
+
+    Returns:
+        What was done by all ranks, on the first of them; None on the others.
 
     Raises:
         UserError: no documents, no tokenizer, or a worker that died.
@@ -95,65 +148,96 @@ def preprocess(
     if workers < 1:
         raise UserError(f"--workers is {workers}: set it to 1 or more")
     tokenizer = load_tokenizer(tokenizer_path)
-    end = np.array([tokenizer.eod_id] if append_eod else [], dtype=np.int32)
     prefix = Path(f"{output_prefix}_{key}_document")
-    skipped: Counter[str] = Counter()
-    documents = tokens = text_bytes = 0
-
-    segments = _segments(iterate_documents(inputs, key, skipped), _cuts_at_word_ends(tokenizer))
-    with (
-        IndexedDatasetWriter(prefix, dtype_for_vocabulary(tokenizer.vocab_size)) as writer,
-        ThroughputDisplay() as show,
-    ):
-        unfinished: list[np.ndarray] = []
-        for chunk, encoded in _in_order(functools.partial(_encode, tokenizer.path), _chunks(segments), workers):
-            text_bytes += encoded.text_bytes
-            tokens += len(encoded.tokens)
-            bounds = np.cumsum(encoded.lengths)[:-1]
-            for segment, part in zip(chunk, np.split(encoded.tokens, bounds), strict=True):
-                unfinished.append(part)
-                if segment.ends_document:
-                    writer.add_document(np.concatenate([*unfinished, end]))
-                    unfinished.clear()
-                    documents += 1
-            show.update(documents, text_bytes, tokens)
-    # Should writing the new manifest fail, an older one must not stay to describe the wrong tokens.
-    manifest_path(prefix).unlink(missing_ok=True)
-    manifest = Manifest(
-        tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, documents, writer.num_tokens, text_bytes
+    work = Path(f"{prefix}.shards")
+    shards = make_shards(
+        cut_inputs(inputs, shard_bytes), shard_bytes, work, f"{tokenizer.fingerprint} {append_eod} {key}"
     )
-    write_manifest(prefix, manifest)
-    seconds = time.perf_counter() - started
-    return PreprocessingReport(prefix, documents, writer.num_tokens, text_bytes, skipped, seconds)
+    make_folder(prefix.parent)
+    make_folder(work)
+    if team.size > 1:
+        _attendance(work, team, team.rank).touch()
+    reused = {shard for shard in shards if shard.finished}
+    try:
+        _tokenise(_order(shards, team), tokenizer, append_eod, key, workers, team, shards)
+        if team.rank > 0:
+            return None
+        report = _join(shards, reused, prefix, tokenizer, started)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            work.rmdir()  # only where there is nothing in it to go on from
+        raise
+    _clear(work, team)
+    return report
 
 
-def _cuts_at_word_ends(tokenizer: Tokenizer) -> bool:
-    """Whether a long text may be encoded in parts; not so for tokenizers that put a space before every text."""
-    return tokenizer.encode("one two") == tokenizer.encode("one") + tokenizer.encode(" two")
+def _order(shards: Sequence[Shard], team: Team) -> Iterator[Shard]:
+    """A rank's own shards, then those of the others, which come last in their order, first."""
+    yield from shards[team.rank :: team.size]
+    for distance in range(1, team.size):
+        yield from reversed(shards[(team.rank + distance) % team.size :: team.size])
 
 
-def _segments(documents: Iterable[str], may_cut: bool) -> Iterator[Segment]:
-    """Cut long documents, so that they are encoded faster and a huge file is spread over the workers."""
-    for text in documents:
-        start = 0
-        while may_cut and (end := WORD_END.search(text, start + SEGMENT_CHARACTERS)):
-            yield Segment(text[start : end.start()], ends_document=False)
-            start = end.start()
-        yield Segment(text[start:], ends_document=True)
+def _tokenise(
+    order: Iterable[Shard],
+    tokenizer: Tokenizer,
+    append_eod: bool,
+    key: str,
+    workers: int,
+    team: Team,
+    shards: Sequence[Shard],
+) -> None:
+    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+    encode = functools.partial(_encode, tokenizer.path, append_eod, dtype)
+    chunks = _chunks(order, key, cuts_at_word_ends(tokenizer))
+    writer: ShardWriter | None = None
+    documents = tokens = text_bytes = 0
+    with ThroughputDisplay(shards, silent=team.rank > 0) as show:
+        try:
+            for chunk, encoded in _in_order(encode, chunks, workers):
+                if writer is None or writer.shard is not chunk.shard:
+                    if writer is not None:  # somebody else was faster
+                        writer.discard()
+                    writer = ShardWriter(chunk.shard, dtype)
+                if encoded is None:
+                    writer.finish(chunk.tally.skipped)
+                    documents += writer.streams.num_documents
+                    writer = None
+                    continue
+                writer.streams.add(encoded.tokens, encoded.counts, encoded.unfinished)
+                writer.text_bytes += encoded.text_bytes
+                text_bytes += encoded.text_bytes
+                tokens += len(encoded.tokens)
+                show.update(
+                    documents + writer.streams.num_documents, text_bytes, tokens, chunk.shard, chunk.input_bytes
+                )
+        except FileNotFoundError:
+            # The first rank removes the folder when the dataset is complete.
+            if team.rank == 0 or shards[0].folder.parent.is_dir():
+                raise
+        finally:
+            if writer is not None:
+                writer.discard()
 
 
-def _chunks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-    """Group segments until they have `CHUNK_CHARACTERS`."""
-    chunk: list[Segment] = []
-    size = 0
-    for segment in segments:
-        chunk.append(segment)
-        size += len(segment.text)
-        if size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _chunks(shards: Iterable[Shard], key: str, may_cut: bool) -> Iterator[Chunk]:
+    """The text of all shards that are not finished; of those that another process finishes meanwhile, a part."""
+    for shard in shards:
+        if _is_done(shard):
+            continue
+        tally = Tally()
+        parts = (segment for part in shard.ranges for segment in read_range(part, key, tally))
+        for segments in group_chunks(cut_segments(parts, may_cut)):
+            if _is_done(shard):
+                break
+            yield Chunk(shard, tally, tally.input_bytes, segments)
+        else:
+            yield Chunk(shard, tally, tally.input_bytes, [])
+
+
+def _is_done(shard: Shard) -> bool:
+    """Whether the shard is finished, or has even become part of the dataset, with which the folder goes away."""
+    return shard.finished or not shard.folder.parent.is_dir()
 
 
 def _start_worker() -> None:
@@ -173,33 +257,103 @@ def _worker_tokenizer(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _encode(tokenizer_path: Path, chunk: list[Segment]) -> Encoded:
+def _encode(tokenizer_path: Path, append_eod: bool, dtype: np.dtype, segments: list[Segment]) -> Encoded:
     tokenizer = _worker_tokenizer(tokenizer_path)
-    parts = [np.array(tokenizer.encode(segment.text), dtype=np.int32) for segment in chunk]
-    text_bytes = sum(len(segment.text.encode()) for segment in chunk)
-    return Encoded(np.concatenate(parts), [len(part) for part in parts], text_bytes)
+    tokens: list[int] = []
+    counts: list[int] = []
+    text_bytes = before = 0
+    for segment in segments:
+        tokens += tokenizer.encode(segment.text)
+        text_bytes += len(segment.text) if segment.text.isascii() else len(segment.text.encode())
+        if segment.ends_document:
+            if append_eod:
+                tokens.append(tokenizer.eod_id)
+            counts.append(len(tokens) - before)
+            before = len(tokens)
+    unfinished = not segments[-1].ends_document
+    if unfinished:
+        counts.append(len(tokens) - before)
+    return Encoded(np.array(tokens, dtype), np.array(counts, np.int64), unfinished, text_bytes)
 
 
 def _in_order(
-    encode: Callable[[list[Segment]], Encoded], chunks: Iterable[list[Segment]], workers: int
-) -> Iterator[tuple[list[Segment], Encoded]]:
+    encode: Callable[[list[Segment]], Encoded], chunks: Iterable[Chunk], workers: int
+) -> Iterator[tuple[Chunk, Encoded | None]]:
     """Each chunk with its tokens, in the order given, with a bounded number of them under way."""
     if workers == 1:
         for chunk in chunks:
-            yield chunk, encode(chunk)
+            yield chunk, encode(chunk.segments) if chunk.segments else None
         return
     # A fresh interpreter per worker: forking one that runs threads (the progress display) can hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        under_way: deque[tuple[list[Segment], Future[Encoded]]] = deque()
+        under_way: deque[tuple[Chunk, Future[Encoded] | None]] = deque()
         for chunk in chunks:
-            under_way.append((chunk, pool.submit(encode, chunk)))
-            if len(under_way) >= CHUNKS_IN_FLIGHT_PER_WORKER * workers:
-                chunk, future = under_way.popleft()
-                yield chunk, future.result()
-        for chunk, future in under_way:
-            yield chunk, future.result()
+            under_way.append((chunk, pool.submit(encode, chunk.segments) if chunk.segments else None))
+            while len(under_way) >= CHUNKS_IN_FLIGHT_PER_WORKER * workers:
+                yield _result(*under_way.popleft())
+        while under_way:
+            yield _result(*under_way.popleft())
     except BrokenProcessPool:
         raise UserError("a worker process died, perhaps for want of memory: set --workers lower") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(chunk: Chunk, future: Future[Encoded] | None) -> tuple[Chunk, Encoded | None]:
+    return chunk, None if future is None else future.result()
+
+
+def _join(
+    shards: Sequence[Shard], reused: set[Shard], prefix: Path, tokenizer: Tokenizer, started: float
+) -> PreprocessingReport:
+    """Make the dataset of its finished shards."""
+    skipped: Counter[str] = Counter()
+    text_bytes = new_text_bytes = 0
+    with IndexedDatasetWriter(prefix, dtype_for_vocabulary(tokenizer.vocab_size)) as writer:
+        for shard in shards:
+            report = append_shard(writer.streams, shard)
+            skipped.update(report.skipped)
+            text_bytes += report.text_bytes
+            new_text_bytes += 0 if shard in reused else report.text_bytes
+        documents = writer.streams.num_documents
+        if documents == 0:
+            for shard in shards:
+                shutil.rmtree(shard.folder)
+            raise no_documents(skipped)
+    manifest = Manifest(
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        documents=documents,
+        tokens=writer.num_tokens,
+        text_bytes=text_bytes,
+        bin_sha256=writer.bin_sha256,
+        idx_sha256=writer.idx_sha256,
+        fingerprint=fingerprint(prefix),
+    )
+    write_manifest(prefix, manifest)
+    return PreprocessingReport(
+        prefix=prefix,
+        documents=documents,
+        tokens=writer.num_tokens,
+        text_bytes=text_bytes,
+        new_text_bytes=new_text_bytes,
+        shards=len(shards),
+        reused_shards=len(reused),
+        skipped=skipped,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _attendance(work: Path, team: Team, rank: int) -> Path:
+    """A file that says that a rank has begun."""
+    return work / f"{team.name}.{rank}.rank"
+
+
+def _clear(work: Path, team: Team) -> None:
+    """Remove the shards when every rank has begun; one that came later would find none, and do all again."""
+    end = time.monotonic() + (SECONDS_FOR_LATE_RANKS if team.size > 1 else 0)
+    while time.monotonic() < end and not all(_attendance(work, team, rank).exists() for rank in range(team.size)):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    shutil.rmtree(work, ignore_errors=True)

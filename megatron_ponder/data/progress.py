@@ -1,34 +1,86 @@
-"""A line on the terminal that says how far a long run over text has come."""
+"""How far a long run over text has come: a line on the terminal, or now and then a line in a log."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from megatron_ponder.data.shards import Shard
+
+SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class ThroughputDisplay:
-    """Context manager that shows documents, MB/s and tokens/s; silent where stderr is not a terminal."""
+    """Context manager that shows documents/s, MB/s and tokens/s of this rank, and the time that all ranks still need.
 
-    def __init__(self):
+    Args:
+        shards: what there is to do; which of them are finished, whoever did it, is looked up now and then.
+        silent: show nothing.
+    """
+
+    def __init__(self, shards: Sequence[Shard], silent: bool):
+        self._sizes = {shard.folder.name: shard.input_bytes for shard in shards}
+        self._work = shards[0].folder.parent if shards else None
+        self._total = sum(self._sizes.values())
         console = Console(stderr=True)
+        self._silent = silent
+        self._terminal = console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.completed:,} documents"),
-            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.description}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=silent or not console.is_terminal,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None, speed="")
+        self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> "ThroughputDisplay":
+        self._begun = self._line_at = time.monotonic()
+        if not self._silent:
+            self._look()
+            self._at_first = self._finished_bytes
         self._progress.start()
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         self._progress.stop()
 
-    def update(self, documents: int, text_bytes: int, tokens: int) -> None:
-        """Show the counts since the beginning."""
-        seconds = self._progress.tasks[0].elapsed or 1e-9
-        speed = f"{text_bytes / seconds / 1e6:.1f} MB/s  {tokens / seconds:,.0f} tokens/s"
-        self._progress.update(self._task, completed=documents, speed=speed)
+    def update(self, documents: int, text_bytes: int, tokens: int, shard: Shard, input_bytes: int) -> None:
+        """Take note of the counts of this rank since the beginning, and of how much of a shard has been read."""
+        if self._silent:
+            return
+        now = time.monotonic()
+        if now - self._looked_at > SECONDS_BETWEEN_LOOKS:
+            self._look()
+        under_way = 0 if shard.folder.name in self._finished else min(input_bytes, self._sizes[shard.folder.name])
+        line = self.describe(now - self._begun, documents, text_bytes, tokens, self._finished_bytes + under_way)
+        if self._terminal:
+            self._progress.update(self._task, description=line)
+        elif now - self._line_at > SECONDS_BETWEEN_LINES:
+            self._line_at = now
+            print(line, file=sys.stderr, flush=True)
+
+    def describe(self, seconds: float, documents: int, text_bytes: int, tokens: int, input_bytes: int) -> str:
+        """The line for counts since the beginning and the bytes of input that are done in all."""
+        done = input_bytes - self._at_first
+        left = f"{_clock((self._total - input_bytes) * seconds / done)} left" if done > 0 else "? left"
+        seconds = max(seconds, 1e-9)
+        return (
+            f"{100 * input_bytes / max(1, self._total):.1f} %  {documents:,} documents  {documents / seconds:,.0f} "
+            f"documents/s  {text_bytes / seconds / 1e6:.1f} MB/s  {tokens / seconds:,.0f} tokens/s  {left}"
+        )
+
+    def _look(self) -> None:
+        self._looked_at = time.monotonic()
+        self._finished = {name for name in os.listdir(self._work) if name in self._sizes} if self._work else set()
+        self._finished_bytes = sum(self._sizes[name] for name in self._finished)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

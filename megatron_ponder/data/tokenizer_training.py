@@ -5,19 +5,22 @@ import io
 import os
 import random
 import re
-from collections import Counter
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from megatron_ponder.data.atomic_files import make_folder, write_atomically
-from megatron_ponder.data.corpus import iterate_documents
+from megatron_ponder.data.corpus import read_corpus
+from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.data.tokenizer import SentencePieceTokenizer
 from megatron_ponder.errors import UserError
 
 EXCERPT_CHARACTERS = 4096
 SPECIAL_AND_BYTES = 3 + 256
+ROUND_TRIPS = 1000
+AWKWARD_TEXTS = ("", " ", "  \t\n\n x \r\n", "\u2581 \u2585\0", "naïve 東京 \U0001f642 \u200b", "<s></s><unk><0x41>")
 # Characters that SentencePiece keeps for its own bookkeeping: it drops, or misreads, training text with one of them.
 RESERVED = re.compile("[\0\t\u2581\u2585]")
 
@@ -37,41 +40,55 @@ def train_tokenizer(
     line ends merge into tokens like letters do. The same input, sizes and seed give the same files.
 
     Args:
-        inputs, key: the corpus, see `iterate_documents`.
+        inputs, key: the corpus, see `find_inputs` and `read_range`.
         vocab_size: tokens in all.
         sample_bytes: text to train on, at most; also what is held in memory.
 
     Raises:
-        UserError: the corpus is empty, or allows only a smaller (or demands a larger) vocabulary.
+        UserError: the corpus is empty, or allows only a smaller (or demands a larger) vocabulary, or the tokenizer does
+            not give back text as it was.
     """
     if vocab_size <= SPECIAL_AND_BYTES:
         raise UserError(
             f"--vocab-size is {vocab_size}: set it above {SPECIAL_AND_BYTES}, which special tokens and bytes take"
         )
-    documents = iterate_documents(inputs, key, Counter())
-    sample = _sample(_excerpts(documents), sample_bytes, random.Random(seed))
+    sample = _sample(_excerpts(read_corpus(inputs, key, Tally())), sample_bytes, random.Random(seed))
     model = _train(sample, vocab_size)
+    _check_round_trip(model, sample)
 
     model_path, vocab_path = Path(f"{output_prefix}.model"), Path(f"{output_prefix}.vocab")
     make_folder(model_path.parent)
     write_atomically(vocab_path, _vocabulary(model).encode())
     write_atomically(model_path, model)
-    tokenizer = SentencePieceTokenizer(model_path)
-    for excerpt in sample[:100]:
-        assert tokenizer.decode(tokenizer.encode(excerpt)) == excerpt, f"the tokenizer does not give back {excerpt!r}"
-    return tokenizer
+    return SentencePieceTokenizer(model_path)
 
 
-def _excerpts(documents: Iterable[str]) -> Iterator[str]:
+def _check_round_trip(model: bytes, sample: Sequence[str]) -> None:
+    """Encode and decode text of the sample, and text that is in no corpus, before the model is given to anybody."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(model)
+        tokenizer = SentencePieceTokenizer(path)
+    for text in (*sample[:ROUND_TRIPS], *AWKWARD_TEXTS):
+        if tokenizer.decode(tokenizer.encode(text)) != text:
+            raise UserError(f"the trained tokenizer does not give back {text[:40]!r}: train on other text")
+
+
+def _excerpts(parts: Iterable[Segment]) -> Iterator[str]:
     """Cut documents into pieces of at most `EXCERPT_CHARACTERS`, after a line end where there is one."""
-    for text in documents:
+    held = ""
+    for part in parts:
+        text = held + part.text
         start = 0
         while start < len(text):
             end = start + EXCERPT_CHARACTERS
+            if end >= len(text) and not part.ends_document:
+                break
             if end < len(text):
                 end = text.rfind("\n", start, end) + 1 or end
             yield text[start:end]
             start = end
+        held = text[start:]
 
 
 def _sample(excerpts: Iterable[str], sample_bytes: int, generator: random.Random) -> list[str]:

@@ -1,15 +1,18 @@
 import json
-from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from megatron_ponder.data.corpus import find_files, iterate_documents
+from megatron_ponder.data.corpus import find_inputs, read_corpus
+from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.errors import UserError
 
 
 def read(*inputs, key="text"):
-    skipped = Counter()
-    return list(iterate_documents(inputs, key, skipped)), skipped
+    tally = Tally()
+    segments = list(read_corpus(inputs, key, tally))
+    assert all(segment.ends_document for segment in segments)
+    return [segment.text for segment in segments], tally.skipped
 
 
 def test_a_plain_file_is_one_document_to_the_byte(tmp_path):
@@ -51,19 +54,19 @@ def test_unusable_input_is_counted(tmp_path):
 def test_a_file_that_vanishes_is_counted(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
-    skipped = Counter()
-    documents = iterate_documents([tmp_path], "text", skipped)
-    assert next(documents) == "a"
+    tally = Tally()
+    documents = read_corpus([tmp_path], "text", tally)
+    assert next(documents) == Segment("a", ends_document=True)
     (tmp_path / "b.txt").unlink()
     assert list(documents) == []
-    assert skipped == {"unreadable file": 1}
+    assert tally.skipped == {"unreadable file": 1}
 
 
 def test_folders_and_patterns_are_sorted_and_files_come_once(tmp_path):
     for name in ("b.txt", "a.md", "deep/er/c.py", "deep/d.rst", "e.jsonl", "ignored.bin", "deep/no_suffix"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    names = lambda *inputs: [path.relative_to(tmp_path).as_posix() for path in find_files(inputs)]
+    names = lambda *inputs: [Path(path).relative_to(tmp_path).as_posix() for path in find_inputs(inputs)]
     everything = ["a.md", "b.txt", "deep/d.rst", "deep/er/c.py", "e.jsonl"]
     assert names(tmp_path) == everything
     assert names(tmp_path / "b.txt", tmp_path) == ["b.txt", "a.md", *everything[2:]]
@@ -79,7 +82,7 @@ def test_input_that_does_not_exist(tmp_path, name):
 
 
 def test_no_documents_at_all(tmp_path):
-    with pytest.raises(UserError, match=r"no documents in the input: give UTF-8 text \(\.txt"):
+    with pytest.raises(UserError, match=r"no documents in the input: give UTF-8 text or tables \(\.txt"):
         read(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n\n{"body": "y"}\n')
     with pytest.raises(UserError, match=r"skipped: 2 × no text in 'text'"):

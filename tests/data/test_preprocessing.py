@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ponder.data import indexed_dataset, preprocessing
+from megatron_ponder.data import indexed_dataset, preprocessing, segments
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.manifest import check_vocabulary, read_manifest
 from megatron_ponder.data.preprocessing import preprocess
-from megatron_ponder.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.errors import UserError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def texts(prefix: Path, tokenizer) -> list[str]:
@@ -26,8 +26,8 @@ def texts(prefix: Path, tokenizer) -> list[str]:
 
 
 def test_the_number_of_workers_does_not_show(source_files, tokenizer_path, tmp_path, monkeypatch):
-    for workers, chunk in ((1, preprocessing.CHUNK_CHARACTERS), (3, 1 << 14)):
-        monkeypatch.setattr(preprocessing, "CHUNK_CHARACTERS", chunk)  # many more than are under way at a time
+    for workers, chunk in ((1, segments.CHUNK_CHARACTERS), (3, 1 << 14)):
+        monkeypatch.setattr(segments, "CHUNK_CHARACTERS", chunk)  # many more than are under way at a time
         preprocess(source_files, tmp_path / str(workers) / "data", tokenizer_path, workers)
     one, three = contents(tmp_path / "1"), contents(tmp_path / "3")
     assert sorted(one) == [f"data_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
@@ -39,7 +39,7 @@ def test_every_document_can_be_read_again(source_files, tokenizer_path, tmp_path
     # One document is cut into several segments, and must not show it.
     sources = [path.read_bytes().decode() for path in source_files]
     originals = ["".join(sources), *sources[:3], " \n\n  \u2581x"]
-    assert len(originals[0]) > 3 * preprocessing.CHUNK_CHARACTERS
+    assert len(originals[0]) > 3 * segments.CHUNK_CHARACTERS
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in originals) + "\n{}\n")
     report = preprocess([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer_path, key="body")
 
@@ -68,32 +68,17 @@ def test_without_an_end_token(tokenizer_path, tmp_path):
     assert IndexedDataset(report.prefix).read(0).tolist() == tokenizer.encode("some text")
 
 
-def test_a_tokenizer_that_cannot_be_cut_is_not_cut(tokenizer_path):
-    class WithLeadingSpace(SentencePieceTokenizer):
-        def encode(self, text):
-            return super().encode(" " + text)
-
-    assert preprocessing._cuts_at_word_ends(load_tokenizer(tokenizer_path))
-    assert not preprocessing._cuts_at_word_ends(WithLeadingSpace(tokenizer_path))
-    text = "word " * preprocessing.SEGMENT_CHARACTERS
-    assert [segment.text for segment in preprocessing._segments([text], may_cut=False)] == [text]
-    segments = list(preprocessing._segments([text], may_cut=True))
-    assert "".join(segment.text for segment in segments) == text
-    assert [segment.ends_document for segment in segments] == [False] * (len(segments) - 1) + [True]
-    assert max(len(segment.text) for segment in segments) < preprocessing.SEGMENT_CHARACTERS + 10
-
-
 # Kept here, and the functions at the top level, so that worker processes find them by name.
 _encode = preprocessing._encode
 
 
-def _fails_on_the_last_document(path, chunk):
+def _fails_on_the_last_document(path, append_eod, dtype, chunk):
     if any("the end is near" in segment.text for segment in chunk):
         raise RuntimeError("half-way")
-    return _encode(path, chunk)
+    return _encode(path, append_eod, dtype, chunk)
 
 
-def _dies(path, chunk):
+def _dies(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
