@@ -21,7 +21,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Expected memory of one rank at the moment of a step at which it needs most, in bytes.
+    """Expected memory of one rank's tensors at the moment of a step at which it needs most, in bytes.
+
+    Libraries and the gaps between tensors come on top. On CPUs, where freed memory is kept for reuse (`prepare_cpu`),
+    gaps can be half as much again.
 
     Attributes:
         weights: parameters in the training precision.
@@ -456,7 +459,7 @@ def describe_layout(config: Config, mesh: Mesh) -> str:
         f"{_span(map(sum, plans))} slots a token",
         f"each data rank: {count} micro-batches{_in_flight(ranks)}",
         "",
-        f"{'pipeline':>8} {'blocks':>7} {'with':<18} {'parameters':>10} │ expected peak GiB on each rank",
+        f"{'pipeline':>8} {'blocks':>7} {'with':<18} {'parameters':>10} │ expected peak of tensors, GiB a rank",
         f"{'rank':>8} {'':>7} {'':<18} {'a rank':>10} │ {'weights':>7} {'grads':>5} {'AdamW':>5} {'activ.':>6} "
         f"{'other':>5} {'total':>6}",
     ]
