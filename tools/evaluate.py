@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.data.dataset import build_datasets
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.data.manifest import check_vocabulary
+from megatron_ponder.data.mixture import open_mixture, prefixes
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings, windows
 from megatron_ponder.launch import prepare_cpu
@@ -70,11 +71,13 @@ def _text(loaded: LoadedModel, path: Path) -> list[Tensor]:
 
 def _split(loaded: LoadedModel, arguments: argparse.Namespace) -> list[Tensor]:
     data = loaded.config.data
-    prefix = arguments.data or data.path
-    if not prefix:
+    if arguments.data:
+        data = replace(data, path=arguments.data, valid_path=None, test_path=None, phases=[])
+    if not data.path:
         raise UserError(f"{loaded.folder} names no dataset; evaluate on one with --data, or on a file with --text")
-    datasets = build_datasets(prefix, data.split, data.sequence_length, loaded.config.training.seed)
-    check_vocabulary(prefix, loaded.config.model.vocab_size)
+    datasets = open_mixture(replace(data, cache_path=None), loaded.config.training.seed).samples
+    for prefix in prefixes(data):
+        check_vocabulary(prefix, loaded.config.model.vocab_size)
     if arguments.split not in datasets:
         raise UserError(f'data.split "{data.split}" has no {arguments.split} part; choose another --split, or --text')
     dataset = datasets[arguments.split]

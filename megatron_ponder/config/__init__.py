@@ -7,6 +7,7 @@ resolved form, so that nothing is ever derived twice.
 from megatron_ponder.config.layout import check_layout, data_parallel_size, micro_batches, stage_layers
 from megatron_ponder.config.parsing import load_config, read_config, to_yaml
 from megatron_ponder.config.sections import (
+    BlendPart,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -14,6 +15,7 @@ from megatron_ponder.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PhaseConfig,
     PonderConfig,
     TokenizerConfig,
     TrainingConfig,
@@ -22,6 +24,7 @@ from megatron_ponder.config.sections import (
 from megatron_ponder.config.validation import validate
 
 __all__ = [
+    "BlendPart",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PhaseConfig",
     "PonderConfig",
     "TokenizerConfig",
     "TrainingConfig",

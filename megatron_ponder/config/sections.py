@@ -137,21 +137,59 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The indexed dataset.
+class BlendPart:
+    """One dataset of a blend.
 
     Attributes:
-        path: prefix of the dataset, the path of its .bin file without the ending.
-        split: weights of the train, valid and test parts, by documents.
+        path: prefix of the dataset.
+        weight: its share of the samples is this, divided by the sum of the weights.
+        split: weights of its train, valid and test parts, in place of `data.split`.
+    """
+
+    path: str
+    weight: float = 1.0
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """What to train on from some sample on.
+
+    Attributes:
+        first_sample: samples of the run before this phase.
+        path: prefix of the dataset, or a blend.
+    """
+
+    first_sample: int
+    path: list[BlendPart] | str
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The indexed datasets.
+
+    Attributes:
+        path: prefix of the dataset, the path of its .bin file without the ending; or a blend, as a list of {path,
+            weight, split}.
+        valid_path: prefix or blend for validation; as path unless given.
+        test_path: prefix or blend for testing; as path unless given.
+        phases: list of {first_sample, path} that replace path for training from a sample of the run on.
+        split: weights of the train, valid and test parts of each dataset, by documents.
         sequence_length: L, tokens of one training sequence.
         num_workers: loader processes on each rank; 0 reads in the training process.
+        cache_path: folder where processes share the order of the samples through memory-mapped files; in the memory of
+            each process unless given.
         reset_at_eod: confine attention to the document and restart positions after each end-of-document token.
     """
 
-    path: str = ""
+    path: list[BlendPart] | str = ""
+    valid_path: list[BlendPart] | str | None = None
+    test_path: list[BlendPart] | str | None = None
+    phases: list[PhaseConfig] = field(default_factory=list)
     split: str = "969,30,1"
     sequence_length: int = 2048
     num_workers: int = 1
+    cache_path: str | None = None
     reset_at_eod: bool = False
 
 

@@ -3,7 +3,15 @@
 import math
 
 from megatron_ponder.config.layout import even_layers, largest_tensor
-from megatron_ponder.config.sections import Config, ModelConfig, ParallelConfig, PonderConfig, TrainingConfig
+from megatron_ponder.config.sections import (
+    BlendPart,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PonderConfig,
+    TrainingConfig,
+)
 from megatron_ponder.errors import UserError
 
 
@@ -21,6 +29,7 @@ def validate(config: Config) -> Config:
         _validate_pipeline(config)
     _validate_offload(config.parallel)
     _validate_recompute(config.training)
+    _validate_data(config.data)
     _validate_run(config)
     return config
 
@@ -162,6 +171,11 @@ def _validate_pipeline(config: Config) -> None:
         "back to the one before; leave ponder.gradient_passes out, or set parallel.pipeline to 1",
     )
     _require(
+        config.training.precision == "fp32" or parallel.pipeline_schedule != "zero_bubble",
+        "parallel.pipeline_schedule zero_bubble adds up gradients in the type of the weights, which would lose them in "
+        "bf16; leave parallel.pipeline_schedule out, or set training.precision to fp32",
+    )
+    _require(
         config.training.recompute != "block" or parallel.pipeline_schedule != "zero_bubble",
         "training.recompute block saves nothing with parallel.pipeline_schedule zero_bubble, which keeps all that it "
         "has computed again; set parallel.pipeline_schedule to 1f1b, or training.recompute to attention",
@@ -202,6 +216,39 @@ def _validate_recompute(training: TrainingConfig) -> None:
     )
 
 
+def _validate_data(data: DataConfig) -> None:
+    for name in ("path", "valid_path", "test_path"):
+        _validate_blend(f"data.{name}", getattr(data, name) or "")
+    first = 0
+    for phase in data.phases:
+        _require(
+            phase.first_sample > first,
+            f"data.phases has a phase from sample {phase.first_sample} on after one from {first} on; "
+            "give phases in rising order, after the one of data.path, which starts at 0",
+        )
+        first = phase.first_sample
+        _require(bool(phase.path), f"the phase from sample {first} on in data.phases has no path; give it one")
+        _validate_blend(f"the path of the phase from sample {first} on", phase.path)
+
+
+def _validate_blend(name: str, blend: list[BlendPart] | str) -> None:
+    if isinstance(blend, str):
+        # What is written on a command line and is no blend arrives as it was written.
+        _require(
+            not blend.startswith("["),
+            f"{name} {blend} is not a blend; write [{{path: PREFIX, weight: NUMBER}}, ...], with split: if needed",
+        )
+        return
+    paths = [part.path for part in blend]
+    for part in blend:
+        _require(bool(part.path), f"{name} has a dataset without a path; give it the path of a .bin file less .bin")
+        _require(
+            0 < part.weight < math.inf,
+            f"{name} gives {part.path} the weight {part.weight}; give it a positive number, or leave the dataset out",
+        )
+        _require(paths.count(part.path) == 1, f"{name} names {part.path} more than once; add the weights up")
+
+
 def _validate_run(config: Config) -> None:
     data, training, optimizer = config.data, config.training, config.optimizer
     positive = {
@@ -215,6 +262,7 @@ def _validate_run(config: Config) -> None:
     }
     for name, value in positive.items():
         _require(value >= 1, f"{name} is {value}; it must be at least 1")
+    _require(data.cache_path != "", "data.cache_path is empty; name a folder, or leave it out")
     _require(data.num_workers >= 0, f"data.num_workers is {data.num_workers}; it must be 0 or more")
     _require(training.eval_interval >= 0, "training.eval_interval must be 0 (never) or a number of steps")
     _require(

@@ -1,9 +1,8 @@
 """Samples of tokens from an indexed dataset."""
 
-from pathlib import Path
-
 import numpy as np
 
+from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.sample_index import SampleIndex
 from megatron_ponder.data.splits import split_documents
@@ -17,16 +16,34 @@ class TokenDataset:
         indexed: where the tokens are.
         documents: the documents to use.
         sequence_length: S; a sample has S + 1 tokens, inputs and targets overlapping in all but one.
+        cache: where the order is kept for all processes; None for the memory of this one.
+        content: fingerprint of the dataset, needed with a cache.
 
     Raises:
         UserError: the documents hold fewer than S + 1 tokens.
     """
 
-    def __init__(self, indexed: IndexedDataset, documents: range, sequence_length: int, seed: int, shuffle: bool):
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        documents: range,
+        sequence_length: int,
+        seed: int,
+        shuffle: bool,
+        cache: IndexCache | None = None,
+        content: str = "",
+    ):
+        assert cache is None or content
+        self._arguments = (indexed, documents, sequence_length, seed, shuffle, cache, content)
         self.indexed = indexed
         self.documents = documents
         lengths = indexed.document_lengths[documents.start : documents.stop]
-        self.index = SampleIndex(lengths, sequence_length, seed, shuffle)
+        content = f"{content} documents {documents.start} to {documents.stop}"
+        self.index = SampleIndex(lengths, sequence_length, seed, shuffle, cache, content)
+
+    def __reduce__(self):
+        # A loader worker opens the files again, rather than being sent the arrays.
+        return type(self), self._arguments
 
     @property
     def samples_per_epoch(self) -> int:
@@ -40,27 +57,38 @@ class TokenDataset:
         ]
         return np.concatenate(pieces, dtype=np.int64)
 
+    def prepare(self, position: int) -> None:
+        """Have the order of the epoch of a position ready before processes that read are started."""
+        self.index.prepare(position // self.samples_per_epoch)
 
-def build_datasets(prefix: str | Path, split: str, sequence_length: int, seed: int) -> dict[str, TokenDataset]:
-    """The "train", "valid" and "test" parts of a dataset; a part of weight 0 is absent. Only training is shuffled.
+
+def open_part(
+    indexed: IndexedDataset,
+    name: str,
+    split: str,
+    sequence_length: int,
+    seed: int,
+    cache: IndexCache | None = None,
+    content: str = "",
+) -> TokenDataset | None:
+    """The "train", "valid" or "test" part of a dataset, or None if it has weight 0. Only training is shuffled.
 
     Args:
-        prefix: path of the dataset without `.bin` and `.idx`.
         split: weights of the parts, see `parse_split`.
+        cache, content: see `TokenDataset`.
 
     Raises:
-        UserError: the dataset cannot be read, or a part with a weight holds too little for one sample.
+        UserError: the part has a weight but holds too little for one sample.
     """
-    indexed = IndexedDataset(prefix)
-    datasets = {}
-    for name, documents in split_documents(indexed.num_documents, split).items():
-        if not documents:
-            raise UserError(
-                f'data.split "{split}" leaves no document of {prefix}, which has {indexed.num_documents}, for {name}: '
-                "give it a larger weight, or 0 to go without"
-            )
-        try:
-            datasets[name] = TokenDataset(indexed, documents, sequence_length, seed, shuffle=name == "train")
-        except UserError as error:
-            raise UserError(f"{name} part of {prefix}: {error}") from None
-    return datasets
+    documents = split_documents(indexed.num_documents, split).get(name)
+    if documents is None:
+        return None
+    if not documents:
+        raise UserError(
+            f'data.split "{split}" leaves no document of {indexed.prefix}, which has {indexed.num_documents}, for '
+            f"{name}: give it a larger weight, or 0 to go without"
+        )
+    try:
+        return TokenDataset(indexed, documents, sequence_length, seed, name == "train", cache, content)
+    except UserError as error:
+        raise UserError(f"{name} part of {indexed.prefix}: {error}") from None

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron_ponder.data.dataset import TokenDataset
+from megatron_ponder.data.mixture import Samples
 
 
 def batches(
-    dataset: TokenDataset,
+    dataset: Samples,
     consumed_samples: int,
     global_batch_size: int,
     micro_batch_size: int,
@@ -44,7 +44,7 @@ def batches(
 
 
 def validation_batches(
-    dataset: TokenDataset, samples: int, micro_batch_size: int, data_rank: int, data_size: int
+    dataset: Samples, samples: int, micro_batch_size: int, data_rank: int, data_size: int
 ) -> Iterator[Tensor]:
     """Micro-batches of this rank's part of the first `samples` samples, int64 (at most micro_batch_size, S + 1) each.
 
@@ -57,7 +57,7 @@ def validation_batches(
     return iter(_loader(dataset, positions, num_workers=0, pin_memory=False))
 
 
-def _loader(dataset: TokenDataset, positions: Iterable[range], num_workers: int, pin_memory: bool) -> DataLoader:
+def _loader(dataset: Samples, positions: Iterable[range], num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=positions,

@@ -28,6 +28,7 @@ from megatron_ponder.checkpoint.store import (
     write_description,
 )
 from megatron_ponder.config import Config
+from megatron_ponder.data.mixture import same_past
 from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
@@ -273,9 +274,13 @@ def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokeniz
         UserError: if it was made from other data or with another tokenizer, or is ahead of this run.
     """
     manifest = read_manifest(folder)
-    if manifest.data_fingerprint not in (None, data_fingerprint) and not config.checkpoint.allow_data_change:
+    stored = manifest.data_fingerprint
+    same = stored is None or same_past(stored, data_fingerprint, manifest.samples)
+    if not same and not config.checkpoint.allow_data_change:
+        alone = isinstance(config.data.path, str) and not config.data.phases
+        what = f"the dataset {config.data.path}" if alone else "a dataset, a weight, a phase that has begun"
         raise UserError(
-            f"the data are not those that {folder} was trained on: the dataset {config.data.path}, data.split, "
+            f"the data are not those that {folder} was trained on: {what}, data.split, "
             "data.sequence_length or training.seed has changed; put it back, or add "
             "--checkpoint.allow_data_change true to go on all the same"
         )

@@ -1,14 +1,13 @@
 """What a run is made of, checked against each other before anything is written: tokenizer, data, model."""
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.store import WEIGHT, open_tensors, read_config_of
-from megatron_ponder.config import Config, stage_layers
-from megatron_ponder.data.dataset import TokenDataset, build_datasets
-from megatron_ponder.data.manifest import check_vocabulary, fingerprint, read_manifest
+from megatron_ponder.config import Config, DataConfig, stage_layers
+from megatron_ponder.data.manifest import Manifest, check_vocabulary, read_manifest
+from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.model.ponder import PonderLM
@@ -23,12 +22,12 @@ class RunParts:
 
     Attributes:
         datasets: by split: train, valid, test; a split without weight is absent.
-        data_fingerprint: of the dataset and of everything else that decides which sample comes when.
+        data_fingerprint: of everything that decides which training sample comes when.
         tokenizer: None if none is configured.
         eod_id: end-of-document token; None if unknown.
     """
 
-    datasets: dict[str, TokenDataset]
+    datasets: dict[str, Samples]
     data_fingerprint: str
     tokenizer: Tokenizer | None
     eod_id: int | None
@@ -43,15 +42,10 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     if not config.data.path:
         raise UserError("data.path is empty; give the prefix that tools/preprocess_data.py wrote (without .bin)")
     tokenizer = load_tokenizer(Path(config.tokenizer.path)) if config.tokenizer.path else None
-    datasets = build_datasets(config.data.path, config.data.split, config.data.sequence_length, config.training.seed)
-    if "train" not in datasets:
+    mixture = open_mixture(config.data, config.training.seed)
+    if "train" not in mixture.samples:
         raise UserError(f'data.split "{config.data.split}" leaves nothing to train on; give its first part a weight')
-    manifest = read_manifest(config.data.path)
-    if manifest is not None and tokenizer is not None and manifest.tokenizer != tokenizer.fingerprint:
-        raise UserError(
-            f"{config.data.path} was made with another tokenizer than {config.tokenizer.path}; set tokenizer.path to "
-            "the one it was made with, or preprocess the data again"
-        )
+    manifest = _common_manifest(config.data, tokenizer)
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         known = tokenizer or manifest
@@ -64,18 +58,32 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
             f"model.vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave "
             "model.vocab_size out to take the tokenizer's"
         )
-    check_vocabulary(config.data.path, vocab_size)
+    for prefix in prefixes(config.data):
+        check_vocabulary(prefix, vocab_size)
     eod_id = next((known.eod_id for known in (tokenizer, manifest) if known is not None), None)
     if config.data.reset_at_eod and eod_id is None:
         raise UserError("data.reset_at_eod needs to know the end-of-document token; set tokenizer.path")
-    return config, RunParts(datasets, _order_fingerprint(config), tokenizer, eod_id)
+    return config, RunParts(mixture.samples, mixture.fingerprint, tokenizer, eod_id)
 
 
-def _order_fingerprint(config: Config) -> str:
-    """Consumed samples mean the same only for the same tokens, cut and shuffled in the same way."""
-    data = config.data
-    order = f"{fingerprint(data.path)}/{data.split}/{data.sequence_length}/{config.training.seed}"
-    return hashlib.sha256(order.encode()).hexdigest()
+def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> Manifest | None:
+    """What the manifests of all datasets say about their tokenizer; None if none has one.
+
+    Raises:
+        UserError: they were made with different tokenizers, or with another one than that of the run.
+    """
+    known = {prefix: manifest for prefix in prefixes(data) if (manifest := read_manifest(prefix)) is not None}
+    for prefix, manifest in known.items():
+        if tokenizer is not None and manifest.tokenizer != tokenizer.fingerprint:
+            raise UserError(
+                f"{prefix} was made with another tokenizer than {tokenizer.path}; set tokenizer.path to "
+                "the one it was made with, or preprocess the data again"
+            )
+    first = next(iter(known), None)
+    for prefix, manifest in known.items():
+        if manifest.tokenizer != known[first].tokenizer:
+            raise UserError(f"{prefix} was made with another tokenizer than {first}; preprocess both with the same one")
+    return known.get(first)
 
 
 def model_part(config: Config, mesh: Mesh) -> ModelPart:

@@ -61,6 +61,7 @@ def train(config: Config, device: torch.device) -> None:
         if step > 0:
             together(lambda: engine.restore(resumed, step))
     tokenizer = Path(config.tokenizer.path) if parts.tokenizer else None
+    together(lambda: parts.datasets["train"].prepare(samples))
     log = together(lambda: MetricsLog(run_dir, config.logging, step) if leader else None)
     with RunProgress(config.training.steps, step, config.logging.interval, shown=leader) as progress:
         progress.say(_headline(config, mesh, parts, step))

@@ -3,9 +3,16 @@ import pickle
 import numpy as np
 import pytest
 
-from megatron_ponder.data.dataset import TokenDataset, build_datasets
+from megatron_ponder.config import DataConfig
+from megatron_ponder.data.dataset import TokenDataset
 from megatron_ponder.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_ponder.data.mixture import open_mixture
 from megatron_ponder.errors import UserError
+
+
+def build(prefix, split, sequence_length, seed):
+    return open_mixture(DataConfig(str(prefix), split=split, sequence_length=sequence_length), seed).samples
+
 
 LENGTHS = [5, 0, 9, 1, 14, 3, 8, 2, 11, 6]
 
@@ -20,7 +27,7 @@ def prefix(tmp_path):
 
 
 def test_validation_reads_its_documents_in_order(prefix):
-    valid = build_datasets(prefix, "5,5", sequence_length=4, seed=0)["valid"]
+    valid = build(prefix, "5,5", sequence_length=4, seed=0)["valid"]
     first = sum(LENGTHS[:5])
     assert valid.samples_per_epoch == (30 - 1) // 4
     samples = [valid[position] for position in range(valid.samples_per_epoch)]
@@ -32,7 +39,7 @@ def test_validation_reads_its_documents_in_order(prefix):
 
 
 def test_training_reads_every_token_of_its_documents_once_an_epoch(prefix):
-    train = build_datasets(prefix, "5,5", sequence_length=4, seed=3)["train"]
+    train = build(prefix, "5,5", sequence_length=4, seed=3)["train"]
     assert train.samples_per_epoch == (29 - 1) // 4
     for epoch in range(3):
         positions = range(epoch * train.samples_per_epoch, (epoch + 1) * train.samples_per_epoch)
@@ -50,21 +57,21 @@ def test_documents_stay_whole_within_a_sample(prefix):
 
 
 def test_a_pickled_dataset_gives_the_same_samples(prefix):
-    train = build_datasets(prefix, "1", sequence_length=4, seed=0)["train"]
+    train = build(prefix, "1", sequence_length=4, seed=0)["train"]
     copy = pickle.loads(pickle.dumps(train))
     for position in (0, 5, 100):
         np.testing.assert_array_equal(copy[position], train[position])
 
 
 def test_a_split_of_weight_zero_is_absent(prefix):
-    assert sorted(build_datasets(prefix, "9,0,1", 4, 0)) == ["test", "train"]
+    assert sorted(build(prefix, "9,0,1", 4, 0)) == ["test", "train"]
 
 
 def test_a_split_without_documents(prefix):
     with pytest.raises(UserError, match=r"leaves no document of .*data, which has 10, for valid: give it a larger"):
-        build_datasets(prefix, "999,1", 4, 0)
+        build(prefix, "999,1", 4, 0)
 
 
 def test_a_split_with_too_few_tokens(prefix):
     with pytest.raises(UserError, match=r"valid part of .*data: sequence longer than the data: 6 .* at most 5"):
-        build_datasets(prefix, "9,1", 6, 0)
+        build(prefix, "9,1", 6, 0)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ponder.data.dataset import TokenDataset, build_datasets
+from megatron_ponder.config import DataConfig
+from megatron_ponder.data.dataset import TokenDataset
 from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
 from megatron_ponder.data.loader import batches, validation_batches
+from megatron_ponder.data.mixture import open_mixture
 
 
 @pytest.fixture
@@ -15,7 +17,7 @@ def dataset(tmp_path) -> TokenDataset:
     with IndexedDatasetWriter(tmp_path / "data", np.dtype("<u2")) as writer:
         for length in (20, 7, 0, 30, 1, 29):
             writer.add_document(np.arange(writer.num_tokens, writer.num_tokens + length))
-    return build_datasets(tmp_path / "data", "1", sequence_length=6, seed=0)["train"]
+    return open_mixture(DataConfig(str(tmp_path / "data"), split="1", sequence_length=6), seed=0).samples["train"]
 
 
 def expected(dataset, positions):

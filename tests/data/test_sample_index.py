@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ponder.data.sample_index import SampleIndex
+from megatron_ponder.data import sample_index
+from megatron_ponder.data.sample_index import SampleIndex, sample_beginnings, stable_order
 from megatron_ponder.errors import UserError
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 1)
@@ -118,3 +119,102 @@ def test_only_two_epochs_are_kept():
 def test_a_sequence_longer_than_the_data(lengths, size, advice):
     with pytest.raises(UserError, match=f"sequence longer than the data: {sum(lengths)} tokens .*; {advice}"):
         SampleIndex(np.array(lengths, dtype=np.int64), size, seed=0)
+
+
+def earlier_pieces(lengths, size, seed, position):
+    """A sample as the first version of `SampleIndex` found it, from which runs may still go on."""
+    samples = (sum(lengths) - 1) // size
+    number, position = divmod(position, samples)
+
+    def order(count, stream):
+        bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(number, stream)))
+        return np.argsort(bits.random_raw(count), kind="stable")
+
+    documents = order(len(lengths), 0)
+    starts = np.concatenate(([0], np.cumsum(np.array(lengths)[documents])))
+    token = int(order(samples, 1)[position]) * size
+    place = int(np.searchsorted(starts, token, side="right")) - 1
+    missing, pieces = size + 1, []
+    while missing:
+        length = min(missing, int(starts[place + 1]) - token)
+        if length:
+            pieces.append((int(documents[place]), token - int(starts[place]), length))
+        token, missing, place = token + length, missing - length, place + 1
+    return pieces
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(0, 2**40), st.data())
+def test_the_order_is_that_of_runs_made_before(lengths, seed, data):
+    size = data.draw(st.integers(1, sum(lengths) - 1))
+    index = SampleIndex(np.array(lengths, np.int32), size, seed)
+    for position in range(2 * index.samples_per_epoch):
+        assert index.locate(position) == earlier_pieces(lengths, size, seed, position)
+
+
+KEY = st.integers(0, 2**64 - 1) | st.integers(0, 40) | st.integers(2**63, 2**63 + 40)
+
+
+@given(st.lists(KEY, max_size=60))
+def test_keys_that_differ_little_or_not_are_ordered_stably(keys):
+    keys = np.array(keys, np.uint64)
+    order = stable_order(keys)
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(order, np.argsort(keys, kind="stable"))
+
+
+def test_many_keys_are_ordered_like_argsort():
+    keys = np.random.PCG64(3).random_raw(200_000)
+    keys[::3] &= np.uint64(0xFFF)  # with many that are equal
+    np.testing.assert_array_equal(stable_order(keys), np.argsort(keys, kind="stable"))
+
+
+def beginnings_token_by_token(lengths, order, size):
+    """Written down while walking along the joined documents."""
+    rows, at = [(0, 0)], 0
+    for place, document in enumerate(order):
+        for offset in range(lengths[document]):
+            if at and at % size == 0:
+                rows.append((place, offset))
+            at += 1
+    return rows
+
+
+ORDERED = LENGTHS.flatmap(
+    lambda lengths: st.tuples(
+        st.just(lengths),
+        st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=60).filter(
+            lambda order: sum(lengths[document] for document in order) > 1
+        ),
+    )
+)
+
+
+@settings(deadline=None)
+@given(ORDERED, st.sampled_from([(1 << 15, 1 << 16), (3, 4), (1, 1), (7, 2)]), st.data())
+def test_where_samples_begin(ordered, blocks, data):
+    lengths, order = ordered
+    num_tokens = sum(lengths[document] for document in order)
+    size = data.draw(st.integers(1, num_tokens - 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_index, "DOCUMENTS_AT_ONCE", blocks[0])
+        patch.setattr(sample_index, "SAMPLES_AT_ONCE", blocks[1])
+        rows = sample_beginnings(np.array(lengths, np.int32), np.array(order, np.int32), size, num_tokens)
+    assert rows.dtype == np.int32 and rows.flags.c_contiguous
+    assert rows.tolist() == [list(row) for row in beginnings_token_by_token(lengths, order, size)]
+    assert len(rows) == (num_tokens - 1) // size + 1
+
+
+GIANT = np.array([0, 1, 5_000_000_000, 0, 3])
+
+
+def test_a_giant_document_needs_64_bits_and_no_memory_beside_the_result():
+    rows = sample_beginnings(GIANT, np.array([3, 1, 2, 0, 4]), 1_000_000, int(GIANT.sum()))
+    assert rows.dtype == np.int64
+    assert rows.shape == (5001, 2)
+    assert rows[:2].tolist() == [[0, 0], [2, 999_999]] and rows[-1].tolist() == [2, 4_999_999_999]
+
+
+def test_one_token_documents():
+    rows = sample_beginnings(np.ones(100_000, np.int32), np.arange(100_000), 7, 100_000)
+    assert rows.tolist() == [[7 * j, 0] for j in range(99_999 // 7 + 1)]

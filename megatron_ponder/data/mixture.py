@@ -1,0 +1,128 @@
+"""From the datasets, blends and phases of a configuration to the samples of each split, and what tells them apart."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from megatron_ponder.config import BlendPart, DataConfig
+from megatron_ponder.data.blend import BlendedDataset, Phase
+from megatron_ponder.data.dataset import TokenDataset, open_part
+from megatron_ponder.data.index_cache import IndexCache
+from megatron_ponder.data.indexed_dataset import IndexedDataset
+from megatron_ponder.data.interleave import Interleave
+from megatron_ponder.data.manifest import fingerprint
+from megatron_ponder.data.splits import NAMES, parse_split
+from megatron_ponder.errors import UserError
+
+Samples = TokenDataset | BlendedDataset
+Blend = list[BlendPart] | str
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a configuration reads.
+
+    Attributes:
+        samples: by split: train, valid, test; a split without weight is absent.
+        fingerprint: of all that decides which training sample comes when, see `same_past`.
+    """
+
+    samples: dict[str, Samples]
+    fingerprint: str
+
+
+def parts_of(blend: Blend) -> list[BlendPart]:
+    """A prefix alone is a blend of one."""
+    return [BlendPart(blend)] if isinstance(blend, str) else list(blend)
+
+
+def prefixes(data: DataConfig) -> list[str]:
+    """Every dataset that a configuration names, once, in the order of the configuration."""
+    blends = [blend for name in NAMES for _, blend in _phases(data, name)]
+    return list(dict.fromkeys(part.path for blend in blends for part in parts_of(blend)))
+
+
+def open_mixture(data: DataConfig, seed: int) -> Mixture:
+    """Open every dataset of a configuration.
+
+    Args:
+        data: with a path.
+        seed: of the order.
+
+    Raises:
+        UserError: a dataset cannot be read or holds too little, a blend has the same data twice, or the folder of the
+            cache cannot be written.
+    """
+    shared = None if data.cache_path is None else IndexCache(data.cache_path)
+    content = cache(fingerprint)
+    indexed = cache(IndexedDataset)
+
+    def samples_of(name: str) -> Samples | None:
+        streams: dict[tuple[str, str], int] = {}
+        datasets: list[TokenDataset] = []
+        phases = []
+        for first, blend in _phases(data, name):
+            drawn: dict[int, float] = {}
+            for part in _with_share(data, name, blend):
+                source = indexed(part.path)  # says what is wrong with the path
+                stream = (content(part.path), part.split)
+                if stream not in streams:
+                    options = (name, part.split, data.sequence_length, seed, shared, content(part.path))
+                    datasets.append(open_part(source, *options))
+                    streams[stream] = len(datasets) - 1
+                if streams[stream] in drawn:
+                    raise UserError(f"{part.path} has the same data as another dataset of its blend: leave one out")
+                drawn[streams[stream]] = part.weight
+            if not drawn and first:
+                raise UserError(
+                    f"the phase from sample {first} on in data.phases leaves nothing to train on; give the first part "
+                    "of data.split, or of the split of one of its datasets, a weight"
+                )
+            phases.append(Phase(first, list(drawn), list(drawn.values())))
+        if not phases[0].datasets:
+            return None
+        return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, phases)
+
+    samples = {name: opened for name in NAMES if (opened := samples_of(name)) is not None}
+    return Mixture(samples, ",".join(_digests(data, seed, content)))
+
+
+def same_past(stored: str, current: str, samples: int) -> bool:
+    """Whether two fingerprints say that the same first `samples` samples come in the same order.
+
+    A phase that begins there or later lies in the future, and may be added, changed or left out.
+    """
+
+    def past(value: str) -> list[str]:
+        first, *later = value.split(",")
+        return [first, *(entry for entry in later if int(entry.partition(":")[0]) < samples)]
+
+    return past(stored) == past(current)
+
+
+def _phases(data: DataConfig, name: str) -> list[tuple[int, Blend]]:
+    if name == "train":
+        return [(0, data.path), *((phase.first_sample, phase.path) for phase in data.phases)]
+    return [(0, (data.valid_path if name == "valid" else data.test_path) or data.path)]
+
+
+def _with_share(data: DataConfig, name: str, blend: Blend) -> Iterator[BlendPart]:
+    """The parts of a blend that a split has documents of, each with the split that applies to it."""
+    for part in parts_of(blend):
+        split = part.split or data.split
+        if name in parse_split(split):
+            yield BlendPart(part.path, part.weight, split)
+
+
+def _digests(data: DataConfig, seed: int, content) -> Iterator[str]:
+    """For each training phase a digest of its blend, after `first_sample:` unless that is 0."""
+    for first, blend in _phases(data, "train"):
+        parts = list(_with_share(data, "train", blend))
+        orders = [f"{content(part.path)}/{part.split}" for part in parts]
+        if len(parts) > 1:
+            shares = Interleave([part.weight for part in parts]).shares
+            orders = [f"{order}/{share}" for order, share in zip(orders, shares, strict=True)]
+        order = "\n".join(orders) + f"/{data.sequence_length}/{seed}"
+        digest = hashlib.sha256(order.encode()).hexdigest()
+        yield f"{first}:{digest}" if first else digest
