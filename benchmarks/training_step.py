@@ -25,7 +25,7 @@ from megatron_ponder.config import Config, read_config
 from megatron_ponder.launch import Launch, discover, process_group
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.objective import Objective
@@ -65,8 +65,8 @@ class Step:
         self.flops = 6 * (blocks * slots + model.head.weight.numel()) * BATCH * LENGTH
 
     def __call__(self) -> None:
-        pruning = self._engine.objective.model.pruning(hard=False)
-        self._engine.forward_backward(self._tokens, REFINEMENTS, pruning, 0.0, 1 / (BATCH * LENGTH))
+        pruning = self._engine.pruning(hard=False)
+        self._engine.forward_backward([self._tokens], REFINEMENTS, pruning, 0.0, 1 / (BATCH * LENGTH))
         self._engine.step(1e-4)
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with process_group(Launch(port=discover().port)) as device:
         torch.set_num_threads(arguments.threads)
-        mesh = Mesh(device=device)
+        mesh = build_mesh(device, tensor=1, pipeline=1, data=1)
         if arguments.memory:
             step = Step(arguments.memory, mesh)
             for _ in range(3):
@@ -118,7 +118,7 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = 4 * 2 * 2048**3 / median["product"]
     table = Table(title=f"2048³ fp32 product: {rate / 1e9:.0f} GFLOP/s on {arguments.threads} threads")
-    for heading in ("case", "step [s]", "floor / measured", f"over {arguments.cases[0]}", "peak memory [GB]"):
+    for heading in ("case", "seconds a step", "floor / measured", f"over {arguments.cases[0]}", "peak memory, GB"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case, step in steps.items():
         over = statistics.median(x / y for x, y in zip(times[case], times[arguments.cases[0]], strict=True))

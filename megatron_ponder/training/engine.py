@@ -68,7 +68,10 @@ class _ModelParallelUnit:
 
 
 class Engine:
-    """A model, or this rank's part of it, under DeepSpeed."""
+    """A model, or this rank's part of it, under DeepSpeed.
+
+    DeepSpeed remembers one grid of ranks in a process: of several engines the last one's.
+    """
 
     def __init__(self, objective: Objective, config: Config, mesh: Mesh) -> None:
         """Hand the module to DeepSpeed, which casts it to the training precision and partitions it.
@@ -321,6 +324,7 @@ def deepspeed_config(config: Config, data_size: int) -> dict:
         # under a pipeline gradients must go into the fp32 ones at once, since nobody tells DeepSpeed of micro-batches
         "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": pipelined},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # else sums over data ranks would be rounded to bf16 again
         "zero_optimization": {
             "stage": stage,
             # its buffer for them would be as large as a bucket, in every step anew under a pipeline
