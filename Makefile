@@ -39,6 +39,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/soft_mask.py
 	$(BIN)/python benchmarks/pipeline_schedule.py
 	$(BIN)/python benchmarks/communication.py
+	$(BIN)/python benchmarks/peak_memory.py
+	$(BIN)/python benchmarks/checkpoint_save.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
