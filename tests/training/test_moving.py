@@ -67,7 +67,7 @@ def run_pairs(corpus, folder: Path, pairs: list[tuple[str, str]]) -> Path:
         for ranks in {layout.ranks for layout in LAYOUTS.values()}:
             commands = [own for name, own in runs.items() if LAYOUTS[name.split("-")[-1]].ranks == ranks]
             if commands:
-                run_distributed(train_in_turn, ranks, commands, time_limit=900)
+                run_distributed(train_in_turn, ranks, commands, time_limit=1800)
     return folder
 
 
