@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.parallel.collectives import copy_to_ranks, gather_from_ranks
+from megatron_ponder.parallel.collectives import copy_to_ranks
 from megatron_ponder.parallel.layers import (
     ColumnParallelLinear,
     LayerNorm,
@@ -69,13 +69,6 @@ def labels() -> Tensor:
     return torch.tensor([[0, VOCAB // 2 - 1, VOCAB // 2, VOCAB - 1, 3], [9, 9, 0, 1, 12]])
 
 
-def gather(axis: Axis) -> dict[str, Part]:
-    x = part(random(3, OUT), axis, -1)
-    y = gather_from_ranks(x, axis)
-    (y * random(3, OUT, seed=1)).sum().backward()
-    return {"y": Part(y.detach()), "grad x": Part(x.grad, -1)}
-
-
 def copy(axis: Axis) -> dict[str, Part]:
     x = part(random(3, OUT), axis, None)
     y = copy_to_ranks(x, axis) * part(random(OUT, 3, seed=1).T, axis, None).detach()
@@ -93,7 +86,6 @@ CASES = {
     "embedding": lambda a: evaluate(VocabParallelEmbedding(VOCAB, OUT, a, normal(1)), labels(), None, None, a),
     "rms norm": lambda a: evaluate(RMSNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),
     "layer norm": lambda a: evaluate(LayerNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),
-    "gather": gather,
     "copy": copy,
     "cross-entropy": lambda a: cross_entropy(a, torch.float64, 3),
     "cross-entropy, fp32": lambda a: cross_entropy(a, torch.float32, 3),
