@@ -63,9 +63,9 @@ class BlendedDataset:
         dataset = phase.datasets[source]
         return dataset, self._before[number][dataset] + before
 
-    def drawn(self, samples: int) -> list[int]:
-        """How many of the first `samples` samples are of each dataset."""
-        return self._drawn(self._phase(samples), samples)
+    def streams(self, samples: int) -> list[tuple[TokenDataset, int]]:
+        """The datasets, each with how many of the first `samples` samples are of it."""
+        return list(zip(self.datasets, self._drawn(self._phase(samples), samples), strict=True))
 
     def __getitem__(self, position: int) -> np.ndarray:
         """int64 (S + 1,): the sample at a position."""
@@ -74,9 +74,9 @@ class BlendedDataset:
 
     def prepare(self, position: int) -> None:
         """Have the order around a position ready before processes that read are started."""
-        self.locate(position)
-        drawn = self.drawn(position)
-        for dataset in self.phases[self._phase(position)].datasets:
+        number = self._phase(position)
+        drawn = self._drawn(number, position)
+        for dataset in self.phases[number].datasets:
             self.datasets[dataset].prepare(drawn[dataset])
 
     def _phase(self, position: int) -> int:

@@ -57,6 +57,10 @@ class TokenDataset:
         ]
         return np.concatenate(pieces, dtype=np.int64)
 
+    def streams(self, samples: int) -> list[tuple["TokenDataset", int]]:
+        """The datasets that the first `samples` samples are of, with how many of each: here this one alone."""
+        return [(self, samples)]
+
     def prepare(self, position: int) -> None:
         """Have the order of the epoch of a position ready before processes that read are started."""
         self.index.prepare(position // self.samples_per_epoch)

@@ -67,6 +67,7 @@ class IndexCache:
                         self._write(path, description, build())
                 else:
                     self._wait(path)
+        self._tidy(path)
         return arrays
 
     def path(self, description: str) -> Path:
@@ -127,6 +128,15 @@ class IndexCache:
                 claim.unlink(missing_ok=True)
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _tidy(self, path: Path) -> None:
+        """Remove the claim of a process that was killed between the last two steps, on which nobody waits any more."""
+        claim = _claim_path(path)
+        try:
+            if _is_gone(claim.read_text()):
+                claim.unlink(missing_ok=True)
+        except OSError:
+            pass  # there is none, or the folder is only for reading
 
     def _write(self, path: Path, description: str, arrays: Sequence[np.ndarray]) -> None:
         for left_over in self.folder.glob(f"{path.name}.*.partial"):

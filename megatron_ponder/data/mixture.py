@@ -88,6 +88,25 @@ def open_mixture(data: DataConfig, seed: int) -> Mixture:
     return Mixture(samples, ",".join(_digests(data, seed, content)))
 
 
+def build_ahead(mixture: Mixture, samples: dict[str, int]) -> Iterator[tuple[str, TokenDataset, int]]:
+    """Build in the cache what reading the first samples of each split will need.
+
+    Args:
+        samples: how many, by split; those that are absent are not built.
+
+    Yields:
+        A split, one of its datasets, and how many epochs of that are now built.
+    """
+    for name, count in samples.items():
+        if name not in mixture.samples:
+            continue
+        for dataset, drawn in mixture.samples[name].streams(count):
+            epochs = -(-drawn // dataset.samples_per_epoch)
+            for epoch in range(epochs):
+                dataset.index.prepare(epoch)
+            yield name, dataset, epochs
+
+
 def same_past(stored: str, current: str, samples: int) -> bool:
     """Whether two fingerprints say that the same first `samples` samples come in the same order.
 
