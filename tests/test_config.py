@@ -276,11 +276,16 @@ def test_wrong_types(key, value, got):
         ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[12,0]"}, "must be 2 numbers from 1 up"),
         ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[]"}, "must be 2 numbers from 1 up"),
         ({"parallel__pipeline_layers": "[4,4,4]"}, "set parallel.pipeline to 3 or leave parallel.pipeline_layers out"),
+        (
+            {"parallel__pipeline": 2, "parallel__pipeline_schedule": "zero_bubble"},
+            "parallel.pipeline_schedule zero_bubble adds up gradients in the type of the weights",
+        ),
         ({"parallel__pipeline_schedule": "zero_bubble"}, "zero_bubble needs parallel.pipeline of at least 2; leave"),
         (
             {
                 "parallel__pipeline": 2,
                 "parallel__pipeline_schedule": "zero_bubble",
+                "training__precision": "fp32",
                 "training__recompute": "block",
             },
             "training.recompute block saves nothing with parallel.pipeline_schedule zero_bubble, which keeps all that "
@@ -348,7 +353,12 @@ def test_contradictions_are_refused(overrides, said):
         {"parallel__tensor": 12, "model__ffn_hidden_size": 2304},
         {"parallel__tensor": 2, "parallel__sequence_parallel": "true", "model__num_kv_heads": 2},
         {"parallel__tensor": 2, "parallel__zero_stage": 3, "model__tie_embeddings": "true"},
-        {"parallel__pipeline": 12, "parallel__pipeline_schedule": "zero_bubble", "parallel__zero_stage": 0},
+        {
+            "parallel__pipeline": 12,
+            "parallel__pipeline_schedule": "zero_bubble",
+            "parallel__zero_stage": 0,
+            "training__precision": "fp32",
+        },
         {"parallel__pipeline": 3, "parallel__pipeline_layers": "[1,10,1]"},
         {"parallel__offload_optimizer": "cpu", "parallel__offload_pin_memory": "true"},
         {
@@ -421,7 +431,7 @@ def layout(tensor=1, pipeline=1, global_batch=256, micro_batch=8, **others) -> C
     config = Config(
         model=ModelConfig(ffn_hidden_size=2304),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, **others),
-        training=TrainingConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
+        training=TrainingConfig(global_batch_size=global_batch, micro_batch_size=micro_batch, precision="fp32"),
     )
     return validate(resolve(config))
 
@@ -483,6 +493,7 @@ def test_following_what_is_said_leads_to_a_layout_that_works(tensor, pipeline, b
         "parallel.pipeline_schedule": "zero_bubble" if zero_bubble and pipeline > 1 else "1f1b",
         "training.global_batch_size": batch[0],
         "training.micro_batch_size": batch[1],
+        "training.precision": "fp32",
     }
     arguments["model.ffn_hidden_size"] = 2304
     said = []
