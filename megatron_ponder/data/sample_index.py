@@ -10,8 +10,8 @@ from megatron_ponder.errors import UserError
 
 DOCUMENT_STREAM, SAMPLE_STREAM = 0, 1
 EPOCHS_KEPT = 2
-DOCUMENTS_AT_ONCE = 1 << 15
-SAMPLES_AT_ONCE = 1 << 16
+DOCUMENTS_AT_ONCE = 1 << 14
+SAMPLES_AT_ONCE = 1 << 14
 
 
 class Piece(NamedTuple):
@@ -149,22 +149,29 @@ def sample_beginnings(
     beginnings = np.empty((count, 2), _index_dtype(max(len(order), int(document_lengths.max()))))
     done = 0
     for place in range(0, len(order), DOCUMENTS_AT_ONCE):
-        lengths = document_lengths[order[place : place + DOCUMENTS_AT_ONCE]]
-        ends = np.cumsum(lengths, dtype=np.int64)
+        # `clip` spares a check: all numbers in an order are of documents.
+        lengths = document_lengths.take(order[place : place + DOCUMENTS_AT_ONCE], mode="clip")
+        ends = lengths.astype(np.int64)
+        np.cumsum(ends, out=ends)
         ends += done
         first, done = -(-done // sequence_length), int(ends[-1])
         # The first sample that begins at or after the end of each document, so that the document of sample j is the
         # number of entries up to j.
-        following = (ends + (sequence_length - 1)) // sequence_length
+        following = ends + (sequence_length - 1)
+        following //= sequence_length
         stop = min(int(following[-1]), count)
         for low in range(first, stop, SAMPLES_AT_ONCE):
             high = min(low + SAMPLES_AT_ONCE, stop)
             inside = slice(*np.searchsorted(following, (low, high)))
-            documents = np.cumsum(np.bincount(following[inside] - low, minlength=high - low))
+            documents = np.bincount(following[inside] - low, minlength=high - low)
+            np.cumsum(documents, out=documents)
             documents += inside.start
-            tokens = np.arange(low * sequence_length, high * sequence_length, sequence_length)
-            beginnings[low:high, 0] = documents + place
-            beginnings[low:high, 1] = tokens - ends[documents] + lengths[documents]
+            offsets = np.arange(low * sequence_length, high * sequence_length, sequence_length)
+            offsets -= ends[documents]
+            offsets += lengths[documents]
+            documents += place
+            beginnings[low:high, 0] = documents
+            beginnings[low:high, 1] = offsets
     beginnings[0] = 0  # the very first document, though it may be empty
     return beginnings
 
