@@ -37,8 +37,8 @@ def main() -> None:
     from megatron_ponder.launch import discover
 
     launch = discover()
-    # The address that ranks meet at tells one start of them from another; a rank alone has nobody to tell.
-    name = f"{launch.address}-{launch.port}" if launch.world_size > 1 else ""
+    # The address that ranks meet at tells one start of them from another.
+    team = Team(launch.rank, launch.world_size, f"{launch.address}-{launch.port}") if launch.world_size > 1 else None
     report = preprocess(
         arguments.input,
         arguments.output_prefix,
@@ -46,7 +46,7 @@ def main() -> None:
         workers=arguments.workers,
         append_eod=arguments.append_eod,
         key=arguments.key,
-        team=Team(launch.rank, launch.world_size, name),
+        team=team,
     )
     if report is not None:
         print(report)

@@ -151,6 +151,25 @@ class IndexedDataset:
             raise _damaged(idx_path, "has documents that do not follow one another")
         return starts[self.document_indices]
 
+    def check_index(self) -> None:
+        """Check every entry of the index, block by block and so in little memory.
+
+        Raises:
+            UserError: sequences or documents do not follow one another.
+        """
+        _, idx_path = dataset_paths(self.prefix)
+        expected = at = last = 0
+        for lengths in blocks_of_array(self.sequence_lengths):
+            ends = expected + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            starts = np.concatenate(([expected], ends[:-1]))
+            if lengths.min() < 0 or np.any(starts != self.sequence_offsets[at : at + len(lengths)]):
+                raise _damaged(idx_path, "has sequences that do not follow one another")
+            expected, at = int(ends[-1]), at + len(lengths)
+        for indices in blocks_of_array(self.document_indices):
+            if indices[0] < last or np.any(np.diff(indices) < 0):
+                raise _damaged(idx_path, "has documents that do not follow one another")
+            last = int(indices[-1])
+
     def token_range(self) -> tuple[int, int]:
         """The smallest and the largest token id of all; reads the whole dataset."""
         block = 1 << 24

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -17,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,12 +49,12 @@ class Team:
     Attributes:
         rank: of this process, below `size`.
         size: number of ranks.
-        name: the same for all of them, and another for ranks started at another time.
+        name: the same for all of them, and another for ranks started at another time; drawn if there is one rank.
     """
 
     rank: int = 0
     size: int = 1
-    name: str = ""
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 class Chunk(NamedTuple):
@@ -119,7 +120,7 @@ def preprocess(
     workers: int = 1,
     append_eod: bool = True,
     key: str = "text",
-    team: Team = Team(),
+    team: Team | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> PreprocessingReport | None:
     """Write `{output_prefix}_{key}_document.bin`, `.idx` and `.json` (the manifest).
@@ -134,7 +135,7 @@ def preprocess(
         tokenizer_path: see `load_tokenizer`.
         workers: processes that tokenise; 1 does it in this one.
         append_eod: end each document with the tokenizer's end token.
-        team: which of the ranks this is; all must be given the same arguments.
+        team: which of the ranks this is, unless it is alone; all must be given the same arguments.
         shard_bytes: input per shard, where it can be cut; without influence on the result.
 
     Returns:
@@ -147,6 +148,7 @@ def preprocess(
     started = time.perf_counter()
     if workers < 1:
         raise UserError(f"--workers is {workers}: set it to 1 or more")
+    team = team or Team()
     tokenizer = load_tokenizer(tokenizer_path)
     prefix = Path(f"{output_prefix}_{key}_document")
     work = Path(f"{prefix}.shards")
@@ -157,12 +159,11 @@ def preprocess(
     make_folder(work)
     if team.size > 1:
         _attendance(work, team, team.rank).touch()
-    reused = {shard for shard in shards if shard.finished}
     try:
         _tokenise(_order(shards, team), tokenizer, append_eod, key, workers, team, shards)
         if team.rank > 0:
             return None
-        report = _join(shards, reused, prefix, tokenizer, started)
+        report = _join(shards, team, prefix, tokenizer, started)
     except BaseException:
         with contextlib.suppress(OSError):
             work.rmdir()  # only where there is nothing in it to go on from
@@ -200,7 +201,7 @@ def _tokenise(
                         writer.discard()
                     writer = ShardWriter(chunk.shard, dtype)
                 if encoded is None:
-                    writer.finish(chunk.tally.skipped)
+                    writer.finish(chunk.tally.skipped, team.name)
                     documents += writer.streams.num_documents
                     writer = None
                     continue
@@ -305,17 +306,20 @@ def _result(chunk: Chunk, future: Future[Encoded] | None) -> tuple[Chunk, Encode
 
 
 def _join(
-    shards: Sequence[Shard], reused: set[Shard], prefix: Path, tokenizer: Tokenizer, started: float
+    shards: Sequence[Shard], team: Team, prefix: Path, tokenizer: Tokenizer, started: float
 ) -> PreprocessingReport:
     """Make the dataset of its finished shards."""
     skipped: Counter[str] = Counter()
-    text_bytes = new_text_bytes = 0
+    text_bytes = new_text_bytes = reused = 0
     with IndexedDatasetWriter(prefix, dtype_for_vocabulary(tokenizer.vocab_size)) as writer:
         for shard in shards:
             report = append_shard(writer.streams, shard)
             skipped.update(report.skipped)
             text_bytes += report.text_bytes
-            new_text_bytes += 0 if shard in reused else report.text_bytes
+            if report.run == team.name:
+                new_text_bytes += report.text_bytes
+            else:
+                reused += 1
         documents = writer.streams.num_documents
         if documents == 0:
             for shard in shards:
@@ -340,7 +344,7 @@ def _join(
         text_bytes=text_bytes,
         new_text_bytes=new_text_bytes,
         shards=len(shards),
-        reused_shards=len(reused),
+        reused_shards=reused,
         skipped=skipped,
         seconds=time.perf_counter() - started,
     )
@@ -356,4 +360,8 @@ def _clear(work: Path, team: Team) -> None:
     end = time.monotonic() + (SECONDS_FOR_LATE_RANKS if team.size > 1 else 0)
     while time.monotonic() < end and not all(_attendance(work, team, rank).exists() for rank in range(team.size)):
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    shutil.rmtree(work, ignore_errors=True)
+    # At once, so that a rank that still writes there finds no half of it.
+    removed = work.with_name(f"{work.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    work.rename(removed)
+    shutil.rmtree(removed)

@@ -5,11 +5,11 @@ input ranges with sizes and times of change, tokenizer and options. Such a folde
 is whole. Whoever finds it need not ask who wrote it, and when an input changes nobody finds it.
 """
 
+import errno
 import hashlib
 import json
-import os
+import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -50,6 +50,7 @@ class Shard:
 class ShardReport:
     """Attributes:
     tokens_sha256: of the tokens of the shard, in hex.
+    run: name of the run that wrote it.
     """
 
     documents: int
@@ -57,6 +58,7 @@ class ShardReport:
     text_bytes: int
     skipped: dict[str, int]
     tokens_sha256: str
+    run: str
 
 
 def make_shards(ranges: Iterable[InputRange], shard_bytes: int, work: Path, options: str) -> list[Shard]:
@@ -90,12 +92,12 @@ class ShardWriter:
     def __init__(self, shard: Shard, dtype: np.dtype):
         self.shard = shard
         self.text_bytes = 0
-        self._aside = shard.folder.with_name(f"{shard.folder.name}.{socket.gethostname()}.{os.getpid()}.partial")
-        shutil.rmtree(self._aside, ignore_errors=True)
+        # Drawn, because process ids are not unique among machines, nor host names among containers.
+        self._aside = shard.folder.with_name(f"{shard.folder.name}.{secrets.token_hex(8)}.partial")
         self._aside.mkdir()
         self.streams = TokenStreams(*_stream_paths(self._aside), dtype)
 
-    def finish(self, skipped: Counter[str]) -> None:
+    def finish(self, skipped: Counter[str], run: str) -> None:
         """Make the shard durable and give it its name, unless another process was faster."""
         self.streams.sync()
         self.streams.close()
@@ -105,6 +107,7 @@ class ShardWriter:
             self.text_bytes,
             dict(sorted(skipped.items())),
             self.streams.digest.hexdigest(),
+            run,
         )
         with open(_report_path(self._aside), "wb") as file:
             file.write(json.dumps(asdict(report)).encode())
@@ -113,9 +116,9 @@ class ShardWriter:
         try:
             self._aside.rename(self.shard.folder)
             sync_folder(self.shard.folder.parent)
-        except OSError:
+        except OSError as error:
             self.discard()
-            if not self.shard.finished:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
 
     def discard(self) -> None:

@@ -1,0 +1,120 @@
+"""Whatever happens to the bytes of a dataset: a message that names the file, never a crash or other tokens."""
+
+import itertools
+import struct
+
+import numpy as np
+import pytest
+
+from megatron_ponder.data.indexed_dataset import HEADER, IndexedDataset, IndexedDatasetWriter, dataset_paths
+from megatron_ponder.data.inspection import verify
+from megatron_ponder.data.manifest import Manifest, check_vocabulary, fingerprint, manifest_path, write_manifest
+from megatron_ponder.errors import UserError
+
+DOCUMENTS = [[1, 2, 3], [], [4], [5, 6]]
+INDEX_BYTES = HEADER.size + 12 * 4 + 8 * 5
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    prefix = tmp_path / "small"
+    with IndexedDatasetWriter(prefix, np.dtype("<u2")) as writer:
+        for document in DOCUMENTS:
+            writer.add_document(document)
+    sums = {"bin_sha256": writer.bin_sha256, "idx_sha256": writer.idx_sha256, "fingerprint": fingerprint(prefix)}
+    write_manifest(prefix, Manifest("ab" * 32, vocab_size=7, eod_id=2, documents=4, tokens=6, text_bytes=9, **sums))
+    return prefix
+
+
+def open_for_training(prefix):
+    """What a run does before it takes the first sample."""
+    dataset = IndexedDataset(prefix)
+    check_vocabulary(prefix, 7)
+    fingerprint(prefix)
+    return [dataset.read_document(number).tolist() for number in range(dataset.num_documents)]
+
+
+def changes(content):
+    for place in range(len(content)):
+        for value in {content[place] ^ bit for bit in (1, 2, 0x80, 0xFF)} | {0, 255}:
+            if value != content[place]:
+                yield place, content[:place] + bytes([value]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_every_changed_byte_is_found(prefix, suffix):
+    assert open_for_training(prefix) == DOCUMENTS
+    path = prefix.with_suffix(suffix)
+    whole = path.read_bytes()
+    assert len(whole) == (INDEX_BYTES if suffix == ".idx" else 12)
+    for place, changed in changes(whole):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=r"small\.(idx|bin) "):
+            open_for_training(prefix)
+        with pytest.raises(UserError, match=r"small\.(idx|bin) "):
+            verify(prefix, None)
+        assert place < len(whole)
+    path.write_bytes(whole)
+    assert open_for_training(prefix) == DOCUMENTS
+
+
+def test_every_region_overwritten_and_every_length(prefix):
+    for path in dataset_paths(prefix):
+        whole = path.read_bytes()
+        for start in range(0, len(whole), 3):
+            for stop in range(start + 1, len(whole) + 1, 5):
+                for filler in (b"\0", b"\xff"):
+                    changed = whole[:start] + filler * (stop - start) + whole[stop:]
+                    if changed != whole:
+                        path.write_bytes(changed)
+                        with pytest.raises(UserError, match=r"small\.(idx|bin) "):
+                            open_for_training(prefix)
+            path.write_bytes(whole[:start])
+            with pytest.raises(UserError, match=r"small\.(idx|bin) "):
+                open_for_training(prefix)
+        path.write_bytes(whole)
+
+
+def test_without_checksums_what_contradicts_itself_is_found(prefix):
+    """A dataset of another program has none. Then lengths and offsets guard each other, and reading stays inside."""
+    manifest_path(prefix).unlink()
+    _, idx_path = dataset_paths(prefix)
+    whole = idx_path.read_bytes()
+    lengths_and_offsets = range(HEADER.size, HEADER.size + 12 * 4)
+    found = []
+    for place, changed in changes(whole):
+        idx_path.write_bytes(changed)
+        try:
+            documents = open_for_training(prefix)
+        except UserError as error:
+            found.append(str(error))
+        else:
+            assert place not in lengths_and_offsets
+            assert list(itertools.chain(*documents)) == [1, 2, 3, 4, 5, 6]  # at worst, documents end elsewhere
+    assert len(found) > 500
+    assert all("small.idx " in message or "small.bin " in message for message in found)
+
+
+def test_reading_one_sequence_checks_its_entry(prefix):
+    _, idx_path = dataset_paths(prefix)
+    content = bytearray(idx_path.read_bytes())
+    struct.pack_into("<i", content, HEADER.size, 1 << 30)
+    idx_path.write_bytes(content)
+    with pytest.raises(UserError, match=r"small\.idx has sequences that do not follow"):
+        IndexedDataset(prefix).read(0)
+
+
+def test_negative_ids_are_refused(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "data", np.dtype("<i2")) as writer:
+        writer.add_document([1, -3])
+    with pytest.raises(UserError, match=r"data\.bin has the token id -3"):
+        check_vocabulary(tmp_path / "data", 10)
+    with pytest.raises(UserError, match=r"data\.bin has the id -3 as token 1:"):
+        verify(tmp_path / "data", None)
+
+
+def test_verification_names_the_token(prefix):
+    manifest_path(prefix).unlink()
+    with pytest.raises(UserError, match=r"small\.bin has the id 6 as token 5, which is not below 6"):
+        verify(prefix, 6)
+    assert "checksums: none, because there is no manifest" in verify(prefix, 7)
