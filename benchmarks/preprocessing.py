@@ -1,0 +1,154 @@
+"""Preprocessing against a loop of the usual kind: `Pool.imap` per document into megatron-core's dataset builder.
+
+    python benchmarks/preprocessing.py [--megabytes 20] [--workers 2] [--rounds 1] [--memory 10 40]
+
+The corpus is the sources of Python's standard library, repeated as JSON Lines to the size asked for, with a tokenizer
+trained on them. Both ways use the same tokenizer and number of worker processes, take turns, and must write the same
+bytes; medians are printed. Without megatron-core the baseline is left out. The share inside the tokenizer is measured
+in one process. Peak memory is that of a process which preprocesses a corpus of each of the sizes of `--memory`.
+"""
+
+import argparse
+import filecmp
+import functools
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ponder.data import preprocessing
+from megatron_ponder.data.indexed_dataset import dataset_paths, dtype_for_vocabulary
+from megatron_ponder.data.preprocessing import preprocess
+from megatron_ponder.data.tokenizer import load_tokenizer
+from megatron_ponder.data.tokenizer_training import train_tokenizer
+
+MEMORY_SCRIPT = """
+import resource, sys
+from megatron_ponder.data.preprocessing import preprocess
+if __name__ == "__main__":
+    preprocess([sys.argv[1]], sys.argv[2], sys.argv[3])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def write_corpus(path: Path, size: int) -> None:
+    """At least `size` bytes of text as JSON Lines."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    written = 0
+    with path.open("w") as file:
+        while written < size:
+            for source in files:
+                try:
+                    text = source.read_bytes().decode()
+                except UnicodeDecodeError:
+                    continue
+                if text:
+                    file.write(json.dumps({"text": text}) + "\n")
+                    written += len(text)
+                if written >= size:
+                    break
+
+
+def encode_line(tokenizer_path: Path, line: str) -> list[int]:
+    """What a worker of the baseline does with a document."""
+    tokenizer = preprocessing._worker_tokenizer(tokenizer_path)
+    return [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eod_id]
+
+
+def baseline(corpus: Path, prefix: Path, tokenizer_path: Path, workers: int) -> None:
+    """One document at a time through a pool into megatron-core's builder."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    dtype = dtype_for_vocabulary(load_tokenizer(tokenizer_path).vocab_size)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype.type)
+    with corpus.open() as file, multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for ids in pool.imap(functools.partial(encode_line, tokenizer_path), file, 32):
+            builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def tokenizer_share(corpus: Path, folder: Path, tokenizer_path: Path) -> float:
+    """Share of the time of one process that passes inside the tokenizer."""
+    tokenizer = preprocessing._worker_tokenizer(load_tokenizer(tokenizer_path).path)
+    encode, inside = tokenizer.encode, 0.0
+
+    def timed(text: str) -> list[int]:
+        nonlocal inside
+        begun = time.perf_counter()
+        ids = encode(text)
+        inside += time.perf_counter() - begun
+        return ids
+
+    tokenizer.encode = timed
+    whole = seconds(lambda: preprocess([corpus], folder / "share", tokenizer_path))
+    del tokenizer.encode
+    return inside / whole
+
+
+def peak_memory(corpus: Path, folder: Path, tokenizer_path: Path) -> int:
+    """Bytes that a process needs at most to preprocess a corpus."""
+    command = [sys.executable, "-c", MEMORY_SCRIPT, corpus, folder / "memory", tokenizer_path]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) << 10
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=20, help="text to preprocess")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--memory", type=int, nargs="*", default=[10, 40], help="megabytes to measure memory with")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = folder / "corpus.jsonl"
+        write_corpus(corpus, 4_000_000)
+        tokenizer = train_tokenizer([corpus], folder / "tokenizer", 4096).path
+        write_corpus(corpus, arguments.megabytes * 1_000_000)
+        compare(corpus, folder, tokenizer, arguments)
+        print(f"inside the tokenizer: {100 * tokenizer_share(corpus, folder, tokenizer):.1f} % of one process")
+        for size in arguments.memory:
+            write_corpus(corpus, size * 1_000_000)
+            print(f"peak memory with {size} MB: {peak_memory(corpus, folder, tokenizer) / 1e6:.0f} MB")
+
+
+def compare(corpus: Path, folder: Path, tokenizer: Path, arguments: argparse.Namespace) -> None:
+    """Print the time of both ways, in turns, and check that they write the same."""
+    try:
+        import megatron.core.datasets.indexed_dataset  # noqa: F401 - importing it is not what is measured
+    except ImportError:
+        print("megatron-core is not installed: no baseline")
+        ways = {}
+    else:
+        ways = {"Pool.imap": lambda: baseline(corpus, folder / "theirs", tokenizer, arguments.workers)}
+    ways["preprocess"] = lambda: preprocess([corpus], folder / "ours", tokenizer, arguments.workers)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(way))
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{name}: {median:.1f} s, {arguments.megabytes / median:.2f} MB/s with {arguments.workers} workers")
+    if "Pool.imap" in times:
+        ours, theirs = dataset_paths(folder / "ours_text_document"), dataset_paths(folder / "theirs")
+        same = all(filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True))
+        ratio = statistics.median(b / a for a, b in zip(times["preprocess"], times["Pool.imap"], strict=True))
+        print(f"{ratio:.2f} times as fast; the files are {'the same' if same else 'DIFFERENT'}")
+
+
+if __name__ == "__main__":
+    main()
