@@ -29,11 +29,13 @@ from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 
 MEMORY_SCRIPT = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from megatron_ponder.data.preprocessing import preprocess
 if __name__ == "__main__":
     preprocess([sys.argv[1]], sys.argv[2], sys.argv[3])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # The kernel's other figure, ru_maxrss, is at least that of the process which started this one.
+    print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
