@@ -41,6 +41,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/peak_memory.py
 	$(BIN)/python benchmarks/checkpoint_save.py
+	$(BIN)/python benchmarks/preprocessing.py
+	$(BIN)/python benchmarks/sample_index.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
