@@ -17,8 +17,6 @@ import re
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_ponder.config import Config, read_config
@@ -106,9 +104,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    table = Table(title=f"Peak memory of a rank, sequences of {args.length}")
-    for heading in ("layout", "pipeline rank", "measured MiB", "expected MiB", "measured / expected"):
-        table.add_column(heading, justify="left" if heading == "layout" else "right")
+    print(f"{'layout':<28}{'pipeline rank':>14}{'measured MiB':>14}{'expected MiB':>14}{'measured / expected':>21}")
     for name in args.cases:
         ranks, _ = CASES[name]
         launch = LaunchConfig(
@@ -120,10 +116,8 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for place, peak in sorted(peaks.items()):
             expected = memory_estimate(Rank(config, data, place, device)).total
-            table.add_row(
-                name, f"{place}", f"{peak / 2**20:,.0f}", f"{expected / 2**20:,.0f}", f"{peak / expected:.2f}"
-            )
-    Console().print(table)
+            sizes = f"{peak / 2**20:>14,.0f}{expected / 2**20:>14,.0f}{peak / expected:>21.2f}"
+            print(f"{name:<28}{place:>14}{sizes}", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class _Stage(PipelineStage):
 
     def __init__(self, *args, outbox: _Outbox, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._outbox = outbox
+        self.outbox = outbox
 
     def _prepare_forward_infra(self, *args, **kwargs):
         result = super()._prepare_forward_infra(*args, **kwargs)
@@ -67,7 +67,7 @@ class _Stage(PipelineStage):
         return result
 
     def clear_runtime_states(self) -> None:
-        self._outbox.wait()
+        self.outbox.wait()
         super().clear_runtime_states()
 
     def get_fwd_recv_ops(self, chunk: int) -> list[P2POp]:
@@ -80,13 +80,13 @@ class _Stage(PipelineStage):
         return super().get_bwd_recv_ops(chunk)
 
     def get_fwd_send_ops(self, chunk: int) -> list[P2POp]:
-        self._outbox.send(super().get_fwd_send_ops(chunk))
+        self.outbox.send(super().get_fwd_send_ops(chunk))
         if not self.has_backward:
             del self.fwd_cache[chunk]
         return []  # nothing is left to send
 
     def get_bwd_send_ops(self, chunk: int) -> list[P2POp]:
-        self._outbox.send(super().get_bwd_send_ops(chunk))
+        self.outbox.send(super().get_bwd_send_ops(chunk))
         return []
 
     def forward_one_chunk(self, chunk: int, *args, **kwargs):
@@ -126,8 +126,8 @@ def build_schedule(
     """The schedule of one rank; all ranks of the ring build theirs with the same arguments but for `rounds`.
 
     Args:
-        rounds: what this rank runs in each round; called with the packed tensor received (the first stage of all with
-            `first_input`) and with the keyword arguments of the step.
+        rounds: what this rank runs in each round, which may return no view; called with the packed tensor received (the
+            first stage of all with `first_input`) and with the keyword arguments of the step.
         carried: numbers in the packed tensor between consecutive stages, one fewer than there are stages.
         first_input: a tensor like a micro-batch's.
         last_output: a tensor like what the last stage returns.
@@ -158,6 +158,16 @@ def build_schedule(
     ]
     schedule = ScheduleInterleaved1F1B if kind == "1f1b" or not grad else ScheduleInterleavedZeroBubble
     return schedule(stages, micro_batches, loss_fn=loss_function, scale_grads=False)
+
+
+def run_step(schedule: PipelineScheduleMulti, *args: Tensor, **kwargs: Tensor) -> Tensor | None:
+    """One step of a schedule that `build_schedule` has made, until all is sent that the other ranks wait for.
+
+    Arguments and result are those of the schedule's `step`.
+    """
+    result = schedule.step(*args, **kwargs)
+    schedule._stages[0].outbox.wait()
+    return result
 
 
 def pack(x: Tensor, log_w: Tensor | None) -> Tensor:

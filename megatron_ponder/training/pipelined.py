@@ -9,7 +9,7 @@ from megatron_ponder.model.ponder import PonderOutput
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule
+from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule, run_step
 from megatron_ponder.training.objective import Objective
 
 
@@ -52,7 +52,7 @@ class PipelinedObjective:
         schedule = self._schedule(micro_batches, refinements, pruning, training=True)
         tokens = torch.cat(list(micro_batches))
         last = {"target": tokens} if self._objective.model.part.last else {}
-        schedule.step(*([tokens] if self._objective.model.part.first else []), tokens=tokens, **last)
+        run_step(schedule, *([tokens] if self._objective.model.part.first else []), tokens=tokens, **last)
         return self._share(sum(sums.sum(0) for sums in self._sums) if self._sums else None)
 
     @torch.no_grad()
@@ -68,7 +68,7 @@ class PipelinedObjective:
             full += [full[0]] * (ranks - len(group))
             schedule = self._schedule(full, refinements, pruning, training=False)
             tokens = torch.cat(full)
-            sums = schedule.step(*([tokens] if part.first else []), tokens=tokens)
+            sums = run_step(schedule, *([tokens] if part.first else []), tokens=tokens)
             if part.last:
                 counted = [sums[index * size :][: len(tokens)].sum(0) for index, tokens in enumerate(group)]
                 total = sum(counted) if total is None else total + sum(counted)

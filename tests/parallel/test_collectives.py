@@ -55,23 +55,3 @@ def test_a_single_process_agrees_with_itself():
         together(fail)
     with pytest.raises(ZeroDivisionError):  # a bug is not for users
         together(lambda: 1 / 0)
-
-
-def neighbours(mesh: Mesh) -> dict[str, list[int]]:
-    """Global ranks along each axis."""
-    axes = {name: getattr(mesh, name) for name in ("tensor", "data", "pipeline")}
-    groups = {name: dist.get_process_group_ranks(axis.group) for name, axis in axes.items()}
-    for name, axis in axes.items():
-        assert groups[name][axis.rank] == dist.get_rank()
-        assert len(groups[name]) == axis.size
-    return groups
-
-
-@pytest.mark.slow
-def test_tensor_ranks_are_neighbours():
-    assert run_distributed(neighbours, 4, tensor=2) == [
-        {"tensor": [0, 1], "data": [0, 2], "pipeline": [0]},
-        {"tensor": [0, 1], "data": [1, 3], "pipeline": [1]},
-        {"tensor": [2, 3], "data": [0, 2], "pipeline": [2]},
-        {"tensor": [2, 3], "data": [1, 3], "pipeline": [3]},
-    ]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ponder.parallel.mesh import Axis, Mesh
-from megatron_ponder.parallel.pipeline import build_schedule, pack, packed_size, unpack
+from megatron_ponder.parallel.pipeline import build_schedule, pack, packed_size, run_step, unpack
 from tests.distributed import run_distributed
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -135,8 +134,7 @@ def ring(axis: Axis, kind: str, micro_batches: int) -> dict:
         part.zero_grad()
         tokens = data(micro_batches, step)
         last = {"target": tokens} if axis.rank == axis.size - 1 else {}
-        schedule.step(*([tokens] if axis.rank == 0 else []), tokens=tokens, **last)
-        dist.barrier(axis.group)  # sends end with the schedule that posted them; in training a collective follows, too
+        run_step(schedule, *([tokens] if axis.rank == 0 else []), tokens=tokens, **last)
         gradients.append(part.weight.grad.clone())
         held += sum(
             getattr(info, "buffer", None) is not None
