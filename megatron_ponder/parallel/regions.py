@@ -79,12 +79,7 @@ class _SumAndSplitTokens(torch.autograd.Function):
         return _gather(grad, ctx.axis, ctx.tokens), None, None
 
 
-class _RepeatTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis, tokens: int) -> Tensor:
-        ctx.axis, ctx.tokens = axis, tokens
-        return _gather(x, axis, tokens)
-
+class _RepeatTokens(_GatherTokens):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         return _shares(grad, ctx.axis, ctx.tokens)[ctx.axis.rank], None, None
