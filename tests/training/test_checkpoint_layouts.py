@@ -280,16 +280,19 @@ def test_an_exception_in_training_does_not_lose_the_save_under_way(tmp_path):
 
 
 KILLED = """
-import sys, time, torch
+import os, sys, time, torch
 from pathlib import Path
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpoint as saving
 from tests.runs import alone
 from tests.training.test_checkpoint_layouts import StandIn, config_for
 
+def say(line):
+    os.write(1, line)  # whole: print writes a line and its end apart, and two threads speak here
+
 def stall(folder, name, tensors):
     (folder / name).write_bytes(b"half")
-    print("writing", flush=True)
+    say(b"writing\\n")
     time.sleep(100)
 
 with alone():
@@ -298,7 +301,7 @@ with alone():
         checkpointer.finish()
         saving.write_tensors = stall
         checkpointer.save(StandIn(0), 2, samples=16)
-        print("training", flush=True)
+        say(b"training\\n")
         checkpointer.finish()
 """
 
