@@ -5,7 +5,9 @@
 The corpus is the sources of Python's standard library, repeated as JSON Lines to the size asked for, with a tokenizer
 trained on them. Both ways use the same tokenizer and number of worker processes, take turns, and must write the same
 bytes; medians are printed. Without megatron-core the baseline is left out. The share inside the tokenizer is measured
-in one process. Peak memory is that of a process which preprocesses a corpus of each of the sizes of `--memory`.
+in one process, from text to ids: it counts the tokenizer and what is kept of its results. How many parts of the text
+were looked up there is printed too, and the speed of both on text that does not repeat itself. Peak memory is that of a
+process which preprocesses a corpus of each of the sizes of `--memory`.
 """
 
 import argparse
@@ -25,7 +27,10 @@ from pathlib import Path
 from megatron_ponder.data import preprocessing
 from megatron_ponder.data.indexed_dataset import dataset_paths, dtype_for_vocabulary
 from megatron_ponder.data.preprocessing import preprocess
-from megatron_ponder.data.tokenizer import load_tokenizer
+from megatron_ponder.data.segment_cache import CachedEncoder
+from megatron_ponder.data.segments import cut_segments
+from megatron_ponder.data.text_files import Segment
+from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 
 MEMORY_SCRIPT = """
@@ -57,9 +62,15 @@ def write_corpus(path: Path, size: int) -> None:
                     break
 
 
+@functools.lru_cache(maxsize=1)
+def plain_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a worker of the baseline."""
+    return load_tokenizer(path)
+
+
 def encode_line(tokenizer_path: Path, line: str) -> list[int]:
     """What a worker of the baseline does with a document."""
-    tokenizer = preprocessing._worker_tokenizer(tokenizer_path)
+    tokenizer = plain_tokenizer(tokenizer_path)
     return [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eod_id]
 
 
@@ -83,22 +94,39 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def tokenizer_share(corpus: Path, folder: Path, tokenizer_path: Path) -> float:
-    """Share of the time of one process that passes inside the tokenizer."""
-    tokenizer = preprocessing._worker_tokenizer(load_tokenizer(tokenizer_path).path)
-    encode, inside = tokenizer.encode, 0.0
+def tokenizer_share(corpus: Path, folder: Path, tokenizer_path: Path) -> tuple[float, float]:
+    """Of one process: the share of its time from text to token ids, and the share of the text's parts looked up."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    encoder = preprocessing._worker_encoder(tokenizer.path, dtype_for_vocabulary(tokenizer.vocab_size))
+    encode, inside, parts = encoder.encode, 0.0, 0
 
-    def timed(text: str) -> list[int]:
+    def timed(text: str) -> bytes:
         nonlocal inside
         begun = time.perf_counter()
         ids = encode(text)
         inside += time.perf_counter() - begun
         return ids
 
-    tokenizer.encode = timed
+    encoder.encode = timed
     whole = seconds(lambda: preprocess([corpus], folder / "share", tokenizer_path))
-    del tokenizer.encode
-    return inside / whole
+    del encoder.encode
+    with corpus.open() as file:
+        parts = sum(len(tokenizer.separable.findall(json.loads(line)["text"])) for line in file)
+    return inside / whole, 1 - encoder.misses / parts
+
+
+def encoding_speeds(corpus: Path, tokenizer_path: Path) -> dict[str, float]:
+    """Text without repetition per second of one process, in MB, of the tokenizer alone and with what is kept."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    encoder = CachedEncoder(tokenizer, dtype_for_vocabulary(tokenizer.vocab_size))
+    with corpus.open() as file:
+        documents = (Segment(json.loads(line)["text"], ends_document=True) for line in file)
+        texts = list(dict.fromkeys(segment.text for segment in cut_segments(documents, may_cut=True)))
+    size = sum(map(len, texts)) / 1e6
+    ways = {"tokenizer alone": tokenizer.encode, "new text": encoder.encode, "text seen before": encoder.encode}
+    return {
+        name: size / seconds(lambda encode=encode: [encode(text) for text in texts]) for name, encode in ways.items()
+    }
 
 
 def peak_memory(corpus: Path, folder: Path, tokenizer_path: Path) -> int:
@@ -122,7 +150,11 @@ def main() -> None:
         tokenizer = train_tokenizer([corpus], folder / "tokenizer", 4096).path
         write_corpus(corpus, arguments.megabytes * 1_000_000)
         compare(corpus, folder, tokenizer, arguments)
-        print(f"inside the tokenizer: {100 * tokenizer_share(corpus, folder, tokenizer):.1f} % of one process")
+        share, hits = tokenizer_share(corpus, folder, tokenizer)
+        print(f"inside the tokenizer: {100 * share:.1f} % of one process; {100 * hits:.1f} % of the parts looked up")
+        write_corpus(corpus, min(20, arguments.megabytes) * 1_000_000)
+        for name, speed in encoding_speeds(corpus, tokenizer).items():
+            print(f"encoding, {name}: {speed:.2f} MB/s of one process")
         for size in arguments.memory:
             write_corpus(corpus, size * 1_000_000)
             print(f"peak memory with {size} MB: {peak_memory(corpus, folder, tokenizer) / 1e6:.0f} MB")

@@ -29,6 +29,7 @@ from megatron_ponder.data.corpus import cut_inputs, describe_skipped, no_documen
 from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter, dtype_for_vocabulary
 from megatron_ponder.data.manifest import Manifest, fingerprint, write_manifest
 from megatron_ponder.data.progress import ThroughputDisplay
+from megatron_ponder.data.segment_cache import CachedEncoder
 from megatron_ponder.data.segments import cut_segments, cuts_at_word_ends, group_chunks
 from megatron_ponder.data.shards import Shard, ShardWriter, append_shard, make_shards
 from megatron_ponder.data.text_files import Segment, Tally
@@ -254,27 +255,28 @@ def _exit_with_parent() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_tokenizer(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
+def _worker_encoder(path: Path, dtype: np.dtype) -> CachedEncoder:
+    return CachedEncoder(load_tokenizer(path), dtype)
 
 
 def _encode(tokenizer_path: Path, append_eod: bool, dtype: np.dtype, segments: list[Segment]) -> Encoded:
-    tokenizer = _worker_tokenizer(tokenizer_path)
-    tokens: list[int] = []
+    encoder = _worker_encoder(tokenizer_path, dtype)
+    end = np.array([encoder.tokenizer.eod_id], dtype).tobytes() if append_eod else b""
+    parts: list[bytes] = []
     counts: list[int] = []
-    text_bytes = before = 0
+    text_bytes = size = 0
     for segment in segments:
-        tokens += tokenizer.encode(segment.text)
+        parts.append(encoder.encode(segment.text))
+        size += len(parts[-1])
         text_bytes += len(segment.text) if segment.text.isascii() else len(segment.text.encode())
         if segment.ends_document:
-            if append_eod:
-                tokens.append(tokenizer.eod_id)
-            counts.append(len(tokens) - before)
-            before = len(tokens)
+            parts.append(end)
+            counts.append((size + len(end)) // dtype.itemsize)
+            size = 0
     unfinished = not segments[-1].ends_document
     if unfinished:
-        counts.append(len(tokens) - before)
-    return Encoded(np.array(tokens, dtype), np.array(counts, np.int64), unfinished, text_bytes)
+        counts.append(size // dtype.itemsize)
+    return Encoded(np.frombuffer(b"".join(parts), dtype), np.array(counts, np.int64), unfinished, text_bytes)
 
 
 def _in_order(

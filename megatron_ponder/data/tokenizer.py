@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 import tokenizers
 
+from megatron_ponder.data.separable_parts import separable_parts
 from megatron_ponder.errors import UserError
 
 # SentencePiece writes a space as this character, and so cannot tell the two apart in text.
@@ -23,6 +26,8 @@ class Tokenizer(Protocol):
         vocab_size: one more than the largest id.
         eod_id: the token that ends a document.
         bos_id: the token that begins one, where the tokenizer has such a token.
+        separable: its matches, one after another, make up any text, and encoded by themselves give the ids of the
+            whole; None if no such pattern is known.
     """
 
     path: Path
@@ -30,6 +35,9 @@ class Tokenizer(Protocol):
     vocab_size: int
     eod_id: int
     bos_id: int | None
+
+    @property
+    def separable(self) -> re.Pattern[str] | None: ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone: none are added, and text that looks like a special token stays text."""
@@ -70,6 +78,10 @@ class SentencePieceTokenizer:
             ids += self._processor.encode(part)
         return ids
 
+    @cached_property
+    def separable(self) -> re.Pattern[str] | None:
+        return separable_parts(self._processor.serialized_model_proto())
+
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
@@ -81,6 +93,8 @@ class SentencePieceTokenizer:
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` file, with the names of its special tokens in `tokenizer_config.json` beside it."""
+
+    separable = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
