@@ -15,6 +15,7 @@ class PonderLMCache(Cache):
         lengths: int64 (B,), slots in the cache.
         positions: int64 (B,), RoPE position of the next token.
         ended: bool (B,), whether the last token ended its document.
+        outputs: (B, H), fused hidden state of the last token, 0 before the first; None in an empty cache.
     """
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
@@ -23,6 +24,7 @@ class PonderLMCache(Cache):
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.lengths)
         self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.outputs: Tensor | None = None
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._rows = self._places = self.lengths
@@ -58,9 +60,10 @@ class PonderLMCache(Cache):
     def _write(self, store: list[Tensor], new: Tensor, layer_idx: int) -> Tensor:
         if self._width > store[layer_idx].shape[2]:  # doubling keeps the copying linear in the length
             store[layer_idx] = torch.cat([store[layer_idx], torch.zeros_like(store[layer_idx])], 2)
-        store[layer_idx][self._rows, :, self._places] = new[:, :, 0]
+        rows, places = self._rows.to(new.device), self._places.to(new.device)  # layers may be on several devices
+        store[layer_idx][rows, :, places] = new[:, :, 0]
         stored = store[layer_idx][:, :, : self._width]
-        return stored if len(self._rows) == len(stored) else stored[self._rows]
+        return stored if len(rows) == len(stored) else stored[rows]
 
     def begin_token(self, rows_R: Tensor) -> None:
         """Forget the document that the last token of a row ended: it is not visible any more, and positions restart."""
@@ -69,8 +72,11 @@ class PonderLMCache(Cache):
         self.positions[fresh] = 0
         self.ended[fresh] = False
 
-    def end_token(self, rows_R: Tensor, executed_R: Tensor, ended_R: Tensor | None) -> None:
+    def end_token(self, rows_R: Tensor, executed_R: Tensor, fused_RH: Tensor, ended_R: Tensor | None) -> None:
         """Count a token that these rows have run; the others had padding."""
+        if self.outputs is None:
+            self.outputs = fused_RH.new_zeros(len(self.lengths), fused_RH.shape[1])
+        self.outputs[rows_R] = fused_RH
         column = torch.zeros_like(self.lengths)
         column[rows_R] = executed_R
         self.executed_steps = torch.cat([self.executed_steps, column.unsqueeze(1)], 1)
@@ -86,6 +92,7 @@ class PonderLMCache(Cache):
         """Keep these rows, in this order."""
         self.executed_steps = self.executed_steps[indices]
         self.lengths, self.positions, self.ended = self.lengths[indices], self.positions[indices], self.ended[indices]
+        self.outputs = None if self.outputs is None else self.outputs[indices]
         self._keys = [keys[indices] for keys in self._keys]
         self._values = [values[indices] for values in self._values]
 

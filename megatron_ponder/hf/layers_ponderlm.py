@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
@@ -72,6 +73,30 @@ def fold(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, log_w_BT: Tensor) -> tu
     return q, k, F.pad(v_BNTD, (0, FOLDED_CHANNELS))
 
 
+def eager_attention(
+    q_BNSD: Tensor, k_BMTD: Tensor, v_BMTD: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """What PyTorch's `scaled_dot_product_attention` computes, written out; M key-value heads serve N query heads."""
+    groups = q_BNSD.shape[1] // k_BMTD.shape[1]
+    k, v = k_BMTD.repeat_interleave(groups, 1), v_BMTD.repeat_interleave(groups, 1)
+    logits = q_BNSD @ k.transpose(2, 3) * scale
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(-1, dtype=wide).to(v.dtype) @ v
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that computes in fp32 or better, whatever the type of its weights and of autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class ResidualLinear(nn.Linear):
     """A linear layer whose output is added to the residual stream, for which it starts smaller in deeper models."""
 
@@ -81,7 +106,7 @@ class PonderLMAttention(nn.Module):
 
     def __init__(self, config: PonderLMConfig, layer_idx: int) -> None:
         super().__init__()
-        self.layer_idx, self.head_size = layer_idx, config.head_size
+        self.config, self.layer_idx, self.head_size = config, layer_idx, config.head_size
         kv_heads = config.num_key_value_heads if config.is_llama else config.num_attention_heads
         bias = not config.is_llama
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
@@ -107,15 +132,14 @@ class PonderLMAttention(nn.Module):
             q, k, v = fold(q, k, v, log_w_BT)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=cache is None and mask is None,
-            scale=self.head_size**-0.5,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        is_causal, scale = cache is None and mask is None, self.head_size**-0.5
+        if self.config._attn_implementation == "eager":
+            y = eager_attention(q, k, v, mask, is_causal, scale)
+        else:
+            gqa = q.shape[1] != k.shape[1]
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa
+            )
         return self.o_proj(y[..., : self.head_size].transpose(1, 2).flatten(2))
 
 
@@ -135,7 +159,7 @@ class PonderLMMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class PonderLMDecoderLayer(nn.Module):
+class PonderLMDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward on the residual stream, each after a norm."""
 
     def __init__(self, config: PonderLMConfig, layer_idx: int) -> None:

@@ -24,12 +24,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
-from .layers_ponderlm import PonderLMModel, ResidualLinear
+from .layers_ponderlm import PonderLMModel, ResidualLinear, WideLinear
 
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
 DEAD = -1e4
 # Initial bias of an untrained router for the last step.
 ROUTER_INITIAL_BIAS = 2.0
+ATTENTION = ("sdpa", "eager")
+# What other models take and this one does not, and what to do instead.
+REFUSED = {
+    "inputs_embeds": "give input_ids",
+    "position_ids": "leave it out: positions follow from attention_mask and config.ponder_eod_id",
+    "output_hidden_states": "register a forward hook on model.model, which runs once for every pass",
+    "output_attentions": "leave it out",
+}
 
 
 @dataclass
@@ -57,7 +65,7 @@ class Routing(NamedTuple):
     executed: Tensor
 
 
-class RouterOutput(nn.Linear):
+class RouterOutput(WideLinear):
     """The layer that gives the router's logits; it starts without a preference among tokens."""
 
 
@@ -67,14 +75,11 @@ class PonderLMRouter(nn.Module):
     def __init__(self, config: PonderLMConfig) -> None:
         super().__init__()
         width, options = config.ponder_router_hidden_size, config.ponder_max_steps + 1
-        self.hidden = nn.Linear(config.hidden_size, width) if width else None
+        self.hidden = WideLinear(config.hidden_size, width) if width else None
         self.output = RouterOutput(width or config.hidden_size, options)
 
     def forward(self, h: Tensor) -> Tensor:
-        h = h.to(torch.promote_types(h.dtype, torch.float32))
-        if self.hidden is not None:
-            h = F.gelu(F.linear(h, self.hidden.weight.to(h.dtype), self.hidden.bias.to(h.dtype)))
-        return F.linear(h, self.output.weight.to(h.dtype), self.output.bias.to(h.dtype))
+        return self.output(h if self.hidden is None else F.gelu(self.hidden(h)))
 
 
 class PonderLMPreTrainedModel(PreTrainedModel):
@@ -82,7 +87,8 @@ class PonderLMPreTrainedModel(PreTrainedModel):
 
     config_class = PonderLMConfig
     base_model_prefix = "model"
-    _no_split_modules = ("PonderLMDecoderLayer",)
+    _no_split_modules = ["PonderLMDecoderLayer"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _is_stateful = True  # tokens cannot be taken back, so that there is no assisted generation
 
@@ -107,6 +113,11 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: PonderLMConfig) -> None:
+        if config._attn_implementation not in (None, *ATTENTION):
+            raise ValueError(
+                f"attn_implementation is {config._attn_implementation}; PonderLM has eager, and sdpa, which runs "
+                "PyTorch's own flash-attention on GPUs"
+            )
         super().__init__(config)
         self.model = PonderLMModel(config)
         self.router = PonderLMRouter(config) if config.ponder_mode == "adaptive" else None
@@ -127,19 +138,21 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: PonderLMCache | None = None,
         labels: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = False,
         logits_to_keep: int = 0,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         **kwargs,
     ) -> PonderLMOutput:
         """Next-token logits.
 
         Without a cache, all tokens are evaluated in parallel by growth passes, `config.ponder_jacobi_iterations`
         refinements and a final pass. With a cache, tokens run one by one after those in the cache, without gradients.
+        At padding, the output is that of the last token before it, so that what follows the last column follows the
+        text on whichever side it is padded.
 
         Args:
             input_ids: int64 (B, L).
@@ -148,14 +161,23 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             labels: int64 (B, L), the input ids, with -100 where there is no loss; shifted here.
             use_cache: run token by token and return a cache.
             logits_to_keep: compute logits of the last so many tokens only; 0 for all.
-            return_dict: return a `PonderLMOutput` rather than a tuple.
+            return_dict: return a `PonderLMOutput` rather than a tuple; `config.return_dict` unless given.
             kwargs: for the loss function.
+
+        Raises:
+            ValueError: for arguments that do not fit together, or that this model does not take.
         """
-        tokens = input_ids.shape[1]
-        present = None if attention_mask is None else attention_mask[:, -tokens:].bool()
-        if present is not None and bool(present.all()):
-            present = None
-        if use_cache or past_key_values is not None:
+        for name, remedy in REFUSED.items():
+            given = kwargs.pop(name, None)
+            if given is not None and given is not False:
+                raise ValueError(f"PonderLM does not take {name}; {remedy}")
+        if input_ids is None:
+            raise ValueError("PonderLM needs input_ids")
+        use_cache = use_cache or past_key_values is not None
+        if use_cache and labels is not None and self.training:
+            raise ValueError("with a cache there are no gradients; train with use_cache=False and no past_key_values")
+        present = self._present(input_ids, attention_mask, past_key_values)
+        if use_cache:
             cache = past_key_values if past_key_values is not None else PonderLMCache(len(input_ids), input_ids.device)
             fused, executed = self._run_tokens(input_ids, present, cache)
         else:
@@ -166,12 +188,36 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = PonderLMOutput(loss=loss, logits=logits, past_key_values=cache, executed_steps=executed)
-        return output if return_dict else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _present(self, ids_BL: Tensor, mask: Tensor | None, cache: PonderLMCache | None) -> Tensor | None:
+        """Which of these tokens are no padding, bool (B, L); None if all are."""
+        batch, tokens, seen = *ids_BL.shape, 0
+        if cache is not None:
+            if not isinstance(cache, PonderLMCache):
+                raise ValueError(
+                    f"past_key_values is a {type(cache).__name__}, which has one entry a token; leave it out, or give "
+                    "the past_key_values of an earlier output of this model"
+                )
+            if len(cache.lengths) != batch:
+                raise ValueError(f"past_key_values has {len(cache.lengths)} sequences, but input_ids {batch}")
+            seen = cache.get_seq_length()
+        if mask is None:
+            return None
+        if mask.dim() != 2 or len(mask) != batch or mask.shape[1] not in (tokens, seen + tokens):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; it must be ({batch}, {seen + tokens}), 0 at padding"
+            )
+        present = mask[:, -tokens:].bool()
+        return None if bool(present.all()) else present
 
     def _run_passes(self, ids_BL: Tensor, present_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Growth passes, Jacobi refinements and the final pass: fused hidden states (B, L, H), K̂ (B, L)."""
         steps, refinements = self.config.ponder_steps, self.config.ponder_jacobi_iterations
-        positions, documents = document_layout(ids_BL, present_BL, self.config.ponder_eod_id)
+        eod_id = self.config.ponder_eod_id
+        ends_padded = present_BL is not None and not bool((present_BL[:, 1:] > present_BL[:, :-1]).any())
+        # Nothing looks at padding that only follows, so that attention may be plainly causal, which is faster.
+        positions, documents = document_layout(ids_BL, None if ends_padded and eod_id is None else present_BL, eod_id)
         tokens_BLSH = self.model.embed(ids_BL).unsqueeze(2)
         inputs, log_w = tokens_BLSH, None
         # Pass i = 0, 1, .. runs i + 1 slots of every token, up to K + 1.
@@ -188,7 +234,11 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
                 inputs = torch.cat([tokens_BLSH, hidden[:, :, : following - 1]], 2)
                 log_w = None if routing.log_w is None else routing.log_w[:, :, :following]
         fused = (routing.fusion.to(hidden.dtype).unsqueeze(-2) @ hidden).squeeze(-2)
-        return fused, routing.executed if present_BL is None else routing.executed * present_BL
+        if present_BL is None:
+            return fused, routing.executed
+        columns = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        last = torch.where(present_BL, columns, 0).cummax(1).values
+        return fused.gather(1, last.unsqueeze(2).expand_as(fused)), routing.executed * present_BL
 
     @torch.no_grad()
     def _run_tokens(self, ids_BL: Tensor, present_BL: Tensor | None, cache: PonderLMCache) -> tuple[Tensor, Tensor]:
@@ -200,11 +250,12 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             present_B = torch.ones_like(ids_B) if present_BL is None else present_BL[:, index]
             rows = present_B.nonzero().squeeze(1)
             cache.begin_token(rows)
-            executed = rows.new_zeros(0)
+            fused, executed = embedded_BLH[rows, index], rows.new_zeros(0)
             if len(rows):
-                fused_BLH[rows, index], executed = self._run_token(embedded_BLH[rows, index], rows, cache)
+                fused, executed = self._run_token(fused, rows, cache)
             eod_id = self.config.ponder_eod_id
-            cache.end_token(rows, executed, None if eod_id is None else ids_B[rows] == eod_id)
+            cache.end_token(rows, executed, fused, None if eod_id is None else ids_B[rows] == eod_id)
+            fused_BLH[:, index] = cache.outputs
         return fused_BLH, cache.executed_steps[:, seen:]
 
     def _run_token(self, x_RH: Tensor, rows_R: Tensor, cache: PonderLMCache) -> tuple[Tensor, Tensor]:

@@ -100,11 +100,13 @@ def _config(path: Path, tokenizer: Tokenizer, max_length: int) -> dict:
         "unk_token": getattr(converted.model, "unk_token", None),
         "bos_token": None if tokenizer.bos_id is None else converted.id_to_token(tokenizer.bos_id),
         "eos_token": converted.id_to_token(tokenizer.eod_id),
+        "pad_token": converted.id_to_token(tokenizer.eod_id),
     }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{role: name for role, name in special.items() if name is not None},
         "model_max_length": max_length,
+        "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         # As in training: "</s>" in a text is text, not the end of a document.

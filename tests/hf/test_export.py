@@ -2,9 +2,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from megatron_ponder.config import Config
@@ -14,8 +16,10 @@ from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from tests.hf.exported import weights_of
 from tests.models import random_tokens, small_config, small_model
 
+INSTALLED = str(Path(transformers.__file__).parents[1])
 LOAD = """
 import json, sys
+sys.path.insert(0, sys.argv[2])  # isolated from all settings, but with the version of transformers under test
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +41,51 @@ print(json.dumps({
 """
 
 
+USE = """
+import json, logging, sys, warnings
+sys.path.insert(0, sys.argv[2])
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging as transformers_logging
+
+messages = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: messages.append(record.getMessage())
+transformers_logging.get_logger("transformers").addHandler(handler)
+folder = sys.argv[1]
+load = {"trust_remote_code": True}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    generator = pipeline("text-generation", model=folder, device="cpu", **load)
+    texts = ["def main():", "import"]
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    single = [generator(text, **options)[0]["generated_text"] for text in texts]
+    batch = [row[0]["generated_text"] for row in generator(texts, batch_size=2, **options)]
+    sampled = generator(texts[0], max_new_tokens=4, do_sample=True, num_return_sequences=3)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    ids = tokenizer(texts[0], return_tensors="pt")
+    models = {
+        "plain": AutoModelForCausalLM.from_pretrained(folder, **load),
+        "placed": AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **load),
+        "auto": AutoModelForCausalLM.from_pretrained(folder, device_map="auto", dtype="auto", **load),
+        "eager": AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **load),
+        "half": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **load),
+    }
+    models["plain"].save_pretrained(sys.argv[3], max_shard_size="200KB")
+    tokenizer.save_pretrained(sys.argv[3])
+    models["again"] = AutoModelForCausalLM.from_pretrained(sys.argv[3], **load)
+    text = AutoTokenizer.from_pretrained(sys.argv[3], **load).decode(models["again"].generate(**ids)[0])
+    logits = {name: model(**ids).logits.float() for name, model in models.items()}
+print(json.dumps({
+    "single": single, "batch": batch, "sampled": len(sampled), "text": text,
+    "dtypes": {name: str(model.dtype) for name, model in models.items()},
+    "errors": {name: float((got - logits["plain"]).norm() / logits["plain"].norm()) for name, got in logits.items()},
+    "messages": [*messages, *(str(item.message) for item in caught)],
+}))
+"""
+
+
 @pytest.fixture
 def offline(tmp_path):
     """Environment in which transformers loads nothing from the network and keeps its copies to itself."""
@@ -52,7 +101,11 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
     folder = tmp_path / "exported"
     export(weights_of(model), config, sentencepiece_model, folder)
     done = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD, str(folder)], cwd=tmp_path, env=offline, capture_output=True, text=True
+        [sys.executable, "-I", "-c", LOAD, str(folder), INSTALLED],
+        cwd=tmp_path,
+        env=offline,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout.splitlines()[-1])
@@ -72,6 +125,42 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
     assert got["executed"] == exact.routing.executed[0].tolist()
     assert len(set(got["executed"])) > 1
     assert got["text"].startswith("def main():")
+
+
+def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
+    """Pipelines, placement, types, saving again: with the export's own code and no network, and without warnings."""
+    pytest.importorskip("accelerate")  # which transformers needs to place a model
+    options = {"model__vocab_size": 1024, "ponder__threshold": 0.3}
+    folder = tmp_path / "exported"
+    export(
+        weights_of(small_model(router_scale=4.0, **options)),
+        small_config(**options),
+        sentencepiece_model,
+        folder,
+        max_shard_size="200KB",
+    )
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", USE, str(folder), INSTALLED, str(tmp_path / "again")],
+        cwd=tmp_path,
+        env=offline,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["single"] == got["batch"]
+    assert all(got["single"])
+    assert got["sampled"] == 3
+    assert got["text"].startswith("def main():" + got["single"][0])
+    assert got["dtypes"].pop("half") == "torch.bfloat16"
+    assert set(got["dtypes"].values()) == {"torch.float32"}
+    assert 1e-4 < got["errors"].pop("half") < 0.3
+    assert max(got["errors"].values()) < 1e-5
+    expected = (tmp_path / "exported" / "modeling_ponderlm.py").read_bytes()
+    assert (tmp_path / "again" / "modeling_ponderlm.py").read_bytes() == expected
+    unwanted = [text for text in got["messages"] if "model-agnostic default" not in text]
+    assert unwanted == []
 
 
 def test_bfloat16_in_several_files(tmp_path):
