@@ -29,8 +29,17 @@ DEAD = -1e4
 class LayerCache(Protocol):
     """Where one layer keeps the keys and values of executed slots."""
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one slot of each sequence, (B, 1, heads, width), and return all stored ones, (B, T, heads, width)."""
+    def attend(self, q_BTNE: Tensor, k_BTME: Tensor, v_BTMD: Tensor, scale: float) -> Tensor:
+        """Store the slots being run and attend from each to those of its sequence up to itself.
+
+        Args:
+            q_BTNE, k_BTME: queries and keys, with the folded channels.
+            v_BTMD: values, without.
+            scale: factor on the logits.
+
+        Returns:
+            (B, T, N, D).
+        """
 
 
 class Slots(NamedTuple):
@@ -130,7 +139,7 @@ class Attention(ShardedModule):
         Args:
             x_BTH: normed inputs in the residual stream.
             slots: what they are.
-            cache: keys and values of earlier slots; then T is 1 and log w is needed.
+            cache: keys and values of earlier slots; then log w is needed.
 
         Returns:
             (B, kept slots, H) in the residual stream.
@@ -142,9 +151,10 @@ class Attention(ShardedModule):
         else:
             q = rotate(q, slots.angles, query_channels(q, self.head_size))
             k = rotate(k, slots.angles, key_channels(slots.log_w_BT, self.head_size, k.dtype))
-            v = F.pad(v, (0, FOLDED_CHANNELS))
         if cache is not None:
-            k, v = cache.append(k, v)
-        y = attend(q, k, v, self.head_size**-0.5, slots.mask, causal=cache is None)
+            y = cache.attend(q, k, v, self.head_size**-0.5)
+        else:
+            v = v if slots.log_w_BT is None else F.pad(v, (0, FOLDED_CHANNELS))
+            y = attend(q, k, v, self.head_size**-0.5, slots.mask, causal=True)
         y = slots.keep(y[..., : self.head_size].flatten(2), slots.tokens)
         return self.o_proj(y, slots.tokens)

@@ -234,23 +234,24 @@ class PonderLM(nn.Module):
         weights = fusion_weights(routing, pruning).to(hidden_BLSH.dtype)
         return (weights.unsqueeze(-2) @ hidden_BLSH).squeeze(-2)
 
-    def run_slot(self, inputs_BH: Tensor, positions_B: Tensor, log_w_B: Tensor, caches: Sequence[LayerCache]) -> Tensor:
-        """Run one slot of each sequence against its cached slots, as sequential decoding does.
+    def run_slots(self, x_TH: Tensor, positions_T: Tensor, log_w_T: Tensor, caches: Sequence[LayerCache]) -> Tensor:
+        """Run slots of any sequences through this part's blocks, against the slots that their caches hold.
 
         Args:
-            inputs_BH: c · E[x] of a token slot or the hidden state of the slot before a latent one.
-            positions_B: int64, the RoPE position of the slot's token.
-            log_w_B: log weight of the slot as a key.
-            caches: one for each layer.
+            x_TH: the residual stream that enters: in the first part c · E[x] of a token slot, or the hidden state of
+                the slot before a latent one.
+            positions_T: int64, the RoPE position of each slot's token.
+            log_w_T: log weight of each slot as a key.
+            caches: one for each block; they know which slot is of which sequence.
 
         Returns:
-            (B, H), the hidden state of the slot.
+            (T, H), the residual stream that leaves; in the last part the hidden states of the slots.
         """
         config = self.model_config
         rotated = int(config.head_size * config.rotary_fraction)
-        angles = rotation(positions_B.unsqueeze(1), rotated, config.rope_theta, inputs_BH.dtype)
-        slots = Slots(1, angles, log_w_B.unsqueeze(1))
-        return self.transformer(inputs_BH.unsqueeze(1), slots, caches=caches).squeeze(1)
+        angles = rotation(positions_T.unsqueeze(0), rotated, config.rope_theta, x_TH.dtype)
+        slots = Slots(len(x_TH), angles, log_w_T.unsqueeze(0))
+        return self.transformer(x_TH.unsqueeze(0), slots, caches=caches).squeeze(0)
 
 
 def _settled(before: PassState, after: PassState, tolerance: float) -> bool:

@@ -1,0 +1,103 @@
+"""What one forward of generation runs, and what comes of it: all that travels between scheduling and the model."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+LATENT = -1
+"""In place of a token id: the slot's input is a hidden state of the forward before."""
+
+
+class Segment(NamedTuple):
+    """Slots that one forward runs of one sequence; they lie side by side in the forward and in the cache.
+
+    Attributes:
+        row: of the cache.
+        start: slots of the sequence in the cache before these.
+        count: how many slots.
+    """
+
+    row: int
+    start: int
+    count: int
+
+
+class PromptEnd(NamedTuple):
+    """Of a segment that is an iterate of a piece of prompt.
+
+    Attributes:
+        at: index of the segment's first slot in this forward.
+        count: how many slots.
+        before: index of the same slots in the forward before, if it ran exactly these; else None.
+        last_token: index of the first slot of the last token if its logits are wanted, else None.
+    """
+
+    at: int
+    count: int
+    before: int | None
+    last_token: int | None
+
+
+@dataclass
+class Forward:
+    """T slots of any sequences: first R sequences that decode, one slot each, then segments of prompts.
+
+    Attributes:
+        tokens: T token ids, `LATENT` for latent slots.
+        sources: T indices into the forward before; read where the token is `LATENT`.
+        positions: T RoPE positions.
+        log_w: T log weights as keys.
+        segments: of all slots, in their order; the first R of one slot each.
+        steps: R, which step of its token each decoding sequence runs; 0 is the token itself.
+        wanted: R, whether the logits are wanted if this slot is the last of its token.
+        routed: indices of token slots, whose routing decides K̂; of the decoding sequences' first.
+        prompts: the segments that are iterates of prompts.
+        stored: prompts to keep, before all else: a key, the row of the cache and the slots from its first on.
+        dropped: keys of prompts to keep no longer.
+        cleared: rows of the cache to empty before this forward.
+        loaded: prompts to copy into rows after that: key, row, slots.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    log_w: list[float] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    wanted: list[bool] = field(default_factory=list)
+    routed: list[int] = field(default_factory=list)
+    prompts: list[PromptEnd] = field(default_factory=list)
+    stored: list[tuple[int, int, int]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    cleared: list[int] = field(default_factory=list)
+    loaded: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, token: int, source: int, position: int, log_w: float) -> None:
+        """Append one slot."""
+        self.tokens.append(token)
+        self.sources.append(source)
+        self.positions.append(position)
+        self.log_w.append(log_w)
+
+
+@dataclass
+class Outcome:
+    """What the last part of the model says of a forward.
+
+    Attributes:
+        executed: K̂ of each routed slot's token; empty where all tokens take the same steps.
+        log_w: log weights (K + 1) as keys of each routed slot's token; empty likewise.
+        logits: (n, V) of the next token: of the wanted sequences that completed their token, in their order, then of
+            the prompts that wanted them.
+        changes: of each prompt segment, the largest change of a hidden state since the forward before relative to the
+            largest hidden state; infinite where that ran other slots.
+    """
+
+    executed: list[int]
+    log_w: list[list[float]]
+    logits: Tensor
+    changes: list[float]
