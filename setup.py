@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 # Inputs other than text and JSON Lines: Parquet, saved datasets, .zst.
 DATA = ["pyarrow>=23,<27", "datasets>=5.0,<6", "zstandard>=0.23,<0.26"]
 
+# The server of tools/serve.py.
+SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "prometheus-client>=0.22,<1", "pydantic>=2.10,<3"]
+
 setup(
     name="megatron_ponder",
     version="0.1.0",
@@ -31,8 +34,9 @@ setup(
         "protobuf>=5.26,<8",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<0.18", *DATA],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<0.18", *DATA, *SERVE],
         "data": DATA,
+        "serve": SERVE,
         "mpi": ["mpi4py>=4,<5"],
         "wandb": ["wandb>=0.19,<1"],
         "eval": ["lm-eval>=0.4.9,<0.5"],

@@ -1,0 +1,157 @@
+"""One server process: the engine in the thread that calls, the web server in another."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from megatron_ponder.errors import UserError
+from megatron_ponder.inference.engine import Engine
+from megatron_ponder.inference.server.application import Application, Limits
+from megatron_ponder.inference.server.metrics import Metrics
+from megatron_ponder.inference.server.protocol import ServedModel
+from megatron_ponder.inference.server.worker import Worker
+
+# For answers to reach their clients once the engine has ended.
+SECONDS_TO_SEND = 5
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens.
+
+    Attributes:
+        host: name or address; the default can be reached from this machine alone.
+        port: 0 for any that is free.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise UserError(f"port {self.port} does not exist; choose one from 1 to 65535")
+
+
+def listen(address: Address) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address.host, address.port), family=family)
+    except OSError as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)
+        where = f"{address.host} port {address.port}"
+        raise UserError(f"cannot listen on {where}: {reason.lower()}; choose another --port or --host") from None
+
+
+def url(listening: socket.socket) -> str:
+    """Of the server behind a socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listening.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+@contextmanager
+def web_server(application: Application, listening: socket.socket, worker: Worker) -> Iterator[None]:
+    """Answer in another thread, from before the model is loaded until everything is answered.
+
+    When the web server ends by itself, the worker is stopped; an error of its thread is raised at the end.
+    """
+    config = uvicorn.Config(
+        application,
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        http="h11",
+        loop="asyncio",
+        timeout_graceful_shutdown=SECONDS_TO_SEND,
+    )
+    server = uvicorn.Server(config)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listening])
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            worker.stop(0)
+
+    thread = threading.Thread(target=run, name="web server", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        # Longer than the server takes at most; a daemon, so that it cannot keep the process alive.
+        thread.join(2 * SECONDS_TO_SEND + 5)
+        listening.close()
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
+    """The first SIGTERM or SIGINT lets what runs finish, a second cancels it; while loading, one ends the load."""
+    received = []
+
+    def handle(number: int, frame: object) -> None:
+        if worker.state == "loading":
+            raise KeyboardInterrupt
+        worker.stop(0 if received else grace)
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if worker.state != "loading":
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(
+    load: Callable[[], tuple[Engine, ServedModel]],
+    address: Address,
+    limits: Limits,
+    most_sequences: int,
+    grace: float,
+) -> None:
+    """Serve a model until SIGTERM or SIGINT; call it in the main thread.
+
+    Args:
+        load: makes the engine; clients are told to wait meanwhile.
+        address: to listen at.
+        limits: of requests.
+        most_sequences: that run or wait at a time.
+        grace: seconds that requests have to finish, after a signal.
+
+    Raises:
+        UserError: the address cannot be had, or the model cannot be loaded.
+        RuntimeError: the engine failed; the cause is attached.
+    """
+    metrics = Metrics()
+    worker = Worker(most_sequences, metrics.observe)
+    application = Application(worker, metrics, limits)
+    listening = listen(address)
+    if limits.api_key is None and not listening.getsockname()[0].startswith(("127.", "::1")):
+        print("warning: other machines may reach this server, and it asks for no API key", file=sys.stderr)
+    with web_server(application, listening, worker), _stopped_by_signals(worker, grace):
+        engine, application.model = load()
+        print(f"serving {application.model.name} at {url(listening)}", file=sys.stderr, flush=True)
+        with engine:
+            try:
+                worker.serve(engine)
+            except Exception as error:
+                raise RuntimeError("the engine failed while it served") from error
