@@ -158,34 +158,54 @@ def test_without_the_extra(monkeypatch, capsys):
     assert "starlette.applications: pip install 'megatron_ponder[serve]'" in capsys.readouterr().err
 
 
+def patched(tmp_path: Path, patch: str) -> Path:
+    """A script that runs the tool after a patch."""
+    script = tmp_path / "patched.py"
+    start = f"sys.argv[0] = {str(TOOL)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    script.write_text(f"import runpy, sys\n{textwrap.dedent(patch)}\n{start}")
+    return script
+
+
 def test_an_engine_that_fails_ends_the_process_with_its_traceback(checkpoint, tmp_path):
-    script = tmp_path / "failing.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import runpy, sys
-            from megatron_ponder.inference.engine import Engine
+    patch = """
+        from megatron_ponder.inference.engine import Engine
 
-            step = Engine.step
+        step = Engine.step
 
-            def failing(engine):
-                if engine.usage.tokens >= 3:
-                    raise RuntimeError("out of luck")
-                step(engine)
+        def failing(engine):
+            if engine.usage.tokens >= 3:
+                raise RuntimeError("out of luck")
+            step(engine)
 
-            Engine.step = failing
-            sys.argv[0] = {str(TOOL)!r}
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            """
-        )
-    )
-    with started(script, "--checkpoint", checkpoint, "--port", 0) as server:
+        Engine.step = failing
+    """
+    with started(patched(tmp_path, patch), "--checkpoint", checkpoint, "--port", 0) as server:
         status, answer = server.answer({"max_tokens": 50, "ignore_eos": True})
         assert (status, answer["error"]["code"]) == (500, "engine_failed")
         assert server.process.wait(60) == 1
         error = server.process.stderr.read()
         assert "RuntimeError: out of luck" in error
         assert "the engine failed while it served" in error
+
+
+def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):
+    patch = """
+        import threading
+        import megatron_ponder.checkpoint.load as load
+
+        def slow(path):
+            print("loading", file=sys.stderr, flush=True)
+            threading.Event().wait(60)
+
+        load.load_model = slow
+    """
+    command = [sys.executable, patched(tmp_path, patch), "--checkpoint", checkpoint, "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, env=environment, text=True)
+    assert process.stderr.readline() == "loading\n"
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, "")
 
 
 def test_the_official_client(checkpoint):
