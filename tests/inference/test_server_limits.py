@@ -168,6 +168,20 @@ def test_the_engine_fails(served):
         assert str(server.failure) == "broken"
 
 
+def test_who_has_an_answer_gets_it_though_the_engine_fails(served):
+    with running(served) as server:
+        step = server.engine.step
+
+        def last() -> None:
+            step()
+            if server.engine.usage.tokens == 3:
+                raise RuntimeError("broken")
+
+        server.engine.step = last
+        assert server.client.post(SHORT)[0] == 200
+        server.wait(lambda: server.failure is not None)
+
+
 def test_stopping_lets_requests_finish_and_takes_no_more(served):
     gate = threading.Event()
     with running(served, gate=gate) as server:

@@ -38,7 +38,7 @@ class Limits:
     """What a client may take.
 
     Attributes:
-        seconds: for a request, from its arrival to its answer's end.
+        seconds: for the body of a request to arrive, and then for its answer, waiting included.
         body_bytes: of a request.
         api_key: that clients must send; None for none.
     """
@@ -135,8 +135,8 @@ class Application:
         # In another thread, because a long prompt takes a while to encode and streams must not wait for it.
         completion, requests = await run_in_threadpool(self._understand, body, model)
         exchange = _Exchange(self._worker, requests, completion.stream, request.receive, self._limits.seconds)
-        answer = Answer(completion, requests, model)
         try:
+            answer = Answer(completion, requests, model)
             if completion.stream:
                 first = await exchange.next()  # so that what fails at once has a status of its own
                 _refuse_cancelled(first)

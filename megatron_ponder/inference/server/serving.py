@@ -1,5 +1,6 @@
 """One server process: the engine in the thread that calls, the web server in another."""
 
+import ipaddress
 import os
 import signal
 import socket
@@ -145,7 +146,7 @@ def serve(
     worker = Worker(most_sequences, metrics.observe)
     application = Application(worker, metrics, limits)
     listening = listen(address)
-    if limits.api_key is None and not listening.getsockname()[0].startswith(("127.", "::1")):
+    if limits.api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         print("warning: other machines may reach this server, and it asks for no API key", file=sys.stderr)
     with web_server(application, listening, worker), _stopped_by_signals(worker, grace):
         engine, application.model = load()

@@ -181,8 +181,9 @@ class Worker:
             self._become("failed")
             raise
         finally:
-            # Jobs that were handed over in time, but not begun, hear of it as well.
+            # Jobs that have ended hear how; those handed over in time, but not begun, hear of a failure as well.
             self._obey(wait=False)
+            self._post()
             for job in list(self._jobs):
                 job.post([EngineFailedError("the engine failed; see the server's log")])
 
@@ -242,8 +243,11 @@ class Worker:
         self.snapshot = Snapshot(
             engine.waiting, len(engine.live), engine.cached_slots, engine.usage, self._fed, self._executed
         )
-        outbox, self._outbox = self._outbox, {}
-        for job, events in outbox.items():
+        self._post()
+
+    def _post(self) -> None:
+        while self._outbox:
+            job, events = self._outbox.popitem()
             job.post(events)
 
 
