@@ -143,6 +143,12 @@ def test_mistakes_are_one_line(checkpoint, corpus, tmp_path, monkeypatch, capsys
             assert error.startswith("error: ")
             assert error.count("\n") == 1
             assert words in error
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--checkpoint", str(tmp_path), "--host", "0.0.0.0", "--port", "0"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert capsys.readouterr().err.startswith(
+        "warning: other machines may reach this server, and it asks for no API key"
+    )
     torch.set_flush_denormal(False)  # which the tool has set
     assert not [thread for thread in threading.enumerate() if thread.name == "web server"]
 
