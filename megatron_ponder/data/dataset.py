@@ -37,9 +37,8 @@ class TokenDataset:
         self._arguments = (indexed, documents, sequence_length, seed, shuffle, cache, content)
         self.indexed = indexed
         self.documents = documents
-        lengths = indexed.document_lengths[documents.start : documents.stop]
         content = f"{content} documents {documents.start} to {documents.stop}"
-        self.index = SampleIndex(lengths, sequence_length, seed, shuffle, cache, content)
+        self.index = SampleIndex(indexed.lengths(documents), sequence_length, seed, shuffle, cache, content)
 
     def __reduce__(self):
         # A loader worker opens the files again, rather than being sent the arrays.
@@ -50,10 +49,17 @@ class TokenDataset:
         return self.index.samples_per_epoch
 
     def __getitem__(self, position: int) -> np.ndarray:
-        """int64 (S + 1,): the sample at a position counted over all epochs."""
+        """int64 (S + 1,): the sample at a position counted over all epochs.
+
+        Raises:
+            UserError: the dataset is damaged there, or is not the one that the order was made for.
+        """
+        try:
+            located = self.index.locate(position)
+        except UserError as error:
+            raise UserError(f"{self.indexed.prefix}: {error}") from None
         pieces = [
-            self.indexed.read_document(self.documents[piece.document], piece.offset, piece.length)
-            for piece in self.index.locate(position)
+            self.indexed.read_document(self.documents[piece.document], piece.offset, piece.length) for piece in located
         ]
         return np.concatenate(pieces, dtype=np.int64)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ponder.data.stamps import Stamps
 from megatron_ponder.errors import UserError
 
 MAGIC = b"PONDIDX1"
@@ -38,6 +39,9 @@ class IndexCache:
         folder: made if needed; of one node, or shared by several.
         patience: seconds without a sign of life after which a builder on another node is taken for dead.
 
+    Attributes:
+        stamps: spares reading all of a file at each start, to see that it is sound.
+
     Raises:
         UserError: the folder cannot be made or written.
     """
@@ -45,6 +49,7 @@ class IndexCache:
     def __init__(self, folder: str | Path, patience: float = 60.0):
         self.folder = Path(folder)
         self.patience = patience
+        self.stamps = Stamps(self.folder / "stamps")
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -59,11 +64,11 @@ class IndexCache:
             UserError: they cannot be written.
         """
         path = self.path(description)
-        while (arrays := _read(path, description)) is None:
+        while (arrays := self._read(path, description)) is None:
             with self._explained(), self._claim(path) as ours:
                 if ours:
                     # Another may have been ready just before.
-                    if _read(path, description) is None:
+                    if self._read(path, description) is None:
                         self._write(path, description, build())
                 else:
                     self._wait(path)
@@ -76,7 +81,7 @@ class IndexCache:
 
     def has(self, description: str) -> bool:
         """Whether a description's arrays are there and undamaged."""
-        return _read(self.path(description), description) is not None
+        return self._read(self.path(description), description) is not None
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -162,36 +167,38 @@ class IndexCache:
             return  # removed as a left-over by a process that took this one for dead, and builds the same
         finally:
             partial.unlink(missing_ok=True)
-        if _read(path, description) is None:
+        if self._read(path, description) is None:
             raise UserError(f"{path} cannot be read back as it was written: set data.cache_path to a sound disk")
 
+    def _read(self, path: Path, description: str) -> list[np.ndarray] | None:
+        """The arrays in a file, or None if it is absent, damaged, or about something else."""
+        try:
+            with open(path, "rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if self.stamps.once("index", [file], lambda: "sound" if _is_sound(content) else None) is None:
+                    return None
+        except (FileNotFoundError, ValueError):  # a file without content cannot be mapped
+            return None
+        (length,) = LENGTH.unpack_from(content, HEADER.size)
+        begun = HEADER.size + LENGTH.size
+        about = json.loads(content[begun : begun + length])
+        if about["description"] != description:
+            return None
+        arrays = []
+        at = begun + length
+        for name, shape in about["arrays"]:
+            at += -at % ALIGNMENT
+            array = np.frombuffer(content, np.dtype(name), int(np.prod(shape)), at).reshape(shape)
+            arrays.append(array)
+            at += array.nbytes
+        return arrays
 
-def _read(path: Path, description: str) -> list[np.ndarray] | None:
-    """The arrays in a file, or None if it is absent, damaged, or about something else."""
-    try:
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, ValueError):  # a file without content cannot be mapped
-        return None
-    view = memoryview(content)
-    if len(view) < HEADER.size:
-        return None
-    magic, checksum = HEADER.unpack_from(view)
-    if magic != MAGIC or zlib.crc32(view[HEADER.size :]) != checksum:
-        return None
-    (length,) = LENGTH.unpack_from(view, HEADER.size)
-    begun = HEADER.size + LENGTH.size
-    about = json.loads(bytes(view[begun : begun + length]))
-    if about["description"] != description:
-        return None
-    arrays = []
-    at = begun + length
-    for name, shape in about["arrays"]:
-        at += -at % ALIGNMENT
-        array = np.frombuffer(content, np.dtype(name), int(np.prod(shape)), at).reshape(shape)
-        arrays.append(array)
-        at += array.nbytes
-    return arrays
+
+def _is_sound(content: mmap.mmap) -> bool:
+    if len(content) < HEADER.size:
+        return False
+    magic, checksum = HEADER.unpack_from(content)
+    return magic == MAGIC and zlib.crc32(memoryview(content)[HEADER.size :]) == checksum
 
 
 def _claim_path(path: Path) -> Path:

@@ -16,13 +16,12 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ponder.data.atomic_files import make_folder, partial_path, publish, sync, sync_folder
-from megatron_ponder.data.token_streams import END, LENGTH, TokenStreams, blocks_of_array, blocks_of_file
+from megatron_ponder.data.token_streams import BLOCK_ENTRIES, END, LENGTH, TokenStreams, blocks_of_array, blocks_of_file
 from megatron_ponder.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -126,30 +125,55 @@ class IndexedDataset:
 
         Raises:
             IndexError: the document does not exist or is shorter than that.
+            UserError: the index contradicts itself there.
         """
-        if not 0 <= document < self.num_documents:
-            raise IndexError(f"document {document} of {self.num_documents}")
-        start = int(self._document_starts[document])
-        available = int(self._document_starts[document + 1]) - start - offset
+        start, size = self.span(document)
+        available = size - offset
         length = available if length is None else length
         return self._view(start, offset, length, available)
 
-    @cached_property
-    def document_lengths(self) -> np.ndarray:
-        """int64 (D,): tokens in each document."""
-        return np.diff(self._document_starts)
+    def span(self, document: int) -> tuple[int, int]:
+        """First token of a document, counted over the dataset, and number of its tokens; checks its entries.
 
-    @cached_property
-    def _document_starts(self) -> np.ndarray:
-        """int64 (D + 1,): first token of each document; checks every entry of the index on the way."""
-        starts = np.concatenate(([0], np.cumsum(self.sequence_lengths, dtype=np.int64)))
-        _, idx_path = dataset_paths(self.prefix)
-        if self.sequence_lengths.min() < 0 or np.any(starts[:-1] * self.dtype.itemsize != self.sequence_offsets):
-            raise _damaged(idx_path, "has sequences that do not follow one another")
-        # The ends were checked on opening, so what never falls also never leaves the range.
-        if np.any(np.diff(self.document_indices) < 0):
-            raise _damaged(idx_path, "has documents that do not follow one another")
-        return starts[self.document_indices]
+        Raises:
+            IndexError: the document does not exist.
+            UserError: the index contradicts itself there.
+        """
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        first, last = self.document_indices.item(document), self.document_indices.item(document + 1)
+        start, end = self._start(first), self._start(last)
+        if last == first + 1:
+            size = self.sequence_lengths.item(first)
+        else:
+            size = int(self.sequence_lengths[first:last].sum(dtype=np.int64))
+        if size < 0 or start + size != end:
+            raise _damaged(dataset_paths(self.prefix)[1], "has sequences that do not follow one another")
+        return start, size
+
+    def lengths(self, documents: range) -> "DocumentLengths":
+        """Tokens in each of a range of documents, looked up when they are asked for."""
+        return DocumentLengths(self, documents)
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """int (D,): tokens in each document; reads the whole index and checks every entry of it.
+
+        Raises:
+            UserError: see `check_index`.
+        """
+        return np.asarray(self.lengths(range(self.num_documents)))
+
+    def _start(self, sequence: int) -> int:
+        """First token of a sequence, or for the number of sequences the number of tokens."""
+        if sequence == len(self):
+            return self.num_tokens
+        if not 0 <= sequence < len(self):
+            raise _damaged(dataset_paths(self.prefix)[1], "has documents that do not follow one another")
+        start, rest = divmod(self.sequence_offsets.item(sequence), self.dtype.itemsize)
+        if rest or not 0 <= start <= self.num_tokens:
+            raise _damaged(dataset_paths(self.prefix)[1], "has sequences that do not follow one another")
+        return start
 
     def check_index(self) -> None:
         """Check every entry of the index, block by block and so in little memory.
@@ -180,6 +204,42 @@ class IndexedDataset:
         if offset < 0 or not 0 <= length <= available:
             raise IndexError(f"tokens {offset} to {offset + length} of {offset + available}")
         return np.asarray(self._tokens[start + offset : start + offset + length])
+
+
+class DocumentLengths:
+    """Array-like int (D,): tokens in each of D documents that follow one another.
+
+    Single lengths and their sum are looked up in the mapped index, with the entries that they are made of checked, so
+    that a run which has the order of its samples needs nothing that grows with the dataset. `numpy.asarray` checks the
+    whole index, and takes no memory where each document is one sequence.
+    """
+
+    def __init__(self, indexed: IndexedDataset, documents: range):
+        self._indexed, self._documents = indexed, documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, document: int) -> int:
+        return self._indexed.span(self._documents[document])[1]
+
+    def sum(self, dtype: type = np.int64) -> np.integer:
+        """Tokens in all documents together."""
+        first, last = (self._indexed.document_indices.item(at) for at in (self._documents.start, self._documents.stop))
+        return dtype(self._indexed._start(last) - self._indexed._start(first))
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        indexed = self._indexed
+        indexed.check_index()
+        firsts = indexed.document_indices[self._documents.start : self._documents.stop + 1]
+        begun = int(firsts[0])
+        blocks = enumerate(blocks_of_array(firsts))
+        if all(np.array_equal(block, np.arange(len(block)) + begun + n * BLOCK_ENTRIES) for n, block in blocks):
+            lengths = indexed.sequence_lengths[begun : int(firsts[-1])]
+        else:
+            starts = indexed.sequence_offsets[np.minimum(firsts, len(indexed) - 1)] // indexed.dtype.itemsize
+            lengths = np.diff(np.where(firsts == len(indexed), indexed.num_tokens, starts))
+        return np.array(lengths, dtype, copy=copy)
 
 
 class IndexedDatasetWriter:

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_ponder.data.atomic_files import write_atomically
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
+from megatron_ponder.data.stamps import Stamps
 from megatron_ponder.errors import UserError
 
 MEBIBYTE = 1 << 20
@@ -61,34 +64,47 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         ) from None
 
 
-def fingerprint(prefix: str | Path) -> str:
+def fingerprint(prefix: str | Path, stamps: Stamps | None = None) -> str:
     """A digest, in hex, that changes when a dataset is replaced: of its whole index and of both ends of its tokens.
 
     Reading all tokens would take minutes; a dataset made from other text has other lengths or another beginning. Where
     the manifest says what the digest was when the dataset was made, damage since then is found on the way.
 
+    Args:
+        prefix: path without `.bin` and `.idx`.
+        stamps: where a digest is remembered for files that nobody has written to since on this machine. The digest is
+            then compared with the manifest, and nothing else is read.
+
     Raises:
         UserError: a file is missing, or is not what it was.
     """
-    digest = hashlib.sha256()
     bin_path, idx_path = dataset_paths(prefix)
     manifest = read_manifest(prefix)
     try:
-        with open(idx_path, "rb") as file:
-            while block := file.read(MEBIBYTE):
-                digest.update(block)
-        if manifest is not None and manifest.idx_sha256 not in ("", digest.hexdigest()):
-            raise changed(idx_path)
-        size = bin_path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with open(bin_path, "rb") as file:
-            digest.update(file.read(MEBIBYTE))
-            file.seek(max(0, size - MEBIBYTE))
-            digest.update(file.read(MEBIBYTE))
+        with open(idx_path, "rb") as idx_file, open(bin_path, "rb") as bin_file:
+
+            def read() -> str:
+                return _digest(idx_file, bin_file, manifest)
+
+            found = read() if stamps is None else stamps.once("fingerprint", [idx_file, bin_file], read)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: check the path of the dataset") from None
-    if manifest is not None and manifest.fingerprint not in ("", digest.hexdigest()):
+    if manifest is not None and manifest.fingerprint not in ("", found):
         raise changed(bin_path)
+    return found
+
+
+def _digest(idx_file: BinaryIO, bin_file: BinaryIO, manifest: Manifest | None) -> str:
+    digest = hashlib.sha256()
+    while block := idx_file.read(MEBIBYTE):
+        digest.update(block)
+    if manifest is not None and manifest.idx_sha256 not in ("", digest.hexdigest()):
+        raise changed(Path(idx_file.name))
+    size = os.fstat(bin_file.fileno()).st_size
+    digest.update(size.to_bytes(8, "little"))
+    digest.update(bin_file.read(MEBIBYTE))
+    bin_file.seek(max(0, size - MEBIBYTE))
+    digest.update(bin_file.read(MEBIBYTE))
     return digest.hexdigest()
 
 

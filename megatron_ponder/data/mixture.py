@@ -55,7 +55,7 @@ def open_mixture(data: DataConfig, seed: int) -> Mixture:
             cache cannot be written.
     """
     shared = None if data.cache_path is None else IndexCache(data.cache_path)
-    content = cache(fingerprint)
+    content = cache(lambda prefix: fingerprint(prefix, None if shared is None else shared.stamps))
     indexed = cache(IndexedDataset)
 
     def samples_of(name: str) -> Samples | None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_ponder.data.index_cache import IndexCache
+from megatron_ponder.data.indexed_dataset import DocumentLengths
 from megatron_ponder.errors import UserError
 
 DOCUMENT_STREAM, SAMPLE_STREAM = 0, 1
@@ -38,7 +39,7 @@ class SampleIndex:
     over. Then the samples of the epoch are shuffled as well.
 
     Args:
-        document_lengths: int (D,), tokens in each document; may be memory-mapped.
+        document_lengths: int (D,), tokens in each document: an array, or what looks lengths up when they are asked for.
         sequence_length: S.
         seed: another seed, another order; not negative.
         shuffle: False keeps documents and samples in their own order, in every epoch.
@@ -51,14 +52,14 @@ class SampleIndex:
 
     def __init__(
         self,
-        document_lengths: np.ndarray,
+        document_lengths: np.ndarray | DocumentLengths,
         sequence_length: int,
         seed: int,
         shuffle: bool = True,
         cache: IndexCache | None = None,
         content: str = "",
     ):
-        self.document_lengths = np.asarray(document_lengths)
+        self.document_lengths = document_lengths
         self.sequence_length = sequence_length
         self.seed = seed
         self.shuffle = shuffle
@@ -78,20 +79,33 @@ class SampleIndex:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def locate(self, position: int) -> list[Piece]:
-        """The pieces of sample `position`, counted over all epochs, in reading order; none is empty."""
+        """The pieces of sample `position`, counted over all epochs, in reading order; none is empty.
+
+        Raises:
+            UserError: the lengths are not those that the order was made of.
+        """
         assert position >= 0
         number, position = divmod(position, self.samples_per_epoch)
         epoch = self._epoch(number)
-        place, offset = epoch.beginnings[epoch.samples[position]].tolist()
+        sample = epoch.samples[position]
+        (place, offset), last = epoch.beginnings[sample : sample + 2].tolist()
         missing = self.sequence_length + 1
         pieces = []
-        while missing:
+        while missing and place <= last[0]:
             document = int(epoch.documents[place])
             length = min(missing, int(self.document_lengths[document]) - offset)
+            if length < 0:
+                break
             if length:
                 pieces.append(Piece(document, offset, length))
                 missing -= length
+                end = [place, offset + length - 1]
             place, offset = place + 1, 0
+        # A sample ends with the token that the next one begins with.
+        if missing or end != last:
+            raise UserError(
+                "documents are not as long as when the order of the samples was built: make or copy the dataset again"
+            )
         return pieces
 
     def prepare(self, epoch: int) -> None:
@@ -114,8 +128,9 @@ class SampleIndex:
         return self._epochs[number]
 
     def _build(self, number: int) -> _Epoch:
-        documents = self._order(len(self.document_lengths), number, DOCUMENT_STREAM)
-        beginnings = sample_beginnings(self.document_lengths, documents, self.sequence_length, self._num_tokens)
+        lengths = np.asarray(self.document_lengths)
+        documents = self._order(len(lengths), number, DOCUMENT_STREAM)
+        beginnings = sample_beginnings(lengths, documents, self.sequence_length, self._num_tokens)
         return _Epoch(documents, beginnings, self._order(self.samples_per_epoch, number, SAMPLE_STREAM))
 
     def _order(self, count: int, epoch: int, stream: int) -> np.ndarray:

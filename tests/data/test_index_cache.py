@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 
-from megatron_ponder.data import index_cache
+from megatron_ponder.data import index_cache, stamps
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.errors import UserError
 
@@ -88,7 +89,7 @@ def test_many_processes_at_once_build_once(tmp_path):
 
 BUILD_FOREVER = """
 import sys, time
-from megatron_ponder.data import index_cache
+from megatron_ponder.data import index_cache, stamps
 index_cache.os.replace = lambda *paths: (print("written aside", flush=True), time.sleep(600))
 import numpy as np
 index_cache.IndexCache(sys.argv[1]).load("a", lambda: [np.zeros(5)])
@@ -163,3 +164,24 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the index cache .*file.* set data.cache_path to another folder"):
         IndexCache(tmp_path / "file" / "below")
+
+
+def test_a_sound_file_is_read_whole_once_until_somebody_writes_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(stamps, "SECONDS_UNTIL_SETTLED", 0)
+    cache = IndexCache(tmp_path)
+    cache.load("a", lambda: ARRAYS)
+    time.sleep(0.05)
+    cache.load("a", unneeded)
+    with monkeypatch.context() as patched:
+        patched.setattr(zlib, "crc32", unneeded)
+        assert_arrays(IndexCache(tmp_path).load("a", unneeded))
+    whole = cache.path("a").read_bytes()
+    before = cache.path("a").stat()
+    for at in range(0, len(whole), 311):
+        with open(cache.path("a"), "r+b") as file:
+            file.seek(at)
+            file.write(bytes([whole[at] ^ 0x10]))
+        os.utime(cache.path("a"), ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert not cache.has("a")
+        assert_arrays(cache.load("a", lambda: ARRAYS))
+        assert cache.path("a").read_bytes() == whole

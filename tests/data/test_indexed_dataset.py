@@ -101,6 +101,37 @@ def test_documents_may_consist_of_several_sequences(prefix):
     assert dataset.read_document(0, 2, 2).tolist() == [3, 4]
 
 
+@given(st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=8), st.data())
+def test_lengths_of_a_range_of_documents(tmp_path_factory, documents, data):
+    """Of documents of no, one or several sequences."""
+    sequences = [length for document in documents for length in document]
+    if not sum(sequences):
+        return
+    prefix = tmp_path_factory.getbasetemp() / "ranges"
+    ends = np.cumsum(sequences) * 2
+    bounds = np.cumsum([0, *map(len, documents)])
+    prefix.with_suffix(".bin").write_bytes(bytes(ends[-1]))
+    prefix.with_suffix(".idx").write_bytes(
+        HEADER.pack(b"MMIDIDX\0\0", 1, 8, len(sequences), len(bounds))
+        + np.array(sequences, "<i4").tobytes()
+        + (ends - 2 * np.array(sequences)).astype("<i8").tobytes()
+        + bounds.astype("<i8").tobytes()
+    )
+    start = data.draw(st.integers(0, len(documents)))
+    stop = data.draw(st.integers(start, len(documents)))
+    expected = list(map(sum, documents[start:stop]))
+    lengths = IndexedDataset(prefix).lengths(range(start, stop))
+    assert len(lengths) == len(expected) and lengths.sum() == sum(expected)
+    assert [lengths[document] for document in range(len(lengths))] == expected == np.asarray(lengths).tolist()
+
+
+def test_lengths_of_documents_of_one_sequence_are_those_of_the_mapped_file(prefix):
+    dataset = IndexedDataset(prefix)
+    lengths = np.asarray(dataset.lengths(range(1, 4)))
+    assert lengths.tolist() == [0, 1, 2]
+    assert np.shares_memory(lengths, dataset.sequence_lengths)
+
+
 @pytest.mark.parametrize("arguments", [(4,), (-1,), (0, 4), (0, -1), (0, 2, 2), (0, 0, -1)])
 def test_reading_outside_is_an_index_error(prefix, arguments):
     dataset = IndexedDataset(prefix)

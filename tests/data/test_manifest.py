@@ -1,6 +1,11 @@
+import hashlib
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from megatron_ponder.data import stamps
 from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
 from megatron_ponder.data.manifest import (
     MEBIBYTE,
@@ -11,7 +16,10 @@ from megatron_ponder.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_ponder.data.stamps import Stamps
 from megatron_ponder.errors import UserError
+
+real_sha256 = hashlib.sha256
 
 MANIFEST = Manifest(tokenizer="ab" * 32, vocab_size=500, eod_id=2, documents=2, tokens=5, text_bytes=11)
 
@@ -78,3 +86,24 @@ def test_token_ids_must_lie_below_the_vocabulary(tmp_path, with_manifest):
     check_vocabulary(tmp_path / "data", 500)
     with pytest.raises(UserError, match=r"ids up to 499: set model\.vocab_size to at least 500"):
         check_vocabulary(tmp_path / "data", 499)
+
+
+def test_a_remembered_fingerprint_is_compared_with_the_manifest_and_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(stamps, "SECONDS_UNTIL_SETTLED", 0)
+    prefix, known = tmp_path / "data", Stamps(tmp_path / "stamps")
+    write(prefix, [[1, 2], [3, 4, 5]])
+    time.sleep(0.05)
+    first = fingerprint(prefix, known)
+    with monkeypatch.context() as patched:
+        patched.setattr(hashlib, "sha256", lambda *content: real_sha256(*content) if content else None)
+        assert fingerprint(prefix, known) == first  # without reading the files
+        write_manifest(prefix, replace(MANIFEST, fingerprint=first))
+        assert fingerprint(prefix, known) == first
+        write_manifest(prefix, replace(MANIFEST, fingerprint="00" * 32))
+        with pytest.raises(UserError, match=r"data\.bin is not the file that its manifest describes"):
+            fingerprint(prefix, known)
+    manifest_path(prefix).unlink()
+    write(prefix, [[1, 2], [3, 4, 6]])  # of the same sizes
+    assert fingerprint(prefix, known) == fingerprint(prefix) != first
+    write(prefix, [[1, 2, 3], [4, 6]])
+    assert fingerprint(prefix, known) == fingerprint(prefix)

@@ -100,6 +100,29 @@ def test_a_position_does_not_depend_on_what_was_asked_before(positions):
     assert [index.locate(p) for p in positions] == [SampleIndex(lengths, 3, seed=5).locate(p) for p in positions]
 
 
+def test_lengths_that_are_not_those_of_the_order_are_refused():
+    """One at a time, so that every sample is either whole or refused, and none is of other tokens."""
+    lengths = np.array([4, 9, 0, 2, 8, 5])
+    for document in range(len(lengths)):
+        for change in (-9, -1, 1, 7):
+            index = SampleIndex(lengths.copy(), 6, seed=5)
+            expected = epoch(index, 0)
+            index.document_lengths[document] = max(0, lengths[document] + change)
+            refused = 0
+            for position, sample in enumerate(expected):
+                found = flat_or_refused(index, position)
+                assert found in (sample, None)
+                refused += found is None
+            assert refused or (index.document_lengths == lengths).all() or document == index._epochs[0].documents[-1]
+
+
+def flat_or_refused(index, position):
+    try:
+        return flat(index, position)
+    except UserError:
+        return None
+
+
 def test_only_two_epochs_are_kept():
     index = SampleIndex(np.full(1000, 10), 10, seed=0)
     for position in range(0, 20 * index.samples_per_epoch, 100):
