@@ -24,7 +24,7 @@ class Request:
 
     prompt: tuple[int, ...]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     top_log_probabilities: int = 0

@@ -43,7 +43,7 @@ class Batching:
     max_slots: int = 1 << 17
     prompt_slots: int = 1024
     prefix_slots: int = 1 << 14
-    prefill: Prefill | None = Prefill()
+    prefill: Prefill | None = field(default_factory=Prefill)
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1 or self.max_slots < 1:
@@ -148,8 +148,8 @@ class Scheduler:
         self._model, self._steps = model, ponder.steps
         self.batching = batching or Batching()
         self._tokenizer, self._eod_id = tokenizer, eod_id
-        prefill = self.batching.prefill
-        self._tolerance = 16 * torch.finfo(dtype).eps if prefill is None or prefill.tolerance is None else prefill.tolerance
+        tolerance = None if self.batching.prefill is None else self.batching.prefill.tolerance
+        self._tolerance = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
         self._prefixes = Prefixes(self.batching.prefix_slots, shortest=16)
         self.usage = Usage()
         self.live: list[Sequence] = []

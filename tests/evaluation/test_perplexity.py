@@ -1,6 +1,5 @@
 """Every way of evaluating a model, against definitions written out by hand."""
 
-import itertools
 import math
 
 import pytest
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, evaluate, settings, windows
-from megatron_ponder.inference.decoder import SlotDecoder
+from tests.inference.sequential import decode
 from tests.models import random_tokens, small_model
 
 BATCHES = [random_tokens(3, 21, seed=0), random_tokens(1, 9, seed=1)]
@@ -21,17 +20,14 @@ def model():
     return small_model(router_scale=4.0).eval()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sequential(model, pruning, batch):
     """Loss summed over tokens and K̂ of every token, slot by slot."""
     total, executed = 0.0, []
     for row in batch:
-        decoder = SlotDecoder(model, pruning, batch_size=1, capacity=2)
-        for token, label in itertools.pairwise(row):
-            while not decoder.run(token.view(1)):
-                pass
-            total += float(F.cross_entropy(model.head(decoder.output_BH), label.view(1)))
-            executed.append(int(decoder.executed_B))
+        outputs, steps = decode(model, pruning, row[:-1])
+        total += float(F.cross_entropy(model.head(outputs), row[1:], reduction="sum"))
+        executed += steps.tolist()
     return total, executed
 
 

@@ -3,21 +3,8 @@
 import pytest
 import torch
 
-from megatron_ponder.inference.decoder import SlotDecoder
+from tests.inference.sequential import decode
 from tests.models import random_tokens, small_model
-
-
-def decode(model, pruning, tokens):
-    """Slot-by-slot outputs (L, H), executed steps (L,) and cached slots after each token (L,), of one sequence."""
-    decoder = SlotDecoder(model, pruning, batch_size=1, capacity=2)
-    outputs, executed, cached = [], [], []
-    for token in tokens:
-        while not decoder.run(token.view(1)):
-            pass
-        outputs.append(decoder.output_BH[0])
-        executed.append(int(decoder.executed_B))
-        cached.append(int(decoder.cache.lengths))
-    return torch.stack(outputs), torch.tensor(executed), torch.tensor(cached)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -28,12 +15,11 @@ def test_adaptive_equals_exact(family, steps, threshold):
     model = small_model(seed=steps, router_scale=scale, model__family=family, ponder__max_steps=steps)
     tokens = random_tokens(1, 24, seed=steps)
     pruning = model.pruning(hard=True, threshold=threshold)
-    want, executed, cached = decode(model, pruning, tokens[0])
+    want, executed = decode(model, pruning, tokens[0])
     got = model.exact(tokens, pruning)
 
     assert len(set(executed.tolist())) == 1 if threshold == 0 else len(set(executed.tolist())) > 1
     assert torch.equal(got.routing.executed[0], executed)
-    assert torch.equal(cached, (executed + 1).cumsum(0))
     assert (model.head(got.output_BLH[0]) - model.head(want)).abs().max() < 1e-9
 
 
@@ -42,17 +28,16 @@ def test_adaptive_equals_exact(family, steps, threshold):
 def test_fixed_equals_exact(family, steps):
     model = small_model(seed=steps, model__family=family, ponder__max_steps=steps, ponder__mode="fixed")
     tokens = random_tokens(1, 24, seed=steps)
-    want, executed, cached = decode(model, model.pruning(hard=True), tokens[0])
+    want, executed = decode(model, model.pruning(hard=True), tokens[0])
     got = model.exact(tokens, model.pruning(hard=True))
     assert executed.tolist() == [steps] * 24
-    assert cached[-1] == 24 * (steps + 1)
     assert (model.head(got.output_BLH[0]) - model.head(want)).abs().max() < 1e-9
 
 
 def test_vanilla_and_grouped_query_heads_equal_one_pass():
     model = small_model(ponder__mode="vanilla", model__num_kv_heads=2)
     tokens = random_tokens(1, 20)
-    want, executed, _ = decode(model, model.pruning(hard=True), tokens[0])
+    want, executed = decode(model, model.pruning(hard=True), tokens[0])
     got = model.jacobi(tokens, 0, model.pruning(hard=True))
     assert got.passes == 1 and executed.sum() == 0
     assert (got.output_BLH[0] - want).abs().max() < 1e-12
@@ -64,7 +49,7 @@ def test_router_bias_shifts_steps_in_both_evaluations():
     means = []
     for bias in (-2.0, 0.0, 2.0):
         pruning = model.pruning(hard=True, threshold=0.1, bias=bias)
-        want, executed, _ = decode(model, pruning, tokens[0])
+        want, executed = decode(model, pruning, tokens[0])
         got = model.exact(tokens, pruning)
         assert torch.equal(got.routing.executed[0], executed)
         assert (got.output_BLH[0] - want).abs().max() < 1e-9
@@ -77,12 +62,5 @@ def test_documents_are_confined_in_both_evaluations():
     tokens = random_tokens(1, 20)
     tokens[0, [5, 6, 13]] = 7
     pruning = model.pruning(hard=True, threshold=0.2)
-    decoder = SlotDecoder(model, pruning, batch_size=1)
-    outputs = []
-    for token in tokens[0]:
-        while not decoder.run(token.view(1)):
-            pass
-        outputs.append(decoder.output_BH[0])
-        if token == 7:
-            decoder.restart(0)
-    assert (model.exact(tokens, pruning).output_BLH[0] - torch.stack(outputs)).abs().max() < 1e-9
+    want, _ = decode(model, pruning, tokens[0])
+    assert (model.exact(tokens, pruning).output_BLH[0] - want).abs().max() < 1e-9
