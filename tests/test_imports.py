@@ -28,6 +28,7 @@ SHIPPED = ["configuration_ponderlm.py", "modeling_ponderlm.py", "layers_ponderlm
 LIGHT = ["config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference"]
 OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
+OPTIONAL += ["starlette", "uvicorn", "prometheus_client", "pydantic"]  # the extra "serve"
 
 IMPORT_WITHOUT_OPTIONAL_PACKAGES = """
 import importlib, pkgutil, sys
@@ -62,6 +63,7 @@ def test_imports_without_optional_packages():
     assert done.returncode == 0, done.stderr
     files = [PACKAGE / f"{part}.py" for part in LIGHT if (PACKAGE / f"{part}.py").exists()]
     files += [path for part in LIGHT for path in (PACKAGE / part).glob("*.py")]
+    files += [path for part in LIGHT for path in (PACKAGE / part).glob("*/__init__.py")]
     assert set(done.stdout.split()) == {module_name(path) for path in files}
 
 
