@@ -13,12 +13,14 @@ help:
 	@echo "make lint        ruff"
 	@echo "make bench       the benchmarks"
 
-# PyTorch first and alone: the constraints file pins a version of which there is a build without CUDA.
+# PyTorch first and alone: the constraints file pins a version of which there is a build without CUDA. megatron-core, with
+# whose datasets tests compare ours, last and without the packages that only its models need.
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev,mpi]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps megatron-core -c constraints.txt
 	touch $(STAMP)
 
 quickstart: $(STAMP)

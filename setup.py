@@ -34,7 +34,15 @@ setup(
         "protobuf>=5.26,<8",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<0.18", *DATA, *SERVE],
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.9,<0.18",
+            "openai>=3.50,<4",
+            *DATA,
+            *SERVE,
+        ],
         "data": DATA,
         "serve": SERVE,
         "mpi": ["mpi4py>=4,<5"],

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 
@@ -215,7 +216,6 @@ def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):
 
 
 def test_the_official_client(checkpoint):
-    openai = pytest.importorskip("openai")
     with started(TOOL, "--checkpoint", checkpoint, "--port", 0) as server:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
         assert [model.id for model in client.models.list()] == ["small"]
