@@ -11,8 +11,8 @@ from megatron_ponder.errors import UserError
 
 DOCUMENT_STREAM, SAMPLE_STREAM = 0, 1
 EPOCHS_KEPT = 2
-DOCUMENTS_AT_ONCE = 1 << 14
-SAMPLES_AT_ONCE = 1 << 14
+DOCUMENTS_AT_ONCE = 1 << 13
+SAMPLES_AT_ONCE = 1 << 13
 
 
 class Piece(NamedTuple):
