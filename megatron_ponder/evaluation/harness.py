@@ -119,6 +119,7 @@ def evaluate_tasks(
         UserError: if the folder is no export with a tokenizer, or the data of a task cannot be loaded.
     """
     import lm_eval
+    from datasets.exceptions import DatasetGenerationError
     from lm_eval.models.huggingface import HFLM
 
     config = read_json(folder / "config.json")
@@ -138,7 +139,7 @@ def evaluate_tasks(
         results = lm_eval.simple_evaluate(
             model, tasks=tasks.names, task_manager=tasks.manager, num_fewshot=shots, limit=limit, log_samples=False
         )
-    except _data_errors() as error:
+    except (OSError, DatasetGenerationError) as error:
         raise UserError(
             f"the data of {', '.join(tasks.names)} cannot be loaded ({describe(error)}); make or download them first, "
             "and where there is no network set HF_HUB_OFFLINE=1"
@@ -152,14 +153,6 @@ def evaluate_tasks(
         router_bias=config["ponder_router_bias"],
         tasks=list(_scores(results)),
     )
-
-
-def _data_errors() -> tuple[type[Exception], ...]:
-    """What the datasets library raises for data that are not there or that it cannot read."""
-    import httpx
-    from datasets.exceptions import DatasetGenerationError
-
-    return OSError, httpx.HTTPError, DatasetGenerationError
 
 
 def _scores(results: dict) -> Iterator[Score]:
