@@ -40,6 +40,13 @@ print(json.dumps({
 }))
 """
 
+# What pipelines of one version or another say of themselves, whatever the model.
+PIPELINES = (
+    "model-agnostic default",
+    "Passing `generation_config` together with generation-related arguments",
+    "Both `max_new_tokens`",
+    "generation flags are not valid and may be ignored: ['temperature']",
+)
 
 USE = """
 import json, logging, sys, warnings
@@ -159,7 +166,7 @@ def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
     assert max(got["errors"].values()) < 1e-5
     expected = (tmp_path / "exported" / "modeling_ponderlm.py").read_bytes()
     assert (tmp_path / "again" / "modeling_ponderlm.py").read_bytes() == expected
-    unwanted = [text for text in got["messages"] if "model-agnostic default" not in text]
+    unwanted = [text for text in got["messages"] if not any(known in text for known in PIPELINES)]
     assert unwanted == []
 
 
