@@ -166,7 +166,7 @@ def test_tasks(tool, run_dir, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    lines = corpus.text.read_text().splitlines()
+    lines = [line for line in corpus.text.read_text().splitlines() if line.strip()]
     row = {"context": "\n".join(lines[:2]), "choices": lines[2:4], "answer": 0}
     (tmp_path / "data" / "stdlib_next_line.jsonl").write_text(json.dumps(row) + "\n")
     loaded = load_model(run_dir)
