@@ -10,6 +10,9 @@ DATA = ["pyarrow>=23,<27", "datasets>=5.0,<6", "zstandard>=0.23,<0.26"]
 # The server of tools/serve.py.
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "prometheus-client>=0.22,<1", "pydantic>=2.10,<3"]
 
+# Fine-tuning of exports, by transformers' Trainer and with low-rank adapters.
+TUNING = ["accelerate>=1.15,<2", "peft>=0.21,<0.22"]
+
 setup(
     name="megatron_ponder",
     version="0.1.0",
@@ -42,11 +45,12 @@ setup(
             "openai>=3.50,<4",
             *DATA,
             *SERVE,
+            *TUNING,
         ],
         "data": DATA,
         "serve": SERVE,
         "mpi": ["mpi4py>=4,<5"],
         "wandb": ["wandb>=0.19,<1"],
-        "eval": ["lm-eval>=0.4.9,<0.5"],
+        "eval": ["lm-eval[hf]>=0.4.10,<0.5"],
     },
 )

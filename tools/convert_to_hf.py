@@ -12,6 +12,7 @@ from typing import get_args
 from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint, tokenizer_path
 from megatron_ponder.errors import command
 from megatron_ponder.hf.export import DataType, export
+from megatron_ponder.hf.measured import measured_section
 
 
 @command
@@ -20,7 +21,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=get_args(DataType), default="float32", help="of the exported weights")
-    parser.add_argument("--metrics", type=Path, help="JSON object of evaluation results, for the model card")
+    parser.add_argument(
+        "--metrics", type=Path, nargs="+", help="files of tools/evaluate.py --output, for the model card"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
     arguments = parser.parse_args()
     folder = resolve_checkpoint(arguments.checkpoint)
     export(
@@ -29,7 +33,8 @@ def main() -> None:
         tokenizer_path(folder),
         arguments.output,
         arguments.dtype,
-        arguments.metrics,
+        measured_section(arguments.metrics, folder.name) if arguments.metrics else None,
+        arguments.max_shard_size,
     )
     print(f"{arguments.output}: exported {folder}")
 

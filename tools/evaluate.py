@@ -1,7 +1,8 @@
-"""Evaluate a checkpoint on its validation split or on a text file.
+"""Evaluate a checkpoint on its validation split, on a text file, or on tasks of lm-evaluation-harness.
 
     python tools/evaluate.py --checkpoint runs/quickstart
     python tools/evaluate.py --checkpoint runs/quickstart --text README.md --threshold 0.3
+    python tools/evaluate.py --checkpoint runs/quickstart --tasks stdlib_next_line --tasks-path examples/evaluation
 
 Every row says which rule (soft mask or hard pruning) and which evaluation (jacobi(R), or exact, which equals sequential
 decoding) it is about.
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,44 +34,98 @@ from megatron_ponder.launch import prepare_cpu
 def main() -> None:
     """Parse the command line, evaluate, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
-    parser.add_argument("--text", type=Path, help="a UTF-8 text file to evaluate on, in place of the split")
-    parser.add_argument("--data", help="dataset prefix; that of the training run unless given")
-    parser.add_argument("--split", default="valid", choices=["train", "valid", "test"])
-    parser.add_argument("--samples", type=int, default=64, help="samples of the split (default: 64)")
-    parser.add_argument("--refinements", type=int, nargs="*", help="R of jacobi(R); default: 0 and the largest trained")
+    parser.add_argument("--checkpoint", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--threshold", type=float, help="τ; the trained model's unless given")
     parser.add_argument("--router-bias", type=float, help="α; the trained model's unless given")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON to this file")
+    text = parser.add_argument_group("on text")
+    text.add_argument("--text", type=Path, help="a UTF-8 text file to evaluate on, in place of the split")
+    text.add_argument("--data", help="dataset prefix; that of the training run unless given")
+    text.add_argument("--split", default="valid", choices=["train", "valid", "test"])
+    text.add_argument("--samples", type=int, default=64, help="samples of the split (default: 64)")
+    text.add_argument("--refinements", type=int, nargs="*", help="R of jacobi(R); default: 0 and the largest trained")
+    tasks = parser.add_argument_group("on tasks, in place of text")
+    tasks.add_argument("--tasks", nargs="+", help="names of tasks, groups or patterns of lm-evaluation-harness")
+    tasks.add_argument("--tasks-path", type=Path, help="folder with task files of your own")
+    tasks.add_argument("--export", type=Path, help="an export to evaluate, in place of a checkpoint")
+    tasks.add_argument("--limit", type=int, help="documents of each task; all unless given")
+    tasks.add_argument("--num-fewshot", type=int, help="solved examples before a question; the task's unless given")
+    tasks.add_argument("--batch-size", type=int, default=8, help="sequences in a forward (default: 8)")
     arguments = parser.parse_args()
 
     prepare_cpu()
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    table, content = (_on_tasks if arguments.tasks else _on_text)(arguments, console)
+    console.print(table)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, dict]:
+    if not arguments.checkpoint:
+        raise UserError("there is nothing to evaluate; give a --checkpoint, or an --export with --tasks")
+    if arguments.export or arguments.tasks_path or arguments.limit or arguments.num_fewshot:
+        raise UserError("--export, --tasks-path, --limit and --num-fewshot go with --tasks; name the tasks to run")
     loaded = load_model(arguments.checkpoint)
-    batches = _text(loaded, arguments.text) if arguments.text else _split(loaded, arguments)
+    batches, data = _text(loaded, arguments.text) if arguments.text else _split(loaded, arguments)
     refinements = arguments.refinements
     if refinements is None:
         refinements = sorted({0, loaded.config.ponder.evaluation_refinements})
     ways = settings(loaded.model, arguments.threshold, arguments.router_bias, refinements)
-    console = Console(width=None if sys.stdout.isatty() else 110)
     progress = track(ways, "evaluating", console=console, disable=not console.is_terminal, transient=True)
     results = [evaluate(loaded.model, batches, way, _byte_counter(loaded)) for way in progress]
-    console.print(_table(results, loaded))
-    if arguments.output:
-        content = {"checkpoint": loaded.folder.name, "evaluations": [result.as_dict() for result in results]}
-        arguments.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    ponder = loaded.config.ponder
+    content = {
+        "checkpoint": loaded.folder.name,
+        "data": data,
+        "threshold": ponder.threshold if arguments.threshold is None else arguments.threshold,
+        "router_bias": ponder.router_bias if arguments.router_bias is None else arguments.router_bias,
+        "evaluations": [result.as_dict() for result in results],
+    }
+    return _table(results, loaded), content
 
 
-def _text(loaded: LoadedModel, path: Path) -> list[Tensor]:
+def _on_tasks(arguments: argparse.Namespace, console: Console) -> tuple[Table, dict]:
+    from megatron_ponder.evaluation.harness import TaskSet, evaluate_tasks, exported  # transformers takes its time
+
+    if arguments.text or arguments.data or arguments.refinements is not None:
+        raise UserError("--text, --data and --refinements do not go with --tasks; run one command for each")
+    if (arguments.export is None) == (arguments.checkpoint is None):
+        raise UserError("tasks run on a --checkpoint or an --export; give one of them")
+    if arguments.export and (arguments.threshold is not None or arguments.router_bias is not None):
+        raise UserError(
+            "--threshold and --router-bias go with --checkpoint; of an export, change ponder_threshold and "
+            "ponder_router_bias in its config.json"
+        )
+    tasks = TaskSet(arguments.tasks, arguments.tasks_path)
+    source = exported(arguments.checkpoint, arguments.threshold, arguments.router_bias)
+    with nullcontext(arguments.export) if arguments.export else source as folder:
+        result = evaluate_tasks(folder, tasks, arguments.limit, arguments.num_fewshot, arguments.batch_size)
+    table = Table(title=f"{result.checkpoint}: lm-evaluation-harness {result.harness}, {result.setting}")
+    table.add_column("task")
+    table.add_column("metric")
+    for heading in ("value", "±", "samples", "shots"):
+        table.add_column(heading, justify="right")
+    for score in result.tasks:
+        error = "–" if score.stderr is None else f"{score.stderr:.4f}"
+        samples = f"{score.samples:,}" if score.samples else "–"
+        table.add_row(score.task, score.metric, f"{score.value:.4f}", error, samples, str(score.shots))
+    return table, result.as_dict()
+
+
+def _text(loaded: LoadedModel, path: Path) -> tuple[list[Tensor], str]:
+    """Windows of a text file, and what to call it."""
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.folder} has no tokenizer to read {path} with; evaluate on a dataset with --data")
     try:
         tokens = loaded.tokenizer.encode(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    return list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length))
+    return list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length)), path.name
 
 
-def _split(loaded: LoadedModel, arguments: argparse.Namespace) -> list[Tensor]:
+def _split(loaded: LoadedModel, arguments: argparse.Namespace) -> tuple[list[Tensor], str]:
+    """Samples of a dataset, and what to call them."""
     data = loaded.config.data
     if arguments.data:
         data = replace(data, path=arguments.data, valid_path=None, test_path=None, phases=[])
@@ -82,7 +138,8 @@ def _split(loaded: LoadedModel, arguments: argparse.Namespace) -> list[Tensor]:
         raise UserError(f'data.split "{data.split}" has no {arguments.split} part; choose another --split, or --text')
     dataset = datasets[arguments.split]
     count = min(arguments.samples, dataset.samples_per_epoch)
-    return list(validation_batches(dataset, count, loaded.config.training.micro_batch_size, 0, 1))
+    batches = validation_batches(dataset, count, loaded.config.training.micro_batch_size, 0, 1)
+    return list(batches), f"the {arguments.split} part of {', '.join(Path(prefix).name for prefix in prefixes(data))}"
 
 
 def _byte_counter(loaded: LoadedModel):

@@ -31,7 +31,7 @@ class PonderLMConfig(PretrainedConfig):
     """
 
     model_type = "ponderlm"
-    keys_to_ignore_at_inference = ["past_key_values", "executed_steps"]  # noqa: RUF012  (Trainer adds a list to it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "executed_steps"]  # noqa: RUF012  (Trainer adds a list to it)
 
     def __init__(
         self,

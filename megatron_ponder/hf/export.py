@@ -1,6 +1,6 @@
 """Export to a folder that transformers loads with `trust_remote_code=True`."""
 
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,7 @@ def export(
     tokenizer: Path | None,
     output: Path,
     dtype: DataType = "float32",
-    metrics: Path | None = None,
+    measured: str | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a model as a Hugging Face folder, which appears whole or not at all.
@@ -46,8 +46,8 @@ def export(
         tokenizer: file or folder; None for none.
         output: folder that does not exist or is empty.
         dtype: of the exported weights.
-        metrics: JSON file with an object of measured numbers, for the model card.
-        max_shard_size: of one file of weights.
+        measured: what was measured, as Markdown, for the model card; None for nothing.
+        max_shard_size: of one file of weights, such as "5GB" or "200KB".
 
     Raises:
         UserError: if the folder is taken, the tokenizer cannot be converted, or weights and configuration differ.
@@ -59,7 +59,8 @@ def export(
             "the model was trained with data.reset_at_eod, but the checkpoint has no tokenizer to say which token ends "
             "a document; put tokenizer.model or tokenizer.json into its folder tokenizer/"
         )
-    measured = None if metrics is None else _read_metrics(metrics)
+    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", max_shard_size, re.IGNORECASE):
+        raise UserError(f'the largest file is given as "{max_shard_size}"; write a number with KB, MB, GB or TB: 5GB')
     with staged(output.absolute()) as folder:
         loaded = None
         if tokenizer is not None:
@@ -145,13 +146,3 @@ def _check(weights: dict[str, Tensor], config: PonderLMConfig) -> None:
                 f"{name} has shape {tuple(tensor.shape)}, but the configuration says {tuple(expected[name].shape)}; "
                 "export an unmodified checkpoint"
             )
-
-
-def _read_metrics(path: Path) -> dict[str, object]:
-    try:
-        measured = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); give the file that the evaluation wrote") from None
-    if not isinstance(measured, dict):
-        raise UserError(f"{path} must hold a JSON object of measured numbers; give the file that the evaluation wrote")
-    return measured

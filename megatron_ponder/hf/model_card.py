@@ -1,8 +1,7 @@
 """The README.md of an export."""
 
-from collections.abc import Mapping
-
 from megatron_ponder.config import Config
+from megatron_ponder.hf.measured import table
 
 _STEPS = {
     "vanilla": "It takes no additional steps: it is a plain transformer.",
@@ -24,8 +23,6 @@ tags:
 
 A causal language model of the {family} family, trained with megatron_ponder. {pondering}
 
-| | |
-|---|---|
 {table}
 
 ## Use
@@ -52,14 +49,14 @@ computed and not cached. `model(input_ids)` without a cache evaluates all tokens
 """
 
 
-def model_card(config: Config, dtype: str, parameters: int, measured: Mapping[str, object] | None) -> str:
+def model_card(config: Config, dtype: str, parameters: int, measured: str | None) -> str:
     """What the model is, how to use it and how it was evaluated, as Markdown.
 
     Args:
         config: what it was trained with, resolved.
         dtype: of the exported weights.
         parameters: number of weights.
-        measured: results of an evaluation by name; None if there are none.
+        measured: what was measured, as Markdown; None if nothing was.
     """
     model, ponder = config.model, config.ponder
     rows = {
@@ -77,17 +74,9 @@ def model_card(config: Config, dtype: str, parameters: int, measured: Mapping[st
     if ponder.mode == "adaptive":
         rows["Threshold τ"] = ponder.threshold
         rows["Router bias α"] = ponder.router_bias
-    if measured is None:
-        evaluation = "No results were given when this folder was written."
-    else:
-        evaluation = "| | |\n|---|---|\n" + _rows(measured)
     return _TEMPLATE.format(
         family=model.family,
         pondering=_STEPS[ponder.mode].format(steps=ponder.max_steps),
-        table=_rows(rows),
-        evaluation=evaluation,
+        table=table(["", ""], [[name, str(value)] for name, value in rows.items()]),
+        evaluation="No results were given when this folder was written." if measured is None else measured,
     )
-
-
-def _rows(table: Mapping[str, object]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in table.items())

@@ -13,7 +13,7 @@ steps, R rows of a batch that run a slot.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ DEAD = -1e4
 # Initial bias of an untrained router for the last step.
 ROUTER_INITIAL_BIAS = 2.0
 ATTENTION = ("sdpa", "eager")
+# What transformers calls the cache, in outputs and among what `generate` hands on: `cache` since version 5.24.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 # What other models take and this one does not, and what to do instead.
 REFUSED = {
     "inputs_embeds": "give input_ids",
@@ -145,6 +147,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = False,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        cache: PonderLMCache | None = None,
         **kwargs,
     ) -> PonderLMOutput:
         """Next-token logits.
@@ -162,6 +165,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             use_cache: run token by token and return a cache.
             logits_to_keep: compute logits of the last so many tokens only; 0 for all.
             return_dict: return a `PonderLMOutput` rather than a tuple; `config.return_dict` unless given.
+            cache: `past_key_values` under the name that newer versions of transformers give it.
             kwargs: for the loss function.
 
         Raises:
@@ -173,21 +177,21 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
                 raise ValueError(f"PonderLM does not take {name}; {remedy}")
         if input_ids is None:
             raise ValueError("PonderLM needs input_ids")
-        use_cache = use_cache or past_key_values is not None
+        cache = past_key_values if cache is None else cache
+        use_cache = use_cache or cache is not None
         if use_cache and labels is not None and self.training:
             raise ValueError("with a cache there are no gradients; train with use_cache=False and no past_key_values")
-        present = self._present(input_ids, attention_mask, past_key_values)
+        present = self._present(input_ids, attention_mask, cache)
         if use_cache:
-            cache = past_key_values if past_key_values is not None else PonderLMCache(len(input_ids), input_ids.device)
+            cache = PonderLMCache(len(input_ids), input_ids.device) if cache is None else cache
             fused, executed = self._run_tokens(input_ids, present, cache)
         else:
-            cache = None
             fused, executed = self._run_passes(input_ids, present)
         logits = self.lm_head(fused[:, -logits_to_keep:])  # of -0, all
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = PonderLMOutput(loss=loss, logits=logits, past_key_values=cache, executed_steps=executed)
+        output = PonderLMOutput(loss=loss, logits=logits, executed_steps=executed, **{CACHE: cache})
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _present(self, ids_BL: Tensor, mask: Tensor | None, cache: PonderLMCache | None) -> Tensor | None:
@@ -309,6 +313,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: PonderLMCache | None = None,
         attention_mask: Tensor | None = None,
+        cache: PonderLMCache | None = None,
         **kwargs,
     ) -> dict:
         """What `forward` gets in one iteration of `generate`: the tokens that the cache has not seen.
@@ -316,9 +321,10 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if there are none.
         """
-        if past_key_values is not None and next_sequence_length is None:
+        cache = past_key_values if cache is None else cache
+        if cache is not None and next_sequence_length is None:
             whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-            next_sequence_length = input_ids.shape[1] - (past_key_values.get_seq_length() if whole else 0)
+            next_sequence_length = input_ids.shape[1] - (cache.get_seq_length() if whole else 0)
             if next_sequence_length < 1:
                 raise ValueError("input_ids must hold the tokens in the cache and at least one more")
         if next_sequence_length is not None:
@@ -326,7 +332,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }

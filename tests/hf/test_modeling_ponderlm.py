@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.layers_ponderlm import fold
-from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM, document_layout
+from megatron_ponder.hf.modeling_ponderlm import CACHE, PonderLMForCausalLM, document_layout
 from megatron_ponder.model.passes import interleaving
 from tests.hf.exported import hugging_face
 from tests.models import random_tokens, small_model
@@ -206,6 +206,21 @@ def test_going_on_from_a_cache():
     assert torch.equal(rest, whole)
     with pytest.raises(ValueError, match="at least one more"):
         twin.prepare_inputs_for_generation(prompt, past_key_values=first.past_key_values)
+
+
+def test_the_cache_has_two_names():
+    """That of transformers up to 5.23, and that since."""
+    twin = hugging_face(varied_model(ponder__threshold=0.3))
+    tokens = random_tokens(1, 8)
+    expected = twin(tokens, use_cache=True).logits[:, 5:]
+    for name in ("past_key_values", "cache"):
+        first = twin(tokens[:, :5], use_cache=True)
+        assert CACHE in first
+        assert (twin(tokens[:, 5:], **{name: first[CACHE]}).logits - expected).abs().max() < 1e-10
+        first = twin(tokens[:, :5], use_cache=True)
+        inputs = twin.prepare_inputs_for_generation(tokens[:, :6], **{name: first[CACHE]})
+        assert torch.equal(inputs["input_ids"], tokens[:, 5:6])
+        assert inputs[CACHE] is first[CACHE]
 
 
 def test_what_the_cache_cannot_do_is_refused():

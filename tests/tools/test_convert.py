@@ -43,8 +43,16 @@ def test_out_and_back(run, tmp_path, tokenizer):
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     checkpoint, exported, again = tmp_path / "checkpoint", tmp_path / "exported", tmp_path / "again"
     write_weights_checkpoint(checkpoint, weights, config, tokenizer)
-    assert run("convert_to_hf.py", "--checkpoint", checkpoint, "--output", exported) == 0
+    figures = tmp_path / "figures.json"
+    figures.write_text(json.dumps({"bits per byte": 2.7159}))
+    options = ["--max-shard-size", "20KB", "--metrics", figures]
+    assert run("convert_to_hf.py", "--checkpoint", checkpoint, "--output", exported, *options) == 0
     assert (exported / "tokenizer.json").is_file()
+    assert "| bits per byte | 2.7159 |" in (exported / "README.md").read_text()
+    files = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(files.values())) > 1
+    assert {path.name for path in exported.glob("*.safetensors")} == set(files.values())
+    assert PonderLMForCausalLM.from_pretrained(exported).state_dict().keys() == files.keys()
     assert run("convert_from_hf.py", "--model", exported, "--output", again, "--ponder.threshold", "0.25") == 0
     loaded = load_model(again)
     assert loaded.config.ponder.threshold == 0.25

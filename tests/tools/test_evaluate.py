@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import runpy
@@ -7,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.hf.export import export
 from megatron_ponder.training.metrics import read_metrics
 from tests.models import small_config, small_model
 from tests.runs import LATEST, finished_runs
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+EXAMPLES = TOOL.parents[1] / "examples" / "evaluation"
 ROWS = ["soft, jacobi(0)", "soft, jacobi(3)", "soft, exact", "hard, jacobi(0)", "hard, jacobi(3)", "hard, exact"]
 
 
@@ -51,6 +55,9 @@ def evaluated(tool, run_dir, tmp_path):
         assert (code, error) == (0, "")
         content = json.loads(output.read_text())
         assert content["checkpoint"] == LATEST
+        given = dict(itertools.pairwise(arguments))
+        assert content["threshold"] == float(given.get("--threshold", 0.1))
+        assert content["data"] == (given["--text"].name if "--text" in given else content["data"])
         return out, {row["setting"]: row for row in content["evaluations"]}
 
     return evaluated
@@ -122,6 +129,9 @@ def test_a_folder_without_tokenizer_and_data(tool, corpus, tmp_path):
         (["--text", "no/such.txt"], "No such file or directory (no/such.txt)", "check the path"),
         (["--samples", "0"], "there is nothing to evaluate", "another split"),
         (["--threshold", "-1"], "threshold -1.0 is not a weight", "choose it between 0"),
+        (["--limit", "5"], "--limit and --num-fewshot go with --tasks", "name the tasks to run"),
+        (["--tasks", "x", "--text", "README.md"], "do not go with --tasks", "run one command for each"),
+        (["--tasks", "x", "--export", "out"], "on a --checkpoint or an --export", "give one of them"),
     ],
 )
 def test_mistakes_are_one_line(tool, run_dir, arguments, problem, remedy):
@@ -131,6 +141,48 @@ def test_mistakes_are_one_line(tool, run_dir, arguments, problem, remedy):
     assert error.count("\n") == 1
     assert problem in error
     assert remedy in error
+
+
+def test_tasks_without_the_harness(tool, run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, out, error = tool("--checkpoint", run_dir, "--tasks", "arc_easy")
+    assert (code, out) == (2, "")
+    assert error.startswith("error: tasks need lm-evaluation-harness, which cannot be imported (")
+    assert error.endswith("; run pip install -e '.[eval]'\n")
+
+
+def test_an_export_and_settings_of_a_checkpoint(tool, tmp_path):
+    code, _, error = tool("--export", tmp_path, "--tasks", "x", "--threshold", "0.5")
+    assert code == 2
+    assert "of an export, change ponder_threshold and ponder_router_bias in its config.json" in error
+    code, _, error = tool("--text", tmp_path)
+    assert code == 2
+    assert "there is nothing to evaluate; give a --checkpoint" in error
+
+
+def test_tasks(tool, run_dir, corpus, tmp_path, monkeypatch):
+    """The shipped task on a trained run and on its export, which give the same."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    lines = [line for line in corpus.text.read_text().splitlines() if line.strip()]
+    row = {"context": "\n".join(lines[:2]), "choices": lines[2:4], "answer": 0}
+    (tmp_path / "data" / "stdlib_next_line.jsonl").write_text(json.dumps(row) + "\n")
+    loaded = load_model(run_dir)
+    weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
+    export(weights, loaded.config, corpus.tokenizer, tmp_path / "export")
+    tasks = ["--tasks", "stdlib_next_line", "--tasks-path", EXAMPLES, "--output", tmp_path / "tasks.json"]
+    got = []
+    for source in (["--checkpoint", run_dir], ["--export", tmp_path / "export"]):
+        code, out, _ = tool(*source, *tasks)
+        assert code == 0
+        assert "stdlib_next_line" in out
+        got.append(json.loads((tmp_path / "tasks.json").read_text()))
+        assert f"{got[-1]['checkpoint']}: lm-evaluation-harness" in out
+    assert [content["checkpoint"] for content in got] == [LATEST, "export"]
+    assert got[0]["tasks"] == got[1]["tasks"]
+    assert [score["samples"] for score in got[0]["tasks"]] == [1, 1]
 
 
 def test_text_that_is_not_utf8_and_a_dataset_that_is_too_large(tool, run_dir, corpus, tmp_path):
