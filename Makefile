@@ -19,7 +19,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e '.[dev,mpi]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev,mpi,eval]' -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps megatron-core -c constraints.txt
 	touch $(STAMP)
 
