@@ -45,7 +45,7 @@ def converse(engine: Engine, options: Options, tokenizer: Tokenizer, console: Co
         if not text:
             continue
         try:
-            tasks = tasks_of([Prompt(text, options, "the prompt")], tokenizer, engine.check)
+            tasks = tasks_of([Prompt(text, options, "")], tokenizer, engine.check)
         except UserError as error:
             console.print(str(error), style="red", markup=False, highlight=False)
             continue

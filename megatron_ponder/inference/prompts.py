@@ -22,7 +22,7 @@ class Prompt:
     Attributes:
         content: a text, or token ids.
         options: how.
-        where: what to call it in messages.
+        where: what to call it in messages; empty if there is but one.
         id: what its results are to carry, if anything.
     """
 
@@ -57,7 +57,7 @@ def text_prompts(texts: Sequence[str], options: Options) -> list[Prompt]:
     """
     prompts = []
     for index, text in enumerate(texts):
-        where = "the prompt" if len(texts) == 1 else f"prompt {index}"
+        where = "" if len(texts) == 1 else f"prompt {index}"
         if text == STANDARD_INPUT:
             text, where = _decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n"), "standard input"
             if not text:
@@ -114,7 +114,7 @@ def tasks_of(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, check: Call
             requests = _requests(prompt, tokenizer)
             check(requests[0])
         except UserError as error:
-            mistakes.append(f"{prompt.where}: {error}")
+            mistakes.append(f"{prompt.where}: {error}" if prompt.where else str(error))
             continue
         tasks += [Task(request, index, sample, prompt.id) for sample, request in enumerate(requests)]
     _refuse(mistakes)

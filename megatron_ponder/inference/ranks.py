@@ -64,11 +64,13 @@ def check_sizes(model: ModelConfig, tensor: int, pipeline: int, world_size: int,
     shared = tensor * pipeline
     if world_size % shared or not (copies or world_size == shared):
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-        started = f"start a multiple of {shared}" if copies else f"start {shared}"
+        if copies:
+            problem = f"{ranks} cannot be divided into copies of the model with --tensor × --pipeline = {shared} each"
+        else:
+            problem = f"one copy of the model needs --tensor × --pipeline = {shared} ranks, but there are {world_size}"
         raise UserError(
-            f"{ranks} cannot hold {'copies' if copies else 'one copy'} of the model on --tensor × --pipeline = "
-            f"{shared} ranks; {started}, for example with torchrun --nproc_per_node {shared}"
-            f"{_nearest(model, tensor, pipeline, world_size, copies)}"
+            f"{problem}; start {'a multiple of ' if copies else ''}{shared}, for example with torchrun "
+            f"--nproc_per_node {shared}{_nearest(model, tensor, pipeline, world_size, copies)}"
         )
 
 

@@ -10,7 +10,7 @@ from megatron_ponder.inference.request import Generation
 from megatron_ponder.inference.text_stream import TextStream
 
 # From no steps to many; background shades that stay readable on dark and light terminals.
-SHADES = ("", "on #e8eef9", "black on #bcd0f5", "black on #7fa6ee", "white on #2f5fc4")
+SHADES = ("", "black on #e8eef9", "black on #bcd0f5", "black on #7fa6ee", "white on #2f5fc4")
 
 
 def shade(steps: int) -> str:

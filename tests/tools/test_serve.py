@@ -200,7 +200,7 @@ def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):
         import threading
         import megatron_ponder.checkpoint.load as load
 
-        def slow(path):
+        def slow(*arguments, **options):
             print("loading", file=sys.stderr, flush=True)
             threading.Event().wait(60)
 
