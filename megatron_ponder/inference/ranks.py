@@ -85,5 +85,9 @@ def _nearest(model: ModelConfig, tensor: int, pipeline: int, world_size: int, co
     ]
     if not fitting:
         return ""
-    size, stages = min(fitting, key=lambda sizes: abs(sizes[0] - tensor) + abs(sizes[1] - pipeline))
+
+    def distance(sizes: tuple[int, int]) -> tuple[int, int]:
+        return abs(sizes[0] - tensor) + abs(sizes[1] - pipeline), -sizes[0] * sizes[1]  # rather more ranks than fewer
+
+    size, stages = min(fitting, key=distance)
     return f", or say --tensor {size} --pipeline {stages}"
