@@ -14,20 +14,21 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.inference.interactive import converse, line_source
 from megatron_ponder.inference.jobs import Summary, begin_file, print_results, write_results
-from megatron_ponder.inference.loading import PRECISIONS, Setup, check_setup, load_engine
+from megatron_ponder.inference.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_engine
 from megatron_ponder.inference.options import Options
 from megatron_ponder.inference.prefill import Prefill
-from megatron_ponder.inference.prompts import STANDARD_INPUT, Prompt, read_prompts, tasks_of, text_prompts
+from megatron_ponder.inference.prompts import STANDARD_INPUT, Prompt, Task, read_prompts, tasks_of, text_prompts
 from megatron_ponder.inference.ranks import joined
 from megatron_ponder.inference.results import LinePrinter, ResultFile
 from megatron_ponder.inference.scheduler import Batching
 from megatron_ponder.inference.shading import ShadedPrinter, steps_line
-from megatron_ponder.launch import discover
+from megatron_ponder.launch import Launch, discover
 from megatron_ponder.parallel.collectives import from_first
 
 
@@ -83,20 +84,7 @@ def main() -> None:
     arguments = parse_arguments()
     launch = discover()
     with joined(launch) as device:
-
-        def check():
-            options, setup = read_options(arguments), read_setup(arguments)
-            prompts = read_input(arguments, options)
-            copies = not (arguments.interactive or arguments.stream)
-            checked = check_setup(setup, launch, device, copies)
-            tokenizer = checked.tokenizer()
-            if tokenizer is None and arguments.interactive:
-                raise UserError(f"{checked.folder} has no tokenizer; train with tokenizer.path set to generate text")
-            tasks = tasks_of(prompts, tokenizer, checked.request_check(tokenizer))
-            done = set() if arguments.output is None else begin_file(ResultFile(arguments.output), checked, tasks)
-            return options, checked, tasks, done
-
-        options, checked, tasks, done = from_first(check)
+        options, checked, tasks, done = from_first(partial(check, arguments, launch, device))
         engine, loaded, mesh = load_engine(checked, launch, device)
         first, console = launch.rank == 0, Console(soft_wrap=True, highlight=False)
         if arguments.interactive:
@@ -104,17 +92,37 @@ def main() -> None:
                 if engine.drives:
                     converse(engine, options, loaded.tokenizer, console, line_source(console))
         elif arguments.output is not None:
-            file = ResultFile(arguments.output)
-            summary = write_results(engine, mesh, tasks, file, done, silent=not first)
-            close(summary, len(tasks), console if first else None)
+            summary = write_results(engine, mesh, tasks, ResultFile(arguments.output), done, silent=not first)
+            close(summary, len(tasks), console if first else None, arguments.output)
         elif arguments.json or arguments.prompts_file is not None:
             summary = print_results(engine, mesh, tasks, LinePrinter(tasks))
             close(summary, len(tasks), Console(stderr=True, soft_wrap=True, highlight=False) if first else None)
         else:
             after = partial(steps_line, tokenizer=loaded.tokenizer)
-            printer = ShadedPrinter(console, loaded.tokenizer, arguments.stream, after=after)
-            summary = print_results(engine, mesh, tasks, printer)
+            summary = print_results(
+                engine, mesh, tasks, ShadedPrinter(console, loaded.tokenizer, arguments.stream, after=after)
+            )
             close(summary, len(tasks), console if first else None)
+
+
+def check(
+    arguments: argparse.Namespace, launch: Launch, device: torch.device
+) -> tuple[Options, CheckedSetup, list[Task], set[int]]:
+    """Read all input and refuse what cannot be, on the first rank, before anything is computed.
+
+    Returns:
+        Options of prompts that do not say otherwise, what is known of the engine, what is to be generated, and which
+        of it is done already.
+    """
+    options, setup = read_options(arguments), read_setup(arguments)
+    prompts = read_input(arguments, options)
+    checked = check_setup(setup, launch, device, copies=not (arguments.interactive or arguments.stream))
+    tokenizer = checked.tokenizer()
+    if tokenizer is None and arguments.interactive:
+        raise UserError(f"{checked.folder} has no tokenizer; train with tokenizer.path set to generate text")
+    tasks = tasks_of(prompts, tokenizer, checked.request_check(tokenizer))
+    done = set() if arguments.output is None else begin_file(ResultFile(arguments.output), checked, tasks)
+    return options, checked, tasks, done
 
 
 def read_options(arguments: argparse.Namespace) -> Options:
@@ -157,13 +165,14 @@ def read_input(arguments: argparse.Namespace, options: Options) -> list[Prompt]:
     return read_prompts(arguments.prompts_file, options)
 
 
-def close(summary: Summary, tasks: int, console: Console | None) -> None:
+def close(summary: Summary, tasks: int, console: Console | None, file: Path | None = None) -> None:
     """Print the closing line, unless another rank does; end with 130 if the job was interrupted."""
     if console is not None:
         console.print(summary.totals.closing_line(summary.seconds), style="bold")
     if summary.finished < tasks:
         if console is not None:
-            print(f"interrupted after {summary.finished:,} of {tasks:,} sequences", file=sys.stderr)
+            more = "" if file is None else f"; with the same command {file} goes on"
+            print(f"interrupted after {summary.finished:,} of {tasks:,} sequences{more}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -124,12 +124,13 @@ class ShadedPrinter:
     def _print(self, generation: Generation) -> None:
         if self._shaded is None:
             self._shaded = ShadedText(self._tokenizer, generation, self._with_prompt)
-        text = Text()
-        for piece, steps in self._shaded.advance(wait_for_steps=self._console.is_terminal):
-            text.append(piece, style=shade(steps))
-        if text:
+        pieces = self._shaded.advance(wait_for_steps=self._console.is_terminal)
+        if self._console.is_terminal:
+            text = Text.assemble(*((piece, shade(steps)) for piece, steps in pieces))
             self._console.print(text, end="")
-            self._console.file.flush()
+        else:  # as it is: rich would replace tabs
+            self._console.file.write("".join(piece for piece, _ in pieces))
+        self._console.file.flush()
 
 
 def steps_line(generation: Generation, tokenizer: Tokenizer) -> Text:

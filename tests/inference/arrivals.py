@@ -56,12 +56,14 @@ def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[li
     batching = Batching(max_sequences=6, prefill=None if sequential else Prefill(chunk=32, shortest=8))
     with Engine(model.to(dtype), mesh, batching=batching) as engine:
         if engine.drives:
+            engine.keep_alive()
             sequences = []
             for prompt in prompts():
                 sequences.append(engine.submit(Request(tuple(prompt), NEW)))
                 for _ in range(3):
                     engine.step()
             engine.run()
+            engine.keep_alive()
     if not engine.drives:
         return None
     results = [sequence.generation for sequence in sequences]
