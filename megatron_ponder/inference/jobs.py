@@ -1,12 +1,13 @@
 """A list of prompts from its beginning to its end, on all copies of a model, with results in their order."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron_ponder.checkpoint.store import read_manifest
+from megatron_ponder.checkpoint.store import MANIFEST
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.generate import complete
 from megatron_ponder.inference.loading import CheckedSetup
@@ -49,10 +50,10 @@ def begin_file(file: ResultFile, checked: CheckedSetup, tasks: Sequence[Task]) -
     Raises:
         UserError: the file exists, or unfinished results are those of another job.
     """
-    manifest = read_manifest(checked.folder)
+    manifest = (checked.folder / MANIFEST).read_bytes()
     return file.begin(
         {
-            "checkpoint": [manifest.step, manifest.data_fingerprint, manifest.files],
+            "checkpoint": hashlib.sha256(manifest).hexdigest(),
             "list of prompts": fingerprint(tasks),
             "threshold": checked.pruning.threshold,
             "router bias": checked.pruning.bias,
