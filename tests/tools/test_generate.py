@@ -341,8 +341,8 @@ def test_ends(records):
         assert after["text"] == before["text"].partition(stop)[0]
 
 
-def on_ranks(count: int, *arguments: object) -> subprocess.CompletedProcess:
-    """Run the tool under torchrun."""
+def on_ranks(count: int, *arguments: object, typed: str = "") -> subprocess.CompletedProcess:
+    """Run the tool under torchrun, with something to read."""
     command = [
         sys.executable,
         "-m",
@@ -355,7 +355,8 @@ def on_ranks(count: int, *arguments: object) -> subprocess.CompletedProcess:
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
     command = [str(word) for word in command]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    return subprocess.run(command, input=typed, env=environment, **options)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +396,16 @@ def test_texts_of_ranks_are_printed_once(tool, run_dir):
     for ranks, options in [(2, ["--pipeline", 2, "--stream"]), (2, [])]:
         done = on_ranks(ranks, *command, *options)
         assert (done.returncode, done.stdout.splitlines()[:-1]) == (0, want.splitlines()[:-1])
+
+
+@pytest.mark.slow
+def test_a_conversation_with_ranks(tool, run_dir, monkeypatch):
+    command, lines = ["--checkpoint", run_dir, "--interactive", "--max-new-tokens", 5], "import os\nclass\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    want = [line for line in tool(*command)[1].splitlines() if " tokens in " not in line]
+    done = on_ranks(2, *command, "--tensor", 2, typed=lines)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if " tokens in " not in line] == want
 
 
 @pytest.mark.slow
