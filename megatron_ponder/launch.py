@@ -64,11 +64,12 @@ def discover(environ: Mapping[str, str] = os.environ) -> Launch:
 
 
 @contextmanager
-def process_group(launch: Launch) -> Iterator[torch.device]:
+def process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Iterator[torch.device]:
     """Join the other ranks for as long as the context lasts, and say on which device this rank computes.
 
-    NCCL on GPUs and gloo on CPUs. Also exports the variables that libraries below us read, divides the cores between
-    the ranks of a node unless OMP_NUM_THREADS says otherwise, and prepares the CPU (see `prepare_cpu`).
+    NCCL on GPUs and gloo on CPUs; a rank waits for the others in a collective of all of them for as long as `timeout`.
+    Also exports the variables that libraries below us read, divides the cores between the ranks of a node unless
+    OMP_NUM_THREADS says otherwise, and prepares the CPU (see `prepare_cpu`).
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
@@ -94,7 +95,7 @@ def process_group(launch: Launch) -> Iterator[torch.device]:
         backend="nccl" if on_gpu else "gloo",
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(minutes=30),
+        timeout=timeout,
         device_id=device if on_gpu else None,
     )
     try:

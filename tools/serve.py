@@ -2,8 +2,9 @@
 
 python tools/serve.py --checkpoint runs/quickstart
 python tools/serve.py --checkpoint runs/quickstart --port 8080 --threshold 0.3 --api-key-file key.txt
+torchrun --nproc_per_node 4 tools/serve.py --checkpoint runs/quickstart --tensor 2 --pipeline 2
 
-The key may stand in the environment variable PONDER_API_KEY instead.
+Also under srun and mpirun. The key may stand in the environment variable PONDER_API_KEY instead of a file.
 """
 
 import argparse
@@ -11,11 +12,13 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.inference.engine import Engine
+from megatron_ponder.inference.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_engine
+from megatron_ponder.inference.ranks import joined
 from megatron_ponder.inference.scheduler import Batching
-from megatron_ponder.launch import prepare_cpu
+from megatron_ponder.launch import discover
+from megatron_ponder.parallel.collectives import from_first, together
 
 
 @command
@@ -24,7 +27,7 @@ def main() -> None:
     try:
         from megatron_ponder.inference.server.application import Limits
         from megatron_ponder.inference.server.protocol import ServedModel
-        from megatron_ponder.inference.server.serving import Address, serve
+        from megatron_ponder.inference.server.serving import Address, follow, listen, serve
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install 'megatron_ponder[serve]'") from None
 
@@ -39,30 +42,51 @@ def main() -> None:
     parser.add_argument("--router-bias", type=float, help="α; positive buys more steps")
     parser.add_argument("--max-sequences", type=int, default=batching.max_sequences, help="that run at a time")
     parser.add_argument("--max-slots", type=int, default=batching.max_slots, help="in the cache at a time")
+    parser.add_argument("--precision", choices=PRECISIONS, help="that of training on a GPU, fp32 on a CPU unless given")
+    parser.add_argument("--tensor", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--pipeline", type=int, default=1, help="ranks that share the stack of layers")
     parser.add_argument("--queue-limit", type=int, default=64, help="sequences that may wait; then clients get 429")
     parser.add_argument("--timeout", type=float, default=limits.seconds, help="seconds for a request")
     parser.add_argument("--max-body-bytes", type=int, default=limits.body_bytes, help="of a request")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for requests to finish after SIGTERM")
     arguments = parser.parse_args()
 
-    if arguments.queue_limit < 0 or arguments.grace < 0:
-        raise UserError("--queue-limit and --grace must not be negative; use 0 for none")
-    batching = Batching(arguments.max_sequences, arguments.max_slots)
-    limits = Limits(arguments.timeout, arguments.max_body_bytes, _api_key(arguments.api_key_file))
-    prepare_cpu()
+    def settle() -> tuple[Setup, Limits]:
+        if arguments.queue_limit < 0 or arguments.grace < 0:
+            raise UserError("--queue-limit and --grace must not be negative; use 0 for none")
+        setup = Setup(
+            arguments.checkpoint,
+            arguments.tensor,
+            arguments.pipeline,
+            arguments.threshold,
+            arguments.router_bias,
+            arguments.precision,
+            Batching(arguments.max_sequences, arguments.max_slots),
+        )
+        return setup, Limits(arguments.timeout, arguments.max_body_bytes, _api_key(arguments.api_key_file))
 
-    def load() -> tuple[Engine, ServedModel]:
-        loaded = load_model(arguments.checkpoint)
-        if loaded.tokenizer is None:
-            raise UserError(f"{loaded.folder} has no tokenizer; train with tokenizer.path set to serve text")
-        pruning = loaded.model.pruning(True, arguments.threshold, arguments.router_bias)
-        engine = Engine(loaded.model, pruning=pruning, batching=batching, tokenizer=loaded.tokenizer)
-        name = arguments.model_name or arguments.checkpoint.resolve().name
-        longest = loaded.config.model.max_position_embeddings
-        return engine, ServedModel(name, loaded.tokenizer, longest, int(time.time()))
+    launch = discover()
+    with joined(launch) as device:
+        setup, limits = from_first(settle)
 
-    most_sequences = batching.max_sequences + arguments.queue_limit
-    serve(load, Address(arguments.host, arguments.port), limits, most_sequences, arguments.grace)
+        def check() -> CheckedSetup:
+            checked = check_setup(setup, launch, device, copies=False)
+            if checked.tokenizer() is None:
+                raise UserError(f"{checked.folder} has no tokenizer; train with tokenizer.path set to serve text")
+            return checked
+
+        def load() -> tuple[Engine, ServedModel]:
+            engine, loaded, _ = load_engine(from_first(check), launch, device)
+            name = arguments.model_name or arguments.checkpoint.resolve().name
+            longest = loaded.config.model.max_position_embeddings
+            return engine, ServedModel(name, loaded.tokenizer, longest, int(time.time()))
+
+        first = launch.rank == 0
+        listening = together(lambda: listen(Address(arguments.host, arguments.port)) if first else None)
+        if first:
+            serve(load, listening, limits, setup.batching.max_sequences + arguments.queue_limit, arguments.grace)
+        else:
+            follow(load)
 
 
 def _api_key(file: Path | None) -> str | None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from megatron_ponder.checkpoint.store import WEIGHT, open_tensors, read_config_of, resolve_checkpoint, tokenizer_path
-from megatron_ponder.config import Config
+from megatron_ponder.config import Config, even_layers
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.model.transformer import ModelPart
+from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.sharding import declarations
 
 
@@ -20,7 +22,7 @@ class LoadedModel:
     """A trained model and what belongs to it.
 
     Attributes:
-        model: in evaluation mode on its device.
+        model: in evaluation mode on its device; this rank's part.
         config: resolved, as it was trained.
         tokenizer: None if the checkpoint has none.
         folder: the checkpoint.
@@ -32,20 +34,24 @@ class LoadedModel:
     folder: Path
 
 
-def load_model(path: Path, mesh: Mesh | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(
+    path: Path, mesh: Mesh | None = None, dtype: torch.dtype = torch.float32, verified: bool = False
+) -> LoadedModel:
     """Load the model of a run folder (its latest checkpoint) or of one checkpoint.
 
     Args:
         path: the folder.
-        mesh: device and tensor ranks; a single process on the CPU unless given.
+        mesh: device, tensor and pipeline ranks, of which each loads its own part, whatever layout the model was
+            trained in; a single process on the CPU unless given.
         dtype: of the weights.
+        verified: the checkpoint's files have been verified already, so that they need not be read twice.
 
     Raises:
         UserError: if there is no complete, undamaged checkpoint, or its tokenizer does not fit it.
     """
     mesh = mesh or Mesh()
     folder = resolve_checkpoint(path)
-    with open_tensors(folder) as tensors:  # first, because it verifies every file
+    with open_tensors(folder, verified) as tensors:  # first, because it verifies every file
         config = read_config_of(folder)
         source = tokenizer_path(folder)
         tokenizer = None if source is None else load_tokenizer(source)
@@ -55,9 +61,16 @@ def load_model(path: Path, mesh: Mesh | None = None, dtype: torch.dtype = torch.
                 f"{config.model.vocab_size}; put back the tokenizer that the model was trained with"
             )
         eod_id = tokenizer.eod_id if config.data.reset_at_eod and tokenizer is not None else None
-        model = PonderLM(config.model, config.ponder, mesh, eod_id)
+        model = PonderLM(config.model, config.ponder, mesh, eod_id, even_part(config.model.num_layers, mesh.pipeline))
         load_weights(model, tensors.of_kind(WEIGHT))
     return LoadedModel(model.to(mesh.device, dtype).eval(), config, tokenizer, folder)
+
+
+def even_part(num_layers: int, axis: Axis) -> ModelPart:
+    """What this rank holds of a stack of layers that is spread evenly over the pipeline ranks."""
+    ends = list(accumulate(even_layers(num_layers, axis.size), initial=0))
+    layers = range(ends[axis.rank], ends[axis.rank + 1])
+    return ModelPart(layers, first=axis.rank == 0, last=axis.rank == axis.size - 1)
 
 
 @torch.no_grad()

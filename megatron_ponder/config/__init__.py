@@ -4,7 +4,14 @@
 resolved form, so that nothing is ever derived twice.
 """
 
-from megatron_ponder.config.layout import check_layout, data_parallel_size, micro_batches, stage_layers
+from megatron_ponder.config.layout import (
+    check_layout,
+    data_parallel_size,
+    even_layers,
+    largest_tensor,
+    micro_batches,
+    stage_layers,
+)
 from megatron_ponder.config.parsing import load_config, read_config, to_yaml
 from megatron_ponder.config.sections import (
     BlendPart,
@@ -38,6 +45,8 @@ __all__ = [
     "TrainingConfig",
     "check_layout",
     "data_parallel_size",
+    "even_layers",
+    "largest_tensor",
     "load_config",
     "micro_batches",
     "read_config",

@@ -30,6 +30,7 @@ class Engine:
 
     Attributes:
         drives: whether this is the rank that schedules.
+        sequences_per_forward: of each group, at most.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Engine:
             ]
         self._under_way: list[Forward | None] = [None] * self._ranks
         self._turn = 0
+        self.sequences_per_forward = batching.max_sequences
 
     def __enter__(self) -> "Engine":
         if not self.drives:
@@ -83,9 +85,16 @@ class Engine:
         self._pipeline.close()
 
     @property
+    def groups(self) -> int:
+        """Groups of sequences, one for each pipeline rank."""
+        return self._ranks
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to run."""
-        return all(scheduler.idle for scheduler in self._schedulers) and not any(self._under_way)
+        # Compared with None, as a forward without slots, which frees memory, counts as false.
+        under_way = any(forward is not None for forward in self._under_way)
+        return all(scheduler.idle for scheduler in self._schedulers) and not under_way
 
     @property
     def live(self) -> list[Sequence]:
@@ -159,6 +168,14 @@ class Engine:
         """Step until there is nothing left to run."""
         while not self.idle:
             self.step()
+
+    def keep_alive(self) -> None:
+        """Let the idle ranks hear from this one, so that none gives up waiting; call it every few minutes at least."""
+        assert self.idle
+        self._tensor.broadcast((0, False, Forward()))
+        if self._run_part(0, Forward()) is None:
+            self._receive_hidden(0)
+            self._tensor.broadcast((0, True, None))
 
     def _collect(self, group: int) -> None:
         """Wait for the forward of a group that is under way, and take its outcome."""

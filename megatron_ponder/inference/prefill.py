@@ -8,6 +8,7 @@ Slots that the router prunes are not there, so that nothing is computed for them
 
 from dataclasses import dataclass
 
+from megatron_ponder.errors import UserError
 from megatron_ponder.inference.forward import LATENT, Forward, Outcome, PromptEnd, Segment
 
 
@@ -28,6 +29,14 @@ class Prefill:
     tolerance: float | None = None
     chunk: int = 128
     shortest: int = 24
+
+    def __post_init__(self) -> None:
+        if (self.refinements or 0) < 0:
+            raise UserError("refinements must not be negative; leave them out to iterate to the fixed point")
+        if self.chunk < 1 or self.shortest < 1:
+            raise UserError("chunk and shortest must be at least 1 token")
+        if not (self.tolerance is None or 0 <= self.tolerance < 1):  # written so that NaN is refused too
+            raise UserError("tolerance must be a share from 0 up and below 1; leave it out for 16 units of rounding")
 
 
 class PromptPiece:

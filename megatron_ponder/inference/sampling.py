@@ -71,6 +71,7 @@ class Chooser:
             self._occurred.add(token)
 
 
+@torch.inference_mode()
 def choose(logits_BV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     """The next token of each sequence.
 

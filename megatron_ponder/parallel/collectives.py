@@ -75,3 +75,27 @@ def together(action: Callable[[], Result], group: ProcessGroup | None = None) ->
         error.shared = True
         raise error
     return result
+
+
+def from_first(action: Callable[[], Result]) -> Result:
+    """What `action` returns on the first rank of all, on every rank; without other ranks, what it returns here.
+
+    Raises:
+        UserError: the first rank's own error, on every rank.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    result = together(lambda: action() if first else None)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        results = [result]
+        dist.broadcast_object_list(results, src=0)
+        return results[0]
+    return result
+
+
+def from_all(item: Result) -> list[Result]:
+    """The items of all ranks, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [item]
+    items = [item] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items

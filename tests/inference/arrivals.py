@@ -2,14 +2,12 @@
 
 import torch
 
-from megatron_ponder.checkpoint.load import load_weights
-from megatron_ponder.config import stage_layers
+from megatron_ponder.checkpoint.load import even_part, load_weights
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.request import Request
 from megatron_ponder.inference.scheduler import Batching
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import ModelPart
 from tests.inference.sequential import continue_greedily
 from tests.models import random_tokens, small_model
 
@@ -50,21 +48,22 @@ def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[li
     With it, the slots that caches still hold.
     """
     whole = arrivals_model(name)
-    model, axis = whole, mesh.pipeline
+    model = whole
     if mesh.model.size > 1:
-        layers = stage_layers(whole.model_config.num_layers, axis.size, None)[axis.rank]
-        part = ModelPart(layers, axis.rank == 0, axis.rank == axis.size - 1)
+        part = even_part(whole.model_config.num_layers, mesh.pipeline)
         model = PonderLM(whole.model_config, whole.ponder_config, mesh, part=part).double().eval()
         load_weights(model, whole.state_dict())
     batching = Batching(max_sequences=6, prefill=None if sequential else Prefill(chunk=32, shortest=8))
     with Engine(model.to(dtype), mesh, batching=batching) as engine:
         if engine.drives:
+            engine.keep_alive()
             sequences = []
             for prompt in prompts():
                 sequences.append(engine.submit(Request(tuple(prompt), NEW)))
                 for _ in range(3):
                     engine.step()
             engine.run()
+            engine.keep_alive()
     if not engine.drives:
         return None
     results = [sequence.generation for sequence in sequences]

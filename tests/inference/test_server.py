@@ -188,7 +188,7 @@ def expected(served: Served, body: dict) -> dict:
                 body.get("seed", 0) + sample,
             )
             most = body.get("max_tokens", 16)
-            result = generate(served.model, [ids], most, sampling=sampling, stop_id=tokenizer.eod_id)[0]
+            result = generate(served.model, [ids], most, sampling=sampling, stop_ids=[tokenizer.eod_id])[0]
             stream, tokens, reason = TextStream(tokenizer, ids), [], result.finish_reason
             for token in result.tokens:
                 tokens.append(token)

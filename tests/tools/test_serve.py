@@ -22,6 +22,7 @@ import torch
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
 from megatron_ponder.inference.generate import generate
+from tests.distributed import free_port
 from tests.models import small_config, small_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "serve.py"
@@ -108,6 +109,34 @@ def test_a_server_from_its_start_to_its_end(checkpoint, tmp_path):
         assert rest.endswith(b"data: [DONE]\n\n")
         assert rest.count(b'"finish_reason":"length"') == 1
         assert server.process.stderr.read() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [["--tensor", 2], ["--pipeline", 2]], ids=["tensor", "pipeline"])
+def test_a_server_on_two_ranks(checkpoint, monkeypatch, sizes):
+    """It waits, answers as one process does, and a signal to all ranks ends all of them well."""
+    loaded = load_model(checkpoint)
+    want = generate(loaded.model, [[5, 90]], 8)[0]
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    command = [TOOL, "--checkpoint", checkpoint, "--port", 0, *sizes]
+    environment = os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
+    other = subprocess.Popen([sys.executable, *map(str, command)], env=environment)
+    try:
+        monkeypatch.setenv("RANK", "0")
+        with started(*command) as server:
+            time.sleep(2)  # idle, in which the other rank hears from this one several times
+            status, answer = server.answer({"prompt": [5, 90], "temperature": 0, "max_tokens": 8, "logprobs": 0})
+            assert status == 200
+            got = answer["choices"][0]["logprobs"]["token_logprobs"]
+            assert got == pytest.approx(want.log_probabilities, abs=1e-4)
+            assert answer["usage"]["executed_steps"] == sum(want.executed_steps)
+            other.send_signal(signal.SIGTERM)
+            assert server.stop() == 0
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+        other.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -200,7 +229,7 @@ def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):
         import threading
         import megatron_ponder.checkpoint.load as load
 
-        def slow(path):
+        def slow(*arguments, **options):
             print("loading", file=sys.stderr, flush=True)
             threading.Event().wait(60)
 

@@ -124,28 +124,27 @@ def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
 
 def serve(
     load: Callable[[], tuple[Engine, ServedModel]],
-    address: Address,
+    listening: socket.socket,
     limits: Limits,
     most_sequences: int,
     grace: float,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT; call it in the main thread.
+    """Serve a model until SIGTERM or SIGINT; call it in the main thread, on the rank that schedules.
 
     Args:
         load: makes the engine; clients are told to wait meanwhile.
-        address: to listen at.
+        listening: socket, which is closed at the end.
         limits: of requests.
         most_sequences: that run or wait at a time.
         grace: seconds that requests have to finish, after a signal.
 
     Raises:
-        UserError: the address cannot be had, or the model cannot be loaded.
+        UserError: the model cannot be loaded.
         RuntimeError: the engine failed; the cause is attached.
     """
     metrics = Metrics()
     worker = Worker(most_sequences, metrics.observe)
     application = Application(worker, metrics, limits)
-    listening = listen(address)
     if limits.api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         print("warning: other machines may reach this server, and it asks for no API key", file=sys.stderr)
     with web_server(application, listening, worker), _stopped_by_signals(worker, grace):
@@ -156,3 +155,19 @@ def serve(
                 worker.serve(engine)
             except Exception as error:
                 raise RuntimeError("the engine failed while it served") from error
+
+
+def follow(load: Callable[[], tuple[Engine, ServedModel]]) -> None:
+    """Take part in what the rank that serves runs, until it stops; signals are for that rank to obey.
+
+    Args:
+        load: makes this rank's engine.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine, _ = load()
+    with engine:
+        pass

@@ -17,7 +17,8 @@ from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.request import FinishReason, Generation, Request
 from megatron_ponder.inference.scheduler import Sequence, Usage
 
-# How often an idle worker looks whether it is to stop, should a signal have gone to another thread.
+# How often an idle worker looks whether it is to stop, should a signal have gone to another thread, and lets the other
+# ranks hear from it.
 IDLE_SECONDS = 0.5
 
 State = Literal["loading", "ready", "stopping", "failed", "stopped"]
@@ -170,7 +171,9 @@ class Worker:
                 if time.monotonic() >= self._stop_by:
                     for job in list(self._jobs):
                         self._cancel(job)
-                if not engine.idle:
+                if engine.idle:
+                    engine.keep_alive()
+                else:
                     engine.step()
                 self._report()
             while not engine.idle:  # those that were cancelled last leave the cache
