@@ -1,7 +1,7 @@
 """Weights as the matrix library of CPUs wants them.
 
-oneDNN multiplies few rows, which is what generation has, by a matrix in an order of its own, in about half the time that
-a plain one takes. Rearranging costs as much as a few forwards, so that it is done once, for a copy of the model.
+oneDNN multiplies few rows, which is what generation has, by a matrix in an order of its own, in about half the time
+that a plain one takes. Rearranging costs as much as a few forwards, so that it is done once, for a copy of the model.
 """
 
 import copy
