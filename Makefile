@@ -45,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checkpoint_save.py
 	$(BIN)/python benchmarks/preprocessing.py
 	$(BIN)/python benchmarks/sample_index.py
+	$(BIN)/python benchmarks/generation.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

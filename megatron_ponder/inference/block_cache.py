@@ -110,6 +110,7 @@ class BlockCache:
                 self._resize(2 * (self._used + missing))
             new = slice(self._used, self._used + missing)
             self.keys[:, new] = self._empty_key
+            self.values[:, new] = 0
             self._owners[new] = row
             table.extend(range(new.start, new.stop))
             self._used = new.stop
@@ -144,14 +145,14 @@ class BlockCache:
             self._resize(2 * self._used)
 
     def _resize(self, blocks: int) -> None:
-        kept = min(blocks, len(self._owners))
+        used = slice(self._used)
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(len(old), blocks, *old.shape[2:])
-            new[:, :kept] = old[:, :kept]
+            new = old.new_empty(len(old), blocks, *old.shape[2:])
+            new[:, used] = old[:, used]
             setattr(self, name, new)
         owners = np.empty(blocks, np.int64)
-        owners[:kept] = self._owners[:kept]
+        owners[used] = self._owners[used]
         self._owners = owners
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.inference.forward import Forward, Outcome
+from megatron_ponder.inference.packing import packed
 from megatron_ponder.inference.request import Request
 from megatron_ponder.inference.runner import Runner
 from megatron_ponder.inference.scheduler import Batching, OnToken, Scheduler, Sequence, Usage
@@ -44,7 +45,7 @@ class Engine:
         """Start without requests.
 
         Args:
-            model: in evaluation mode; this rank's part.
+            model: in evaluation mode; this rank's part. Its weights must not change while the engine is in use.
             mesh: tensor and pipeline ranks; a single process unless given.
             pruning: τ and α; the model's own unless given.
             batching: limits, of each group of sequences.
@@ -58,6 +59,7 @@ class Engine:
         self._rank, self._ranks = mesh.pipeline.rank, mesh.pipeline.size
         self._leads = mesh.tensor.rank == 0
         self.drives = mesh.model.rank == 0 and self._rank == 0 and self._leads
+        model = packed(model)
         self._runners = [Runner(model, pruning, batching.max_sequences) for _ in range(self._ranks)]
         self._schedulers: list[Scheduler] = []
         if self.drives:

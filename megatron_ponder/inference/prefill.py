@@ -21,8 +21,8 @@ class Prefill:
         tolerance: the fixed point is reached when no hidden state changes by more than this share of the largest;
             None for 16 units of rounding.
         chunk: tokens of a prompt that are iterated together; those before them are final by then.
-        shortest: prompts with fewer tokens left than this are read slot by slot, as generation goes on; with many
-            sequences live this costs less than iterating.
+        shortest: prompts with fewer tokens left than this for each live sequence are read slot by slot, as generation
+            goes on, which then costs less than iterating; no matter for a model without steps, which never iterates.
     """
 
     refinements: int | None = None

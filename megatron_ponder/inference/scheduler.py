@@ -356,8 +356,11 @@ class Scheduler:
         room = self.batching.prompt_slots - sum(
             sequence.piece.slots for sequence in self.live if sequence.piece is not None
         )
+        # Without steps the first iterate is the fixed point. With them, slot by slot costs the less the more sequences
+        # take part in every forward.
+        shortest = prefill.shortest * len(self.live) if self._steps else 2
         for sequence in self.live:
-            if sequence.piece is None and sequence.step == 0 and len(sequence.ids) - sequence.fed >= prefill.shortest:
+            if sequence.piece is None and sequence.step == 0 and len(sequence.ids) - sequence.fed >= shortest:
                 tokens = sequence.ids[sequence.fed : sequence.fed + prefill.chunk]
                 if self._eod_id in tokens:  # a piece lies within one document
                     tokens = tokens[: tokens.index(self._eod_id) + 1]

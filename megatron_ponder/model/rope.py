@@ -45,13 +45,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, channels: Tensor | None) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.head_size = head_size = x.shape[-1]
-        y = x.new_empty(*x.shape[:-1], head_size + (0 if channels is None else channels.shape[-1]))
-        _turn(x, cos, sin, y)
-        y[..., 2 * cos.shape[-1] : head_size] = x[..., 2 * cos.shape[-1] :]
-        if channels is not None:
-            y[..., head_size:] = channels.unsqueeze(2)
-        return y
+        ctx.head_size = x.shape[-1]
+        return _rotated(x, cos, sin, channels)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
@@ -61,6 +56,17 @@ class _Rotate(torch.autograd.Function):
         grad_x[..., 2 * cos.shape[-1] :] = grad[..., 2 * cos.shape[-1] : ctx.head_size]
         grad_channels = grad[..., ctx.head_size :].sum(2) if ctx.needs_input_grad[3] else None
         return grad_x, None, None, grad_channels
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, channels: Tensor | None) -> Tensor:
+    head_size, rotated = x.shape[-1], 2 * cos.shape[-1]
+    y = x.new_empty(*x.shape[:-1], head_size + (0 if channels is None else channels.shape[-1]))
+    _turn(x, cos, sin, y)
+    if rotated < head_size:
+        y[..., rotated:head_size] = x[..., rotated:]
+    if channels is not None:
+        y[..., head_size:] = channels.unsqueeze(2)
+    return y
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -85,4 +91,5 @@ def rotate(x: Tensor, angles: Rotation, channels: Tensor | None = None) -> Tenso
     Returns:
         (B, T, heads, head size + further).
     """
-    return _Rotate.apply(x, angles.cos, angles.sin, channels)
+    compute = _Rotate.apply if torch.is_grad_enabled() else _rotated
+    return compute(x, angles.cos, angles.sin, channels)

@@ -11,7 +11,15 @@ from megatron_ponder.parallel.regions import leave, on_residual
 from megatron_ponder.parallel.sharding import Initializer, ParameterSpec, ShardedModule, constant
 
 
-class ColumnParallelLinear(ShardedModule):
+class ParallelLinear(ShardedModule):
+    """What both kinds of linear layer compute on each rank by itself."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias with this rank's part of W."""
+        return F.linear(x, self.weight, bias)
+
+
+class ColumnParallelLinear(ParallelLinear):
     """y = x Wᵀ + b with the output features split: (..., in) → (..., out / ranks).
 
     Layers that read the same x share one `regions.enter`, which is therefore their caller's.
@@ -37,10 +45,10 @@ class ColumnParallelLinear(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in), the same on every rank. Returns this rank's output features (..., out / ranks)."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
 
-class RowParallelLinear(ShardedModule):
+class RowParallelLinear(ParallelLinear):
     """y = x Wᵀ + b with the input features split: (..., in / ranks) → (..., out), summed over the ranks."""
 
     def __init__(
@@ -64,8 +72,8 @@ class RowParallelLinear(ShardedModule):
             (B, slots, out) in the residual stream.
         """
         if self.axis.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = leave(F.linear(x, self.weight), self.axis, tokens)
+            return self.product(x, self.bias)
+        y = leave(self.product(x, None), self.axis, tokens)
         return y if self.bias is None else y + on_residual(self.bias, self.axis)
 
 
@@ -126,7 +134,8 @@ class RMSNorm(ShardedModule):
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """The norm with a given g."""
-        if x.device.type == "cpu":  # there PyTorch composes its norm from many passes over memory
+        # With gradients on CPUs, PyTorch composes its norm from many passes over memory.
+        if x.device.type == "cpu" and torch.is_grad_enabled():
             return _RMSNormFunction.apply(x, weight, self.epsilon)
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
 
