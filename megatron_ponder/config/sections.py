@@ -243,6 +243,8 @@ class TrainingConfig:
         recompute_passes: recompute in the first so many passes only; in all of them unless given.
         eval_interval: optimiser steps between validations; 0 for none.
         eval_samples: validation sequences, at most what the split holds.
+        time_limit: minutes or H:MM:SS from the start on, before whose end the run saves and stops by itself; under
+            SLURM the end of the job counts as well.
     """
 
     run_dir: str = "runs/default"
@@ -255,6 +257,7 @@ class TrainingConfig:
     recompute_passes: int | None = None
     eval_interval: int = 1000
     eval_samples: int = 512
+    time_limit: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_ponder.config.durations import parse_duration
 from megatron_ponder.config.layout import even_layers, largest_tensor
 from megatron_ponder.config.sections import (
     BlendPart,
@@ -268,6 +269,10 @@ def _validate_run(config: Config) -> None:
     _require(
         training.eval_interval == 0 or training.eval_samples >= 1,
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
+    )
+    _require(
+        training.time_limit is None or parse_duration(training.time_limit) > 0,
+        "training.time_limit is 0; give it some minutes, or leave it out",
     )
     _require(optimizer.learning_rate > 0, f"optimizer.learning_rate is {optimizer.learning_rate}; it must be positive")
     _require(

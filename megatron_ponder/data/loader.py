@@ -1,5 +1,6 @@
 """Micro-batches of one data-parallel rank, in an order that does not depend on how the work is divided."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 
@@ -64,7 +65,7 @@ def _loader(dataset: Samples, positions: Iterable[range], num_workers: int, pin_
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
-        worker_init_fn=_flush_denormals,
+        worker_init_fn=_prepare_worker,
         # Its own, because a loader draws a number when it starts and would move the global generator.
         generator=torch.Generator(),
     )
@@ -74,6 +75,9 @@ def _stack(samples: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(samples))
 
 
-def _flush_denormals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     # Denormal numbers are many times slower than others, and each process has to be told.
     torch.set_flush_denormal(True)
+    # What reaches all processes of a job is for training to answer, which still needs its next batch.
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,7 @@ class Checkpointer:
 
     Attributes:
         folder: of the checkpoints.
+        seconds: that the longest save so far has taken on this rank; None before the first.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Checkpointer:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future | None = None
         self._copy = _Share()
+        self.seconds: float | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -99,10 +102,16 @@ class Checkpointer:
         if exception is None:
             self.finish()  # else a failure of the save would hide the reason
 
-    def save(self, engine: Engine, step: int, samples: int) -> Path:
+    def save(self, engine: Engine, step: int, samples: int, validated: bool = True) -> Path:
         """Write the checkpoint after `step` steps, or begin to; a collective.
 
         An asynchronous save returns when the state has been copied, and training may change it.
+
+        Args:
+            engine: whose state to save.
+            step: steps done.
+            samples: consumed.
+            validated: false if the validation that was due after this step has been cut off.
 
         Returns:
             The checkpoint's folder, which an asynchronous save has yet to make.
@@ -113,13 +122,14 @@ class Checkpointer:
         """
         self.finish()
         final = self.folder / checkpoint_name(step)
-        manifest = Manifest(step, samples, *self._fingerprints, layout=self._layout())
+        manifest = Manifest(step, samples, *self._fingerprints, validated=validated, layout=self._layout())
+        begun = time.monotonic()
         share = self._take_share(engine)
         if self._thread is None:
-            self._write(share, manifest, final)
+            self._write(share, manifest, final, begun)
         else:
             self._copy = share
-            self._under_way = self._thread.submit(self._write_behind, share, manifest, final)
+            self._under_way = self._thread.submit(self._write_behind, share, manifest, final, begun)
         return final
 
     def finish(self) -> None:
@@ -157,22 +167,23 @@ class Checkpointer:
                 share.tensors[key] = whole
         return share
 
-    def _write_behind(self, share: _Share, manifest: Manifest, final: Path) -> None:
+    def _write_behind(self, share: _Share, manifest: Manifest, final: Path, begun: float) -> None:
         """Write in the thread, and say at once what training hears of only when it saves again."""
         try:
-            self._write(share, manifest, final)
+            self._write(share, manifest, final, begun)
         except Exception as error:
             if dist.get_rank() == 0 or not getattr(error, "shared", False):
                 logger.warning("%s could not be saved, and training will stop at the next: %s", final, error)
             raise
 
-    def _write(self, share: _Share, manifest: Manifest, final: Path) -> None:
+    def _write(self, share: _Share, manifest: Manifest, final: Path, begun: float) -> None:
         self._remove_partial()
         try:
             self._write_together(share, manifest, partial_folder(final), final)
         except UserError:
             self._remove_partial()  # the disk may be full
             raise
+        self.seconds = max(self.seconds or 0.0, time.monotonic() - begun)
 
     def _remove_partial(self) -> None:
         """Remove what a failed save, or a run that was killed while it saved, has left."""

@@ -41,6 +41,7 @@ class MetricsLog:
         """
         path = run_dir / METRICS
         kept = [record for record in read_metrics(run_dir) if record["step"] <= first_step] if path.exists() else []
+        self._last = kept[-1] if kept else {}
         aside = path.with_suffix(".partial")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         aside.rename(path)
@@ -55,8 +56,22 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, float | int | list]) -> None:
         """Append one record; `step` says which step it belongs to."""
+        self._last = record
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self._publish(record)
+
+    def complete(self, step: int, fields: Mapping[str, float]) -> None:
+        """Add fields to the record of a step, the last one."""
+        if self._last.get("step") == step:
+            line = json.dumps(self._last) + "\n"
+            self._file.truncate(os.fstat(self._file.fileno()).st_size - len(line.encode()))
+        self._publish({"step": step} | fields)
+        self._last = {"step": step} | self._last | fields
+        self._file.write(json.dumps(self._last) + "\n")
+        self._file.flush()
+
+    def _publish(self, record: Mapping[str, float | int | list]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
         if self._board is not None:
             for key, value in numbers.items():
