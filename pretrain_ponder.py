@@ -24,7 +24,7 @@ def main() -> None:
 
         launch = discover()
         check_layout(config, launch)  # while no rank waits for another
-        with process_group(launch) as device:
+        with process_group(launch, patience=config.parallel.start_timeout) as device:
             train(config, device, signals)
 
 

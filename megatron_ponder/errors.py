@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 # A run that has saved its state and can go on from it (EX_TEMPFAIL of sysexits.h); the same command resumes it.
 EXIT_PREEMPTED = 75
+# A rank in which nothing has happened for too long.
+EXIT_HUNG = 76
 # Launchers end the other ranks as soon as one ends; the one that reports must come first.
 SECONDS_FOR_THE_REPORT = 5.0
 

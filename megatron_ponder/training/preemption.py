@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.config import Config, parse_duration
+from megatron_ponder.errors import UserError
+from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -60,7 +62,8 @@ class StopSignals:
 class Boundary:
     """Where one step ends and the next begins: ranks add up their sums, and agree on whether to stop.
 
-    What a rank has to say about stopping travels with the sums, so that it costs no message of its own.
+    What a rank has to say, about stopping or about a problem of its own, travels with the sums, so that it costs no
+    message.
 
     Attributes:
         stop: why all ranks are to stop, one of `REASONS`; None to go on.
@@ -92,33 +95,47 @@ class Boundary:
         """
         self._begun, self._saving = time.monotonic(), saving
 
-    def cross(self, sums: Tensor) -> Tensor:
+    def cross(self, sums: Tensor, problem: str | None = None) -> Tensor:
         """End a step; a collective of all ranks.
 
         Args:
             sums: (n,), fp64, of this data-parallel rank, the same on the ranks that hold one copy of the model.
+            problem: for which all ranks have to end; None for none.
 
         Returns:
             Their sum over the data-parallel ranks, on every rank.
+
+        Raises:
+            UserError: on every rank, if any has a problem, with that of the first.
         """
         self._steps.append(time.monotonic() - self._begun)
-        return self._agree(sums)
+        return self._agree(sums, problem)
 
-    def poll(self) -> bool:
-        """Between steps, in work that is not one: whether all ranks are to stop; a collective of all ranks."""
-        self._agree(torch.zeros(0, dtype=torch.float64, device=self._mesh.device))
+    def poll(self, problem: str | None = None) -> bool:
+        """Between steps, in work that is not one: whether all ranks are to stop; a collective of all ranks.
+
+        Args:
+            problem: as in `cross`.
+
+        Raises:
+            UserError: as `cross`.
+        """
+        self._agree(torch.zeros(0, dtype=torch.float64, device=self._mesh.device), problem)
         return self.stop is not None
 
-    def _agree(self, sums: Tensor) -> Tensor:
-        own = [float(reason == self._wish()) for reason in REASONS]
+    def _agree(self, sums: Tensor, problem: str | None) -> Tensor:
+        wish = self._wish()
+        own = [float(problem is not None), *(float(reason == wish) for reason in REASONS)]
         if not self._together:
-            wishes = own
+            troubled, *wishes = own
         else:
             if self._mesh.model.rank > 0:
                 sums = torch.zeros_like(sums)  # the first rank of a copy of the model speaks for all of them
             message = torch.cat([sums, sums.new_tensor(own)])
             dist.all_reduce(message)
-            sums, wishes = message[: len(sums)], message[len(sums) :].tolist()
+            sums, (troubled, *wishes) = message[: len(sums)], message[len(sums) :].tolist()
+        if troubled:
+            together(lambda: _raise(problem))
         if self.stop is None:
             self.stop = next((reason for reason, count in zip(REASONS, wishes, strict=True) if count), None)
         return sums
@@ -138,6 +155,11 @@ class Boundary:
         """
         saving = min(60.0, self._given / 10) if self._saving is None else self._saving
         return MARGIN * (max(self._steps, default=0.0) + saving)
+
+
+def _raise(problem: str | None) -> None:
+    if problem is not None:
+        raise UserError(problem)
 
 
 def seconds_left(config: Config, signals: StopSignals, environ: Mapping[str, str] = os.environ) -> float | None:

@@ -13,6 +13,24 @@ from megatron_ponder.errors import Preempted
 STARTS, END = "starts.jsonl", "end.json"
 
 
+class Phases:
+    """How long each part of a start has taken, as text: `6.1 s imports, 0.3 s data`."""
+
+    def __init__(self, begun: float) -> None:
+        """Begin at a time of the monotonic clock."""
+        self._begun = self._last = begun
+        self._parts: list[str] = []
+
+    def mark(self, name: str) -> None:
+        """A part has ended."""
+        now = time.monotonic()
+        self._parts.append(f"{now - self._last:.1f} s {name}")
+        self._last = now
+
+    def __str__(self) -> str:
+        return f"{self._last - self._begun:.1f} s: {', '.join(self._parts)}"
+
+
 def read_starts(run_dir: Path) -> list[dict]:
     """All starts of a run, in order; a line cut off by a crash is left out."""
     path = run_dir / STARTS

@@ -242,10 +242,7 @@ def test_a_failure_beside_training_is_raised_on_every_rank_and_leaves_the_last_c
     ranks, folder, _ = layout
     full = "No space left on device (tensors.safetensors); free some space or choose another folder"
     final = folder / "failing" / "checkpoints"
-    warned = [
-        f"{final / name} could not be saved, and training will stop at the next: {full}"
-        for name in (TWO, "step-00000003")
-    ]
+    warned = [f"{final / name} could not be saved; training goes on: {full}" for name in (TWO, "step-00000003")]
     for rank, seen in enumerate(ranks):
         messages, listings, warnings = zip(*seen["failures"], strict=True)
         assert messages == ("", full, full, "")
