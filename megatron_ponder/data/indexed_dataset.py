@@ -208,7 +208,7 @@ class IndexedDataset:
         if offset < 0 or not 0 <= length <= available:
             raise IndexError(f"tokens {offset} to {offset + length} of {offset + available}")
         at, wanted = (start + offset) * self.dtype.itemsize, length * self.dtype.itemsize
-        path = dataset_paths(self.prefix)[1]
+        path = dataset_paths(self.prefix)[0]
         try:
             content = os.pread(self._file.fileno(), wanted, at)
             while 0 < len(content) < wanted and (

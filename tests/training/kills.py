@@ -19,6 +19,7 @@ from megatron_ponder.training import trainer  # noqa: F401, as above
 from megatron_ponder.training.metrics import read_metrics
 from tests.distributed import free_port
 
+TOKENS = 16  # of a sample
 SECONDS = 60  # within which the others must end when one is killed
 
 
@@ -88,7 +89,8 @@ def main() -> None:
     run_dir = Path(next(a.partition("=")[2] for a in arguments if a.startswith("--training.run_dir=")))
     draw = random.Random(seed)
     sessions: set[int] = set()
-    longest_end, starting, step_seconds = 0.0, 4.0, 0.2
+    longest_end, step_seconds, starting = 0.0, 0.1, 4.0
+    total = int(next(a.partition("=")[2] for a in arguments if a.startswith("--training.steps=")))
     steps_at_kill = []
     for attempt in range(kills + 1):
         port, output = free_port(), folder / f"start-{attempt:03d}"
@@ -98,7 +100,15 @@ def main() -> None:
         if attempt == kills:
             codes = reap(children, 600)
             break
-        time.sleep(draw.uniform(0.0, starting + 25 * step_seconds))
+        done = steps_at_kill[-1] if steps_at_kill else 0
+        steps = min(25.0, max(1.0, (attempt + 1) / kills * total - done + 10))  # so that kills last to the end
+        if draw.random() < 0.2:  # while it starts
+            time.sleep(draw.uniform(0.0, starting))
+        else:
+            while not (output.exists() and "ready after" in output.read_text()) and time.monotonic() - begun < SECONDS:
+                time.sleep(0.02)
+            starting = time.monotonic() - begun
+            time.sleep(draw.uniform(0.0, steps * step_seconds))
         victim = draw.choice(children)
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
@@ -106,11 +116,8 @@ def main() -> None:
         longest_end = max(longest_end, time.monotonic() - killed)
         records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
         steps_at_kill.append(records[-1]["step"] if records else 0)
-        lines = output.read_text()
-        if "step " in lines and "tokens/s" in lines and records:  # learn how fast this machine is
-            speeds = [records[0]["samples"] / records[0]["step"] * 16 / r["tokens_per_second"] for r in records[-5:]]
-            step_seconds = max(speeds)
-            starting = min(starting, killed - begun)
+        if records:  # learn how fast this machine is
+            step_seconds = records[-1]["samples"] / records[-1]["step"] * TOKENS / records[-1]["tokens_per_second"]
     deadline = time.monotonic() + 30
     while alive_in(sessions) and time.monotonic() < deadline:
         time.sleep(0.5)
