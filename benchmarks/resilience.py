@@ -27,6 +27,7 @@ SHAPE = {
     "model.num_layers": 2,
     "model.num_heads": 4,
     "ponder.max_steps": 2,
+    "data.split": "90,10,0",
     "data.sequence_length": 128,
     "data.num_workers": 0,
     "training.precision": "fp32",
