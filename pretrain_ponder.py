@@ -17,12 +17,15 @@ def main() -> None:
     config = read_config(sys.argv[1:])
     # Imported here, so that a wrong configuration is answered at once.
     from megatron_ponder.launch import discover, process_group
-    from megatron_ponder.training.trainer import train
+    from megatron_ponder.training.preemption import StopSignals
 
-    launch = discover()
-    check_layout(config, launch)  # while no rank waits for another
-    with process_group(launch) as device:
-        train(config, device)
+    with StopSignals() as signals:  # first of all, since the other imports take seconds
+        from megatron_ponder.training.trainer import train
+
+        launch = discover()
+        check_layout(config, launch)  # while no rank waits for another
+        with process_group(launch, patience=config.parallel.start_timeout) as device:
+            train(config, device, signals)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 
+# A run that has saved its state and can go on from it (EX_TEMPFAIL of sysexits.h); the same command resumes it.
+EXIT_PREEMPTED = 75
+# A rank in which nothing has happened for too long.
+EXIT_HUNG = 76
 # Launchers end the other ranks as soon as one ends; the one that reports must come first.
 SECONDS_FOR_THE_REPORT = 5.0
 
@@ -20,8 +24,22 @@ class UserError(ValueError):
     shared = False
 
 
+class Preempted(Exception):  # noqa: N818, it is no error
+    """A run has stopped before its end, on every rank, with its state saved. The message says why and how to go on.
+
+    Attributes:
+        reason: a signal's name, or what else asked it to stop.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate the main function of a command: a `UserError` or an I/O error becomes one line on stderr, exit code 2.
+
+    `Preempted` becomes exit code 75, without a word, because whoever raises it has said so on rank 0.
 
     Any other exception keeps its traceback, because it is a bug and not the user's doing. Set `PONDER_TRACEBACK=1` to
     see the traceback of a `UserError` too.
@@ -31,6 +49,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     def run(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
+        except Preempted:
+            sys.exit(EXIT_PREEMPTED)
         except (UserError, OSError) as error:
             if os.environ.get("PONDER_TRACEBACK") == "1":
                 raise

@@ -6,6 +6,9 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.errors import UserError
+
+# Until ranks give up waiting for one that does not come to a collective, unless told otherwise.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# For what listens where rank 0 should, after the time in which all ranks should have come.
+SECONDS_TO_ANSWER = 10.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,21 @@ def discover(environ: Mapping[str, str] = os.environ) -> Launch:
 
 
 @contextmanager
-def process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) -> Iterator[torch.device]:
+def process_group(
+    launch: Launch, timeout: timedelta = COLLECTIVE_TIMEOUT, patience: float = 300.0
+) -> Iterator[torch.device]:
     """Join the other ranks for as long as the context lasts, and say on which device this rank computes.
 
-    NCCL on GPUs and gloo on CPUs; a rank waits for the others in a collective of all of them for as long as `timeout`.
-    Also exports the variables that libraries below us read, divides the cores between the ranks of a node unless
-    OMP_NUM_THREADS says otherwise, and prepares the CPU (see `prepare_cpu`).
+    NCCL on GPUs and gloo on CPUs. Also exports the variables that libraries below us read, divides the cores between
+    the ranks of a node unless OMP_NUM_THREADS says otherwise, and prepares the CPU (see `prepare_cpu`).
+
+    Args:
+        launch: the place of this process among the ranks.
+        timeout: that a rank waits for the others in a collective of all of them.
+        patience: seconds to wait for the other ranks at the start.
+
+    Raises:
+        UserError: no GPU is left for this rank, or the ranks do not find each other.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
@@ -93,6 +110,7 @@ def process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) ->
     )
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
+        store=_meet(launch, patience),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
@@ -102,6 +120,80 @@ def process_group(launch: Launch, timeout: timedelta = timedelta(minutes=30)) ->
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _meet(launch: Launch, patience: float) -> dist.Store:
+    """The store through which all ranks find each other, once all have come.
+
+    Raises:
+        UserError: they have not within `patience` seconds, or the port is another program's.
+    """
+    under_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has a store already
+    if launch.world_size == 1 and not under_agent:
+        return dist.HashStore()
+    hosts = launch.rank == 0 and not under_agent
+    where = f"{launch.address}:{launch.port}"
+    gone = (
+        f"not all {launch.world_size} ranks have come to {where} within {patience:.0f} seconds; look whether every "
+        "rank has been started, and whether all have the MASTER_ADDR and MASTER_PORT of the node of rank 0"
+    )
+    with _given_up_after(patience + SECONDS_TO_ANSWER, f"rank {launch.rank}: error: {gone}"):
+        begun = time.monotonic()
+        if not hosts:
+            _wait_for_listener(launch, patience)
+        left = max(1.0, patience - (time.monotonic() - begun))
+        try:
+            store = dist.TCPStore(
+                "localhost" if hosts else launch.address,
+                launch.port,
+                launch.world_size,
+                is_master=hosts,
+                timeout=timedelta(seconds=left),
+                multi_tenant=not under_agent,
+            )
+        except dist.DistError as error:
+            if "EADDRINUSE" in str(error):
+                raise UserError(
+                    f"port {launch.port} on {socket.gethostname()} is in use by another program, or by ranks that an "
+                    "earlier run has left; set MASTER_PORT to another port on every rank"
+                ) from error
+            raise UserError(gone) from error
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return store
+
+
+def _wait_for_listener(launch: Launch, patience: float) -> None:
+    """Wait until something listens where rank 0 should."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((launch.address, launch.port), timeout=min(10.0, patience)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"rank {launch.rank} has not reached rank 0 at {launch.address}:{launch.port} within "
+                    f"{patience:.0f} seconds ({error.strerror or error}); set MASTER_ADDR to the host name or address "
+                    "of the node of rank 0, and MASTER_PORT to a port that is open between the nodes"
+                ) from error
+            time.sleep(min(0.2, patience))
+
+
+@contextmanager
+def _given_up_after(seconds: float, message: str) -> Iterator[None]:
+    """End the process with a message and code 2 if the block takes longer; what answers may be no rank at all."""
+
+    def give_up() -> None:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def prepare_cpu() -> None:

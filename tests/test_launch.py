@@ -1,6 +1,8 @@
 """Rank discovery under each launcher, and process groups of real ranks."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -10,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.errors import UserError
-from megatron_ponder.launch import Launch, discover, first_host
-from tests.distributed import RankError, run_distributed
+from megatron_ponder.launch import Launch, discover, first_host, process_group
+from tests.distributed import RankError, free_port, run_distributed
 
 TORCHRUN = {
     "RANK": "5",
@@ -153,6 +155,64 @@ def test_mpi_without_its_library_says_where_to_name_it(monkeypatch, tmp_path):
     monkeypatch.setenv("MPI4PY_LIBMPI", str(tmp_path / "libmpi.so"))
     with pytest.raises(UserError, match=r"mpi4py finds no MPI library; name mpirun's own libmpi\.so in MPI4PY_LIBMPI"):
         discover({"OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def join(launch: Launch, patience: float) -> str:
+    """What is said when ranks do not meet."""
+    before = dict(os.environ)
+    try:
+        with pytest.raises(UserError) as caught, process_group(launch, patience=patience):
+            pass
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_wrong_master_address_is_named_in_time(address):
+    start = time.monotonic()
+    port = free_port()
+    message = join(Launch(rank=3, world_size=4, address=address, port=port), 1.0)
+    assert re.match(
+        rf"rank 3 has not reached rank 0 at {address}:{port} within 1 seconds \(.+\); set MASTER_ADDR", message
+    )
+    assert time.monotonic() - start < 20
+
+
+def test_rank_0_waits_for_the_others_no_longer_than_it_is_told():
+    message = join(Launch(world_size=2, port=free_port()), 1.0)
+    assert "not all 2 ranks have come to 127.0.0.1:" in message
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert f"port {port} on " in (message := join(Launch(world_size=2, port=port), 1.0))
+        assert "is in use by another program" in message
+
+
+FOREIGN = """
+from megatron_ponder.launch import Launch, process_group
+import sys
+with process_group(Launch(rank=1, world_size=2, port=int(sys.argv[1])), patience=1.0):
+    pass
+"""
+
+
+def test_a_program_that_is_no_rank_but_answers_is_given_up():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        command = [sys.executable, "-c", FOREIGN, str(other.getsockname()[1])]
+        environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "rank 1: error: not all 2 ranks have come to" in done.stderr
 
 
 def describe_group(mesh):

@@ -35,6 +35,8 @@ class Manifest:
         tokenizer_fingerprint: of the tokenizer; None if the checkpoint has none.
         tensors: file that holds each tensor, by `kind/parameter name`.
         files: size in bytes and sha256 of each other file.
+        skipped: steps among them that changed nothing, because their loss or gradients were not finite.
+        validated: false if the validation that was due after this step has been cut off.
         layout: of the ranks that wrote it, for people to read; loading does not look at it.
     """
 
@@ -44,6 +46,8 @@ class Manifest:
     tokenizer_fingerprint: str | None = None
     tensors: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    validated: bool = True
     layout: dict[str, int | str] = field(default_factory=dict)
     format: int = 1
 

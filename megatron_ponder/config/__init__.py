@@ -4,6 +4,7 @@
 resolved form, so that nothing is ever derived twice.
 """
 
+from megatron_ponder.config.durations import parse_duration
 from megatron_ponder.config.layout import (
     check_layout,
     data_parallel_size,
@@ -49,6 +50,7 @@ __all__ = [
     "largest_tensor",
     "load_config",
     "micro_batches",
+    "parse_duration",
     "read_config",
     "resolve",
     "stage_layers",

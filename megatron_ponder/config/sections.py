@@ -121,6 +121,7 @@ class ParallelConfig:
         offload_pin_memory: offload through page-locked host memory, which is faster and cannot be swapped out.
         replica_check_interval: optimiser steps between comparisons of the checksums of what tensor ranks hold
             replicated; 0 = never.
+        start_timeout: seconds that ranks wait for each other at the start.
     """
 
     tensor: int = 1
@@ -134,6 +135,7 @@ class ParallelConfig:
     offload_nvme_path: str | None = None
     offload_pin_memory: bool = False
     replica_check_interval: int = 100
+    start_timeout: int = 300
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ class TrainingConfig:
         recompute_passes: recompute in the first so many passes only; in all of them unless given.
         eval_interval: optimiser steps between validations; 0 for none.
         eval_samples: validation sequences, at most what the split holds.
+        time_limit: minutes or H:MM:SS from the start on, before whose end the run saves and stops by itself; under
+            SLURM the end of the job counts as well.
     """
 
     run_dir: str = "runs/default"
@@ -255,6 +259,10 @@ class TrainingConfig:
     recompute_passes: int | None = None
     eval_interval: int = 1000
     eval_samples: int = 512
+    time_limit: str | None = None
+    step_timeout: int = 600
+    skipped_steps_budget: int = 10
+    skipped_steps_window: int = 1000
 
 
 @dataclass(frozen=True)
@@ -287,11 +295,14 @@ class LoggingConfig:
         interval: optimiser steps between plain progress lines where there is no terminal for a bar.
         tensorboard: write TensorBoard events into the run folder.
         wandb_project: also log to this Weights & Biases project (needs the extra `wandb`).
+        spike_threshold: say so, with its samples, when a loss lies so many standard deviations above the median of the
+            100 before; 0 = never.
     """
 
     interval: int = 10
     tensorboard: bool = True
     wandb_project: str | None = None
+    spike_threshold: float = 10.0
 
 
 @dataclass(frozen=True)

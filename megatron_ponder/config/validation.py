@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_ponder.config.durations import parse_duration
 from megatron_ponder.config.layout import even_layers, largest_tensor
 from megatron_ponder.config.sections import (
     BlendPart,
@@ -259,6 +260,8 @@ def _validate_run(config: Config) -> None:
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep": config.checkpoint.keep,
         "logging.interval": config.logging.interval,
+        "parallel.start_timeout": config.parallel.start_timeout,
+        "training.skipped_steps_window": training.skipped_steps_window,
     }
     for name, value in positive.items():
         _require(value >= 1, f"{name} is {value}; it must be at least 1")
@@ -268,6 +271,17 @@ def _validate_run(config: Config) -> None:
     _require(
         training.eval_interval == 0 or training.eval_samples >= 1,
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
+    )
+    not_negative = {
+        "training.step_timeout": training.step_timeout,
+        "training.skipped_steps_budget": training.skipped_steps_budget,
+        "logging.spike_threshold": config.logging.spike_threshold,
+    }
+    for name, value in not_negative.items():
+        _require(value >= 0, f"{name} is {value}; it must be 0 or more")
+    _require(
+        training.time_limit is None or parse_duration(training.time_limit) > 0,
+        "training.time_limit is 0; give it some minutes, or leave it out",
     )
     _require(optimizer.learning_rate > 0, f"optimizer.learning_rate is {optimizer.learning_rate}; it must be positive")
     _require(

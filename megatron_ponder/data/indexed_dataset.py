@@ -13,6 +13,7 @@
 """
 
 import hashlib
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -86,6 +87,9 @@ class IndexedDataset:
         if actual == 0:
             raise _damaged(bin_path, "holds no tokens")
         self._tokens = np.memmap(bin_path, self.dtype, mode="r")
+        # Samples are read and not mapped, because a file that has become shorter, or a disk that fails, would kill a
+        # process that maps it.
+        self._file = open(bin_path, "rb", buffering=0)  # noqa: SIM115, open as long as the dataset is
 
     def __reduce__(self):
         # A loader worker opens the files again; a memory map cannot travel, and its contents should not.
@@ -103,11 +107,11 @@ class IndexedDataset:
         return len(self.document_indices) - 1
 
     def read(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """`length` tokens of a sequence from token `offset` on (default: to its end), as a read-only view.
+        """`length` tokens of a sequence from token `offset` on (default: to its end), read-only.
 
         Raises:
             IndexError: the sequence does not exist or is shorter than that.
-            UserError: the index contradicts itself there.
+            UserError: the index contradicts itself there, or the tokens cannot be read.
         """
         if not 0 <= sequence < len(self):
             raise IndexError(f"sequence {sequence} of {len(self)}")
@@ -118,19 +122,19 @@ class IndexedDataset:
             raise _damaged(dataset_paths(self.prefix)[1], "has sequences that do not follow one another")
         available = size - offset
         length = available if length is None else length
-        return self._view(start // self.dtype.itemsize, offset, length, available)
+        return self._read(start // self.dtype.itemsize, offset, length, available)
 
     def read_document(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """The same of a whole document, whose sequences follow one another in `.bin`.
 
         Raises:
             IndexError: the document does not exist or is shorter than that.
-            UserError: the index contradicts itself there.
+            UserError: the index contradicts itself there, or the tokens cannot be read.
         """
         start, size = self.span(document)
         available = size - offset
         length = available if length is None else length
-        return self._view(start, offset, length, available)
+        return self._read(start, offset, length, available)
 
     def span(self, document: int) -> tuple[int, int]:
         """First token of a document, counted over the dataset, and number of its tokens; checks its entries.
@@ -200,10 +204,22 @@ class IndexedDataset:
         blocks = [self._tokens[at : at + block] for at in range(0, self.num_tokens, block)]
         return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
 
-    def _view(self, start: int, offset: int, length: int, available: int) -> np.ndarray:
+    def _read(self, start: int, offset: int, length: int, available: int) -> np.ndarray:
         if offset < 0 or not 0 <= length <= available:
             raise IndexError(f"tokens {offset} to {offset + length} of {offset + available}")
-        return np.asarray(self._tokens[start + offset : start + offset + length])
+        at, wanted = (start + offset) * self.dtype.itemsize, length * self.dtype.itemsize
+        path = dataset_paths(self.prefix)[0]
+        try:
+            content = os.pread(self._file.fileno(), wanted, at)
+            while 0 < len(content) < wanted and (
+                more := os.pread(self._file.fileno(), wanted - len(content), at + len(content))
+            ):
+                content += more
+        except OSError as error:
+            raise UserError(f"{path} cannot be read at byte {at}: {error.strerror}; check its disk") from error
+        if len(content) < wanted:
+            raise UserError(f"{path} has become shorter since it was opened; put the whole file back")
+        return np.frombuffer(content, self.dtype)
 
 
 class DocumentLengths:

@@ -1,14 +1,16 @@
 """Micro-batches of one data-parallel rank, in an order that does not depend on how the work is divided."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from megatron_ponder.data.mixture import Samples
+from megatron_ponder.errors import UserError, describe
 
 
 def batches(
@@ -31,6 +33,9 @@ def batches(
         data_rank, data_size: place of this process among those that read different data.
         num_workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory, from which copies to a GPU are asynchronous.
+
+    Raises:
+        UserError: a sample cannot be read.
     """
     assert global_batch_size % (micro_batch_size * data_size) == 0
     block = global_batch_size // data_size
@@ -38,7 +43,7 @@ def batches(
     positions = (
         range(at, at + micro_batch_size) for start in starts for at in range(start, start + block, micro_batch_size)
     )
-    micro_batches = iter(_loader(dataset, positions, num_workers, pin_memory))
+    micro_batches = _read(_loader(dataset, positions, num_workers, pin_memory))
     while True:
         yield list(islice(micro_batches, block // micro_batch_size))
 
@@ -54,26 +59,49 @@ def validation_batches(
     stop = samples * (data_rank + 1) // data_size
     starts = range(samples * data_rank // data_size, stop, micro_batch_size)
     positions = (range(at, min(at + micro_batch_size, stop)) for at in starts)
-    return iter(_loader(dataset, positions, num_workers=0, pin_memory=False))
+    return _read(_loader(dataset, positions, num_workers=0, pin_memory=False))
+
+
+def _read(loader: DataLoader) -> Iterator[Tensor]:
+    for content in loader:
+        if isinstance(content, str):
+            raise UserError(content)
+        yield content
 
 
 def _loader(dataset: Samples, positions: Iterable[range], num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
-        dataset,
+        _Careful(dataset),
         batch_sampler=positions,
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
-        worker_init_fn=_flush_denormals,
+        worker_init_fn=_prepare_worker,
         # Its own, because a loader draws a number when it starts and would move the global generator.
         generator=torch.Generator(),
     )
 
 
-def _stack(samples: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(samples))
+class _Careful(Dataset):
+    """Gives what has gone wrong in place of samples, as text, because errors of workers arrive as tracebacks."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitems__(self, positions: range) -> list[np.ndarray] | str:
+        try:
+            return [self._samples[position] for position in positions]
+        except (UserError, OSError) as error:
+            return describe(error)
 
 
-def _flush_denormals(worker: int) -> None:
+def _stack(samples: list[np.ndarray] | str) -> Tensor | str:
+    return samples if isinstance(samples, str) else torch.from_numpy(np.stack(samples))
+
+
+def _prepare_worker(worker: int) -> None:
     # Denormal numbers are many times slower than others, and each process has to be told.
     torch.set_flush_denormal(True)
+    # What reaches all processes of a job is for training to answer, which still needs its next batch.
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

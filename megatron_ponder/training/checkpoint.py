@@ -2,8 +2,10 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +18,7 @@ from megatron_ponder.checkpoint.files import write_tensors
 from megatron_ponder.checkpoint.store import (
     Manifest,
     checkpoint_name,
+    checkpoints_in,
     latest_checkpoint,
     partial_folder,
     partial_folders_in,
@@ -63,6 +66,7 @@ class Checkpointer:
 
     Attributes:
         folder: of the checkpoints.
+        seconds: that the longest save so far has taken on this rank; None before the first.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Checkpointer:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future | None = None
         self._copy = _Share()
+        self.seconds: float | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -99,27 +104,40 @@ class Checkpointer:
         if exception is None:
             self.finish()  # else a failure of the save would hide the reason
 
-    def save(self, engine: Engine, step: int, samples: int) -> Path:
+    def save(
+        self, engine: Engine, step: int, samples: int, validated: bool = True, skipped: Sequence[int] = ()
+    ) -> Path:
         """Write the checkpoint after `step` steps, or begin to; a collective.
 
         An asynchronous save returns when the state has been copied, and training may change it.
+
+        Args:
+            engine: whose state to save.
+            step: steps done.
+            samples: consumed.
+            validated: false if the validation that was due after this step has been cut off.
+            skipped: steps among them that changed nothing.
 
         Returns:
             The checkpoint's folder, which an asynchronous save has yet to make.
 
         Raises:
-            UserError: on every rank, if any rank could not write its part, of this checkpoint or, where that was
-                asynchronous, of the one before.
+            UserError: on every rank, if any rank could not write its part. That an asynchronous save has failed is told
+                at once on rank 0, and raised by `finish` if no other has been begun since.
         """
-        self.finish()
+        with suppress(UserError):
+            self.finish()
         final = self.folder / checkpoint_name(step)
-        manifest = Manifest(step, samples, *self._fingerprints, layout=self._layout())
+        manifest = Manifest(
+            step, samples, *self._fingerprints, skipped=list(skipped), validated=validated, layout=self._layout()
+        )
+        begun = time.monotonic()
         share = self._take_share(engine)
         if self._thread is None:
-            self._write(share, manifest, final)
+            self._write(share, manifest, final, begun)
         else:
             self._copy = share
-            self._under_way = self._thread.submit(self._write_behind, share, manifest, final)
+            self._under_way = self._thread.submit(self._write_behind, share, manifest, final, begun)
         return final
 
     def finish(self) -> None:
@@ -157,22 +175,23 @@ class Checkpointer:
                 share.tensors[key] = whole
         return share
 
-    def _write_behind(self, share: _Share, manifest: Manifest, final: Path) -> None:
-        """Write in the thread, and say at once what training hears of only when it saves again."""
+    def _write_behind(self, share: _Share, manifest: Manifest, final: Path, begun: float) -> None:
+        """Write in the thread, and say at once what training hears of only at its end."""
         try:
-            self._write(share, manifest, final)
+            self._write(share, manifest, final, begun)
         except Exception as error:
             if dist.get_rank() == 0 or not getattr(error, "shared", False):
-                logger.warning("%s could not be saved, and training will stop at the next: %s", final, error)
+                logger.warning("%s could not be saved; training goes on: %s", final, error)
             raise
 
-    def _write(self, share: _Share, manifest: Manifest, final: Path) -> None:
+    def _write(self, share: _Share, manifest: Manifest, final: Path, begun: float) -> None:
         self._remove_partial()
         try:
             self._write_together(share, manifest, partial_folder(final), final)
         except UserError:
             self._remove_partial()  # the disk may be full
             raise
+        self.seconds = max(self.seconds or 0.0, time.monotonic() - begun)
 
     def _remove_partial(self) -> None:
         """Remove what a failed save, or a run that was killed while it saved, has left."""
@@ -237,24 +256,54 @@ def verify_together(folder: Path) -> None:
     together(verify_share)
 
 
-def find_resume(config: Config) -> Path | None:
-    """The checkpoint folder to go on from; None to start anew.
+def find_resume(config: Config) -> tuple[Path | None, list[str]]:
+    """The verified checkpoint folder to go on from; None to start anew; a collective.
+
+    With `auto` it is the latest of the run folder, and where that is damaged the newest that is not.
+
+    Returns:
+        The folder, and what is wrong with each that has been passed over.
 
     Raises:
-        UserError: if the run folder has checkpoints that a new run would overwrite, or there is none to resume.
+        UserError: on every rank, if the run folder has checkpoints that a new run would overwrite, there is none to
+            resume, or none is whole.
     """
-    resume, run_dir = config.checkpoint.resume, Path(config.training.run_dir)
-    existing = latest_checkpoint(run_dir / "checkpoints")
-    if resume == "auto":
-        return existing
-    if resume != "none":
-        return resolve_checkpoint(Path(resume))
-    if existing is not None:
-        raise UserError(
-            f"{run_dir} already holds checkpoints, the last one {existing.name}; add --checkpoint.resume auto to go on "
-            "from it, or choose another --training.run_dir"
+    resume = config.checkpoint.resume
+    candidates = together(lambda: _candidates(config))
+    damage: list[str] = []
+    for folder in candidates:
+        try:
+            verify_together(folder)
+            return folder, damage
+        except UserError as error:
+            if resume != "auto":
+                raise
+            damage.append(str(error))
+    if damage:
+        error = UserError(
+            f"all {len(damage)} checkpoints in {candidates[0].parent} are damaged ({damage[0]}); resume from a copy "
+            "with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew"
         )
-    return None
+        error.shared = True
+        raise error
+    return None, []
+
+
+def _candidates(config: Config) -> list[Path]:
+    """Checkpoint folders that the run may go on from, the best first; none to start anew."""
+    resume, run_dir = config.checkpoint.resume, Path(config.training.run_dir)
+    if resume not in ("auto", "none"):
+        return [resolve_checkpoint(Path(resume))]
+    latest = latest_checkpoint(run_dir / "checkpoints")
+    if latest is None:
+        return []
+    if resume == "auto":
+        others = [folder for folder in checkpoints_in(run_dir / "checkpoints") if folder != latest]
+        return [latest, *reversed(others)]
+    raise UserError(
+        f"{run_dir} already holds checkpoints, the last one {latest.name}; add --checkpoint.resume auto to go on "
+        "from it, or choose another --training.run_dir"
+    )
 
 
 def initial_weights(config: Config) -> Path | None:

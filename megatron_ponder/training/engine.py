@@ -169,7 +169,12 @@ class Engine:
         return total
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update the weights, clear the gradients. Returns the global gradient norm before clipping."""
+        """Clip, update the weights, clear the gradients.
+
+        Returns:
+            The global gradient norm before clipping, the same on all ranks. If it is not finite, the step has been
+            skipped on all of them: weights, moments and their count of steps are as before.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip_replicated() if self._stage == 0 else None
@@ -216,7 +221,7 @@ class Engine:
 
         Args:
             checkpoint: its folder, verified.
-            step: optimiser steps that it has done, for AdamW's bias correction.
+            step: optimiser steps that it has done, without skipped ones, for AdamW's bias correction.
         """
         kinds = (WEIGHT, *MOMENTS) if self._low_precision else MOMENTS
         with open_tensors(checkpoint, verified=True) as tensors:
@@ -253,6 +258,10 @@ class Engine:
         if self._mesh.model.size > 1:
             dist.all_reduce(square, group=self._mesh.model.group)
         norm = square.sqrt()
+        if not norm.isfinite():
+            for parameter in parameters:
+                parameter.grad = None  # which the optimiser passes over; later stages skip such a step by themselves
+            return norm
         torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping or float("inf"), norm)
         return norm
 

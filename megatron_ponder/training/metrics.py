@@ -1,11 +1,15 @@
 """What a run writes about itself: one JSON object a step, TensorBoard events, progress on the terminal."""
 
+import errno
 import json
+import logging
+import math
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -15,10 +19,12 @@ from megatron_ponder.config import LoggingConfig
 from megatron_ponder.errors import UserError
 
 METRICS = "metrics.jsonl"
+Value = float | int | list | str | bool | None
+logger = logging.getLogger(__name__)
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """All records of a run, in order; a last line cut off by a crash is left out."""
+    """All records of a run, in order; a last line cut off by a crash is left out. A number not finite is None."""
     records = []
     for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
         try:
@@ -29,7 +35,13 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 class MetricsLog:
-    """The record of a run on disk, written by rank 0 alone."""
+    """The record of a run on disk, written by rank 0 alone.
+
+    What cannot be written, because the disk is full, is kept and written later; training goes on.
+
+    Attributes:
+        kept: the records of the run before, up to the step that it goes on from.
+    """
 
     def __init__(self, run_dir: Path, config: LoggingConfig, first_step: int) -> None:
         """Open for appending; what an interrupted run wrote after its last checkpoint is dropped.
@@ -40,11 +52,15 @@ class MetricsLog:
             first_step: steps done; later records are dropped.
         """
         path = run_dir / METRICS
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= first_step] if path.exists() else []
+        records = read_metrics(run_dir) if path.exists() else []
+        self.kept = [record for record in records if record["step"] <= first_step]
+        self._last = self.kept[-1] if self.kept else {}
         aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        aside.write_text("".join(_line(record) for record in self.kept), encoding="utf-8")
         aside.rename(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._end = os.fstat(self._file.fileno()).st_size
+        self._waiting: list[bytes] = []
         self._board, self._wandb = None, None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,24 +69,64 @@ class MetricsLog:
         if config.wandb_project is not None:
             self._wandb = _start_wandb(run_dir, config.wandb_project)
 
-    def write(self, record: Mapping[str, float | int | list]) -> None:
+    def write(self, record: Mapping[str, Value]) -> None:
         """Append one record; `step` says which step it belongs to."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._last = record
+        self._waiting.append(_line(record).encode())
+        self._flush()
+        self._publish(record)
+
+    def complete(self, step: int, fields: Mapping[str, Value]) -> None:
+        """Add fields to the record of a step, the last one before this start."""
+        if self._last.get("step") == step:
+            self._end -= len(_line(self._last).encode())
+            self._file.truncate(self._end)
+        self._last = {"step": step} | self._last | fields
+        self._waiting.append(_line(self._last).encode())
+        self._flush()
+        self._publish({"step": step} | fields)
+
+    def close(self) -> None:
+        """Write what is left and close everything."""
+        self._flush()
+        self._file.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _flush(self) -> None:
+        waiting = b"".join(self._waiting)
+        try:
+            written = self._file.write(waiting)
+            if written < len(waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(self._end)  # no part of a record may stay
+            if len(self._waiting) == 1:
+                logger.warning("%s cannot be written, and is kept in memory: %s", self._file.name, error.strerror)
+            return
+        self._end += written
+        self._waiting.clear()
+
+    def _publish(self, record: Mapping[str, Value]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
         if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, record["step"])
+            try:
+                for key, value in numbers.items():
+                    self._board.add_scalar(key, value, record["step"])
+            except OSError as error:
+                logger.warning("no more TensorBoard events are written: %s", error)
+                self._board = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
-    def close(self) -> None:
-        """Flush and close everything."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+
+def _line(record: Mapping[str, Value]) -> str:
+    """One line of JSON, which has no number for what is not finite."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
 
 
 def _start_wandb(run_dir: Path, project: str):

@@ -1,5 +1,6 @@
 """The training loss of a micro-batch, as a module, because that is what DeepSpeed wraps."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ class Objective(nn.Module):
 
         Returns:
             The sum over tokens of cross-entropy and λ Σ_{k ≥ 1} w_k, with its gradient, in nats; and for each sequence
-            the detached sums of a `Tally`, fp64 (B, K + 3).
+            the detached sums of a `Tally`, fp64 (B, K + 3). A loss that is not finite has gradients that are not
+            numbers, even where the mathematics gives finite ones, so that the gradient norm alone tells of both.
         """
         model, labels = self.model, tokens[:, 1:]
         logits = model.head(result.output_BLH)
@@ -96,8 +98,13 @@ class Objective(nn.Module):
         sums[:, 0] = losses_BL.detach().sum(1, dtype=torch.float64)
         if result.routing is None:
             sums[:, -1] = labels.shape[1]
-            return loss, sums
+            return _telling(loss), sums
         penalties_BL = result.routing.log_w[..., 1:].exp().sum(-1)
         sums[:, 1] = penalties_BL.detach().sum(1, dtype=torch.float64)
         sums[:, 2:] = F.one_hot(result.routing.executed, model.ponder_config.steps + 1).sum(1)
-        return loss + penalty_weight * penalties_BL.sum(), sums
+        return _telling(loss + penalty_weight * penalties_BL.sum()), sums
+
+
+def _telling(loss: Tensor) -> Tensor:
+    """The same loss and gradients; where it is not finite, gradients that are not numbers."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)

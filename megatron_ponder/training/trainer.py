@@ -1,20 +1,18 @@
-"""The training loop, from a configuration to a trained run folder."""
+"""Training, from a configuration to a trained run folder."""
 
-import math
-import time
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from megatron_ponder.checkpoint.store import Manifest
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
-from megatron_ponder.data.loader import batches, validation_batches
-from megatron_ponder.errors import UserError
+from megatron_ponder.errors import describe
 from megatron_ponder.evaluation.plots import plot_training
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.training.agreement import check_same
 from megatron_ponder.training.checkpoint import (
     Checkpointer,
     check_resumable,
@@ -24,148 +22,77 @@ from megatron_ponder.training.checkpoint import (
 )
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.layout import describe_layout
+from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.metrics import MetricsLog, RunProgress, prepare_run_dir
-from megatron_ponder.training.objective import Objective, Tally
-from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
+from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.preemption import Boundary, StopSignals, seconds_left
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
+from megatron_ponder.training.starts import Phases, recorded
+from megatron_ponder.training.watchdog import Watchdog
 
 
-def train(config: Config, device: torch.device) -> None:
+def train(config: Config, device: torch.device, signals: StopSignals | None = None) -> None:
     """Train, or go on training, in the configured run folder.
 
     Args:
         config: resolved and validated.
         device: of this rank, inside a process group.
+        signals: that end the run early; None for none.
 
     Raises:
         UserError: on every rank, for whatever the user has to change.
+        Preempted: on every rank, when a signal or the time limit has ended the run early, after a checkpoint.
     """
+    signals = signals or StopSignals()
+    phases = Phases(signals.created)
+    phases.mark("imports and process group")
+    check_same(config)
     data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
-    resumed = together(lambda: find_resume(config))
+    resumed, damage = find_resume(config)
     source = resumed or together(lambda: initial_weights(config))
-    if source is not None:
+    if resumed is None and source is not None:
         verify_together(source)
     fingerprints = (parts.data_fingerprint, parts.tokenizer.fingerprint if parts.tokenizer else None)
     manifest = None if resumed is None else together(lambda: check_resumable(resumed, config, *fingerprints))
+    phases.mark("data and checkpoint")
     parallel = config.parallel
     mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data_size, parallel.sequence_parallel)
     model = together(lambda: build_model(config, parts, mesh, source))
     run_dir, leader = Path(config.training.run_dir), dist.get_rank() == 0
     together(lambda: prepare_run_dir(run_dir, to_yaml(config)) if leader else None)
 
+    phases.mark("model")
     engine = Engine(Objective(model), config, mesh)
-    step, samples = 0, 0
-    if manifest is not None:
-        step, samples = manifest.step, manifest.samples
-        if step > 0:
-            together(lambda: engine.restore(resumed, step))
+    phases.mark("DeepSpeed")
+    start = manifest or Manifest()
+    if start.step > 0:
+        together(lambda: engine.restore(resumed, start.step - len(start.skipped)))
+        phases.mark("restoring")
     tokenizer = Path(config.tokenizer.path) if parts.tokenizer else None
-    together(lambda: parts.datasets["train"].prepare(samples))
-    log = together(lambda: MetricsLog(run_dir, config.logging, step) if leader else None)
-    with RunProgress(config.training.steps, step, config.logging.interval, shown=leader) as progress:
-        progress.say(_headline(config, mesh, parts, step))
-        progress.say(describe_layout(config, mesh))
-        with Checkpointer(config, tokenizer, fingerprints, mesh) as checkpointer:
-            _loop(config, mesh, parts, engine, checkpointer, log, progress, step, samples)
+    together(lambda: parts.datasets["train"].prepare(start.samples))
+    log = together(lambda: MetricsLog(run_dir, config.logging, start.step) if leader else None)
+    with ExitStack() as stack:
         if leader:
-            log.close()
-            progress.say(f"loss plot in {plot_training(run_dir)}")
-
-
-def _loop(
-    config: Config,
-    mesh: Mesh,
-    parts: RunParts,
-    engine: Engine,
-    checkpointer: Checkpointer,
-    log: MetricsLog | None,
-    progress: RunProgress,
-    step: int,
-    samples: int,
-) -> None:
-    training = config.training
-    pruning = engine.pruning(hard=False)
-    tokens_per_step = training.global_batch_size * config.data.sequence_length
-    loader = batches(
-        parts.datasets["train"],
-        samples,
-        training.global_batch_size,
-        training.micro_batch_size,
-        mesh.data.rank,
-        mesh.data.size,
-        config.data.num_workers,
-        pin_memory=mesh.device.type == "cuda",
-    )
-    while step < training.steps:
-        started = time.perf_counter()
-        rate = learning_rate(step, training.steps, config.optimizer)
-        penalty = penalty_weight(step, config.ponder)
-        r = refinements(step, training.seed, config.ponder)
-        micro_batches = [tokens.to(mesh.device, non_blocking=True) for tokens in next(loader)]
-        sums = engine.forward_backward(micro_batches, r, pruning, penalty, scale=1 / tokens_per_step)
-        norm = engine.step(rate)
-        step, samples = step + 1, samples + training.global_batch_size
-        interval = config.parallel.replica_check_interval
-        if mesh.tensor.size > 1 and interval and step % interval == 0:
-            together(partial(check_replicas, engine, step))
-        tally = _sum_over_data_ranks(sums, mesh)
-        record = {
-            "step": step,
-            "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
-            "cross_entropy": tally.mean_loss,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "mean_steps": tally.mean_steps,
-            "tokens_per_second": tokens_per_step / (time.perf_counter() - started),
-            "samples": samples,
-            "penalty": tally.penalty / tally.tokens,
-            "penalty_weight": penalty,
-            "refinements": r,
-            "step_histogram": tally.steps,
-        }
-        last = step == training.steps
-        if "valid" in parts.datasets and training.eval_interval and (last or step % training.eval_interval == 0):
-            tally = validate(config, mesh, parts, engine)
-            record |= {"validation_loss": tally.mean_loss, "validation_mean_steps": tally.mean_steps}
-            progress.say(f"step {step}  validation loss {tally.mean_loss:.4f}  steps/token {tally.mean_steps:.2f}")
-        if log is not None:
-            log.write(record)
-        progress.update(record)
-        if last or step % config.checkpoint.interval == 0:
-            verb = "saving" if config.checkpoint.asynchronous else "saved"
-            progress.say(f"step {step}  {verb} {checkpointer.save(engine, step, samples)}")
-
-
-def validate(config: Config, mesh: Mesh, parts: RunParts, engine: Engine) -> Tally:
-    """Cross-entropy and steps on the first validation samples, with the soft mask and the largest R of training."""
-    dataset = parts.datasets["valid"]
-    count = min(config.training.eval_samples, dataset.samples_per_epoch)
-    r = config.ponder.evaluation_refinements
-    own = validation_batches(dataset, count, config.training.micro_batch_size, mesh.data.rank, mesh.data.size)
-    micro_batches = [tokens.to(mesh.device) for tokens in own]
-    rounds = math.ceil(math.ceil(count / mesh.data.size) / config.training.micro_batch_size)
-    return _sum_over_data_ranks(engine.evaluate(micro_batches, rounds, r, engine.pruning(hard=False)), mesh)
-
-
-def check_replicas(engine: Engine, step: int) -> None:
-    """Compare what tensor ranks hold replicated.
-
-    Raises:
-        UserError: if it has come to differ, after which they no longer train one model.
-    """
-    differing = engine.differing_replicas()
-    if differing:
-        raise UserError(
-            f"after step {step}, {differing[0]} and {len(differing) - 1} more replicated parameters differ between "
-            "tensor ranks, as faulty memory or a faulty link makes them; resume from the last checkpoint on other nodes"
+            stack.callback(log.close)
+            stack.enter_context(recorded(run_dir, start.step, dist.get_world_size()))
+        progress = stack.enter_context(
+            RunProgress(config.training.steps, start.step, config.logging.interval, shown=leader)
         )
-
-
-def _sum_over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
-    if mesh.data.size > 1:
-        dist.all_reduce(sums, group=mesh.data.group)
-    return Tally.of(sums)
+        for problem in damage:
+            progress.say(f"warning: {problem}; it is passed over")
+        progress.say(_headline(config, mesh, parts, start.step))
+        progress.say(describe_layout(config, mesh))
+        progress.say(f"ready after {phases}")
+        boundary = Boundary(signals, seconds_left(config, signals), mesh)
+        checkpointer = stack.enter_context(Checkpointer(config, tokenizer, fingerprints, mesh))
+        watchdog = stack.enter_context(Watchdog(config.training.step_timeout))
+        TrainingLoop(config, mesh, parts, engine, checkpointer, boundary, watchdog, log, progress, start).run()
+    if leader:
+        try:
+            print(f"loss plot in {plot_training(run_dir)}", flush=True)
+        except OSError as error:  # a picture is not worth an error
+            print(f"warning: no loss plot: {describe(error)}", flush=True)
 
 
 def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:

@@ -1,3 +1,4 @@
+import os
 import pickle
 import struct
 
@@ -245,3 +246,12 @@ def test_a_token_that_does_not_fit_is_refused(tmp_path, dtype, token):
     with pytest.raises(UserError, match="do not fit"):
         write(tmp_path / "data", [[1], [0, token]], dtype)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_becomes_shorter_while_it_is_open_is_named(prefix):
+    dataset = IndexedDataset(prefix)
+    want = dataset.read_document(0).tolist()
+    os.truncate(f"{prefix}.bin", 2 * len(want))
+    assert dataset.read_document(0).tolist() == want
+    with pytest.raises(UserError, match=r"\.bin has become shorter since it was opened; put the whole file back"):
+        dataset.read_document(dataset.num_documents - 1)

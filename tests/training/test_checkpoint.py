@@ -192,14 +192,14 @@ def test_where_to_go_on_from(tmp_path):
     def config(resume):
         return small_config(training__run_dir=tmp_path / "run", checkpoint__resume=resume)
 
-    assert find_resume(config("none")) is None
-    assert find_resume(config("auto")) is None
+    assert find_resume(config("none")) == (None, [])
+    assert find_resume(config("auto")) == (None, [])
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         find_resume(config(tmp_path / "run"))
     unfinished = tmp_path / "run" / "checkpoints" / ".step-00000001.partial"
     unfinished.mkdir(parents=True)
     (unfinished / "manifest.json").write_text("{}")
-    assert find_resume(config("auto")) is None
+    assert find_resume(config("auto")) == (None, [])
 
 
 def test_going_on_with_another_micro_batch_and_two_ranks(two_ranks, runs):

@@ -120,3 +120,50 @@ def test_the_configuration_is_replaced_whole(tmp_path):
     prepare_run_dir(run_dir, "ponder: {}\n")
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
     assert yaml.safe_load((run_dir / "config.yaml").read_text()) == {"ponder": {}}
+
+
+class FullDisk:
+    """A file that takes so many bytes and no more."""
+
+    def __init__(self, file, space: int) -> None:
+        self._file, self.space = file, space
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, content: bytes) -> int:
+        if content and self.space == 0:
+            raise OSError(28, "No space left on device")
+        written = self._file.write(content[: self.space])
+        self.space -= written
+        return written
+
+
+def test_records_wait_for_space_on_a_full_disk(tmp_path, caplog):
+    log = MetricsLog(tmp_path, PLAIN, 0)
+    log.write(record(1))
+    log._file = FullDisk(log._file, space=30)
+    for step in (2, 3):
+        log.write(record(step))
+        assert steps_of(tmp_path) == [1]
+        assert (tmp_path / METRICS).read_text().endswith("}\n"), "half a record"
+    log._file.space = 10**6
+    log.write(record(4))
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    log.close()
+    (warning,) = caplog.messages
+    assert "cannot be written, and is kept in memory: No space left on device" in warning
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    write(tmp_path, [1], grad_norm=float("inf"), cross_entropy=float("nan"))
+    assert read_metrics(tmp_path) == [record(1, grad_norm=None, cross_entropy=None)]
+
+
+def test_the_record_before_a_start_can_be_completed(tmp_path):
+    write(tmp_path, [1, 2])
+    log = MetricsLog(tmp_path, PLAIN, 2)
+    log.complete(2, {"validation_loss": 3.0})
+    log.write(record(3))
+    log.close()
+    assert read_metrics(tmp_path) == [record(1), record(2, validation_loss=3.0), record(3)]

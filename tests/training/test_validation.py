@@ -12,8 +12,10 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.preemption import Boundary, StopSignals
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
-from megatron_ponder.training.trainer import validate
+from megatron_ponder.training.validation import validate
+from megatron_ponder.training.watchdog import Watchdog
 from tests.distributed import run_distributed
 from tests.runs import tiny_arguments
 
@@ -49,7 +51,8 @@ def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]
     tallies = []
     for case in cases:
         config, parts, model = prepared(arguments, *case, mesh)
-        tallies.append(validate(config, mesh, parts, Engine(Objective(model), config, mesh)))
+        engine = Engine(Objective(model), config, mesh)
+        tallies.append(validate(config, mesh, parts, engine, Boundary(StopSignals(), None, mesh), Watchdog(0)))
     return tallies
 
 

@@ -1,0 +1,223 @@
+"""The training loop."""
+
+import math
+import time
+from functools import partial
+
+from megatron_ponder.checkpoint.store import Manifest, checkpoint_name
+from megatron_ponder.config import Config
+from megatron_ponder.data.loader import batches
+from megatron_ponder.errors import Preempted, UserError
+from megatron_ponder.parallel.collectives import together
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.checkpoint import Checkpointer
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps
+from megatron_ponder.training.metrics import MetricsLog, RunProgress
+from megatron_ponder.training.objective import Tally
+from megatron_ponder.training.preemption import Boundary
+from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
+from megatron_ponder.training.setup import RunParts
+from megatron_ponder.training.validation import validate
+from megatron_ponder.training.watchdog import Watchdog
+
+
+class TrainingLoop:
+    """Takes steps, validates and saves, until all steps are done, somebody asks it to stop, or it cannot go on."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        parts: RunParts,
+        engine: Engine,
+        checkpointer: Checkpointer,
+        boundary: Boundary,
+        watchdog: Watchdog,
+        log: MetricsLog | None,
+        progress: RunProgress,
+        start: Manifest,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: resolved.
+            mesh: the ranks.
+            parts: of the run.
+            engine: with the state of the start.
+            checkpointer: of the run folder.
+            boundary: where ranks agree on whether to stop.
+            watchdog: told of every step.
+            log: on the first rank alone.
+            progress: says what happens.
+            start: of the checkpoint to go on from, or an empty one.
+        """
+        self._config, self._mesh, self._parts, self._engine = config, mesh, parts, engine
+        self._checkpointer, self._boundary, self._watchdog = checkpointer, boundary, watchdog
+        self._log, self._progress = log, progress
+        self._step, self._samples = start.step, start.samples
+        self._validated = start.validated or "valid" not in parts.datasets
+        self._skipped = SkippedSteps(start.skipped, config.training)
+        losses = [] if log is None else [record["loss"] for record in log.kept[-WINDOW:]]
+        self._spikes = LossSpikes(config.logging.spike_threshold, losses)
+        self._unsaved: UserError | None = None
+        training = config.training
+        self._loader = batches(
+            parts.datasets["train"],
+            start.samples,
+            training.global_batch_size,
+            training.micro_batch_size,
+            mesh.data.rank,
+            mesh.data.size,
+            config.data.num_workers,
+            pin_memory=mesh.device.type == "cuda",
+        )
+        self._reader = CarefulReader((training.micro_batch_size, config.data.sequence_length + 1))
+        self._micro_batches = training.global_batch_size // (training.micro_batch_size * mesh.data.size)
+
+    def run(self) -> None:
+        """Train.
+
+        Raises:
+            UserError: on every rank, for whatever the user has to change.
+            Preempted: on every rank, after a checkpoint.
+        """
+        training, boundary = self._config.training, self._boundary
+        if not self._validated:  # the start before was stopped in it
+            fields = self._validate()
+            if self._log is not None and fields:
+                self._log.complete(self._step, fields)
+            if boundary.stop:
+                self._save()
+        while self._step < training.steps and not boundary.stop and not self._skipped.too_many(self._step):
+            record = self._take_step()
+            self._judge(record)
+            if "valid" in self._parts.datasets and self._due(training.eval_interval):
+                record |= self._validate()
+            if self._log is not None:
+                self._log.write(record)
+            self._progress.update(record)
+            if boundary.stop or self._skipped.too_many(self._step) or self._due(self._config.checkpoint.interval):
+                self._save()
+        self._end()
+
+    def _take_step(self) -> dict[str, float | int | list]:
+        """One optimiser step; its record."""
+        training, ponder, step = self._config.training, self._config.ponder, self._step
+        self._boundary.begin(self._checkpointer.seconds)
+        started = time.perf_counter()
+        rate = learning_rate(step, training.steps, self._config.optimizer)
+        penalty = penalty_weight(step, ponder)
+        r = refinements(step, training.seed, ponder)
+        micro_batches = self._reader.read(self._loader, self._micro_batches)
+        micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
+        tokens_per_step = training.global_batch_size * self._config.data.sequence_length
+        # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
+        scale = math.nan if self._reader.problem else 1 / tokens_per_step
+        sums = self._engine.forward_backward(micro_batches, r, self._engine.pruning(hard=False), penalty, scale)
+        norm = self._engine.step(rate)
+        try:
+            tally = Tally.of(self._boundary.cross(sums, self._reader.problem))
+        except UserError:
+            self._save()
+            raise
+        self._step, self._samples = step + 1, self._samples + training.global_batch_size
+        self._watchdog.beat()
+        if self._mesh.tensor.size > 1 and self._step_is_multiple_of(self._config.parallel.replica_check_interval):
+            together(partial(check_replicas, self._engine, self._step))
+        return {
+            "step": self._step,
+            "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
+            "cross_entropy": tally.mean_loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "mean_steps": tally.mean_steps,
+            "tokens_per_second": tokens_per_step / (time.perf_counter() - started),
+            "samples": self._samples,
+            "penalty": tally.penalty / tally.tokens,
+            "penalty_weight": penalty,
+            "refinements": r,
+            "step_histogram": tally.steps,
+        }
+
+    def _judge(self, record: dict) -> None:
+        """Say when a step was skipped or its loss is out of line, with its samples, and note it in the record."""
+        loss = record["loss"]
+        samples = f"samples {self._samples - self._config.training.global_batch_size:,} to {self._samples - 1:,}"
+        if self._skipped.note(self._step, record["grad_norm"]):
+            record["skipped"] = True
+            what = "loss" if not math.isfinite(loss) else "gradients"
+            self._progress.say(f"step {self._step}  warning: skipped, its {what} not finite ({samples})")
+        elif (score := self._spikes.score(loss)) is not None:
+            record["loss_spike"] = score
+            self._progress.say(f"step {self._step}  warning: loss {loss:.4f}, {score:.0f} deviations up ({samples})")
+
+    def _validate(self) -> dict[str, float]:
+        """Fields of the record; none if the run is to stop before they are known."""
+        self._validated = False
+        try:
+            tally = validate(self._config, self._mesh, self._parts, self._engine, self._boundary, self._watchdog)
+        except UserError:
+            self._save()
+            raise
+        self._validated = tally is not None
+        if tally is None:
+            return {}
+        loss, steps = tally.mean_loss, tally.mean_steps
+        self._progress.say(f"step {self._step}  validation loss {loss:.4f}  steps/token {steps:.2f}")
+        return {"validation_loss": loss, "validation_mean_steps": steps}
+
+    def _save(self) -> None:
+        """Save, or begin to; if that fails, training goes on all the same."""
+        self._unsaved = None
+        with self._watchdog.paused():
+            try:
+                folder = self._checkpointer.save(
+                    self._engine, self._step, self._samples, self._validated, self._skipped.steps
+                )
+            except UserError as error:
+                self._unsaved = error
+                self._progress.say(f"step {self._step}  warning: not saved, training goes on: {error}")
+                return
+        verb = "saving" if self._config.checkpoint.asynchronous else "saved"
+        self._progress.say(f"step {self._step}  {verb} {folder}")
+
+    def _end(self) -> None:
+        with self._watchdog.paused():
+            self._checkpointer.finish()
+        if self._unsaved is not None:
+            raise self._unsaved
+        folder = self._checkpointer.folder / checkpoint_name(self._step)
+        complaint = self._skipped.too_many(self._step)
+        if complaint is not None:
+            error = UserError(f"{complaint}; saved {folder}")
+            error.shared = True
+            raise error
+        stop = self._boundary.stop
+        if stop and (self._step < self._config.training.steps or not self._validated):
+            message = (
+                f"stopped at step {self._step} by {stop}; checkpoint {folder}; resume with --checkpoint.resume auto"
+            )
+            self._progress.say(message)
+            raise Preempted(stop, message)
+
+    def _due(self, interval: int) -> bool:
+        """Whether something is to be done after this step that is done every so often, and at the end."""
+        return self._step_is_multiple_of(interval) or (interval > 0 and self._step == self._config.training.steps)
+
+    def _step_is_multiple_of(self, interval: int) -> bool:
+        return interval > 0 and self._step % interval == 0
+
+
+def check_replicas(engine: Engine, step: int) -> None:
+    """Compare what tensor ranks hold replicated.
+
+    Raises:
+        UserError: if it has come to differ, after which they no longer train one model.
+    """
+    differing = engine.differing_replicas()
+    if differing:
+        raise UserError(
+            f"after step {step}, {differing[0]} and {len(differing) - 1} more replicated parameters differ between "
+            "tensor ranks, as faulty memory or a faulty link makes them; resume from the last checkpoint on other nodes"
+        )

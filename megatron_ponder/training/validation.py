@@ -1,0 +1,49 @@
+"""The loss on samples that nothing is learnt from, while training."""
+
+import math
+from itertools import islice
+
+import torch.distributed as dist
+
+from megatron_ponder.config import Config
+from megatron_ponder.data.loader import validation_batches
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.guards import CarefulReader
+from megatron_ponder.training.objective import Tally
+from megatron_ponder.training.preemption import Boundary
+from megatron_ponder.training.setup import RunParts
+from megatron_ponder.training.watchdog import Watchdog
+
+
+def validate(
+    config: Config, mesh: Mesh, parts: RunParts, engine: Engine, boundary: Boundary, watchdog: Watchdog
+) -> Tally | None:
+    """Cross-entropy and steps on the first validation samples, with the soft mask and the largest R of training.
+
+    Between micro-batches the ranks agree on whether to stop.
+
+    Returns:
+        None if they are to.
+
+    Raises:
+        UserError: on every rank, if a sample cannot be read on any.
+    """
+    dataset, size = parts.datasets["valid"], config.training.micro_batch_size
+    count = min(config.training.eval_samples, dataset.samples_per_epoch)
+    r, pruning = config.ponder.evaluation_refinements, engine.pruning(hard=False)
+    own = validation_batches(dataset, count, size, mesh.data.rank, mesh.data.size)
+    rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
+    at_once = mesh.pipeline.size  # micro-batches that fill a pipeline
+    groups = iter(lambda: list(islice(own, at_once)), None)
+    reader, sums = CarefulReader((size, config.data.sequence_length + 1)), 0
+    for first in range(0, rounds, at_once):
+        micro_batches = reader.read(groups, 1)
+        watchdog.beat()
+        if boundary.poll(reader.problem):
+            return None
+        micro_batches = [tokens.to(mesh.device) for tokens in micro_batches]
+        sums = sums + engine.evaluate(micro_batches, min(at_once, rounds - first), r, pruning)
+    if mesh.data.size > 1:
+        dist.all_reduce(sums, group=mesh.data.group)
+    return Tally.of(sums)

@@ -1,0 +1,250 @@
+"""What goes wrong on one rank in the middle of a run: all ranks know, nothing is lost, one line says what it was."""
+
+import errno
+import io
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ponder.checkpoint.store import MANIFEST, latest_checkpoint, read_manifest, resolve_checkpoint
+from megatron_ponder.config import read_config
+from megatron_ponder.data import indexed_dataset
+from megatron_ponder.errors import Preempted, UserError
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training import checkpoint as saving
+from megatron_ponder.training import objective
+from megatron_ponder.training.guards import LossSpikes
+from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.training.trainer import train
+from tests.distributed import run_distributed
+from tests.runs import tiny_arguments
+from tests.training.test_preemption import AfterLooks
+from tests.training.test_resume import essentials, final_state
+from tests.training.test_skipped_steps import faulty
+
+FULL = "No space left on device (tensors.safetensors); free some space or choose another folder"
+
+
+@dataclass
+class Attempt:
+    """How a start went on one rank: what ended it, and what was printed."""
+
+    end: str
+    printed: str
+
+
+def attempt(mesh: Mesh, arguments: list[str], signals=None) -> Attempt:
+    printed, end = io.StringIO(), "finished"
+    with redirect_stdout(printed):
+        try:
+            train(read_config(arguments), mesh.device, signals)
+        except (UserError, Preempted) as error:
+            end = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    return Attempt(end, printed.getvalue())
+
+
+class Patched:
+    """A function of a module in place of another, on the second rank alone, which counts its calls."""
+
+    def __init__(self, module, name: str, function: Callable) -> None:
+        self._module, self._name, self._function = module, name, function
+        self._whole, self.calls = getattr(module, name), 0
+
+    def __enter__(self) -> None:
+        if dist.get_rank() == 1:
+            setattr(self._module, self._name, self._call)
+
+    def __exit__(self, *_) -> None:
+        setattr(self._module, self._name, self._whole)
+
+    def _call(self, *args, **kwargs):
+        self.calls += 1
+        return self._function(self.calls, self._whole, *args, **kwargs)
+
+
+def bad_gradients(*steps: int) -> Patched:
+    """In these steps, of one micro-batch each, of which the engine takes one more when it is made."""
+    return Patched(
+        objective,
+        "vocab_parallel_cross_entropy",
+        lambda call, whole, *args, **kwargs: (faulty("gradient") if call - 1 in steps else whole)(*args, **kwargs),
+    )
+
+
+def disk_full(*saves: int) -> Patched:
+    def write(call, whole, *args):
+        if call in saves:
+            raise OSError(errno.ENOSPC, "No space left on device", "tensors.safetensors")
+        return whole(*args)
+
+    return Patched(saving, "write_tensors", write)
+
+
+def unreadable(first: int) -> Patched:
+    def pread(call, whole, *args):
+        if call >= first:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(*args)
+
+    return Patched(indexed_dataset.os, "pread", pread)
+
+
+def everything(mesh: Mesh, folder: Path, commands: dict[str, list[str]]) -> dict[str, Attempt]:
+    """All faults, one after another, because a start of ranks takes longer than the rest."""
+    seen = {}
+    with bad_gradients(3):
+        seen["skipped"] = attempt(mesh, commands["skipped"])
+    with bad_gradients(3):
+        seen["stopped"] = attempt(mesh, commands["resumed"], AfterLooks(4))
+    seen["resumed"] = attempt(mesh, commands["resumed"])
+    with bad_gradients(2, 3, 4):
+        seen["too many"] = attempt(mesh, commands["too many"])
+    with disk_full(1):
+        seen["disk full"] = attempt(mesh, commands["disk full"])
+    with disk_full(2):
+        seen["disk full at the end"] = attempt(mesh, commands["disk full at the end"])
+    with unreadable(4):
+        seen["unreadable"] = attempt(mesh, commands["unreadable"])
+    other = ["--training.seed=7"] if mesh.data.rank == 1 else []
+    seen["another configuration"] = attempt(mesh, [*commands["other"], *other])
+
+    seen["before damage"] = attempt(mesh, commands["damaged"])
+    latest = resolve_checkpoint(folder / "damaged")
+    if mesh.data.rank == 0:
+        (folder / "names").write_text(latest.name)
+        shard = max(latest.glob("tensors-*"), key=lambda path: path.name)
+        os.truncate(shard, shard.stat().st_size // 2)
+    dist.barrier()
+    seen["damaged"] = attempt(mesh, commands["damaged"])
+    if mesh.data.rank == 0:
+        for path in (folder / "damaged" / "checkpoints").glob(f"*/{MANIFEST}"):
+            os.truncate(path, 10)
+    dist.barrier()
+    seen["all damaged"] = attempt(mesh, commands["damaged"])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def ranks(corpus, tmp_path_factory) -> tuple[list[dict[str, Attempt]], Path]:
+    folder = tmp_path_factory.mktemp("faults")
+
+    def command(name: str, **settings) -> list[str]:
+        base = {"training__eval_interval": 0, "checkpoint__resume": "auto"}
+        return tiny_arguments(corpus, folder / name, **(base | settings))
+
+    commands = {
+        "skipped": command("skipped"),
+        "resumed": command("resumed"),
+        "too many": command("too many", training__skipped_steps_budget=2),
+        "disk full": command("disk full"),
+        "disk full at the end": command("disk full at the end"),
+        "unreadable": command("unreadable"),
+        "other": command("other"),
+        "damaged": command("damaged"),
+    }
+    return run_distributed(everything, 2, folder, commands, time_limit=400), folder
+
+
+def alike(ranks, name: str) -> Attempt:
+    """How it went, which both ranks must agree on; only the first prints."""
+    first, second = (seen[name] for seen in ranks[0])
+    assert first.end == second.end
+    assert second.printed == ""
+    return first
+
+
+def test_a_bad_gradient_is_skipped_and_logged_and_the_run_resumes_bit_for_bit(ranks):
+    folder = ranks[1]
+    assert alike(ranks, "skipped").end == "finished"
+    line = "step 3  warning: skipped, its gradients not finite (samples 8 to 11)"
+    assert line in alike(ranks, "skipped").printed
+    records = read_metrics(folder / "skipped")
+    assert [record.get("skipped", False) for record in records] == [step == 3 for step in range(1, 9)]
+    assert records[2]["grad_norm"] is None
+    assert records[2]["loss"] > 0
+    assert [record["samples"] for record in records] == [4 * step for step in range(1, 9)]
+    assert alike(ranks, "stopped").end.startswith("Preempted: stopped at step 5")
+    assert "going on after step 5" in alike(ranks, "resumed").printed
+    assert read_manifest(resolve_checkpoint(folder / "resumed")).skipped == [3]
+    assert essentials(folder / "resumed") == essentials(folder / "skipped")
+    want, got = final_state(folder / "skipped"), final_state(folder / "resumed")
+    assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
+    assert (folder / "skipped" / "training.png").is_file()
+
+
+def test_too_many_skipped_steps_end_the_run_with_its_last_good_state(ranks):
+    run = ranks[1] / "too many"
+    end = alike(ranks, "too many").end
+    assert end.startswith("UserError: 3 of the last 4 steps were skipped, because their loss or gradients")
+    assert end.endswith(f"saved {run}/checkpoints/step-00000004")
+    manifest = read_manifest(resolve_checkpoint(run))
+    assert (manifest.step, manifest.samples, manifest.skipped) == (4, 16, [2, 3, 4])
+    assert all(tensor.isfinite().all() for tensor in final_state(run).values())
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(ranks):
+    run = ranks[1] / "disk full"
+    seen = alike(ranks, "disk full")
+    assert seen.end == "finished"
+    assert f"step 4  warning: not saved, training goes on: {FULL}" in seen.printed
+    assert resolve_checkpoint(run).name == "step-00000008"
+
+
+def test_a_run_whose_last_save_failed_ends_with_an_error(ranks):
+    run = ranks[1] / "disk full at the end"
+    seen = alike(ranks, "disk full at the end")
+    assert seen.end == f"UserError: {FULL}"
+    assert "step 4  saved" in seen.printed
+    assert latest_checkpoint(run / "checkpoints").name == "step-00000004"
+    assert final_state(run)
+    assert read_metrics(run)[-1]["step"] == 8
+
+
+def test_data_that_cannot_be_read_end_all_ranks_with_one_line_and_a_checkpoint(ranks):
+    run = ranks[1] / "unreadable"
+    end = alike(ranks, "unreadable").end
+    assert end.startswith("UserError: ")
+    assert end.endswith(": Input/output error; check its disk")
+    assert ".bin cannot be read at byte" in end
+    manifest, records = read_manifest(resolve_checkpoint(run)), read_metrics(run)
+    assert manifest.step == records[-1]["step"] < 8
+    assert manifest.samples == records[-1]["samples"]
+    assert not any("skipped" in record for record in records)
+
+
+def test_a_rank_with_another_configuration_is_refused_by_all(ranks):
+    end = alike(ranks, "another configuration").end
+    assert "training.seed is 1234 on rank 0 and 7 on rank 1; start all ranks with the same" in end
+    assert not (ranks[1] / "other").exists()
+
+
+def test_a_damaged_latest_checkpoint_is_passed_over(ranks):
+    run = ranks[1] / "damaged"
+    seen = alike(ranks, "damaged")
+    assert seen.end == "finished"
+    assert "warning: " in seen.printed and "bytes where" in seen.printed and "it is passed over" in seen.printed
+    assert "going on after step 4" in seen.printed
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, 9))
+    end = alike(ranks, "all damaged").end
+    assert end.startswith("UserError: all 2 checkpoints in ")
+    assert "choose another --training.run_dir to start anew" in end
+
+
+def test_spikes_are_judged_by_the_losses_before():
+    spikes = LossSpikes(6.0, [])
+    assert all(spikes.score(5.0 + 0.01 * (step % 7)) is None for step in range(30))
+    assert spikes.score(5.08) is None
+    assert spikes.score(9.0) > 6
+    assert spikes.score(9.0) > 6, "one spike does not hide the next"
+    assert spikes.score(1.0) is None
+    assert spikes.score(float("nan")) is None
+    assert LossSpikes(6.0, [5.0] * 19).score(100.0) is None
+    assert LossSpikes(6.0, [5.0] * 20 + [None]).score(100.0) > 6
+    assert LossSpikes(0.0, [5.0] * 20).score(100.0) is None

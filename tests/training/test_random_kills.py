@@ -1,0 +1,60 @@
+"""A run that is killed fifty times, whenever and whichever rank, is the run that was never interrupted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.training.starts import read_end, read_starts
+from tests.runs import tiny_arguments
+from tests.training.test_resume import essentials, final_state
+
+REPOSITORY = Path(__file__).parents[2]
+SEED, KILLS, STEPS, RANKS = 20, 50, 300, 2
+
+
+def run(folder: Path, kills: int, arguments: list[str]) -> dict:
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.training.kills", str(SEED), str(kills), str(RANKS), str(folder), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    last = sorted(folder.iterdir())[-1].read_text()
+    assert done.returncode == 0, done.stderr + last
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["codes"] == [0] * RANKS, last
+    return seen
+
+
+@pytest.mark.slow
+def test_fifty_random_kills_change_nothing(corpus, tmp_path):
+    settings = {
+        "training__steps": STEPS,
+        "training__eval_interval": 100,
+        "checkpoint__interval": 10,
+        "checkpoint__resume": "auto",
+        "data__num_workers": 1,
+        "logging__interval": 1,
+        "parallel__start_timeout": 10,
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(tmp_path / "once", 0, tiny_arguments(corpus, whole, **settings))
+    seen = run(tmp_path / "often", KILLS, tiny_arguments(corpus, broken, **settings))
+    print(json.dumps(seen))
+
+    assert len(seen["steps_at_kill"]) == KILLS
+    assert len(set(seen["steps_at_kill"])) > 10, "kills came at all sorts of steps"
+    assert seen["left"] == [], "a process was left"
+    assert [record["samples"] for record in read_metrics(broken)] == [4 * step for step in range(1, STEPS + 1)]
+    assert essentials(broken) == essentials(whole)
+    want, got = final_state(whole), final_state(broken)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
+    left = [str(path) for path in broken.rglob("*") if "partial" in path.name or "lock" in path.name]
+    assert left == []
+    assert len(read_starts(broken)) <= KILLS + 1
+    assert read_end(broken)["reason"] == "finished"

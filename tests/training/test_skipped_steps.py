@@ -1,0 +1,126 @@
+"""A step whose loss or gradients are not finite on one rank leaves no trace on any, in every layout."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_ponder.config import TrainingConfig
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training import objective
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.guards import SkippedSteps
+from megatron_ponder.training.objective import Objective
+from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
+
+FAULTS = ("gradient", "loss")
+LLAMA = MODELS["llama adaptive"]
+CASES = {
+    f"zero{stage} {precision}": LLAMA | {"parallel__zero_stage": stage, "training__precision": precision}
+    for stage in (0, 1, 2, 3)
+    for precision in ("fp32", "bf16")
+    if (stage, precision) != (0, "bf16")  # which is stage 1
+}
+LAYOUTS = {
+    "tensor": (Layout(tensor=2), {"fp32": LLAMA}),
+    "pipeline": (
+        Layout(tensor=1, pipeline=2, data=2),
+        {name: LLAMA | {"training__precision": name} for name in ("fp32", "bf16")},
+    ),
+    "all": (
+        Layout(tensor=2, pipeline=2, sequence_parallel=True),
+        {f"zero{stage}": LLAMA | {"parallel__zero_stage": stage} for stage in (0, 1)},
+    ),
+}
+
+
+class BadGradient(torch.autograd.Function):
+    """The same numbers, with gradients of which one is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad.view(-1)[0] = math.nan
+        return grad
+
+
+def faulty(fault: str, losses=objective.vocab_parallel_cross_entropy):
+    """A cross-entropy that goes wrong in its gradient alone, or in its value alone."""
+
+    def cross_entropy(*args, **kwargs):
+        losses_BL = losses(*args, **kwargs)
+        return BadGradient.apply(losses_BL) if fault == "gradient" else losses_BL + math.inf
+
+    return cross_entropy
+
+
+def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tuple[list[float], dict]:
+    """Norms of five steps, of which those with a fault have it on the last rank alone, and the state after all."""
+    config = layout.config(case)
+    engine = Engine(Objective(model_for(config, mesh)), config, mesh)
+    norms, sound = [], objective.vocab_parallel_cross_entropy
+    for step in range(5):
+        fault = faults.get(step)
+        if fault == "none":
+            continue
+        tokens = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
+        if fault is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            objective.vocab_parallel_cross_entropy = faulty(fault)
+        try:
+            scale = 1 / (config.training.global_batch_size * LENGTH)
+            micro_batches = tokens.split(config.training.micro_batch_size)
+            engine.forward_backward(micro_batches, 1, engine.pruning(hard=False), 0.05, scale)
+            norms.append(engine.step(RATE))
+        finally:
+            objective.vocab_parallel_cross_entropy = sound
+    return norms, {(item.kind, item.name): item.tensor.clone() for item in engine.state()}
+
+
+def compare(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, list]:
+    """Norms with faults, and what differs in the end from a run that never took the steps with faults."""
+    seen = {}
+    for name, case in cases.items():
+        norms, got = steps(mesh, layout, case, {0: FAULTS[1], 2: FAULTS[0], 3: FAULTS[1]})
+        norms_without, want = steps(mesh, layout, case, dict.fromkeys((0, 2, 3), "none"))
+        differing = [key for key, tensor in want.items() if not torch.equal(got[key], tensor)]
+        finite = all(tensor.isfinite().all() for tensor in want.values())
+        seen[name] = [norms, norms_without, differing, finite and len(want) == len(got) > 0]
+    return seen
+
+
+def check(ranks: list[dict], cases: dict) -> None:
+    for seen in ranks:
+        for name in cases:
+            norms, norms_without, differing, finite = seen[name]
+            assert [math.isfinite(norm) for norm in norms] == [False, True, False, False, True], name
+            assert [norms[1], norms[4]] == norms_without, name
+            assert differing == [], name
+            assert finite, name
+
+
+def test_a_fault_on_one_of_two_ranks_leaves_no_trace():
+    check(Layout(data=2).run(compare, CASES), CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_fault_on_the_last_rank_leaves_no_trace(name):
+    layout, cases = LAYOUTS[name]
+    check(layout.run(compare, cases), cases)
+
+
+def test_the_budget_counts_the_last_steps_only():
+    skipped = SkippedSteps([3, 40], TrainingConfig(skipped_steps_budget=2, skipped_steps_window=10))
+    assert not skipped.note(51, 1.0)
+    for step in (55, 56):
+        assert skipped.note(step, math.nan)
+        assert skipped.too_many(step) is None
+    assert skipped.note(59, math.inf)
+    assert skipped.steps == [3, 40, 55, 56, 59]
+    assert skipped.too_many(59).startswith("3 of the last 10 steps were skipped")
+    assert skipped.too_many(64).startswith("3 of the last 10 steps")
+    assert skipped.too_many(65) is None
