@@ -269,6 +269,13 @@ def _validate_run(config: Config) -> None:
         training.eval_interval == 0 or training.eval_samples >= 1,
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
     )
+    _require(
+        config.logging.straggler_interval >= 0, "logging.straggler_interval must be 0 (never) or a number of steps"
+    )
+    _require(
+        config.logging.straggler_factor > 1,
+        f"logging.straggler_factor is {config.logging.straggler_factor}; it is a multiple of the median, above 1",
+    )
     _require(optimizer.learning_rate > 0, f"optimizer.learning_rate is {optimizer.learning_rate}; it must be positive")
     _require(
         all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.epsilon > 0,

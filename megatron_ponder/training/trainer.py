@@ -1,7 +1,6 @@
 """The training loop, from a configuration to a trained run folder."""
 
 import math
-import time
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from megatron_ponder.training.checkpoint import (
 )
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.layout import describe_layout
-from megatron_ponder.training.metrics import MetricsLog, RunProgress, prepare_run_dir
+from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress, prepare_run_dir
 from megatron_ponder.training.objective import Objective, Tally
 from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
+from megatron_ponder.training.watch import StepWatch
 
 
 def train(config: Config, device: torch.device) -> None:
@@ -63,11 +63,13 @@ def train(config: Config, device: torch.device) -> None:
     tokenizer = Path(config.tokenizer.path) if parts.tokenizer else None
     together(lambda: parts.datasets["train"].prepare(samples))
     log = together(lambda: MetricsLog(run_dir, config.logging, step) if leader else None)
-    with RunProgress(config.training.steps, step, config.logging.interval, shown=leader) as progress:
+    lines = together(lambda: RunLog(run_dir) if leader else None)
+    watch = StepWatch(config, mesh, model.transformer)
+    with RunProgress(config.training.steps, step, config.logging.interval, shown=leader, log=lines) as progress:
         progress.say(_headline(config, mesh, parts, step))
         progress.say(describe_layout(config, mesh))
         with Checkpointer(config, tokenizer, fingerprints, mesh) as checkpointer:
-            _loop(config, mesh, parts, engine, checkpointer, log, progress, step, samples)
+            _loop(config, mesh, parts, engine, checkpointer, log, progress, watch, step, samples)
         if leader:
             log.close()
             progress.say(f"loss plot in {plot_training(run_dir)}")
@@ -81,6 +83,7 @@ def _loop(
     checkpointer: Checkpointer,
     log: MetricsLog | None,
     progress: RunProgress,
+    watch: StepWatch,
     step: int,
     samples: int,
 ) -> None:
@@ -98,18 +101,24 @@ def _loop(
         pin_memory=mesh.device.type == "cuda",
     )
     while step < training.steps:
-        started = time.perf_counter()
+        watch.begin()
         rate = learning_rate(step, training.steps, config.optimizer)
         penalty = penalty_weight(step, config.ponder)
         r = refinements(step, training.seed, config.ponder)
         micro_batches = [tokens.to(mesh.device, non_blocking=True) for tokens in next(loader)]
+        watch.mark()
         sums = engine.forward_backward(micro_batches, r, pruning, penalty, scale=1 / tokens_per_step)
+        watch.mark()
         norm = engine.step(rate)
+        watch.mark()
         step, samples = step + 1, samples + training.global_batch_size
         interval = config.parallel.replica_check_interval
         if mesh.tensor.size > 1 and interval and step % interval == 0:
             together(partial(check_replicas, engine, step))
         tally = _sum_over_data_ranks(sums, mesh)
+        measured, slow_ranks = watch.end(r)
+        if slow_ranks is not None:
+            progress.say(f"step {step}  {slow_ranks}")
         record = {
             "step": step,
             "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
@@ -117,12 +126,12 @@ def _loop(
             "grad_norm": norm,
             "learning_rate": rate,
             "mean_steps": tally.mean_steps,
-            "tokens_per_second": tokens_per_step / (time.perf_counter() - started),
             "samples": samples,
             "penalty": tally.penalty / tally.tokens,
             "penalty_weight": penalty,
             "refinements": r,
             "step_histogram": tally.steps,
+            **measured,
         }
         last = step == training.steps
         if "valid" in parts.datasets and training.eval_interval and (last or step % training.eval_interval == 0):
@@ -135,6 +144,7 @@ def _loop(
         if last or step % config.checkpoint.interval == 0:
             verb = "saving" if config.checkpoint.asynchronous else "saved"
             progress.say(f"step {step}  {verb} {checkpointer.save(engine, step, samples)}")
+    watch.close()
 
 
 def validate(config: Config, mesh: Mesh, parts: RunParts, engine: Engine) -> Tally:
