@@ -6,10 +6,10 @@ llama, hidden 256, 6 layers, 4 heads, ffn 688, vocabulary 8192, adaptive, K = 2,
 micro-batches of one, through DeepSpeed with AdamW. Two ranks of one thread each take every layout in turn; `one rank`
 does all the work alone, while the other sleeps.
 
-The machine is described to the estimate by four measurements, made by both ranks at the same time (by one alone for
-`one rank`): products and attention of the model's shapes, additions of tensors as large as a pass's activations, and
-all-reduces of gloo, small and large. Nothing is fitted to step times. Medians over rounds; `relative` is the time over
-that of one rank in the same round.
+The machine is described to the estimate by four measurements, made in every round by both ranks at the same time (by
+one alone for `one rank`): products and attention of the model's shapes, additions of tensors as large as a pass's
+activations, and all-reduces of gloo, small and large. Nothing is fitted to step times. Medians over rounds; `relative`
+is the time over that of one rank in the same round.
 """
 
 import argparse
@@ -159,21 +159,29 @@ class Step:
         return time.perf_counter() - begun
 
 
-def measure(rounds: int, length: int) -> tuple[Machine, Machine, dict[str, list[float]]]:
-    """The machine for one rank and for two, and seconds of every step by layout; runs on every rank."""
+def measure(rounds: int, length: int) -> tuple[list[Machine], list[Machine], dict[str, list[float]]]:
+    """The machine for one rank and for two, and seconds of every step by layout, round by round; runs on every rank."""
     with process_group(discover()) as device:
         torch.set_num_threads(1)
-        alone = measure_machine(length, together=False) if dist.get_rank() == 0 else None
-        dist.barrier()
-        both = measure_machine(length, together=True)
         steps = {name: Step(layout, length, device) for name, layout in LAYOUTS.items()}
-        times: dict[str, list[float]] = {}
+        alone, both, times = [], [], {name: [] for name in steps}
         for turn in range(rounds + 2):
-            for name, step in steps.items():
-                elapsed = step()
-                if turn > 1:  # the first rounds warm up, and DeepSpeed learns the order of modules
-                    times.setdefault(name, []).append(elapsed)
+            elapsed = {name: step() for name, step in steps.items()}
+            if turn < 2:  # the first rounds warm up, and DeepSpeed learns the order of modules
+                continue
+            for name, seconds_of_step in elapsed.items():
+                times[name].append(seconds_of_step)
+            both.append(measure_machine(length, together=True))
+            dist.barrier()
+            if dist.get_rank() == 0:
+                alone.append(measure_machine(length, together=False))
+            dist.barrier()
     return alone, both, times
+
+
+def median_machine(machines: list[Machine]) -> Machine:
+    """Of every rate, the median."""
+    return Machine(*(statistics.median(values) for values in zip(*machines, strict=True)))
 
 
 def main() -> None:
@@ -185,7 +193,8 @@ def main() -> None:
     launch = LaunchConfig(
         1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
     )
-    alone, both, times = elastic_launch(launch, measure)(arguments.rounds, arguments.length)[0]
+    *machines, times = elastic_launch(launch, measure)(arguments.rounds, arguments.length)[0]
+    alone, both = map(median_machine, machines)
     console = Console(width=120)
     for name, machine in (("one rank", alone), ("each of two", both)):
         link = "" if machine.latency == 0 else f", link {machine.link / 1e9:.2f} GB/s + {machine.latency * 1e6:.0f} µs"

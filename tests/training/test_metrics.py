@@ -168,9 +168,16 @@ def test_wandb_gets_the_numbers_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    write(run_dir, [1, 2, 3], config=LoggingConfig(tensorboard=False, wandb_project="p"))
-    (stored,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"tokens_per_second" in stored.read_bytes()
+    log = MetricsLog(run_dir, LoggingConfig(tensorboard=False, wandb_project="p"), 0)
+    for step in (1, 2, 3):
+        log.write(record(step, step_histogram=[1, 2]))
+    run = log._wandb
+    log.close()
+    kept = dict(run.summary)
+    assert kept.items() >= {"loss": 4.0, "mean_steps": 1.5, "tokens_per_second": 1234.0}.items()
+    assert "step_histogram" not in kept
+    (stored,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert stored.stat().st_size > 0
 
 
 def test_the_configuration_is_replaced_whole(tmp_path):
