@@ -1,5 +1,7 @@
 """Descriptions of clusters, and what is said of those that cannot be."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,17 @@ def test_the_examples(path):
     cluster = read_description(path, {}).cluster("bf16")
     assert cluster.ranks >= 32
     assert read_description(path, {"nodes": 7, "gpu": None}).cluster("bf16").nodes == 7
+
+
+def test_every_key_is_documented_with_its_default():
+    text = (EXAMPLES.parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
+    table = text.split("### The cluster")[1].split("###")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \| (.+?) \| \S.* \|$", table, re.MULTILINE))
+    assert list(documented) == [field.name for field in fields(ClusterDescription)]
+    for field in fields(ClusterDescription):
+        shown = {None: "the GPU's"}.get(field.default, f"`{field.default}`")
+        assert documented[field.name] == ("none" if field.name == "gpu" else shown)
+    assert all(f"`{name}`" in table for name in GPUS)
 
 
 @pytest.mark.parametrize(
