@@ -73,11 +73,12 @@ def table_of(found: list[RunStatus]) -> Table:
 def lines_of(status: RunStatus) -> dict[str, str]:
     """What is known of a run, in words."""
     age = "" if status.age is None else f", last record {duration(status.age)} ago"
-    lines = {"state": status.state + age}
-    if status.loss is None:
+    why = f" ({status.end})" if status.state == "stopped" else ""
+    lines = {"state": status.state + why + age}
+    if status.step == 0:
         return lines | _saved(status)
     lines["step"] = f"{status.step:,} of {status.steps:,} ({status.step / status.steps:.0%})"
-    lines["loss"] = f"{status.loss:.4f}"
+    lines["loss"] = "not finite" if status.loss is None else f"{status.loss:.4f}"
     if status.validation_loss is not None:
         lines["validation loss"] = f"{status.validation_loss:.4f} after step {status.validation_step:,}"
     if status.mean_steps is not None:
@@ -103,7 +104,8 @@ def _saved(status: RunStatus) -> dict[str, str]:
         start = status.last_start
         reason = f", the last after step {start['step']}" if "step" in start else ""
         reason += f" on {start['host']}" if start.get("host") else ""
-        reason += f" ({start['reason']})" if start.get("reason") else ""
+        ended = start.get("reason") or start.get("previous")
+        reason += f" ({ended})" if ended else ""
         lines["restarts"] = f"{status.restarts}{reason if status.restarts else ''}"
     return lines
 

@@ -12,7 +12,7 @@ from megatron_ponder.errors import UserError
 
 RECENT = 50  # records that pace and rate are taken from
 PATIENCE = 120.0  # seconds without a record that no pace makes suspicious
-STARTS = "starts.jsonl"
+STARTS, END = "starts.jsonl", "end.json"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class RunStatus:
 
     Attributes:
         run_dir: the folder.
-        state: `finished`, `running`, `silent` (nothing written for much longer than its steps take) or `not started`.
+        state: `finished`, `running`, `stopped` (it has noted why it ended before), `silent` (nothing written for much
+            longer than its steps take) or `not started`.
         step: optimiser steps done.
         steps: that it is to do.
         loss: of the last step.
@@ -52,7 +53,8 @@ class RunStatus:
         checkpoint: the newest; None if there is none.
         saving: a folder that a save has not finished, or has left behind.
         starts: how often it has been started; None if it has not been counted.
-        last_start: what is known of the last start: time, step, host, ranks, reason.
+        last_start: what is known of the last start: time, step, host, ranks, and how the start before it ended.
+        end: how the last start ended, if it has noted it.
         slowest_rank, slowest_over_median: of the last comparison of ranks in the last records.
     """
 
@@ -72,6 +74,7 @@ class RunStatus:
     saving: str | None = None
     starts: int | None = None
     last_start: dict | None = None
+    end: str | None = None
     slowest_rank: int | None = None
     slowest_over_median: float | None = None
 
@@ -99,7 +102,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     config = _config(run_dir)
     steps = config["training"]["steps"]
     recent, validation = _records(run_dir / "metrics.jsonl")
-    starts = _json_lines(run_dir / STARTS)
+    starts, end = _json_lines(run_dir / STARTS), _end(run_dir / END)
     common = {
         "run_dir": str(run_dir),
         "steps": steps,
@@ -107,13 +110,19 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         "saving": next((path.name for path in sorted((run_dir / "checkpoints").glob("*.partial"))), None),
         "starts": len(starts) or None,
         "last_start": starts[-1] if starts else None,
+        "end": end,
     }
     if not recent:
-        return RunStatus(state="not started", step=0, **common)
+        return RunStatus(state="not started" if end is None else "stopped", step=0, **common)
     last = recent[-1]
     written = last.get("time", (run_dir / "metrics.jsonl").stat().st_mtime)
     age, pace = max(0.0, now - written), _pace(recent)
-    state = "finished" if last["step"] >= steps else "running" if age <= PATIENCE + 10 * (pace or 0.0) else "silent"
+    if last["step"] >= steps:
+        state = "finished"
+    elif end is not None:
+        state = "stopped"
+    else:
+        state = "running" if age <= PATIENCE + 10 * (pace or 0.0) else "silent"
     tokens = config["training"]["global_batch_size"] * config["data"]["sequence_length"]
     compared = next((record for record in reversed(recent) if "slowest_rank" in record), {})
     return RunStatus(
@@ -167,6 +176,14 @@ def _records(path: Path) -> tuple[list[dict], dict]:
 
 def _json_lines(path: Path) -> list[dict]:
     return _parse(path.read_bytes()) if path.is_file() else []
+
+
+def _end(path: Path) -> str | None:
+    """The reason that a run has noted when it ended; it removes the note when it starts again."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _parse(lines: bytes) -> list[dict]:

@@ -35,13 +35,23 @@ def test_json_and_the_exit_code_of_a_silent_run(corpus, tmp_path):
     (tmp_path / "config.yaml").write_text("training: {steps: 9, global_batch_size: 1}\ndata: {sequence_length: 1}\n")
     record = {"step": 3, "loss": 1.0, "time": time.time() - 5000, "step_seconds": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    (tmp_path / "starts.jsonl").write_text('{"step": 0}\n{"step": 2, "host": "n1", "reason": "preempted"}\n')
+    (tmp_path / "starts.jsonl").write_text('{"step": 0}\n{"step": 2, "host": "n1", "previous": "SIGTERM"}\n')
     done = status(tmp_path, finished_runs(corpus).whole, "--json")
     assert done.returncode == 1
     silent, finished = map(json.loads, done.stdout.splitlines())
     assert (silent["state"], silent["restarts"], finished["state"]) == ("silent", 1, "finished")
     assert finished["checkpoint"]["complete"] is True
-    assert "1, the last after step 2 on n1 (preempted)" in status(tmp_path).stdout
+    assert "1, the last after step 2 on n1 (SIGTERM)" in status(tmp_path).stdout
+
+
+def test_a_run_that_has_stopped(tmp_path):
+    (tmp_path / "config.yaml").write_text("training: {steps: 9, global_batch_size: 1}\ndata: {sequence_length: 1}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": null, "time": 1.0, "step_seconds": 1.0}\n')
+    (tmp_path / "end.json").write_text('{"time": 2.0, "reason": "SIGUSR1"}')
+    done = status(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "stopped (SIGUSR1), last record" in done.stdout
+    assert "not finite" in done.stdout
 
 
 def test_watching_ends_with_the_runs(corpus):

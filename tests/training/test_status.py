@@ -11,7 +11,7 @@ import pytest
 from megatron_ponder.checkpoint.store import LATEST, MANIFEST
 from megatron_ponder.errors import UserError
 from megatron_ponder.training.metrics import METRICS
-from megatron_ponder.training.status import PATIENCE, RECENT, STARTS, run_status
+from megatron_ponder.training.status import END, PATIENCE, RECENT, STARTS, run_status
 from tests.runs import LATEST as LATEST_NAME
 from tests.runs import STEPS, finished_runs
 
@@ -112,6 +112,16 @@ def test_starts_are_counted(run_dir):
     (run_dir / STARTS).write_text("".join(json.dumps(start) + "\n" for start in starts))
     status = run_status(run_dir)
     assert (status.starts, status.restarts, status.last_start["step"]) == (2, 1, 40)
+
+
+def test_a_run_that_has_said_why_it_stopped_is_not_silent(run_dir):
+    (run_dir / END).write_text('{"time": 1.0, "reason": "SIGUSR1"}')
+    assert run_status(run_dir).state == "stopped"
+    write(run_dir, [record(1), record(2, loss=None)])
+    status = run_status(run_dir)
+    assert (status.state, status.end, status.loss, status.seconds_left) == ("stopped", "SIGUSR1", None, None)
+    (run_dir / END).write_text("{")
+    assert run_status(run_dir).state == "silent"
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing"])
