@@ -4,6 +4,7 @@ Nothing here waits for a device or another rank in the middle of a step. On a GP
 stream, read when the step has ended; what ranks tell each other travels while the next step runs.
 """
 
+import os
 import socket
 import statistics
 import time
@@ -22,6 +23,7 @@ from megatron_ponder.training.devices import known_gpu
 from megatron_ponder.training.flops import training_flops
 
 GIB = 2**30
+_STATM = Path("/proc/self/statm")
 PARTS = ("data", "forward_backward", "optimizer")
 # Fields of a record that depend on the machine and not on the training run.
 MEASURED = frozenset(
@@ -244,5 +246,7 @@ class StepWatch:
                 "memory_allocated": torch.cuda.max_memory_allocated() / GIB,
                 "memory_reserved": torch.cuda.max_memory_reserved() / GIB,
             }
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return {"memory_resident": pages * 4096 / GIB}
+        if not _STATM.exists():  # not Linux
+            return {}
+        pages = int(_STATM.read_text().split()[1])
+        return {"memory_resident": pages * os.sysconf("SC_PAGE_SIZE") / GIB}
