@@ -41,6 +41,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/soft_mask.py
 	$(BIN)/python benchmarks/pipeline_schedule.py
 	$(BIN)/python benchmarks/communication.py
+	$(BIN)/python benchmarks/estimate.py
+	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/peak_memory.py
 	$(BIN)/python benchmarks/checkpoint_save.py
 	$(BIN)/python benchmarks/preprocessing.py

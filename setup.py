@@ -43,6 +43,7 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.9,<0.18",
             "openai>=3.50,<4",
+            "wandb>=0.19,<1",
             *DATA,
             *SERVE,
             *TUNING,

@@ -16,7 +16,6 @@ small neighbours together when it can, so that there may be fewer calls than the
 import argparse
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,16 +28,14 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.launch import discover, process_group
-from megatron_ponder.model.passes import kept_slots, pass_slots
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
+from megatron_ponder.planning.communication import Formula, Term
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.setup import model_part
 
-FP32, INT64, FP64 = 4, 8, 8  # bytes of a number
 MICRO_BATCHES, REFINEMENTS = 2, 2
 MODES = ("vanilla", "fixed", "adaptive")
 # What an operation is called here, and the position of its message among its arguments.
@@ -68,13 +65,14 @@ class Volume(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Sizes of the mesh, and DeepSpeed's ZeRO stage."""
+    """Sizes of the mesh, DeepSpeed's ZeRO stage, and what is computed again."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 0
+    recompute: str = "none"
 
     @property
     def ranks(self) -> int:
@@ -85,6 +83,9 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "tp2": Layout(tensor=2),
     "tp2+sp": Layout(tensor=2, sequence_parallel=True),
+    "tp2 block": Layout(tensor=2, recompute="block"),
+    "tp2+sp block": Layout(tensor=2, sequence_parallel=True, recompute="block"),
+    "tp2+sp attention": Layout(tensor=2, sequence_parallel=True, recompute="attention"),
     "pp2": Layout(pipeline=2),
     "dp2 zero0": Layout(data=2),
     "dp2 zero1": Layout(data=2, zero_stage=1),
@@ -143,139 +144,9 @@ def configuration(layout: Layout, mode: str, length: int = 32) -> Config:
         "training.precision": "fp32", "training.micro_batch_size": 2,
         "training.global_batch_size": 2 * MICRO_BATCHES * layout.data, "parallel.tensor": layout.tensor,
         "parallel.pipeline": layout.pipeline, "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
-        "parallel.zero_stage": layout.zero_stage,
+        "parallel.zero_stage": layout.zero_stage, "training.recompute": layout.recompute,
     }  # fmt: skip
     return read_config([f"--{key}={value}" for key, value in values.items()])
-
-
-@dataclass(frozen=True)
-class Term:
-    """One reason to communicate, in one training step of one rank."""
-
-    axis: str
-    operation: str
-    reason: str
-    calls: int
-    bytes: int
-
-
-class Formula:
-    """What one rank should move in a training step, term by term.
-
-    M micro-batches of B sequences of L tokens, hidden size H, N blocks on this rank. Pass i has S_i slots a token, so
-    T_i = L · S_i; the last block of the stack finishes only those that somebody reads. With sequence parallelism L is
-    padded to a multiple of the tensor ranks.
-    """
-
-    def __init__(self, config: Config, mesh: Mesh, parameters: Sequence[tuple[int, int]]) -> None:
-        """Take the sizes.
-
-        Args:
-            config: resolved.
-            mesh: the ranks, and this one's place.
-            parameters: dimensions and numbers of this rank's part of each parameter.
-        """
-        self._config, self._mesh, self._parameters = config, mesh, parameters
-        self._part = model_part(config, mesh)
-        self._plan = pass_slots(config.ponder.steps, REFINEMENTS)
-        self._adaptive = config.ponder.mode == "adaptive"
-        tokens = config.data.sequence_length
-        self._own = mesh.tensor.share(tokens)
-        self._tokens = self._own * mesh.tensor.size if mesh.tensor.sequence_parallel else tokens
-        self._batch, self._hidden = config.training.micro_batch_size, config.model.hidden_size
-
-    def terms(self) -> list[Term]:
-        """All terms of groups that have more than one rank."""
-        every = [*self._tensor_terms(), *self._pipeline_terms(), *self._data_terms(), *self._model_terms()]
-        return [term for term in every if term.calls and getattr(self._mesh, term.axis).size > 1]
-
-    def textbook(self) -> int:
-        """Bytes of Megatron's 4 all-reduces of B · T · H for each block and pass."""
-        slots = self._batch * self._tokens * sum(self._plan)
-        return MICRO_BATCHES * len(self._part.layers) * 4 * slots * self._hidden * FP32
-
-    def _tensor_terms(self) -> Iterator[Term]:
-        hidden, options, passes = self._hidden * FP32, self._config.ponder.steps + 1, len(self._plan)
-        sentences = self._batch * self._tokens
-        for index, slots in enumerate(self._plan):
-            count = len(self._part.layers)
-            yield from self._border("blocks", enter=2, leave=2, repeats=count - self._part.last, size=slots * hidden)
-            if self._part.last:
-                kept = len(range(slots)[kept_slots(index, self._plan, self._adaptive)])
-                yield from self._border("blocks", enter=1, leave=0, size=slots * hidden)  # keys need every slot
-                yield from self._border("blocks", enter=1, leave=2, size=kept * hidden)
-            if self._adaptive and index > 0:
-                yield from self._border("log w", enter=1, leave=0, size=slots * FP32)
-        if self._part.first:  # a pipeline's first rank embeds anew in every pass
-            repeats = passes if self._mesh.pipeline.size > 1 else 1
-            yield from self._border("embedding", enter=0, leave=1, repeats=repeats, size=hidden)
-        if self._part.last:
-            yield from self._border("head", enter=1, leave=0, size=hidden)
-            labels = self._batch * self._config.data.sequence_length * FP32
-            yield self._step("tensor", "all-reduce", "loss: largest logit", 1, labels)
-            yield self._step("tensor", "all-reduce", "loss: sum of exponentials, label's logit", 1, 2 * labels)
-        if self._mesh.tensor.sequence_parallel:
-            norms = passes * (2 * len(self._part.layers) + self._part.last)
-            yield self._step("tensor", "all-reduce", "gradients of norms", norms, hidden)
-            if self._adaptive and self._part.last:
-                yield self._step("tensor", "all-reduce", "gradient of the router's weight", passes, options * hidden)
-                yield self._step("tensor", "all-reduce", "gradient of the router's bias", passes, options * FP32)
-                yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
-                yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
-
-    def _border(self, reason: str, enter: int, leave: int, size: int, repeats: int = 1) -> Iterator[Term]:
-        """Entering and leaving sharded regions, forward and backward; `size` is bytes of a token."""
-        size *= self._batch * self._tokens
-        if not self._mesh.tensor.sequence_parallel:  # one of the two directions is free
-            yield self._step("tensor", "all-reduce", reason, repeats * (enter + leave), size)
-            return
-        for operation in ("all-gather", "reduce-scatter"):
-            yield self._step("tensor", operation, reason, repeats * (enter + leave), size)
-
-    def _pipeline_terms(self) -> Iterator[Term]:
-        axis = self._mesh.pipeline
-        shapes = PassShapes(self._config.ponder, REFINEMENTS, self._batch, self._own, self._hidden)
-        carried = shapes.carried(axis.size, torch.float32)
-        for stage in range(axis.rank, len(carried) + 1, axis.size):
-            if stage < len(carried):
-                yield self._step("pipeline", "send", "activations", 1, carried[stage] * FP32)
-            if stage > 0:
-                yield self._step("pipeline", "send", "their gradients", 1, carried[stage - 1] * FP32)
-        yield Term("pipeline", "all-reduce", "sums of the tally", 1, (self._config.ponder.steps + 3) * FP64)
-
-    def _data_terms(self) -> Iterator[Term]:
-        size, stage = self._mesh.data.size, self._config.parallel.zero_stage
-        numbers = [count for _, count in self._parameters]
-        each_padded = sum(_padded(count, size) for count in numbers)
-        if stage == 3:
-            yield self._step("data", "reduce-scatter", "gradients", 1, each_padded * FP32)
-        else:
-            repeats = MICRO_BATCHES if stage == 2 else 1
-            yield Term("data", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
-        groups = [sum(count for dims, count in self._parameters if (dims > 1) is decayed) for decayed in (True, False)]
-        if stage in (1, 2):
-            gathered = sum(_padded(count, 2 * size) for count in groups)
-            yield Term("data", "all-gather", "updated weights", len(groups), gathered * FP32)
-        if stage == 3:
-            large = [count for count in numbers if count > 10_000]  # smaller ones stay whole on every rank
-            for count in large:
-                yield self._step("data", "all-gather", "weights, for all passes", 1, _padded(count, size) * FP32)
-            small = sum(_padded(count, size) for count in numbers if count <= 10_000)
-            yield Term("data", "all-gather", "updated small weights", 1, small * FP32)
-        if stage > 0:
-            yield Term("data", "all-reduce", "gradient norm, overflow check", 2, 2 * (FP64 if stage == 3 else FP32))
-
-    def _model_terms(self) -> Iterator[Term]:
-        checks = 2 if self._config.parallel.zero_stage > 0 else 1
-        yield Term("model", "all-reduce", "gradient norm, overflow check", checks, checks * FP32)
-
-    def _step(self, axis: str, operation: str, reason: str, calls: int, size: int) -> Term:
-        """As often in every micro-batch."""
-        return Term(axis, operation, reason, MICRO_BATCHES * calls, MICRO_BATCHES * calls * size)
-
-
-def _padded(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 class Count(NamedTuple):
@@ -297,8 +168,9 @@ class Count(NamedTuple):
 def count_step(mesh: Mesh, config: Config) -> Count:
     """Count one training step on this rank, after steps in which DeepSpeed learns the order of modules."""
     model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
+    model.recompute = config.training.recompute
     initialize(model, seed=0)
-    formula = Formula(config, mesh, [(part.dim(), part.numel()) for _, part, *_ in declarations(model)])
+    formula = Formula(config, mesh, [(part.dim(), part.numel()) for _, part, *_ in declarations(model)], REFINEMENTS)
     engine = Engine(Objective(model), config, mesh)
     shape = (MICRO_BATCHES, config.training.micro_batch_size, config.data.sequence_length + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))

@@ -22,10 +22,11 @@ FLOORS = {
     "training": 5,
     "inference": 5,
     "evaluation": 5,
+    "planning": 5,
 }
 # Copied into every export, where the package is not installed.
 SHIPPED = ["configuration_ponderlm.py", "modeling_ponderlm.py", "layers_ponderlm.py", "cache_ponderlm.py"]
-LIGHT = ["config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference"]
+LIGHT = ["config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference", "planning"]
 OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
 OPTIONAL += ["starlette", "uvicorn", "prometheus_client", "pydantic"]  # the extra "serve"

@@ -292,17 +292,21 @@ class LoggingConfig:
     """What a run writes about itself.
 
     Attributes:
-        interval: optimiser steps between plain progress lines where there is no terminal for a bar.
+        interval: optimiser steps between plain progress lines, in `train.log` and where there is no terminal for a bar.
         tensorboard: write TensorBoard events into the run folder.
         wandb_project: also log to this Weights & Biases project (needs the extra `wandb`).
         spike_threshold: say so, with its samples, when a loss lies so many standard deviations above the median of the
             100 before; 0 = never.
+        straggler_interval: optimiser steps between comparisons of the ranks' times; 0 = never.
+        straggler_factor: a rank is reported that takes this many times the median.
     """
 
     interval: int = 10
     tensorboard: bool = True
     wandb_project: str | None = None
     spike_threshold: float = 10.0
+    straggler_interval: int = 100
+    straggler_factor: float = 1.3
 
 
 @dataclass(frozen=True)

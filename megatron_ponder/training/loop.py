@@ -1,7 +1,6 @@
 """The training loop."""
 
 import math
-import time
 from functools import partial
 
 from megatron_ponder.checkpoint.store import Manifest, checkpoint_name
@@ -19,6 +18,7 @@ from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.validation import validate
+from megatron_ponder.training.watch import StepWatch
 from megatron_ponder.training.watchdog import Watchdog
 
 
@@ -34,6 +34,7 @@ class TrainingLoop:
         checkpointer: Checkpointer,
         boundary: Boundary,
         watchdog: Watchdog,
+        watch: StepWatch,
         log: MetricsLog | None,
         progress: RunProgress,
         start: Manifest,
@@ -48,13 +49,14 @@ class TrainingLoop:
             checkpointer: of the run folder.
             boundary: where ranks agree on whether to stop.
             watchdog: told of every step.
+            watch: takes the time of every step.
             log: on the first rank alone.
             progress: says what happens.
             start: of the checkpoint to go on from, or an empty one.
         """
         self._config, self._mesh, self._parts, self._engine = config, mesh, parts, engine
         self._checkpointer, self._boundary, self._watchdog = checkpointer, boundary, watchdog
-        self._log, self._progress = log, progress
+        self._watch, self._log, self._progress = watch, log, progress
         self._step, self._samples = start.step, start.samples
         self._validated = start.validated or "valid" not in parts.datasets
         self._skipped = SkippedSteps(start.skipped, config.training)
@@ -105,17 +107,20 @@ class TrainingLoop:
         """One optimiser step; its record."""
         training, ponder, step = self._config.training, self._config.ponder, self._step
         self._boundary.begin(self._checkpointer.seconds)
-        started = time.perf_counter()
+        self._watch.begin()
         rate = learning_rate(step, training.steps, self._config.optimizer)
         penalty = penalty_weight(step, ponder)
         r = refinements(step, training.seed, ponder)
         micro_batches = self._reader.read(self._loader, self._micro_batches)
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
+        self._watch.mark()
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length
         # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
         scale = math.nan if self._reader.problem else 1 / tokens_per_step
         sums = self._engine.forward_backward(micro_batches, r, self._engine.pruning(hard=False), penalty, scale)
+        self._watch.mark()
         norm = self._engine.step(rate)
+        self._watch.mark()
         try:
             tally = Tally.of(self._boundary.cross(sums, self._reader.problem))
         except UserError:
@@ -125,6 +130,9 @@ class TrainingLoop:
         self._watchdog.beat()
         if self._mesh.tensor.size > 1 and self._step_is_multiple_of(self._config.parallel.replica_check_interval):
             together(partial(check_replicas, self._engine, self._step))
+        measured, slow_ranks = self._watch.end(r)
+        if slow_ranks is not None:
+            self._progress.say(f"step {self._step}  {slow_ranks}")
         return {
             "step": self._step,
             "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
@@ -132,12 +140,12 @@ class TrainingLoop:
             "grad_norm": norm,
             "learning_rate": rate,
             "mean_steps": tally.mean_steps,
-            "tokens_per_second": tokens_per_step / (time.perf_counter() - started),
             "samples": self._samples,
             "penalty": tally.penalty / tally.tokens,
             "penalty_weight": penalty,
             "refinements": r,
             "step_histogram": tally.steps,
+            **measured,
         }
 
     def _judge(self, record: dict) -> None:
@@ -183,6 +191,7 @@ class TrainingLoop:
         self._progress.say(f"step {self._step}  {verb} {folder}")
 
     def _end(self) -> None:
+        self._watch.close()
         with self._watchdog.paused():
             self._checkpointer.finish()
         if self._unsaved is not None:

@@ -1,5 +1,6 @@
-"""What a run writes about itself: one JSON object a step, TensorBoard events, progress on the terminal."""
+"""What a run writes about itself: one JSON object a step, TensorBoard events, lines on a terminal and in a file."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -16,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ponder.config import LoggingConfig
-from megatron_ponder.errors import UserError
+from megatron_ponder.errors import UserError, describe
 
-METRICS = "metrics.jsonl"
+METRICS, RUN_LOG = "metrics.jsonl", "train.log"
 Value = float | int | list | str | bool | None
 logger = logging.getLogger(__name__)
 
@@ -139,13 +140,39 @@ def _start_wandb(run_dir: Path, project: str):
     return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_dir.name)
 
 
+class RunLog:
+    """`train.log`: what a run says, every line with the time, over all its starts. Written by rank 0 alone."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Open for appending.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self._file = (run_dir / RUN_LOG).open("a", encoding="utf-8")
+
+    def write(self, message: str) -> None:
+        """Append one line or more. A disk that is full meanwhile costs lines, and not the run."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):
+            self._file.write("".join(f"{now}  {line}".rstrip() + "\n" for line in message.splitlines()))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
 class RunProgress:
-    """A bar on a terminal, plain lines elsewhere; the same words on both.
+    """A bar on a terminal, plain lines elsewhere and in the run's log; the same words on all.
 
     Use as a context manager around the loop.
     """
 
-    def __init__(self, total_steps: int, first_step: int, interval: int, shown: bool) -> None:
+    def __init__(
+        self, total_steps: int, first_step: int, interval: int, shown: bool, log: RunLog | None = None
+    ) -> None:
         """Show progress on this rank.
 
         Args:
@@ -153,7 +180,9 @@ class RunProgress:
             first_step: steps done before.
             interval: steps between plain lines.
             shown: false on all ranks but one.
+            log: the run's log file, closed at the end.
         """
+        self._log = log
         self._total, self._interval, self._shown = total_steps, interval, shown
         self._bar = None
         self._recent: deque[float] = deque([time.monotonic()], maxlen=50)
@@ -175,9 +204,13 @@ class RunProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._log is not None:
+            if error is not None:
+                self._log.write(f"stopped: {kind.__name__}: {describe(error)}")
+            self._log.close()
 
     def update(self, record: Mapping[str, float]) -> None:
         """Show a finished step."""
@@ -190,22 +223,29 @@ class RunProgress:
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], words=words)
-        elif record["step"] % self._interval == 0 or record["step"] == self._total:
+        if record["step"] % self._interval == 0 or record["step"] == self._total:
             pace = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
-            left = _duration(pace * (self._total - record["step"]))
-            print(f"step {record['step']}/{self._total}  {words}  left {left}", flush=True)
+            left = duration(pace * (self._total - record["step"]))
+            line = f"step {record['step']}/{self._total}  {words}  left {left}"
+            if self._bar is None:
+                print(line, flush=True)
+            if self._log is not None:
+                self._log.write(line)
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if not self._shown:
             return
+        if self._log is not None:
+            self._log.write(message)
         if self._bar is not None:
             self._bar.console.print(message, highlight=False, markup=False)
         else:
             print(message, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -23,11 +23,12 @@ from megatron_ponder.training.checkpoint import (
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.layout import describe_layout
 from megatron_ponder.training.loop import TrainingLoop
-from megatron_ponder.training.metrics import MetricsLog, RunProgress, prepare_run_dir
+from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress, prepare_run_dir
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.preemption import Boundary, StopSignals, seconds_left
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.starts import Phases, recorded
+from megatron_ponder.training.watch import StepWatch
 from megatron_ponder.training.watchdog import Watchdog
 
 
@@ -72,12 +73,13 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
     tokenizer = Path(config.tokenizer.path) if parts.tokenizer else None
     together(lambda: parts.datasets["train"].prepare(start.samples))
     log = together(lambda: MetricsLog(run_dir, config.logging, start.step) if leader else None)
+    lines = together(lambda: RunLog(run_dir) if leader else None)
     with ExitStack() as stack:
         if leader:
             stack.callback(log.close)
             stack.enter_context(recorded(run_dir, start.step, dist.get_world_size()))
         progress = stack.enter_context(
-            RunProgress(config.training.steps, start.step, config.logging.interval, shown=leader)
+            RunProgress(config.training.steps, start.step, config.logging.interval, shown=leader, log=lines)
         )
         for problem in damage:
             progress.say(f"warning: {problem}; it is passed over")
@@ -87,7 +89,9 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         boundary = Boundary(signals, seconds_left(config, signals), mesh)
         checkpointer = stack.enter_context(Checkpointer(config, tokenizer, fingerprints, mesh))
         watchdog = stack.enter_context(Watchdog(config.training.step_timeout))
-        TrainingLoop(config, mesh, parts, engine, checkpointer, boundary, watchdog, log, progress, start).run()
+        watch = StepWatch(config, mesh, model.transformer)
+        loop = TrainingLoop(config, mesh, parts, engine, checkpointer, boundary, watchdog, watch, log, progress, start)
+        loop.run()
     if leader:
         try:
             print(f"loss plot in {plot_training(run_dir)}", flush=True)

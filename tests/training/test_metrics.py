@@ -1,6 +1,7 @@
 """What a run writes about itself."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -8,7 +9,15 @@ import yaml
 
 from megatron_ponder.config import LoggingConfig
 from megatron_ponder.errors import UserError
-from megatron_ponder.training.metrics import METRICS, MetricsLog, RunProgress, prepare_run_dir, read_metrics
+from megatron_ponder.training.metrics import (
+    METRICS,
+    RUN_LOG,
+    MetricsLog,
+    RunLog,
+    RunProgress,
+    prepare_run_dir,
+    read_metrics,
+)
 
 PLAIN = LoggingConfig(tensorboard=False)
 
@@ -112,6 +121,63 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
     assert "step 2  saved runs/[a]" in out
     assert "3/4" in out
     assert "steps/token 1.50" in out
+
+
+def test_the_log_has_every_line_with_the_time_over_all_starts(tmp_path, capsys):
+    for first in (0, 20):
+        with RunProgress(total_steps=40, first_step=first, interval=10, shown=True, log=RunLog(tmp_path)) as progress:
+            progress.say(f"from {first}\n  two lines")
+            for step in range(first + 1, first + 21):
+                progress.update(record(step))
+    shown = capsys.readouterr().out.splitlines()
+    lines = (tmp_path / RUN_LOG).read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
+    assert [line[21:] for line in lines] == shown
+    assert [line.split("  ")[0] for line in shown if line.startswith("step")] == [
+        f"step {n}/40" for n in (10, 20, 30, 40)
+    ]
+    assert shown[:2] == ["from 0", "  two lines"]
+
+
+def test_a_terminal_has_its_lines_in_the_log_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with RunProgress(total_steps=2, first_step=0, interval=1, shown=True, log=RunLog(tmp_path)) as progress:
+        progress.say("starting")
+        progress.update(record(1))
+    text = (tmp_path / RUN_LOG).read_text()
+    assert "starting" in text
+    assert "step 1/2  loss 6.0000" in text
+
+
+def test_the_log_says_why_a_run_stopped(tmp_path):
+    with pytest.raises(UserError), RunProgress(3, 0, 1, shown=True, log=RunLog(tmp_path)):
+        raise UserError("no space left; free some")
+    assert (tmp_path / RUN_LOG).read_text().rstrip().endswith("stopped: UserError: no space left; free some")
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_not_the_run():
+    log = RunLog.__new__(RunLog)
+    log._file = open("/dev/full", "w")  # noqa: SIM115
+    log.write("lost")
+    log.close()
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_numbers_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    log = MetricsLog(run_dir, LoggingConfig(tensorboard=False, wandb_project="p"), 0)
+    for step in (1, 2, 3):
+        log.write(record(step, step_histogram=[1, 2]))
+    kept = dict(log._wandb.summary)
+    log.close()
+    assert kept.items() >= {"mean_steps": 1.5, "tokens_per_second": 1234.0}.items()
+    assert kept["loss"] in (4.0, 5.0)  # a step is sent when the next one begins
+    assert "step_histogram" not in kept
+    (stored,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert stored.stat().st_size > 0
 
 
 def test_the_configuration_is_replaced_whole(tmp_path):

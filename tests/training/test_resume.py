@@ -12,6 +12,7 @@ import torch
 
 from megatron_ponder.checkpoint.store import open_tensors, read_manifest, resolve_checkpoint
 from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.training.watch import MEASURED
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -50,7 +51,7 @@ def kill_after(process, run_dir, step):
 def essentials(run_dir):
     """What must not depend on an interruption: everything but times."""
     records = read_metrics(run_dir)
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 def final_state(run_dir):

@@ -1,0 +1,126 @@
+"""What watching a run costs, as a share of its steps.
+
+    python benchmarks/watching.py [--steps 12]
+
+The model of `training_step.py` (llama, hidden 256, 6 layers, 4 heads, ffn 688, vocabulary 8192, sequence 256, K = 1,
+R = 2, adaptive, fp32) on two data ranks of one thread each, two sequences a rank. What is timed are the calls
+themselves, as the training loop makes them, on rank 0, which does most: clocks, hooks around the blocks, counts,
+comparison of ranks (in every step, where training does it every 100), `metrics.jsonl`, TensorBoard, and a line in
+`train.log` (in every step, where training writes one in 10). Medians.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_ponder.config import read_config
+from megatron_ponder.launch import discover, process_group
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.parallel.mesh import build_mesh
+from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress
+from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.watch import StepWatch
+
+BATCH, LENGTH, REFINEMENTS, PASSES = 4, 256, 2, 4
+
+
+class Stopwatch:
+    """Adds up the time of calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, action, *arguments):
+        """Call it, and count the time."""
+        begun = time.perf_counter()
+        result = action(*arguments)
+        self.seconds += time.perf_counter() - begun
+        return result
+
+
+def hooks_of_a_step(transformer: torch.nn.Module) -> float:
+    """Seconds that the hooks of one step take, from a thousand calls of each."""
+    before, after = transformer._forward_pre_hooks.values(), transformer._forward_hooks.values()
+    begun = time.perf_counter()
+    for _ in range(1000):
+        for hook in before:
+            hook(transformer, ())
+        for hook in after:
+            hook(transformer, (), None)
+    return (time.perf_counter() - begun) / 1000 * PASSES
+
+
+def measure(steps: int, folder: str) -> tuple[list[float], list[float]]:
+    """Seconds of every step, and of watching it, as this rank sees them."""
+    values = {
+        "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
+        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": "adaptive", "ponder.max_steps": 1,
+        "ponder.jacobi_iterations": REFINEMENTS, "training.precision": "fp32", "training.global_batch_size": BATCH,
+        "training.micro_batch_size": BATCH // 2, "logging.straggler_interval": 1,
+    }  # fmt: skip
+    config = read_config([f"--{key}={value}" for key, value in values.items()])
+    whole, watching = [], []
+    with process_group(discover()) as device:
+        torch.set_num_threads(1)
+        mesh = build_mesh(device, tensor=1, pipeline=1, data=2)
+        model = PonderLM(config.model, config.ponder, mesh)
+        initialize(model, seed=0)
+        engine, watch = Engine(Objective(model), config, mesh), StepWatch(config, mesh, model.transformer)
+        leader = dist.get_rank() == 0
+        log = MetricsLog(Path(folder), config.logging, 0) if leader else None
+        lines = RunLog(Path(folder)) if leader else None
+        tokens = torch.randint(0, 8192, (BATCH // 2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+        with RunProgress(steps, 0, interval=1, shown=leader, log=lines) as progress:
+            for step in range(1, steps + 1):
+                clock, begun = Stopwatch(), time.perf_counter()
+                clock(watch.begin)
+                clock(watch.mark)
+                engine.forward_backward([tokens], REFINEMENTS, engine.pruning(hard=False), 0.0, 1 / (BATCH * LENGTH))
+                clock(watch.mark)
+                norm = engine.step(1e-4)
+                clock(watch.mark)
+                measured, _ = clock(watch.end, REFINEMENTS)
+                record = {"step": step, "loss": 1.0, "grad_norm": norm, "mean_steps": 1.0, "step_histogram": [0, 1]}
+                record |= dict.fromkeys(("cross_entropy", "learning_rate", "penalty", "penalty_weight"), 1.0)
+                record |= measured
+                if leader:
+                    clock(log.write, record)
+                    clock(progress.update, record)
+                if step > 2:
+                    whole.append(time.perf_counter() - begun)
+                    watching.append(clock.seconds)
+        hooks = hooks_of_a_step(model.transformer)
+        watch.close()
+        if leader:
+            log.close()
+    return whole, [seconds + hooks for seconds in watching]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    arguments = parser.parse_args()
+    launch = LaunchConfig(
+        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        whole, watching = elastic_launch(launch, measure)(arguments.steps, folder)[0]
+    step, cost = statistics.median(whole), statistics.median(watching)
+    shares = statistics.median(own / all_of_it for own, all_of_it in zip(watching, whole, strict=True))
+    Console(width=110).print(
+        f"a step {step:.3f} s, of which watching {cost * 1e3:.2f} ms: {shares:.3%}", highlight=False
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Floor 5: what a run will need and how long it will take, from its configuration and a description of a cluster."""

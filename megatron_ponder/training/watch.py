@@ -1,0 +1,252 @@
+"""How a run is doing: where the time of each step goes, how well the device is used, and which rank holds others up.
+
+Nothing here waits for a device or another rank in the middle of a step. On a GPU times are those of events on its
+stream, read when the step has ended; what ranks tell each other travels while the next step runs.
+"""
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ponder.config import Config
+from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.devices import known_gpu
+from megatron_ponder.training.flops import training_flops
+
+GIB = 2**30
+_STATM = Path("/proc/self/statm")
+PARTS = ("data", "forward_backward", "optimizer")
+# Fields of a record that depend on the machine and not on the training run.
+MEASURED = frozenset(
+    {"time", "step_seconds", "tokens_per_second", "slots_per_second", "data_wait", "model_flops_per_second", "mfu"}
+    | {"memory_allocated", "memory_reserved", "memory_resident", "slowest_rank", "slowest_over_median"}
+    | {f"{part}_seconds" for part in PARTS}
+)
+
+
+class _Clock:
+    """Moments on the CPU, or on a GPU's stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def now(self) -> "float | torch.cuda.Event":
+        """A moment, to be compared when the device has passed it."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start, end) -> float:
+        """Seconds from one moment to another; waits until the device has passed the second."""
+        if not self._on_gpu:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class RankTime(NamedTuple):
+    """Seconds a step that a rank spent alone, mean over a window of steps.
+
+    Attributes:
+        data: until its micro-batches were there.
+        blocks: in the forward passes of its blocks, as if it had as many of them as the average pipeline rank.
+    """
+
+    data: float
+    blocks: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.data + self.blocks
+
+
+class Stragglers:
+    """Finds ranks that are slower than others.
+
+    All ranks of a step end it together, because they wait for each other, so that its time tells nothing. What a rank
+    does alone tells: waiting for data, and the forward passes of its blocks, in which only tensor ranks wait for each
+    other (and at ZeRO 3 data ranks for weights). Windows of steps are gathered beside the step that follows them.
+    """
+
+    def __init__(self, interval: int, factor: float, blocks_share: float, device: torch.device) -> None:
+        """Agree on the hosts' names, which every rank has to do at the same time.
+
+        Args:
+            interval: steps of a window; 0 for none.
+            factor: times the median from which a rank is reported.
+            blocks_share: blocks of this rank, of those of the average pipeline rank.
+            device: of this rank.
+        """
+        self._ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._interval = interval if self._ranks > 1 else 0
+        self._factor, self._share, self._device = factor, blocks_share, device
+        self._sums, self._steps = [0.0, 0.0], 0
+        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._hosts = [""] * self._ranks
+        if self._interval:
+            dist.all_gather_object(self._hosts, socket.gethostname())
+
+    def add(self, data: float, blocks: float) -> list[RankTime] | None:
+        """Count a step.
+
+        Args:
+            data: seconds that this rank waited for its micro-batches.
+            blocks: seconds of its blocks' forward passes.
+
+        Returns:
+            The times of all ranks in the window that ended with the step before; None if none did.
+        """
+        if not self._interval:
+            return None
+        finished = self.finish()
+        self._sums = [self._sums[0] + data, self._sums[1] + blocks / self._share]
+        self._steps += 1
+        if self._steps == self._interval:
+            own = torch.tensor(self._sums, dtype=torch.float64, device=self._device) / self._steps
+            everyone = own.new_empty(self._ranks * len(own))
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in PyTorch 2.13
+            self._pending = gather(everyone, own, async_op=True), everyone
+            self._sums, self._steps = [0.0, 0.0], 0
+        return finished
+
+    def finish(self) -> list[RankTime] | None:
+        """What is still on its way."""
+        if self._pending is None:
+            return None
+        (work, everyone), self._pending = self._pending, None
+        work.wait()
+        return [RankTime(*pair) for pair in everyone.view(-1, 2).tolist()]
+
+    def report(self, times: Sequence[RankTime]) -> str | None:
+        """The table of `slow_ranks` for one window."""
+        return slow_ranks(times, self._hosts, self._factor, self._interval)
+
+
+def slow_ranks(times: Sequence[RankTime], hosts: Sequence[str], factor: float, steps: int, most: int = 8) -> str | None:
+    """A table of the ranks that take more than `factor` times the median, slowest first; None without any.
+
+    Args:
+        times: of every rank.
+        hosts: of every rank.
+        factor: times the median.
+        steps: that the times are means of.
+        most: rows at most.
+    """
+    median = statistics.median(rank.total for rank in times)
+    slow = sorted(
+        (rank for rank, own in enumerate(times) if own.total > factor * median), key=lambda r: -times[r].total
+    )
+    if not slow:
+        return None
+    width = max(len(host) for host in ("host", *(hosts[rank] for rank in slow[:most])))
+    lines = [
+        f"{len(slow)} of {len(times)} ranks slower than {factor:g} × the median, {median:.3f} s a step of their own "
+        f"over {steps} steps",
+        f"{'rank':>8}  {'host':<{width}}  {'waiting for data, s':>19}  {'blocks forward, s':>17}  {'/ median':>8}",
+    ]
+    lines += [
+        f"{rank:>8}  {hosts[rank]:<{width}}  {times[rank].data:>19.3f}  {times[rank].blocks:>17.3f}  "
+        f"{times[rank].total / median:>8.2f}"
+        for rank in slow[:most]
+    ]
+    return "\n".join(lines)
+
+
+class StepWatch:
+    """Measures every step of a run, on every rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, transformer: nn.Module) -> None:
+        """Begin to watch; a collective of all ranks.
+
+        Args:
+            config: resolved, with a vocabulary size.
+            mesh: the ranks.
+            transformer: the blocks of this rank, whose forward passes are timed.
+        """
+        self._config, self._mesh, self._clock = config, mesh, _Clock(mesh.device)
+        self._moments, self._forwards = [], []
+        self._flops = {r: training_flops(config, r) for r in config.ponder.refinement_choices}
+        self._peak = None
+        if mesh.device.type == "cuda":
+            gpu = known_gpu(torch.cuda.get_device_name(mesh.device))
+            self._peak = gpu and gpu.peak(config.training.precision)
+        share = len(transformer.blocks) * mesh.pipeline.size / config.model.num_layers
+        logging = config.logging
+        self._stragglers = Stragglers(logging.straggler_interval, logging.straggler_factor, share, mesh.device)
+        transformer.register_forward_pre_hook(lambda *_: self._forwards.append([self._clock.now()]))
+        transformer.register_forward_hook(lambda *_: self._forwards[-1].append(self._clock.now()))
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._moments, self._forwards = [self._clock.now()], []
+
+    def mark(self) -> None:
+        """The next of `PARTS` has ended."""
+        self._moments.append(self._clock.now())
+
+    def end(self, refinements: int) -> tuple[dict[str, float], str | None]:
+        """The step has ended, and everybody knows its loss.
+
+        Args:
+            refinements: R of the step.
+
+        Returns:
+            Fields of the record, and what is to be said of slow ranks, if anything.
+        """
+        self.mark()
+        training, ponder = self._config.training, self._config.ponder
+        pairs = zip(self._moments, self._moments[1:], strict=False)
+        parts = dict(zip(PARTS, (self._clock.between(*pair) for pair in pairs), strict=False))
+        seconds = self._clock.between(self._moments[0], self._moments[-1])
+        tokens = training.global_batch_size * self._config.data.sequence_length
+        rate = self._flops[refinements] / seconds
+        fields = {
+            "time": time.time(),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "slots_per_second": tokens * sum(pass_slots(ponder.steps, refinements)) / seconds,
+            **{f"{part}_seconds": parts[part] for part in PARTS},
+            "data_wait": parts["data"] / seconds,
+            "model_flops": self._flops[refinements],
+            "model_flops_per_second": rate,
+            **self._memory(),
+        }
+        if self._peak is not None:
+            ranks = self._mesh.model.size * self._mesh.data.size
+            fields["mfu"] = rate / (ranks * self._peak)
+        blocks = sum(self._clock.between(*pair) for pair in self._forwards)
+        times = self._stragglers.add(parts["data"], blocks)
+        if times is None:
+            return fields, None
+        slowest = max(range(len(times)), key=lambda rank: times[rank].total)
+        median = statistics.median(rank.total for rank in times)
+        fields |= {"slowest_rank": slowest, "slowest_over_median": times[slowest].total / median}
+        return fields, self._stragglers.report(times)
+
+    def close(self) -> None:
+        """Wait for what ranks were telling each other."""
+        self._stragglers.finish()
+
+    def _memory(self) -> dict[str, float]:
+        """GiB of this rank: peaks of PyTorch's allocator since the start, or what is resident now."""
+        if self._mesh.device.type == "cuda":
+            return {
+                "memory_allocated": torch.cuda.max_memory_allocated() / GIB,
+                "memory_reserved": torch.cuda.max_memory_reserved() / GIB,
+            }
+        if not _STATM.exists():  # not Linux
+            return {}
+        pages = int(_STATM.read_text().split()[1])
+        return {"memory_resident": pages * os.sysconf("SC_PAGE_SIZE") / GIB}

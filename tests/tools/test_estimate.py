@@ -1,0 +1,93 @@
+"""The command that estimates a run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ponder.config import read_config
+from megatron_ponder.parallel.mesh import Axis, Mesh
+from megatron_ponder.training.layout import describe_layout
+from megatron_ponder.training.memory import Rank, memory_estimate
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ["--config", "examples/configs/llama_410m.yaml"]
+SMALLER = ["--training.micro_batch_size", "2"]
+
+
+def estimate(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/estimate.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_tables():
+    done = estimate(*CONFIG, *SMALLER, "--gpu", "H100-SXM", "--nodes", 2, "--tokens", "30e9")
+    assert done.returncode == 0, done.stderr
+    config = read_config([*CONFIG, *SMALLER])
+    table = describe_layout(config, Mesh(torch.device("cuda"), data=Axis(16)))
+    assert table in done.stdout  # of memory, as training prints it
+    shares = [float(line.split("│")[3].strip(" %")) for line in done.stdout.splitlines() if line.count("│") == 4]
+    assert sum(shares[:-1]) == pytest.approx(100, abs=0.5)
+    assert "hidden behind computation" in done.stdout
+    assert "3e+10 tokens take" in done.stdout
+
+
+def test_json():
+    done = estimate(*CONFIG, *SMALLER, "--cluster", "examples/clusters/h100.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    memory = memory_estimate(Rank(read_config([*CONFIG, *SMALLER]), 32, 0, "cuda"))
+    assert found["memory"] == {**vars(memory), "total": memory.total}
+    assert found["fits"] is True
+    assert found["step_seconds"] == pytest.approx(sum(found["parts"].values()))
+    assert found["gpu_hours"] == pytest.approx(found["days"] * 24 * 32)
+    assert found["tokens"] == 50_000 * 256 * 2048
+    assert 0.1 < found["mfu"] < 0.7
+
+
+def test_what_does_not_fit_and_the_nearest_layout_that_does():
+    done = estimate(*CONFIG, "--gpu", "A100-40GB", "--nodes", 1)
+    assert done.returncode == 2
+    assert "do not fit into" in done.stderr
+    assert done.stderr.count("\n") == 1
+    proposed = done.stderr.split("; add ")[1].split(", which needs")[0].split()
+    assert estimate(*CONFIG, "--gpu", "A100-40GB", "--nodes", 1, *proposed).returncode == 0
+
+
+def test_the_search():
+    done = estimate(*CONFIG, "--gpu", "L40S", "--nodes", 2, "--search", "--top", 5)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert len(rows) == 5
+    proposed = done.stdout.split("the first: ")[1].split()
+    alone = json.loads(estimate(*CONFIG, "--gpu", "L40S", "--nodes", 2, *proposed, "--json").stdout)
+    assert f"{alone['tokens_per_second']:,.0f}" == rows[0][7].strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "H100"], "no GPU is known as H100"),
+        (["--nodes", "2"], "--memory-gib is not known"),
+        (["--gpu", "H200", "--tokens", "-1"], "give a positive number"),
+        (["--gpu", "H200", "--parallel.tensr", "2"], "did you mean parallel.tensor?"),
+        (["--gpu", "H200", "--nodes", "1250"], "set training.global_batch_size to"),
+        (["--gpu", "H200", "--nodes", "1250", "--search"], "set training.global_batch_size to"),
+        (["--gpu", "A10", "--nodes", "1", "--gpus-per-node", "1", "--model.hidden_size", "16384"], "no layout of this"),
+        (["--cluster", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_what_cannot_be(arguments, message):
+    done = estimate(*CONFIG, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_vocabulary_that_only_the_tokenizer_knows():
+    done = estimate("--config", "examples/quickstart/adaptive.yaml", "--gpu", "H200")
+    assert done.returncode == 2
+    assert "add --model.vocab_size" in done.stderr
