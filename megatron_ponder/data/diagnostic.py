@@ -4,7 +4,7 @@ A document is a row of questions, each with its answer:
 
     copy d a f = d a f ;      the letters again
     sum 3 1 4 = 3 ;           the sum modulo 5
-    compose yxz zyx = yzx ;   permutations applied to xyz, one after another
+    compose yxz zyx = zxy ;   permutations applied to xyz, one after another
     match ( [ { } = ] ;       what closes the innermost bracket that is open
 
 The depth of an answer is the number of state updates between what the question shows and the answer: 0 for copies, one

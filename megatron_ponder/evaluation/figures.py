@@ -95,7 +95,7 @@ def quality_compute(rows: Sequence[Row]) -> Figure:
             look = _look(index)
             of_model = _where(rows, model=model)
             for point in _where(of_model, sweep="trained"):
-                label = f"{model} ({point['mode']})"
+                label = model if point["mode"] in model else f"{model} ({point['mode']})"
                 axes.plot(point[x], point["loss"], linestyle="none", label=label, **look | {"markersize": 8})
             for sweep, line, symbol in (("threshold", "-", "τ"), ("bias", "--", "α")):
                 curve = sorted(_where(of_model, sweep=sweep), key=lambda row: row[x])

@@ -22,7 +22,7 @@ th, td { text-align: right; padding: 0.15rem 0.7rem; border-bottom: 1px solid #d
 th:first-child, td:first-child { text-align: left; }
 .side { display: flex; flex-wrap: wrap; }
 .text { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.text span, .key span { padding: 0.15em 0; border-right: 1px solid #fff; cursor: default; }
+.text span, .key span { padding: 0.15em 0; border-right: 2px solid #fff; cursor: default; }
 .key span { padding: 0.15em 0.6em; }
 .text span:hover, .text span.shown { outline: 2px solid #d55e00; }
 #tip { position: absolute; display: none; background: #fff; border: 1px solid #888; border-radius: 4px;
