@@ -78,7 +78,7 @@ class Plan:
         return sorted({*self.thresholds, own.threshold}), sorted({*self.biases, own.router_bias})
 
     def measurements(self, subject: Subject) -> int:
-        """How many things are announced for a subject."""
+        """How many things are announced for a subject, at most."""
         config = subject.model.ponder_config
         if not config.steps:
             return 2
@@ -176,8 +176,8 @@ class _SubjectAnalysis:
                 f"sweeps, steps by difficulty and shifts of the router: mode {config.mode} has no router"
             )
         self.benefit(own)
-        self.gaps()
-        self.contraction()
+        if self.contraction():
+            self.gaps()
         if stated is not None:
             self.depth(own, stated)
 
@@ -322,8 +322,6 @@ class _SubjectAnalysis:
     def gaps(self) -> None:
         """What the hard rule and a few parallel passes change, against what they stand for."""
         ponder, hard = self.model.ponder_config, self.own.pruning
-        if not ponder.steps:
-            return
         gaps = self.summary["gaps"] = []
         prunings = [hard]
         if self.subject.decides:
@@ -339,15 +337,15 @@ class _SubjectAnalysis:
                 loss = self.measure("Jacobi–sequential gap", way).loss.mean() - exact
                 gaps.append({"of": way.name, "from": "hard, exact", **threshold, "loss": float(loss)})
 
-    def contraction(self) -> None:
-        """Distance of the Jacobi iterates from their fixed point."""
+    def contraction(self) -> bool:
+        """Distance of the Jacobi iterates from their fixed point; whether there are iterates."""
         self.announce(f"{self.subject.label}: contraction, soft, R = 0 .. {self.plan.iterations - 1}")
         found = contraction(self.model, self.batches[: self.plan.contraction_batches], self.plan.iterations)
         if found is None:
             self.summary["missing"].append(
                 f"contraction: mode {self.model.ponder_config.mode} has no iterates, its output is the same for every R"
             )
-            return
+            return False
         for refinements, rmse in enumerate(found.rmse):
             self.add("contraction", rule="soft", refinements=refinements, rmse=rmse, used=refinements < found.fitted)
         self.summary["contraction"] = {
@@ -357,6 +355,7 @@ class _SubjectAnalysis:
             "hidden_rms": found.rms,
             "paper_factor": PAPER_FACTOR,
         }
+        return True
 
     def depth(self, own: TokenMeasurements, stated: np.ndarray) -> None:
         """Loss and K̂ by the true depth of what is predicted."""

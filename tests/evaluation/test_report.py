@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -22,7 +23,7 @@ def page(tmp_path_factory):
     analysis = analysis_of_small_models()
     folder = tmp_path_factory.mktemp("figures")
     made = write_page(analysis, draw(analysis.tables, folder), folder, "Pondering of <three>")
-    return shutil.copy(made, tmp_path_factory.mktemp("page"))
+    return Path(shutil.copy(made, tmp_path_factory.mktemp("page")))
 
 
 def test_the_page_holds_everything(page):
@@ -64,10 +65,10 @@ def test_a_page_without_a_router_has_no_text(tmp_path):
     assert "mode vanilla has no router" in content
 
 
-def browse(page, *arguments: str) -> str:
+def browse(address: str, *arguments: str) -> str:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert browser, "this test opens a page in Chromium: apt-get install --no-install-recommends chromium"
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments, page]
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments, address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
