@@ -153,6 +153,11 @@ def _print(analysis: Analysis, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for label, of in analysis.summary.items():
+        if "depth" in of:
+            correlation, answers, others = of["depth"].values()
+            by_depth = "–" if correlation is None else f"{correlation:.3f}"
+            console.print(f"{label}: ρ(K̂, true depth) of answers {by_depth}; {answers:.3f} steps", end="")
+            console.print("" if others is None else f", all else {others:.3f}")
         for gap in of.get("gaps", []):
             at = "" if gap["threshold"] is None else f" at τ = {gap['threshold']:g}"
             console.print(f"{label}: {gap['of']} less {gap['from']}{at}: {gap['loss']:+.5f} nats")

@@ -112,45 +112,29 @@ def write_page(analysis: Analysis, captions: dict[str, str], folder: Path, title
 
 
 def _overview(summary: dict[str, dict]) -> str:
-    headings = ["model", "mode", "evaluation", "τ", "α", "tokens", "loss [nats]", "mean K̂", "of K"]
-    rows = [
+    models = [
         [
             label, of["mode"], of["evaluation"], _number(of["threshold"], "g"), _number(of["router_bias"], "g"),
             f"{of['tokens']:,}", _number(of["loss"]), _number(of["mean_steps"], ".3f"), str(of["max_steps"]),
         ]
         for label, of in summary.items()
     ]  # fmt: skip
-    parts = ["<h2>Models</h2>", _table(headings, rows)]
-    difficulty = [
-        [label, *(_number(of["difficulty"][name], ".3f") for name in DIFFICULTY)]
-        for label, of in summary.items()
-        if "difficulty" in of
-    ]
-    if difficulty:
-        parts += [
-            "<h3>What the router follows</h3>",
-            '<p class="note">Rank correlations (Spearman) over tokens. “By identity” replaces the K̂ of each token by '
-            "the mean over its occurrences, “beyond” is what remains of K̂ after taking that away; the share of its "
-            "variance that identity explains is corrected for the number of different tokens.</p>",
-            _table(["model", *DIFFICULTY.values()], difficulty),
-        ]
     gaps = [
         [label, gap["of"], gap["from"], _number(gap["threshold"], "g"), f"{gap['loss']:+.5f}"]
         for label, of in summary.items()
         for gap in of.get("gaps", [])
     ]
-    if gaps:
-        parts += ["<h3>Gaps</h3>", _table(["model", "loss of", "less loss of", "τ", "nats"], gaps)]
-    factors = [
-        [label, of["contraction"]["rule"], _number(of["contraction"]["factor"], ".3f"),
-         str(of["contraction"]["fitted_iterates"]), f"{of['contraction']['paper_factor']:.2f}"]
-        for label, of in summary.items()
-        if "contraction" in of
-    ]  # fmt: skip
-    if factors:
-        headings = ["model", "mask", "factor per iteration", "fitted to iterates", "in the paper"]
-        parts += ["<h3>Contraction</h3>", _table(headings, factors)]
-    return "\n".join(parts)
+    headings = ["model", "mode", "evaluation", "τ", "α", "tokens", "loss [nats]", "mean K̂", "of K"]
+    return "\n".join(
+        [
+            "<h2>Models</h2>",
+            _table(headings, models),
+            _single_figures(summary, "difficulty", "What the router follows", DIFFICULTY_NOTE, DIFFICULTY),
+            _single_figures(summary, "depth", "Steps by true depth", DEPTH_NOTE, DEPTH),
+            _section("Gaps", GAPS_NOTE, ["model", "loss of", "less loss of", "τ", "nats"], gaps),
+            _single_figures(summary, "contraction", "Contraction", CONTRACTION_NOTE, CONTRACTION),
+        ]
+    )
 
 
 DIFFICULTY = {
@@ -160,6 +144,40 @@ DIFFICULTY = {
     "variance_explained_by_identity": "explained by identity",
     "rank_correlation_with_gain": "K̂ and ΔCE",
 }
+DIFFICULTY_NOTE = (
+    "Rank correlations (Spearman) over tokens. “By identity” replaces the K̂ of each token by the mean over its "
+    "occurrences, “beyond” is what remains of K̂ after taking that away; the share of its variance that identity "
+    "explains is corrected for the number of different tokens."
+)
+DEPTH = {
+    "rank_correlation": "K̂ and depth of answers (rank correlation)",
+    "mean_steps_of_answers": "mean K̂ of answers",
+    "mean_steps_of_others": "of all else",
+}
+DEPTH_NOTE = "A token counts as an answer if what it predicts has a depth."
+GAPS_NOTE = "What the hard rule changes against the soft mask, and a few parallel passes against sequential decoding."
+CONTRACTION = {
+    "factor": "factor per iteration",
+    "fitted_iterates": "fitted to iterates",
+    "paper_factor": "factor in the paper",
+}
+CONTRACTION_NOTE = "Of the distance to the fixed point, under the soft mask."
+
+
+def _single_figures(summary: dict[str, dict], part: str, title: str, note: str, names: dict[str, str]) -> str:
+    """A section with the figures of one part of the summary, of each model that has it."""
+    rows = [
+        [label, *(_number(of[part][name], ".3f" if isinstance(of[part][name], float) else "") for name in names)]
+        for label, of in summary.items()
+        if part in of
+    ]
+    return _section(title, note, ["model", *names.values()], rows)
+
+
+def _section(title: str, note: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    return f'<h3>{title}</h3>\n<p class="note">{note}</p>\n{_table(headings, rows)}'
 
 
 def _figure(name: str, caption: str, folder: Path) -> str:
