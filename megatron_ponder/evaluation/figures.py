@@ -167,7 +167,7 @@ def difficulty(rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
         axes.plot(
             x, _column(of_model, "mean_steps_by_identity"), linestyle=":", color="black", marker="x", markersize=5,
-            label="mean of the same token elsewhere",
+            label="mean over the same token",
         )  # fmt: skip
         axes.set_title(model, fontsize=9)
         axes.legend(fontsize=8)
