@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.evaluation.analysis import Analysis, Plan, Subject, analyse
 from megatron_ponder.evaluation.figures import draw, write_rows
-from megatron_ponder.evaluation.inputs import depth_batches, split_batches, text_batches
+from megatron_ponder.evaluation.inputs import Inputs, depth_batches, split_batches, text_batches
 from megatron_ponder.evaluation.report import write_page
 from megatron_ponder.launch import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
@@ -65,7 +66,7 @@ def main() -> None:
     device = _device(arguments.device)
     models = [load_model(path, Mesh(device=device)) for path in arguments.checkpoint]
     _check_same_tokens(models)
-    batches, depths = _inputs(models[0], arguments)
+    (batches, data), depths = _inputs(models[0], arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     subjects = [
         Subject(label, loaded.model, loaded.folder, loaded.config.ponder.evaluation_refinements)
@@ -86,10 +87,10 @@ def main() -> None:
         )
     for name, rows in analysis.tables.items():
         write_rows(rows, arguments.output / f"{name}.csv")
-    content = json.dumps(analysis.summary, indent=1, ensure_ascii=False)
+    content = json.dumps({"data": data, "models": analysis.summary}, indent=1, ensure_ascii=False)
     (arguments.output / "analysis.json").write_text(content + "\n", encoding="utf-8")
     captions = draw(analysis.tables, arguments.output)
-    page = write_page(analysis, captions, arguments.output, f"Pondering of {', '.join(analysis.summary)}")
+    page = write_page(analysis, captions, arguments.output, f"Pondering of {', '.join(analysis.summary)}", data)
     _print(analysis, console)
     console.print(f"{page}: open it in a browser; figures and tables lie beside it")
 
@@ -117,14 +118,14 @@ def _check_same_tokens(models: Sequence[LoadedModel]) -> None:
             )
 
 
-def _inputs(loaded: LoadedModel, arguments: argparse.Namespace):
+def _inputs(loaded: LoadedModel, arguments: argparse.Namespace) -> tuple[Inputs, list[Tensor] | None]:
     if arguments.text:
         if arguments.depths:
             raise UserError("--depths belong to a dataset; leave out --text")
         return text_batches(loaded, arguments.text), None
     where = (arguments.data, arguments.split, arguments.samples)
-    batches = split_batches(loaded, *where)
-    return batches, depth_batches(loaded, *where, arguments.depths) if arguments.depths else None
+    inputs = split_batches(loaded, *where)
+    return inputs, depth_batches(loaded, *where, arguments.depths) if arguments.depths else None
 
 
 def _labels(models: Sequence[LoadedModel]) -> list[str]:

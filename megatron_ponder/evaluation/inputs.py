@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +18,14 @@ from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.perplexity import windows
 
 
-def text_batches(loaded: LoadedModel, path: Path) -> list[Tensor]:
+class Inputs(NamedTuple):
+    """Batches of token ids, int64 (B, L + 1) each, and what to call them."""
+
+    batches: list[Tensor]
+    name: str
+
+
+def text_batches(loaded: LoadedModel, path: Path) -> Inputs:
     """A file, cut into samples of the training length.
 
     Raises:
@@ -29,10 +37,10 @@ def text_batches(loaded: LoadedModel, path: Path) -> list[Tensor]:
         tokens = loaded.tokenizer.encode(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    return list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length))
+    return Inputs(list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length)), path.name)
 
 
-def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int) -> list[Tensor]:
+def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int) -> Inputs:
     """The first samples of a split.
 
     Args:
@@ -48,7 +56,8 @@ def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples:
     opened = _open(loaded, data, split)
     for prefix in prefixes(data):
         check_vocabulary(prefix, loaded.config.model.vocab_size)
-    return _batches(loaded, opened, samples)
+    names = ", ".join(Path(prefix).name for prefix in prefixes(data))
+    return Inputs(_batches(loaded, opened, samples), f"the {split} part of {names}")
 
 
 def depth_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int, depths: str) -> list[Tensor]:

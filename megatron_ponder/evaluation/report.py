@@ -76,7 +76,7 @@ addEventListener("load", fromLink);
 """
 
 
-def write_page(analysis: Analysis, captions: dict[str, str], folder: Path, title: str) -> Path:
+def write_page(analysis: Analysis, captions: dict[str, str], folder: Path, title: str, data: str) -> Path:
     """Write `index.html` with everything inside.
 
     Args:
@@ -84,6 +84,7 @@ def write_page(analysis: Analysis, captions: dict[str, str], folder: Path, title
         captions: of the figures, by name; NAME.svg lies in the folder.
         folder: where the page goes.
         title: of the page.
+        data: what was measured on.
     """
     shaded = [
         (label, [row for row in analysis.tables["tokens"] if row["model"] == label])
@@ -92,6 +93,7 @@ def write_page(analysis: Analysis, captions: dict[str, str], folder: Path, title
     ]
     parts = [
         f"<h1>{escape(title)}</h1>",
+        f'<p class="note">Measured on {escape(data)}.</p>',
         _overview(analysis.summary),
         *(_figure(name, caption, folder) for name, caption in captions.items()),
         *(_text(number, label, rows) for number, (label, rows) in enumerate(shaded)),

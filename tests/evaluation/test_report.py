@@ -22,7 +22,7 @@ def page(tmp_path_factory):
     """The page alone, in a folder without the pictures that it was made from."""
     analysis = analysis_of_small_models()
     folder = tmp_path_factory.mktemp("figures")
-    made = write_page(analysis, draw(analysis.tables, folder), folder, "Pondering of <three>")
+    made = write_page(analysis, draw(analysis.tables, folder), folder, "Pondering of <three>", "data & more")
     return Path(shutil.copy(made, tmp_path_factory.mktemp("page")))
 
 
@@ -36,6 +36,7 @@ def test_the_page_holds_everything(page):
     assert "url(" not in content
     assert re.findall(r'<figure id="(\w+)">', content) == list(FIGURES)
     assert "<h1>Pondering of &lt;three&gt;</h1>" in content
+    assert "Measured on data &amp; more." in content
     assert content.count("</script>") == 1
     analysis = analysis_of_small_models()
     rows = [row for row in analysis.tables["tokens"] if row["model"] == "adaptive"]
@@ -60,7 +61,7 @@ def test_a_page_without_a_router_has_no_text(tmp_path):
     whole = analysis_of_small_models()
     tables = {name: [row for row in rows if row["model"] == "vanilla"] for name, rows in whole.tables.items()}
     analysis = Analysis(tables, {"vanilla": whole.summary["vanilla"]})
-    content = write_page(analysis, draw(tables, tmp_path), tmp_path, "vanilla").read_text()
+    content = write_page(analysis, draw(tables, tmp_path), tmp_path, "vanilla", "data").read_text()
     assert "Text shaded" not in content
     assert "mode vanilla has no router" in content
 

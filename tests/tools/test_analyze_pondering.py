@@ -81,7 +81,9 @@ def test_a_trained_run(tool, run_dir, corpus, tmp_path):
     tables = {*drawn, "tokens", "token_strings"}
     written = {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")} | {f"{name}.csv" for name in tables}
     assert {path.name for path in output.iterdir()} == {*written, "analysis.json", "index.html"}
-    (summary,) = json.loads((output / "analysis.json").read_text()).values()
+    content = json.loads((output / "analysis.json").read_text())
+    assert content["data"] == "text.txt"
+    (summary,) = content["models"].values()
     assert summary["checkpoint"].endswith("step-00000008")
     tokens = rows(output / "tokens.csv")
     assert len(tokens) == 50 < summary["tokens"]
@@ -96,7 +98,9 @@ def test_several_modes_and_depths(tool, diagnostic):
     code, out, error, output = tool("--checkpoint", *checkpoints.values(), "--depths", made.depths, *QUICK)
     assert (code, error) == (0, "")
     assert "fixed: no sweeps, steps by difficulty and shifts of the router: mode fixed has no router" in out
-    assert list(json.loads((output / "analysis.json").read_text())) == ["adaptive", "fixed", "vanilla"]
+    content = json.loads((output / "analysis.json").read_text())
+    assert content["data"] == "the valid part of corpus_text_document"
+    assert list(content["models"]) == ["adaptive", "fixed", "vanilla"]
     assert (output / "depth.svg").is_file()
     assert {row["sweep"] for row in rows(output / "quality_compute.csv") if row["model"] != "adaptive"} == {"trained"}
 
@@ -130,7 +134,7 @@ def test_labels_of_checkpoints_of_one_run(tool, run_dir):
     code, _, error, output = tool("--checkpoint", *checkpoints, "--samples", "1", *QUICK[2:])
     assert (code, error) == (0, "")
     labels = ["whole/step-00000004", "whole/step-00000008 (1)", "whole/step-00000008 (2)"]
-    summary = json.loads((output / "analysis.json").read_text())
+    summary = json.loads((output / "analysis.json").read_text())["models"]
     assert list(summary) == labels
     assert summary[labels[1]]["loss"] == summary[labels[2]]["loss"] != summary[labels[0]]["loss"]
 
