@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make quickstart  train, evaluate, generate and export a small model on real text, on a CPU, in minutes"
 	@echo "make test        the tests, in minutes"
-	@echo "make test-all    the tests with the slow ones"
+	@echo "make test-all    the tests with the slow ones, one of which opens a page in Chromium"
 	@echo "make lint        ruff"
 	@echo "make bench       the benchmarks"
 

@@ -13,20 +13,16 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.data.loader import validation_batches
-from megatron_ponder.data.manifest import check_vocabulary
-from megatron_ponder.data.mixture import open_mixture, prefixes
 from megatron_ponder.errors import UserError, command
-from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings, windows
+from megatron_ponder.evaluation.inputs import split_batches, text_batches
+from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
 from megatron_ponder.launch import prepare_cpu
 
 
@@ -67,7 +63,10 @@ def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, di
     if arguments.export or arguments.tasks_path or arguments.limit or arguments.num_fewshot:
         raise UserError("--export, --tasks-path, --limit and --num-fewshot go with --tasks; name the tasks to run")
     loaded = load_model(arguments.checkpoint)
-    batches, data = _text(loaded, arguments.text) if arguments.text else _split(loaded, arguments)
+    if arguments.text:
+        batches, data = text_batches(loaded, arguments.text)
+    else:
+        batches, data = split_batches(loaded, arguments.data, arguments.split, arguments.samples)
     refinements = arguments.refinements
     if refinements is None:
         refinements = sorted({0, loaded.config.ponder.evaluation_refinements})
@@ -111,35 +110,6 @@ def _on_tasks(arguments: argparse.Namespace, console: Console) -> tuple[Table, d
         samples = f"{score.samples:,}" if score.samples else "–"
         table.add_row(score.task, score.metric, f"{score.value:.4f}", error, samples, str(score.shots))
     return table, result.as_dict()
-
-
-def _text(loaded: LoadedModel, path: Path) -> tuple[list[Tensor], str]:
-    """Windows of a text file, and what to call it."""
-    if loaded.tokenizer is None:
-        raise UserError(f"{loaded.folder} has no tokenizer to read {path} with; evaluate on a dataset with --data")
-    try:
-        tokens = loaded.tokenizer.encode(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    return list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length)), path.name
-
-
-def _split(loaded: LoadedModel, arguments: argparse.Namespace) -> tuple[list[Tensor], str]:
-    """Samples of a dataset, and what to call them."""
-    data = loaded.config.data
-    if arguments.data:
-        data = replace(data, path=arguments.data, valid_path=None, test_path=None, phases=[])
-    if not data.path:
-        raise UserError(f"{loaded.folder} names no dataset; evaluate on one with --data, or on a file with --text")
-    datasets = open_mixture(replace(data, cache_path=None), loaded.config.training.seed).samples
-    for prefix in prefixes(data):
-        check_vocabulary(prefix, loaded.config.model.vocab_size)
-    if arguments.split not in datasets:
-        raise UserError(f'data.split "{data.split}" has no {arguments.split} part; choose another --split, or --text')
-    dataset = datasets[arguments.split]
-    count = min(arguments.samples, dataset.samples_per_epoch)
-    batches = validation_batches(dataset, count, loaded.config.training.micro_batch_size, 0, 1)
-    return list(batches), f"the {arguments.split} part of {', '.join(Path(prefix).name for prefix in prefixes(data))}"
 
 
 def _byte_counter(loaded: LoadedModel):

@@ -37,11 +37,13 @@ class Pruning:
         hard: steps beyond K̂ are not there; otherwise every step is, with its weight.
         threshold: τ.
         bias: α, added k times to the logit of step k.
+        executed: int64 (B, L), K̂ of every token in place of what τ gives, for comparison with other choices.
     """
 
     hard: bool
     threshold: float
     bias: float = 0.0
+    executed: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -95,7 +97,8 @@ def route(logits: Tensor, pruning: Pruning) -> Routing:
     tails = logits.flip(-1).logcumsumexp(-1).flip(-1)
     log_total = tails[..., :1]
     log_w = tails - log_total
-    return Routing(logits - log_total, log_w, executed_steps(log_w, pruning.threshold))
+    chosen = executed_steps(log_w, pruning.threshold) if pruning.executed is None else pruning.executed
+    return Routing(logits - log_total, log_w, chosen)
 
 
 def executed_steps(log_w: Tensor, threshold: float) -> Tensor:

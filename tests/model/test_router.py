@@ -51,6 +51,22 @@ def test_executed_steps_by_their_definition(logits, threshold):
 
 
 @unhurried
+@given(logits=logit_tensors(), threshold=thresholds, data=st.data())
+def test_executed_steps_that_are_given(logits, threshold, data):
+    last = logits.shape[1] - 1
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, last), min_size=len(logits), max_size=len(logits))))
+    pruning = Pruning(True, threshold, executed=chosen)
+    routing, own = route(logits, pruning), route(logits, Pruning(True, threshold))
+    assert torch.equal(routing.executed, chosen)
+    assert torch.equal(routing.log_w, own.log_w) and torch.equal(routing.log_s, own.log_s)
+    weights, keys = fusion_weights(routing, pruning), key_log_weights(routing, pruning)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(logits), dtype=weights.dtype), rtol=1e-9, atol=1e-9)
+    for token, steps in enumerate(chosen.tolist()):
+        assert not weights[token, steps + 1 :].any()
+        assert (keys[token, steps + 1 :] == DEAD).all()
+
+
+@unhurried
 @given(logits=logit_tensors(), threshold=thresholds, hard=st.booleans())
 def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, hard):
     pruning = Pruning(hard, threshold)

@@ -1,0 +1,175 @@
+"""Text in which it is known how many dependent steps the answer to each question takes.
+
+A document is a row of questions, each with its answer:
+
+    copy d a f = d a f ;      the letters again
+    sum 3 1 4 = 3 ;           the sum modulo 5
+    compose yxz zyx = zxy ;   permutations applied to xyz, one after another
+    match ( [ { } = ] ;       what closes the innermost bracket that is open
+
+The depth of an answer is the number of state updates between what the question shows and the answer: 0 for copies, one
+less than there are terms for sums and permutations, and the pairs that open and close after the bracket in question for
+brackets. Everything that is not an answer has no depth: questions are drawn at random, so that no number of steps
+predicts them, and the rest is punctuation.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
+from megatron_ponder.errors import UserError
+
+NO_DEPTH = -1
+MODULUS = 5
+DIGITS = [str(digit) for digit in range(MODULUS)]
+LETTERS = list("abcdefgh")
+START = "xyz"
+ARRANGEMENTS = ["".join(arrangement) for arrangement in permutations(START)]
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+KINDS = ("copy", "sum", "compose", "match")
+END_OF_DOCUMENT, UNKNOWN = "</s>", "<unk>"
+VOCABULARY = [END_OF_DOCUMENT, UNKNOWN, ";", "=", *KINDS, *DIGITS, *LETTERS, *ARRANGEMENTS, *CLOSING, *CLOSING.values()]
+OUTER_BRACKETS = 2
+
+
+class Passage(NamedTuple):
+    """Words, one token each, and the depth of each of them."""
+
+    words: list[str]
+    depths: list[int]
+
+
+@dataclass(frozen=True)
+class DiagnosticCorpus:
+    """What was written.
+
+    Attributes:
+        text: JSON Lines, one document a line.
+        tokenizer: its `tokenizer.json`.
+        depths: prefix of an indexed dataset that holds the depth of each token, the end token of documents included.
+        documents, tokens, answers: how many; answers are tokens with a depth.
+    """
+
+    text: Path
+    tokenizer: Path
+    depths: Path
+    documents: int
+    tokens: int
+    answers: int
+
+
+def question(kind: str, depth: int, generator: random.Random) -> Passage:
+    """One question with its answer.
+
+    Args:
+        kind: one of `KINDS`.
+        depth: of the answer; for copies, whose depth is 0, one less than the number of letters.
+        generator: what is drawn from.
+    """
+    if kind == "copy":
+        asked = [generator.choice(LETTERS) for _ in range(depth + 1)]
+        answer, depth = asked, 0
+    elif kind == "sum":
+        asked = [generator.choice(DIGITS) for _ in range(depth + 1)]
+        answer = [str(sum(map(int, asked)) % MODULUS)]
+    elif kind == "compose":
+        asked = [generator.choice(ARRANGEMENTS) for _ in range(depth + 1)]
+        answer = [_composed(asked)]
+    else:
+        outer = [generator.choice(list(CLOSING)) for _ in range(generator.randint(0, OUTER_BRACKETS))]
+        target = generator.choice(list(CLOSING))
+        asked = [*outer, target, *_balanced(depth, generator)]
+        answer = [CLOSING[target]]
+    words = [kind, *asked, "=", *answer, ";"]
+    before = [NO_DEPTH] * (len(asked) + 2)
+    return Passage(words, [*before, *[depth] * len(answer), NO_DEPTH])
+
+
+def _composed(arrangements: list[str]) -> str:
+    """Each arrangement says which place of the one before it every letter comes from: "yxz" swaps the first two."""
+    state = START
+    for arrangement in arrangements:
+        state = "".join(state[START.index(letter)] for letter in arrangement)
+    return state
+
+
+def _balanced(pairs: int, generator: random.Random) -> list[str]:
+    """Brackets that all close."""
+    word, open_ = [], []
+    while pairs or open_:
+        if pairs and (not open_ or generator.random() < 0.5):
+            open_.append(generator.choice(list(CLOSING)))
+            word.append(open_[-1])
+            pairs -= 1
+        else:
+            word.append(CLOSING[open_.pop()])
+    return word
+
+
+def passages(documents: int, questions: int, max_depth: int, seed: int) -> Iterator[Passage]:
+    """Documents without their end tokens; kinds and depths are drawn uniformly.
+
+    Args:
+        documents: how many.
+        questions: in each of them.
+        max_depth: the largest depth.
+        seed: another seed, other documents.
+    """
+    generator = random.Random(seed)
+    for _ in range(documents):
+        words, depths = [], []
+        for _ in range(questions):
+            drawn = question(generator.choice(KINDS), generator.randint(0, max_depth), generator)
+            words += drawn.words
+            depths += drawn.depths
+        yield Passage(words, depths)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Write a `tokenizer.json` in which every word is one token, and its configuration beside it."""
+    words = tokenizers.models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN)
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([END_OF_DOCUMENT, UNKNOWN])
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_DOCUMENT, "unk_token": UNKNOWN}
+    path.with_name("tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def write_corpus(
+    folder: Path, documents: int = 5000, questions: int = 24, max_depth: int = 5, seed: int = 0
+) -> DiagnosticCorpus:
+    """Write text, tokenizer and depths.
+
+    Args:
+        folder: made if needed.
+        documents, questions, max_depth, seed: see `passages`.
+
+    Raises:
+        UserError: if there would be no document, no question or a negative depth.
+    """
+    if documents < 1 or questions < 1 or max_depth < 0:
+        raise UserError(
+            f"{documents} documents of {questions} questions with depths up to {max_depth} are no corpus: give at "
+            "least one document, one question and a depth of 0"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    text, depths = folder / "diagnostic.jsonl", folder / "depths"
+    answers = 0
+    with text.open("w", encoding="utf-8") as out, IndexedDatasetWriter(depths, np.dtype("<i2")) as sidecar:
+        for passage in passages(documents, questions, max_depth, seed):
+            out.write(json.dumps({"text": " ".join(passage.words)}) + "\n")
+            sidecar.add_document([*passage.depths, NO_DEPTH])  # the end token is the last
+            answers += sum(depth != NO_DEPTH for depth in passage.depths)
+        tokens = sidecar.num_tokens
+    return DiagnosticCorpus(text, write_tokenizer(folder), depths, documents, tokens, answers)

@@ -1,0 +1,265 @@
+"""Figures of an analysis, each with the rows that it is drawn from, in one style."""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron_ponder.evaluation.analysis import HALVES, PAPER_FACTOR, Row
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers do it in greyscale.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STEPS_LABEL = "mean additional steps per token (K̂)"
+LOSS_LABEL = "loss [nats per token]"
+PANELS_PER_ROW = 3
+STYLE = {"svg.hashsalt": "megatron_ponder", "svg.fonttype": "none", "axes.axisbelow": True, "font.size": 9}
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as CSV; columns are those of all rows, in the order in which they appear."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(tables: dict[str, list[Row]], folder: Path) -> dict[str, str]:
+    """Draw every figure that there are rows for, as NAME.png and NAME.svg in a folder.
+
+    Returns:
+        The caption of each figure drawn, by name.
+    """
+    captions = {}
+    for name, (caption, figure_of) in FIGURES.items():
+        if not tables.get(name):
+            continue
+        with matplotlib.rc_context(STYLE):
+            figure = figure_of(tables[name])
+            FigureCanvasAgg(figure)
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        captions[name] = caption
+    return captions
+
+
+def _models(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows))
+
+
+def _where(rows: Sequence[Row], **values) -> list[Row]:
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def _column(rows: Sequence[Row], name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def _look(index: int) -> dict:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+
+
+def _settings(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(row["evaluation"] for row in rows))
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _panels(count: int, shared_y: bool = True) -> tuple[Figure, list[Axes]]:
+    columns = min(count, PANELS_PER_ROW)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(5.2, 3.8 * columns), 3.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=shared_y).flat)
+    for unused in panels[count:]:
+        unused.set_visible(False)
+    return figure, panels[:count]
+
+
+def quality_compute(rows: Sequence[Row]) -> Figure:
+    """Loss against mean K̂, and against FLOPs: curves over τ and α, their random control, points of other modes."""
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, x in zip(panels, ("mean_steps", "mflops"), strict=True):
+        for index, model in enumerate(_models(rows)):
+            look = _look(index)
+            of_model = _where(rows, model=model)
+            for point in _where(of_model, sweep="trained"):
+                label = model if point["mode"] in model else f"{model} ({point['mode']})"
+                axes.plot(point[x], point["loss"], linestyle="none", label=label, **look | {"markersize": 8})
+            for sweep, line, symbol in (("threshold", "-", "τ"), ("bias", "--", "α")):
+                curve = sorted(_where(of_model, sweep=sweep), key=lambda row: row[x])
+                face = look["color"] if sweep == "threshold" else "white"
+                axes.plot(
+                    *(_column(curve, name) for name in (x, "loss")),
+                    linestyle=line, markerfacecolor=face, linewidth=1.2, **look,
+                    label=f"{model}: {symbol} from {curve[-1][sweep]:g} to {curve[0][sweep]:g}" if curve else None,
+                )  # fmt: skip
+            control = _where(of_model, sweep="random")
+            if control:
+                at = list(dict.fromkeys(_column(control, "threshold")))
+                chosen = [_where(control, threshold=threshold) for threshold in at]
+                middle = [[sum(_column(group, name)) / len(group) for group in chosen] for name in (x, "loss")]
+                losses = [_column(group, "loss") for group in chosen]
+                spread = [
+                    [mean - min(group) for mean, group in zip(middle[1], losses, strict=True)],
+                    [max(group) - mean for mean, group in zip(middle[1], losses, strict=True)],
+                ]
+                axes.errorbar(
+                    *middle, yerr=spread, linestyle=":", linewidth=1.2, capsize=2, alpha=0.7,
+                    **look | {"marker": "x"}, label=f"{model}: as many steps for tokens drawn at random",
+                )  # fmt: skip
+    _finish(panels[0], STEPS_LABEL, LOSS_LABEL)
+    _finish(panels[1], "MFLOPs of inference per token", "")
+    panels[0].set_xlim(left=-0.05)
+    figure.suptitle(f"Quality and compute ({_settings(rows)})")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def benefit(rows: Sequence[Row]) -> Figure:
+    """What additional steps gain, by K̂, and how hard those tokens were before them."""
+    figure, panels = _panels(2, shared_y=False)
+    for index, model in enumerate(_models(rows)):
+        of_model = _where(rows, model=model)
+        for axes, name in zip(panels, ("gain", "first_loss"), strict=True):
+            axes.errorbar(
+                _column(of_model, "steps"), _column(of_model, name),
+                yerr=_column(of_model, f"{name}_standard_error"), linestyle="-", linewidth=1.2, capsize=3,
+                label=model, **_look(index),
+            )  # fmt: skip
+        for row in of_model if len(_models(rows)) == 1 else []:
+            axes = panels[0]
+            axes.annotate(
+                f"{row['tokens']:,} tokens", (row["steps"], row["gain"]), textcoords="offset points", xytext=(4, 7),
+                fontsize=7,
+            )  # fmt: skip
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.15)
+    panels[0].axhline(0, color="black", linewidth=0.8)
+    _finish(panels[0], "additional steps of the token (K̂)", "ΔCE: step 0 less fused [nats]")
+    _finish(panels[1], "additional steps of the token (K̂)", "step-0 loss [nats]")
+    panels[1].legend(fontsize=8)
+    figure.suptitle(f"Where steps help; mean ± standard error ({_settings(rows)})")
+    return figure
+
+
+def difficulty(rows: Sequence[Row]) -> Figure:
+    """Mean K̂ of tokens from easy to hard, beside what the identity of the token alone says."""
+    figure, panels = _panels(len(_models(rows)))
+    for index, (axes, model) in enumerate(zip(panels, _models(rows), strict=True)):
+        of_model = _where(rows, model=model)
+        x = _column(of_model, "first_loss")
+        axes.errorbar(
+            x, _column(of_model, "mean_steps"), yerr=_column(of_model, "mean_steps_standard_error"), linewidth=1.2,
+            capsize=3, label="router", **_look(index),
+        )  # fmt: skip
+        axes.plot(
+            x, _column(of_model, "mean_steps_by_identity"), linestyle=":", color="black", marker="x", markersize=5,
+            label="mean over the same token",
+        )  # fmt: skip
+        axes.set_title(model, fontsize=9)
+        axes.legend(fontsize=8)
+        _finish(axes, "step-0 loss, mean of each tenth of the tokens [nats]", STEPS_LABEL if index == 0 else "")
+    figure.suptitle(f"Steps and difficulty ({_settings(rows)})")
+    return figure
+
+
+def shifting(rows: Sequence[Row]) -> Figure:
+    """What more and fewer steps than the router's choice do to easy and to hard tokens."""
+    figure, panels = _panels(len(_models(rows)))
+    for number, (axes, model) in enumerate(zip(panels, _models(rows), strict=True)):
+        for index, (half, line) in enumerate(zip(HALVES, ("--", "-"), strict=True)):
+            curve = _where(rows, model=model, half=half)
+            steps, change = _column(curve, "mean_steps"), _column(curve, "loss_change")
+            axes.plot(steps, change, linestyle=line, linewidth=1.2, label=f"{half} half", **_look(index))
+        for row in curve:
+            at = (row["mean_steps"], row["loss_change"])
+            axes.annotate(f"α={row['bias']:g}", at, textcoords="offset points", xytext=(3, 6), fontsize=7)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(model, fontsize=9)
+        axes.legend(fontsize=8, title="by step-0 loss", title_fontsize=8)
+        _finish(axes, STEPS_LABEL, "change of the loss [nats per token]" if number == 0 else "")
+    figure.suptitle(f"The router's choice shifted by α ({_settings(rows)})")
+    return figure
+
+
+def contraction(rows: Sequence[Row]) -> Figure:
+    """Distance to the fixed point after each Jacobi iteration."""
+    figure, (axes,) = _panels(1)
+    for index, model in enumerate(_models(rows)):
+        # A distance of 0 has no place on a logarithmic axis.
+        curve = [row for row in _where(rows, model=model) if row["rmse"] > 0]
+        axes.plot(
+            _column(curve, "refinements"), _column(curve, "rmse"), linestyle="-", linewidth=1.2, label=model,
+            **_look(index),
+        )  # fmt: skip
+        if index == 0 and curve:
+            x = _column([row for row in curve if row["used"]] or curve, "refinements")
+            paper = [curve[0]["rmse"] * PAPER_FACTOR**step for step in x]
+            axes.plot(x, paper, linestyle=":", color="black", label=f"a factor of {PAPER_FACTOR}, as in the paper")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8)
+    _finish(axes, "Jacobi refinements (R)", "RMSE of hidden states to the fixed point")
+    figure.suptitle(f"Contraction of the Jacobi iterates ({', '.join(dict.fromkeys(_column(rows, 'rule')))} mask)")
+    return figure
+
+
+def depth(rows: Sequence[Row]) -> Figure:
+    """Loss and mean K̂ of answers by their true depth."""
+    rows = [row for row in rows if row["depth"] is not None]
+    figure, panels = _panels(2, shared_y=False)
+    for index, model in enumerate(_models(rows)):
+        of_model = _where(rows, model=model)
+        for axes, name in zip(panels, ("loss", "mean_steps"), strict=True):
+            axes.errorbar(
+                _column(of_model, "depth"), _column(of_model, name),
+                yerr=_column(of_model, f"{name}_standard_error"), linestyle="-", linewidth=1.2, capsize=3,
+                label=model, **_look(index),
+            )  # fmt: skip
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+    _finish(panels[0], "true depth of the answer", LOSS_LABEL)
+    _finish(panels[1], "true depth of the answer", STEPS_LABEL)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"Loss and steps by true depth; mean ± standard error ({_settings(rows)})")
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
+    "quality_compute": (
+        "Loss against compute. Filled markers: sweep of the threshold τ. Open markers: sweep of the router bias α. "
+        "Crosses: the same numbers of steps given to tokens drawn at random, with the range over the draws. Single "
+        "markers: models without a router.",
+        quality_compute,
+    ),
+    "benefit": (
+        "What additional steps gain for the tokens that take them (left), and how hard these were without (right).",
+        benefit,
+    ),
+    "difficulty": (
+        "Steps of tokens from easy to hard. If the dotted line, which gives each token the mean of its kind, were as "
+        "steep, the router would only know which token it is.",
+        difficulty,
+    ),
+    "shifting": (
+        "What would happen if the router gave more or fewer steps than it chose to, for the half of the tokens that "
+        "is easy at step 0 and for the half that is hard.",
+        shifting,
+    ),
+    "contraction": ("How fast the parallel passes of training approach the model that they stand for.", contraction),
+    "depth": ("Loss and additional steps of answers of known depth.", depth),
+}

@@ -1,0 +1,119 @@
+"""Stated answers and depths, against an evaluator that knows nothing but the text."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ponder.data.diagnostic import KINDS, NO_DEPTH, VOCABULARY, passages, question, write_corpus
+from megatron_ponder.data.indexed_dataset import IndexedDataset
+from megatron_ponder.data.preprocessing import preprocess
+from megatron_ponder.data.tokenizer import load_tokenizer
+from megatron_ponder.errors import UserError
+
+
+def solve(text: str) -> tuple[list[str], int]:
+    """The answer to a question such as `sum 3 1 4 =`, and its depth."""
+    kind, *asked = text.removesuffix(" =").split()
+    if kind == "copy":
+        return asked, 0
+    if kind == "sum":
+        total, additions = int(asked[0]), 0
+        for term in asked[1:]:
+            total, additions = (total + int(term)) % 5, additions + 1
+        return [str(total)], additions
+    if kind == "compose":
+        # places instead of letters: entry i of the product of p and then q is p[q[i]]
+        product, products = ["xyz".index(letter) for letter in asked[0]], 0
+        for arrangement in asked[1:]:
+            product, products = [product["xyz".index(letter)] for letter in arrangement], products + 1
+        return ["".join("xyz"[place] for place in product)], products
+    assert kind == "match"
+    row, pairs = "".join(asked), 0
+    while (shorter := re.sub(r"\(\)|\[\]|\{\}", "", row)) != row:  # only whole pairs after the last open one are there
+        pairs += (len(row) - len(shorter)) // 2
+        row = shorter
+    assert set(row) <= set("([{")
+    return [{"(": ")", "[": "]", "{": "}"}[row[-1]]], pairs
+
+
+def check(words: list[str], depths: list[int]) -> list[int]:
+    """Every question of a passage; returns the depths of the answers."""
+    found, at = [], 0
+    assert len(words) == len(depths)
+    while at < len(words):
+        equals, end = words.index("=", at), words.index(";", at)
+        answer, depth = solve(" ".join(words[at : equals + 1]))
+        assert words[equals + 1 : end] == answer
+        assert depths[at : end + 1] == [NO_DEPTH] * (equals + 1 - at) + [depth] * len(answer) + [NO_DEPTH]
+        found += [depth] * len(answer)
+        at = end + 1
+    return found
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 2**32))
+def test_answers_and_depths(kind, depth, seed):
+    made = question(kind, depth, random.Random(seed))
+    assert set(check(made.words, made.depths)) == {0 if kind == "copy" else depth}
+    assert set(made.words) <= set(VOCABULARY)
+
+
+def test_examples():
+    assert solve("sum 3 1 4 =") == (["3"], 2)
+    assert solve("compose yxz zyx =") == (["zxy"], 1)
+    assert solve("match ( [ { } =") == (["]"], 1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 6), st.integers(0, 99))
+def test_passages(documents, questions, max_depth, seed):
+    made = list(passages(documents, questions, max_depth, seed))
+    assert made == list(passages(documents, questions, max_depth, seed))
+    assert len(made) == documents
+    for passage in made:
+        found = check(*passage)
+        assert passage.words.count("=") == questions
+        assert max(found) <= max_depth
+
+
+def test_every_kind_and_depth_is_there():
+    (made,) = passages(1, 2000, 3, 0)
+    assert set(check(*made)) == {0, 1, 2, 3}
+    for kind in KINDS:
+        assert 400 < made.words.count(kind) < 600
+    assert set(made.words) == set(VOCABULARY) - {"</s>", "<unk>"}
+
+
+def test_the_corpus_and_its_depths_are_aligned(tmp_path):
+    made = write_corpus(tmp_path / "one", documents=20, questions=5, max_depth=4, seed=3)
+    write_corpus(tmp_path / "two", documents=20, questions=5, max_depth=4, seed=3)
+    write_corpus(tmp_path / "other", documents=20, questions=5, max_depth=4, seed=4)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert made.text.read_bytes() != (tmp_path / "other" / made.text.name).read_bytes()
+
+    tokenizer = load_tokenizer(made.tokenizer)
+    assert tokenizer.vocab_size == len(VOCABULARY)
+    prefix = preprocess([made.text], tmp_path / "corpus", made.tokenizer, append_eod=True).prefix
+    text, depths = IndexedDataset(prefix), IndexedDataset(made.depths)
+    assert len(text) == len(depths) == made.documents == 20
+    assert text.num_tokens == depths.num_tokens == made.tokens
+    assert np.array_equal(text.sequence_lengths, depths.sequence_lengths)
+    answers = 0
+    for index, line in enumerate(made.text.read_text().splitlines()):
+        words = [tokenizer.piece(token) for token in text.read(index).tolist()]
+        assert words == [*json.loads(line)["text"].split(), "</s>"]
+        *stated, last = depths.read(index).tolist()
+        assert last == NO_DEPTH
+        answers += len(check(words[:-1], stated))
+    assert answers == made.answers
+
+
+@pytest.mark.parametrize("wrong", [{"documents": 0}, {"questions": 0}, {"max_depth": -1}])
+def test_no_corpus(tmp_path, wrong):
+    with pytest.raises(UserError, match="are no corpus: give at least one document"):
+        write_corpus(tmp_path, **wrong)
