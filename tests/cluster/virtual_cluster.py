@@ -18,6 +18,7 @@ from pathlib import Path
 
 COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")
 NODES = 2
+DAEMONS = re.compile(r"(: |\S*/)?(munged|slurmctld|slurmd|slurmscriptd|sleep infinity)\b")
 SLURM_CONF = """\
 ClusterName=virtual
 SlurmctldHost=control(10.99.77.254)
@@ -121,7 +122,7 @@ class VirtualCluster:
         else:
             self._box.wait()
             raise RuntimeError(f"the virtual cluster did not start:\n{''.join(said)}{self._logs()}")
-        (self._init,) = _children(self._box.pid)
+        self._init = _child(self._box.pid)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -160,16 +161,7 @@ class VirtualCluster:
         return done.stdout
 
     def _enter(self, node: int | None) -> list[str]:
-        command = [
-            "nsenter",
-            "--target",
-            str(self._init),
-            "--mount",
-            "--uts",
-            "--net",
-            "--pid",
-            "--wdns=" + os.getcwd(),
-        ]
+        command = ["nsenter", "--target", str(self._init), "--mount", "--uts", "--net", "--pid"]
         if node is not None:
             inside = (self.root / f"node{node}.pid").read_text().strip()
             command += ["nsenter", "--target", inside, "--mount", "--uts", "--net"]
@@ -179,31 +171,23 @@ class VirtualCluster:
         """All that run in the cluster and are no part of it: jobs and what they left."""
         inside = _namespace(self._init, "pid")
         found = []
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            if pid == self._init or _namespace(pid, "pid") != inside:
-                continue
-            try:
-                command = (
-                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                )
-            except OSError:
-                continue
-            daemon = re.match(
-                r"(: |\S*/)?(munged|slurmctld|slurmd|slurmscriptd|sleep infinity|slurmctld: .*)\b", command
-            )
-            if command and not daemon:  # those that have ended and wait for their parent have no command line
+        for pid in _pids():
+            command = _command(pid)
+            # those that have ended and wait for their parent have no command line
+            if pid != self._init and _namespace(pid, "pid") == inside and command and not DAEMONS.match(command):
                 found.append(Process(pid, command, _namespace(pid, "net")))
         return found
 
     def ranks(self, job: int) -> dict[int, Process]:
         """The processes of a job that train, by rank."""
-        found = {}
+        found: dict[int, Process] = {}
         for process in self.processes():
-            environment = process.environment()
-            if "pretrain_ponder.py" in process.command and "torchrun.py" not in process.command:
+            program, *words = process.command.split()
+            if "python" in Path(program).name and "pretrain_ponder.py" in words and "tools/torchrun.py" not in words:
+                environment = process.environment()
                 rank = environment.get("RANK", environment.get("SLURM_PROCID"))
-                if environment.get("SLURM_JOB_ID") == str(job) and rank is not None and "srun" not in process.command:
-                    found.setdefault(int(rank), process)
+                if environment.get("SLURM_JOB_ID") == str(job) and rank is not None:
+                    found.setdefault(int(rank), process)  # loader processes, which look the same, are younger
         return found
 
     # Jobs
@@ -251,7 +235,7 @@ class VirtualCluster:
     def power_off(self, node: int) -> None:
         """End everything on a node at once, its daemon too."""
         network = self._network(node)
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        for pid in _pids():
             if _namespace(pid, "net") == network and "sleep infinity" not in _command(pid):
                 os.kill(pid, signal.SIGKILL)
 
@@ -297,21 +281,20 @@ def _namespace(pid: int, kind: str) -> str:
 
 def _command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-def _children(parent: int) -> list[int]:
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            status = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            continue
-        if int(status.rpartition(")")[2].split()[1]) == parent:
-            found.append(int(pid))
-    return found
+def _pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _child(parent: int) -> int:
+    """The only process that another one has started."""
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    assert len(listed) == 1, listed
+    return int(listed[0])
 
 
 # What runs inside, as the first process of the namespaces
