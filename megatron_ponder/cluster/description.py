@@ -93,7 +93,7 @@ def _check_names(arguments: Sequence[str]) -> None:
     for file in files:
         if not Path(file).is_file():
             raise UserError(
-                f"there is no file {file} that describes the cluster; begin with examples/slurm/cluster.yaml"
+                f"there is no description of a cluster in {file}; begin with examples/slurm/cluster.yaml"
             )
         try:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
