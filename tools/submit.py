@@ -54,8 +54,8 @@ def _split(words: Sequence[str]) -> tuple[list[str], str, list[str]]:
     while position < len(words) and words[position].startswith("--"):
         position += 1 if words[position] == "--submit" or "=" in words[position] else 2
     if position >= len(words) or words[position] not in JOBS:
-        found = f'"{words[position]}" is no job' if position < len(words) else "which job?"
-        raise UserError(f"{found}; after the options, name one of {', '.join(JOBS)}")
+        found = f'"{words[position]}" is no job; ' if position < len(words) else ""
+        raise UserError(f"{found}name one after the options: {', '.join(JOBS)}")
     return list(words[:position]), words[position], list(words[position + 1 :])
 
 

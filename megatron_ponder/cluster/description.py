@@ -92,9 +92,7 @@ def _check_names(arguments: Sequence[str]) -> None:
     files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--cluster=")]
     for file in files:
         if not Path(file).is_file():
-            raise UserError(
-                f"there is no description of a cluster in {file}; begin with examples/slurm/cluster.yaml"
-            )
+            raise UserError(f"there is no description of a cluster in {file}; begin with examples/slurm/cluster.yaml")
         try:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

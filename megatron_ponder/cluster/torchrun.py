@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import psutil
 
-# Of a rank that has saved its run and wants to be started again.
-SAVED = 75
+from megatron_ponder.errors import EXIT_PREEMPTED
+
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -32,10 +32,10 @@ def torchrun(arguments: Sequence[str]) -> int:
         run(options)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if codes == {SAVED}:
-            return SAVED
+        if codes == {EXIT_PREEMPTED}:
+            return EXIT_PREEMPTED
         print(error, file=sys.stderr, flush=True)
-        worst = next((code for code in sorted(codes) if code != SAVED), 1)
+        worst = next((code for code in sorted(codes) if code != EXIT_PREEMPTED), 1)
         return 128 - worst if worst < 0 else worst
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.cluster.conftest import REPOSITORY
 from tests.cluster.virtual_cluster import VirtualCluster, wait_for
-from tests.runs import tiny_arguments
+from tests.runs import contents, tiny_arguments
 
 # On two nodes with two ranks each: the tensor ranks on a node, the data ranks on both.
 TWO_BY_TWO = {"parallel__tensor": 2, "parallel__sequence_parallel": "true"}
@@ -57,3 +57,15 @@ def _lines(run: Path) -> list[str]:
     metrics = run / "metrics.jsonl"
     text = metrics.read_text() if metrics.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()  # without a line that is being written
+
+
+def starts(run: Path) -> list[dict]:
+    """Every start of a run: the step it began at, and how the one before had ended."""
+    return [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
+def latest_files(run: Path) -> dict[str, bytes]:
+    """The weights and moments of a run's last checkpoint."""
+    checkpoints = run / "checkpoints"
+    found = contents(checkpoints / (checkpoints / "latest").read_text().strip())
+    return {name: content for name, content in found.items() if name.endswith(".safetensors")}

@@ -1,5 +1,6 @@
 """The script that is submitted for a job: right options, right environment, and the example as it stands."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -187,3 +188,15 @@ def test_a_job_that_is_cancelled_does_not_come_back(tmp_path):
     job.send_signal(subprocess.signal.SIGTERM)
     assert "requeue" not in job.communicate(timeout=10)[0]
     assert job.returncode == 75
+
+
+# The page
+
+
+def test_every_job_and_variable_is_on_the_page():
+    page = (REPOSITORY / "docs" / "clusters.md").read_text()
+    for name, job in JOBS.items():
+        assert f"| `{name}` | `{job.script}`" in page
+    for name in re.findall(r'environ(?:\.get\(|\[)"(\w+)"', (REPOSITORY / "megatron_ponder" / "launch.py").read_text()):
+        if name not in ("OMP_NUM_THREADS", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_SIZE"):
+            assert f"`{name}`" in page

@@ -99,7 +99,7 @@ class VirtualCluster:
     """Two nodes on which jobs can be submitted, as a context.
 
     Attributes:
-        root: folder of configuration, state and logs; should be empty.
+        root: folder for configuration, state and logs.
     """
 
     def __init__(self, root: Path):
@@ -302,7 +302,7 @@ def _child(parent: int) -> int:
 
 def _inside(root: Path) -> None:
     for name in ("state", "spool", "tmp", "munge"):
-        (root / name).mkdir(exist_ok=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
     os.chmod(root, 0o755)
     _network_of_names(root)
     _munge(root)
