@@ -40,7 +40,8 @@ def test_preprocessing_on_both_nodes(submit, cluster, corpus, tmp_path):
     assert "12 documents" in output
 
 
-def test_one_node_then_an_evaluation(submit, cluster, corpus, alone, description, tmp_path):
+@pytest.mark.slow
+def test_one_node_then_an_evaluation(submit, cluster, corpus, alone, tmp_path):
     run, figures = tmp_path / "run", tmp_path / "evaluation.json"
     training = submit("train-one-node", *tiny_arguments(corpus, run))
     evaluation = submit("evaluate", "--checkpoint", run, "--samples", 4, "--output", figures, after=training)
@@ -51,14 +52,3 @@ def test_one_node_then_an_evaluation(submit, cluster, corpus, alone, description
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     one_process(["--checkpoint", run, "--samples", 4, "--output", tmp_path / "again.json"], "tools/evaluate.py")
     assert json.loads(figures.read_text()) == json.loads((tmp_path / "again.json").read_text())
-
-
-@pytest.mark.slow
-def test_an_array_of_seeds(submit, cluster, corpus, tmp_path):
-    arguments = tiny_arguments(corpus, tmp_path / "unused", training__steps=2)
-    seeds = {"RUNS": str(tmp_path / "seeds")}
-    first = submit("seeds", *arguments, environment=seeds, sbatch=["--array=3,7"])
-    output = cluster.run("scontrol", "show", "job", "-o", str(first))
-    numbers = {int(word.removeprefix("JobId=")) for word in output.split() if word.startswith("JobId=")}
-    assert len(numbers) <= 2
-    succeed(cluster, first)
