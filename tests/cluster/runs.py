@@ -12,7 +12,7 @@ from tests.runs import contents, tiny_arguments
 
 # On two nodes with two ranks each: the tensor ranks on a node, the data ranks on both.
 TWO_BY_TWO = {"parallel__tensor": 2, "parallel__sequence_parallel": "true"}
-LONG = {"training__steps": 60, "training__eval_interval": 0, "checkpoint__interval": 5, "logging__interval": 1}
+LONG = {"training__steps": 40, "training__eval_interval": 0, "checkpoint__interval": 5, "logging__interval": 1}
 
 
 def long_arguments(corpus, run_dir: Path, **overrides) -> list[str]:
