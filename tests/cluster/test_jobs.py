@@ -144,6 +144,8 @@ STEP = """
 squeue() { echo 2030-01-01T00:00:00; }
 scontrol() { echo "$@"; }
 sleep() { :; }
+timeout() { shift; "$@"; }
+srun() { return ${NODES_ANSWER:-0}; }
 source examples/slurm/step.sh
 run_and_requeue %s
 """
@@ -156,7 +158,7 @@ time.sleep(20)
 
 
 def batch_script(command: str) -> subprocess.Popen:
-    script = "\n".join(["SLURM_JOB_ID=42", STEP % command])
+    script = "\n".join(["SLURM_JOB_ID=42 SLURM_NNODES=2", STEP % command])
     return subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 
@@ -170,6 +172,13 @@ def test_a_step_that_ends_is_left_alone():
 def test_a_step_that_has_saved_goes_back():
     job = batch_script("bash -c 'exit 75'")
     assert job.communicate(timeout=20)[0].endswith("requeue 42\n")
+
+
+@pytest.mark.parametrize(("code", "answer", "back"), [(1, 1, True), (137, 1, True), (1, 0, False), (2, 1, False)])
+def test_a_step_that_has_lost_a_node_goes_back(monkeypatch, code, answer, back):
+    monkeypatch.setenv("NODES_ANSWER", str(answer))
+    output = batch_script(f"bash -c 'exit {code}'").communicate(timeout=20)[0]
+    assert ("a node does not answer: job 42 goes back into the queue\nrequeue 42\n" in output) == back
 
 
 @pytest.mark.parametrize(("code", "back"), [(75, True), (0, False), (138, True)])

@@ -57,3 +57,13 @@ def test_a_node_that_loses_power_sends_the_job_back(submit, cluster, corpus, tmp
         cluster.power_on(2)
     succeed(cluster, number, timeout=240)
     assert starts(run)[-1]["step"] >= 5
+
+
+def test_a_rank_that_stops_takes_the_job_down(submit, cluster, corpus, tmp_path):
+    run, limit = tmp_path / "run", 30
+    number = submit("train", *long_arguments(corpus, run, training__step_timeout=limit))
+    wait_for_steps(cluster, number, run, 8)
+    os.kill(cluster.ranks(number)[3].pid, signal.SIGSTOP)
+    job = cluster.wait(number, timeout=limit + SECONDS_TO_THE_END)
+    assert job["JobState"] == "FAILED"
+    assert "nothing has happened for" in cluster.output(job)  # with the stacks of those that waited

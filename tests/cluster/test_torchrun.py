@@ -46,7 +46,7 @@ def agents(tmp_path):
         agent.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ranks_are_told_and_end_by_themselves(agents, number):
     (agent,) = agents("wait")
     assert [agent.stdout.readline() for _ in range(2)] == ["up\n"] * 2
@@ -56,6 +56,7 @@ def test_ranks_are_told_and_end_by_themselves(agents, number):
     assert agent.returncode == 75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("codes", "expected"), [(("0", "0"), 0), (("2", "2"), 2), (("75", "75"), 75)])
 def test_the_exit_code_is_that_of_the_ranks(agents, codes, expected):
     (agent,) = agents(*codes)
