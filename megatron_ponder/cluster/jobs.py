@@ -84,7 +84,7 @@ def render(job: Job, cluster: Cluster, arguments: Sequence[str], repository: Pat
     options |= _options(cluster.sbatch)
     if not (job.gpus and cluster.gpus_per_node):
         options.pop("--gpus-per-node", None)
-    header = [f"#SBATCH {name}={value}" if value else f"#SBATCH {name}" for name, value in options.items()]
+    header = [f"#SBATCH {name}={shlex.quote(value)}" if value else f"#SBATCH {name}" for name, value in options.items()]
     body = [line for line in lines[1:] if not line.startswith("#SBATCH ")]
     while body[0] in ("", "#"):
         body.pop(0)

@@ -40,6 +40,11 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in _lines(run)]
 
 
+def steps(run: Path) -> int:
+    """How many steps a run has recorded."""
+    return len(_lines(run))
+
+
 def succeed(cluster: VirtualCluster, job: int, timeout: float = 200) -> str:
     """Wait for a job that has to succeed, and return what it printed."""
     ended = cluster.wait(job, timeout=timeout)
@@ -48,9 +53,9 @@ def succeed(cluster: VirtualCluster, job: int, timeout: float = 200) -> str:
     return output
 
 
-def wait_for_steps(cluster: VirtualCluster, job: int, run: Path, steps: int) -> None:
+def wait_for_steps(cluster: VirtualCluster, job: int, run: Path, count: int) -> None:
     """Wait until a run has recorded so many steps."""
-    wait_for(lambda: len(_lines(run)) >= steps, 120, lambda: f"{steps} steps: {cluster.output(cluster.job(job))}")
+    wait_for(lambda: steps(run) >= count, 120, lambda: f"{count} steps: {cluster.output(cluster.job(job))}")
 
 
 def _lines(run: Path) -> list[str]:

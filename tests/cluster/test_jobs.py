@@ -75,10 +75,11 @@ def test_torchrun_is_one_process_a_node():
 
 
 def test_other_options_win():
-    cluster = Cluster(sbatch=["--exclusive", "--array=0-9", "--nodes=3"])
+    cluster = Cluster(sbatch=["--exclusive", "--array=0-9", "--nodes=3", "--comment=two words"])
     asked = options(render(JOBS["seeds"], cluster, [], REPOSITORY))
     assert (asked["--array"], asked["--exclusive"], asked["--nodes"]) == ("0-9", "", "3")
     assert asked["--output"].endswith("%x-%A_%a.log")
+    assert asked["--comment"] == "'two words'"
 
 
 def test_a_cluster_without_gpus():

@@ -1,5 +1,6 @@
 """torchrun as jobs start it: real agents, whose ranks hear of signals and are asked for their exit code."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,10 @@ import sys
 import pytest
 
 from tests.cluster.conftest import REPOSITORY
+from tests.cluster.daemons import wait_for
+from tests.cluster.runs import LONG, losses, one_process, steps
 from tests.distributed import free_port
+from tests.runs import tiny_arguments
 
 RANK = """
 import os, signal, sys, time
@@ -73,3 +77,21 @@ def test_agents_of_two_nodes(agents):
     for agent in both:
         agent.communicate(timeout=30)
         assert agent.returncode == 75
+
+
+@pytest.mark.slow
+def test_the_script_for_one_node(corpus, tmp_path):
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    arguments = [*tiny_arguments(corpus, run, **LONG), "--parallel.tensor=2"]
+    environment = os.environ | {"RANKS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [REPOSITORY / "examples" / "single_node" / "train.sh", *arguments]
+    first = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: steps(run) >= 8, 120, lambda: "eight steps")
+    first.send_signal(signal.SIGUSR1)
+    output, _ = first.communicate(timeout=60)
+    assert "stopped at step" in output
+    assert first.returncode == 75
+    assert steps(run) < 40
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=200)
+    one_process(tiny_arguments(corpus, alone, **LONG))
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
