@@ -29,6 +29,8 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:2]):
         print(__doc__.strip())
         return
+    if Path.cwd().resolve() != REPOSITORY:
+        raise UserError(f"start this in {REPOSITORY}, where jobs run, so that paths mean the same to both")
     options, name, arguments = _split(sys.argv[1:])
     wanted = "--submit" in options
     after = _take(options, "--after")

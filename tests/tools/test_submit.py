@@ -3,6 +3,7 @@
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +17,9 @@ TOOL = REPOSITORY / "tools" / "submit.py"
 def command(monkeypatch, capsys):
     """Runs the command in this process; returns exit code, output and errors."""
 
-    def command(*arguments: str) -> tuple[int, str, str]:
+    def command(*arguments: str, folder: Path = REPOSITORY) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["submit.py", *arguments])
+        monkeypatch.chdir(folder)
         code = 0
         try:
             runpy.run_path(str(TOOL), run_name="__main__")
@@ -93,6 +95,14 @@ def test_what_sbatch_says_is_passed_on(command, sbatch, tmp_path):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho sbatch: error: invalid partition >&2\nexit 1\n")
     code, _, errors = command("--submit", "--log_folder", str(tmp_path), *TRAINING)
     assert (code, errors) == (2, "error: sbatch refuses: sbatch: error: invalid partition\n")
+
+
+def test_paths_mean_the_same_to_command_and_job(command, tmp_path):
+    code, _, errors = command(*TRAINING, folder=tmp_path)
+    assert (code, errors) == (
+        2,
+        f"error: start this in {REPOSITORY}, where jobs run, so that paths mean the same to both\n",
+    )
 
 
 def test_help_names_every_job():
