@@ -15,21 +15,16 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SECONDS_TO_THE_END = 60 + 5 + 30
 
 
-def test_a_rank_that_is_killed_takes_the_job_down(submit, cluster, corpus, tmp_path):
+def test_a_node_that_loses_power_sends_the_job_back(submit, cluster, corpus, tmp_path):
     run = tmp_path / "run"
-    arguments = long_arguments(corpus, run)
-    number = submit("train", *arguments)
+    number = submit("train", *long_arguments(corpus, run))
     wait_for_steps(cluster, number, run, 8)
-    rank = cluster.ranks(number)[3]
-    assert cluster.node_of(rank) == 2
-    os.kill(rank.pid, signal.SIGKILL)
-    killed = time.monotonic()
-    job = cluster.wait(number, timeout=SECONDS_TO_THE_END)
-    print(f"the job has ended after {time.monotonic() - killed:.1f} s")
-    assert job["JobState"] == "FAILED"
-    assert job["Restarts"] == "0"  # a failure, which to start again could only repeat
-    assert "Connection closed by peer" in cluster.output(job)  # the others say what they have seen
-    succeed(cluster, submit("train", *arguments))
+    cluster.power_off(2)
+    try:
+        wait_for(lambda: cluster.job(number)["Restarts"] == "1", 90, lambda: str(cluster.job(number)))
+    finally:
+        cluster.power_on(2)
+    succeed(cluster, number, timeout=240)
     assert starts(run)[-1]["step"] >= 5
 
 
@@ -46,16 +41,21 @@ def test_a_node_that_is_cut_off_sends_the_job_back(submit, cluster, corpus, tmp_
     assert starts(run)[-1]["step"] >= 5
 
 
-def test_a_node_that_loses_power_sends_the_job_back(submit, cluster, corpus, tmp_path):
+def test_a_rank_that_is_killed_takes_the_job_down(submit, cluster, corpus, tmp_path):
     run = tmp_path / "run"
-    number = submit("train", *long_arguments(corpus, run))
+    arguments = long_arguments(corpus, run)
+    number = submit("train", *arguments)
     wait_for_steps(cluster, number, run, 8)
-    cluster.power_off(2)
-    try:
-        wait_for(lambda: cluster.job(number)["Restarts"] == "1", 90, lambda: str(cluster.job(number)))
-    finally:
-        cluster.power_on(2)
-    succeed(cluster, number, timeout=240)
+    rank = cluster.ranks(number)[3]
+    assert cluster.node_of(rank) == 2
+    os.kill(rank.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    job = cluster.wait(number, timeout=SECONDS_TO_THE_END)
+    print(f"the job has ended after {time.monotonic() - killed:.1f} s")
+    assert job["JobState"] == "FAILED"
+    assert job["Restarts"] == "0"  # a failure, which to start again could only repeat
+    assert "Connection closed by peer" in cluster.output(job)  # the others say what they have seen
+    succeed(cluster, submit("train", *arguments))
     assert starts(run)[-1]["step"] >= 5
 
 
