@@ -1,6 +1,7 @@
 """The scripts of examples/mpi under the two MPIs that are packaged for Python."""
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -68,3 +69,22 @@ def test_preprocessing(mpi, corpus, tmp_path):
     one_process([*arguments, "--output-prefix", tmp_path / "one" / "corpus"], "tools/preprocess_data.py")
     script("preprocess.sh", mpi, 2, [*arguments, "--output-prefix", tmp_path / "two" / "corpus"])
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+RANK = """
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+print("up", flush=True)
+time.sleep(30)
+"""
+
+
+def test_a_signal_to_mpirun_reaches_the_ranks_and_their_code_comes_back(mpi, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    options = mpi["MPIRUN_OPTIONS"].split()
+    command = ["mpirun", *options, "-np", "2", mpi["PYTHON"], str(tmp_path / "rank.py")]
+    run = subprocess.Popen(["/usr/bin/env", *command], env=mpi, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.read(6).split() in (["up", "up"], ["upup"])  # MPICH may put the line ends together
+    run.send_signal(signal.SIGUSR1)
+    run.communicate(timeout=20)
+    assert run.returncode == 75
