@@ -32,7 +32,8 @@ def torchrun(arguments: Sequence[str]) -> int:
         run(options)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if codes == {EXIT_PREEMPTED}:
+        # ranks that have saved end one after the other, and the agent sends SIGTERM to those that are last
+        if EXIT_PREEMPTED in codes and codes <= {EXIT_PREEMPTED, -signal.SIGTERM}:
             return EXIT_PREEMPTED
         print(error, file=sys.stderr, flush=True)
         worst = next((code for code in sorted(codes) if code != EXIT_PREEMPTED), 1)

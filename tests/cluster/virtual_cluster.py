@@ -97,9 +97,8 @@ class VirtualCluster:
             AssertionError: it failed, unless `check` is false.
         """
         done = subprocess.run(
-            [*self._enter(node), *map(str, command)],
+            [*self._enter(node), "env", f"--chdir={folder or Path.cwd()}", *map(str, command)],
             env=with_sbin() | {"SLURM_CONF": f"{self.root}/slurm.conf"} | (environment or {}),
-            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
