@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint bench clean help
+.PHONY: quickstart test test-all test-cluster test-cluster-short lint bench clean help
 
 help:
 	@echo "make quickstart  train, evaluate, generate and export a small model on real text, on a CPU, in minutes"
 	@echo "make test        the tests, in minutes"
 	@echo "make test-all    the tests with the slow ones, one of which opens a page in Chromium"
+	@echo "make test-cluster  the tests on a virtual SLURM cluster and under mpirun; as root, with apt-get"
 	@echo "make lint        ruff"
 	@echo "make bench       the benchmarks"
 
@@ -27,10 +28,18 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster"
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster"
+
+test-cluster: $(STAMP)
+	tests/cluster/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m cluster
+
+test-cluster-short: $(STAMP)
+	tests/cluster/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m "cluster and not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ setup(
         "transformers>=5.0,<6",
         "matplotlib>=3.10,<4",
         "protobuf>=5.26,<8",
+        "psutil>=5.9,<8",
     ],
     extras_require={
         "dev": [

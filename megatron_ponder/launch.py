@@ -108,6 +108,9 @@ def process_group(
         MASTER_ADDR=launch.address,
         MASTER_PORT=str(launch.port),
     )
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        # Open MPI may count the ranks of a node in another order than ours, and DeepSpeed refuses two numbers
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(launch.local_rank)
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
         store=_meet(launch, patience),

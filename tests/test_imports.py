@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_ponder"
 FLOORS = {
     "errors": 1,
+    "cluster": 1,
     "config": 1,
     "launch": 1,
     "parallel": 2,
@@ -26,7 +27,7 @@ FLOORS = {
 }
 # Copied into every export, where the package is not installed.
 SHIPPED = ["configuration_ponderlm.py", "modeling_ponderlm.py", "layers_ponderlm.py", "cache_ponderlm.py"]
-LIGHT = ["config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference", "planning"]
+LIGHT = ["cluster", "config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference", "planning"]
 OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
 OPTIONAL += ["starlette", "uvicorn", "prometheus_client", "pydantic"]  # the extra "serve"

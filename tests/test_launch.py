@@ -247,11 +247,13 @@ def test_process_group_of_two_ranks():
 
 
 ONE_RANK = """
+import os
 import torch.distributed as dist
 from megatron_ponder.launch import discover, process_group
 try:
     with process_group(discover({})) as device:
         assert dist.get_world_size() == 1 and device.type == "cpu"
+        assert os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"  # where Open MPI counts in another order
         raise KeyError("the body's own error")
 except KeyError:
     assert not dist.is_initialized()
@@ -260,7 +262,7 @@ except KeyError:
 
 
 def test_process_group_ends_when_its_body_fails():
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
     done = subprocess.run([sys.executable, "-c", ONE_RANK], capture_output=True, text=True, env=environ, check=False)
     assert done.stdout == "left\n", done.stderr
 

@@ -1,0 +1,9 @@
+#!/bin/bash
+# Tokenises a corpus under mpirun: each of RANKS processes tokenises its share, with the same files as one process.
+#
+#     HOSTS=node1,node2 RANKS=2 examples/mpi/preprocess.sh --input corpus/ --output-prefix data/corpus \
+#         --tokenizer data/tokenizer.model --workers 32 --append-eod
+
+options=(-np "${RANKS:?how many ranks? set RANKS}" ${MPIRUN_OPTIONS:-})
+[ -n "${HOSTS:-}" ] && options+=(-host "$HOSTS")
+exec mpirun "${options[@]}" ${PYTHON:-python} tools/preprocess_data.py "$@"

@@ -1,0 +1,13 @@
+#!/bin/bash
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=04:00:00
+#SBATCH --output=%x-%j.log
+#
+# Evaluates a run once the job that trains it has succeeded.
+#
+#     sbatch --dependency=afterok:JOB examples/slurm/evaluate.sh --checkpoint runs/x --output runs/x/evaluation.json
+
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+srun ${SRUN_OPTIONS:-} ${PYTHON:-python} tools/evaluate.py "$@"

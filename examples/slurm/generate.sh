@@ -1,0 +1,24 @@
+#!/bin/bash
+#SBATCH --job-name=generate
+#SBATCH --array=0-3
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=04:00:00
+#SBATCH --output=%x-%A_%a.log
+#
+# Continues the prompts in a file, one a line: each job of the array a part of them, on a node of its own.
+#
+#     PROMPTS=prompts.txt OUTPUT=runs/texts sbatch --array=0-15 examples/slurm/generate.sh --checkpoint runs/x
+#
+# `cat runs/texts/*.jsonl` has one JSON object for each prompt, in the order of the file.
+
+parts=$((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1))
+part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
+mapfile -t prompts < <(split --number="l/$part/$parts" "$PROMPTS")
+if [ ${#prompts[@]} -eq 0 ]; then exit 0; fi # more parts than prompts
+
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+mkdir -p "$OUTPUT"
+file=$(printf '%s/part-%05d.jsonl' "$OUTPUT" "$part")
+srun ${SRUN_OPTIONS:-} ${PYTHON:-python} tools/generate.py "$@" --json --prompt "${prompts[@]}" > "$file.partial" &&
+    mv "$file.partial" "$file"

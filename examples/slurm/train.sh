@@ -1,0 +1,23 @@
+#!/bin/bash
+#SBATCH --job-name=train
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# Trains on all GPUs of all nodes: SLURM starts one rank on each. Saves and starts again before the time limit.
+#
+#     sbatch --nodes 4 examples/slurm/train.sh --config FILE.yaml --parallel.tensor 8
+
+source examples/slurm/step.sh
+# srun gives its processes the cores that were asked for only if it is told so too
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+
+# --distribution=block: ranks that follow each other are on one node, as tensor ranks have to be.
+# --wait: a minute after the first rank has ended, all others are.
+run_and_requeue srun ${SRUN_OPTIONS:-} --distribution=block --wait=60 --label \
+    ${PYTHON:-python} pretrain_ponder.py "$@" --checkpoint.resume auto

@@ -1,0 +1,17 @@
+#!/bin/bash
+#SBATCH --job-name=train
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#
+# Trains on the GPUs of one node, one rank on each, until it is done or out of time.
+#
+#     sbatch examples/slurm/train_one_node.sh --config FILE.yaml
+#
+# The same command goes on from the latest checkpoint.
+
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+srun ${SRUN_OPTIONS:-} --wait=60 --label \
+    ${PYTHON:-python} pretrain_ponder.py "$@" --checkpoint.resume auto

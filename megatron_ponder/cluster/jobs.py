@@ -1,0 +1,162 @@
+"""The kinds of jobs, and the script that is submitted for one of them."""
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ponder.cluster.description import Cluster
+from megatron_ponder.config import check_layout, read_config
+from megatron_ponder.errors import UserError
+from megatron_ponder.launch import Launch
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kind of job.
+
+    Attributes:
+        script: its file in `examples/slurm`.
+        trains: its arguments are the configuration of a run, which is checked, and it saves before it ends.
+        rank_per_gpu: SLURM itself starts every rank; else it starts as many processes as the script says.
+        gpus: it computes on GPUs.
+        one_node: however many nodes there are, it is for one of them.
+    """
+
+    script: str
+    trains: bool = False
+    rank_per_gpu: bool = False
+    gpus: bool = True
+    one_node: bool = False
+
+
+JOBS = {
+    "train": Job("train.sh", trains=True, rank_per_gpu=True),
+    "train-one-node": Job("train_one_node.sh", trains=True, rank_per_gpu=True, one_node=True),
+    "train-torchrun": Job("train_torchrun.sh", trains=True),
+    "seeds": Job("seeds.sh", trains=True, rank_per_gpu=True),
+    "preprocess": Job("preprocess.sh", gpus=False),
+    "generate": Job("generate.sh", gpus=False, one_node=True),
+    "evaluate": Job("evaluate.sh", gpus=False, one_node=True),
+}
+
+
+def check_job(job: Job, cluster: Cluster, arguments: Sequence[str]) -> None:
+    """Refuse a training job that could not start, before it waits in a queue.
+
+    Args:
+        job: what is to run.
+        cluster: where.
+        arguments: of the job.
+
+    Raises:
+        UserError: when the configuration is wrong, or its layout does not fit nodes × ranks.
+    """
+    if not job.trains:
+        return
+    config = read_config(arguments)
+    if config.checkpoint.resume not in ("none", "auto"):
+        raise UserError(
+            "a job goes on from its own run folder whenever it starts (checkpoint.resume auto); to begin with the "
+            "weights of another run, use --checkpoint.initialize_from"
+        )
+    nodes = 1 if job.one_node else cluster.nodes
+    check_layout(config, Launch(world_size=nodes * cluster.ranks, local_size=cluster.ranks))
+
+
+def render(job: Job, cluster: Cluster, arguments: Sequence[str], repository: Path, after: int | None = None) -> str:
+    """The script to submit: the options of sbatch, the environment, then the script of the job as it stands.
+
+    Args:
+        job: what is to run.
+        cluster: where.
+        arguments: of the job.
+        repository: the folder with `pretrain_ponder.py`, in which the job runs.
+        after: number of a job that has to succeed first.
+    """
+    lines = (repository / "examples" / "slurm" / job.script).read_text(encoding="utf-8").splitlines()
+    options = _options([line.split()[1] for line in lines if line.startswith("#SBATCH ")])
+    options |= _options(_asked(job, cluster, options, repository))
+    if after is not None:
+        options |= {"--dependency": f"afterok:{after}", "--kill-on-invalid-dep": "yes"}
+    options |= _options(cluster.sbatch)
+    if not (job.gpus and cluster.gpus_per_node):
+        options.pop("--gpus-per-node", None)
+    header = [f"#SBATCH {name}={shlex.quote(value)}" if value else f"#SBATCH {name}" for name, value in options.items()]
+    body = [line for line in lines[1:] if not line.startswith("#SBATCH ")]
+    while body[0] in ("", "#"):
+        body.pop(0)
+    return "\n".join(
+        ["#!/bin/bash", *header, "", *_environment(cluster, repository), "", _set(arguments), "", *body, ""]
+    )
+
+
+def submit(script: str) -> int:
+    """Submit a script; returns the job's number.
+
+    Raises:
+        UserError: when there is no SLURM here, or it refuses; says why.
+    """
+    if not shutil.which("sbatch"):
+        raise UserError("there is no sbatch here; submit on a login node of the cluster")
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"sbatch refuses: {' '.join(done.stderr.split())}")
+    return int(done.stdout.split(";")[0])
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def _asked(job: Job, cluster: Cluster, own: dict[str, str], repository: Path) -> list[str]:
+    """The options that follow from the description."""
+    tasks = cluster.ranks if job.rank_per_gpu else int(own["--ntasks-per-node"])
+    pattern = "%x-%A_%a.log" if "--array" in own else "%x-%j.log"
+    asked = [
+        f"--nodes={1 if job.one_node else cluster.nodes}",
+        f"--ntasks-per-node={tasks}",
+        f"--gpus-per-node={cluster.gpus_per_node}",
+        f"--time={cluster.time}",
+        f"--output={repository / cluster.log_folder / pattern}",
+    ]
+    if cluster.account is not None:
+        asked.append(f"--account={cluster.account}")
+    if cluster.partition is not None:
+        asked.append(f"--partition={cluster.partition}")
+    if cluster.cpus_per_node is not None:
+        asked.append(f"--cpus-per-task={cluster.cpus_per_node // tasks}")
+    if "--signal" in own:
+        asked.append(f"--signal=B:USR1@{cluster.signal_seconds}")
+    return asked
+
+
+def _environment(cluster: Cluster, repository: Path) -> list[str]:
+    lines = [f"cd {shlex.quote(str(repository))}"]
+    lines += [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    if cluster.venv is not None:
+        lines.append(f"source {shlex.quote(str(Path(cluster.venv).absolute() / 'bin' / 'activate'))}")
+    lines.append(f"export RANKS_PER_NODE={cluster.ranks}")
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    if cluster.container is not None and cluster.container_runtime == "pyxis":
+        mounts = ",".join([f"{repository}:{repository}", *cluster.container_mounts])
+        image = f"--container-image={cluster.container} --container-mounts={mounts}"
+        lines.append(f'export SRUN_OPTIONS="{image} --container-workdir={repository}"')
+    elif cluster.container is not None:
+        binds = " ".join(f"--bind {mount}" for mount in [str(repository), *cluster.container_mounts])
+        graphics = "--nv " if cluster.gpus_per_node else ""
+        lines.append(f'export PYTHON="apptainer exec {graphics}{binds} {cluster.container} python"')
+    return lines
+
+
+def _set(arguments: Sequence[str]) -> str:
+    """The positional parameters of the script, an option and its value on a line each."""
+    lines = ["set --"]
+    for word in map(shlex.quote, arguments):
+        if word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n    ".join(lines)

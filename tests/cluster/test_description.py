@@ -1,0 +1,62 @@
+"""What is said about a cluster, and what is refused."""
+
+import pytest
+import yaml
+
+from megatron_ponder.cluster.description import Cluster, read_cluster
+from megatron_ponder.errors import UserError
+from tests.cluster.conftest import REPOSITORY
+
+
+def test_the_example_names_every_key_and_changes_none():
+    file = REPOSITORY / "examples" / "slurm" / "cluster.yaml"
+    assert yaml.safe_load(file.read_text()).keys() == Cluster.__dataclass_fields__.keys()
+    assert read_cluster(["--cluster", str(file)]) == Cluster()
+
+
+def test_options_win_over_the_file(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("partition: gpu\nnodes: 2\nenvironment: {NCCL_DEBUG: INFO}\n")
+    cluster = read_cluster([f"--cluster={file}", "--nodes", "16", "--time=2-12:00:00", "--modules", "[cuda, gcc]"])
+    assert cluster == Cluster(
+        partition="gpu", nodes=16, time="2-12:00:00", modules=["cuda", "gcc"], environment={"NCCL_DEBUG": "INFO"}
+    )
+    assert cluster.ranks == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cluster", "no/such.yaml"], "no description of a cluster in no/such.yaml"),
+        (["--nods", "4"], "a cluster has no nods"),
+        (["--nodes", "many"], "nodes"),
+        (["--nodes", "0"], "at least one node"),
+        (["--gpus_per_node", "0"], "set ranks_per_node"),
+        (["--ranks_per_node", "9"], "each rank needs a GPU"),
+        (["--cpus_per_node", "7"], "fewer than the 8 ranks"),
+        (["--time", "tomorrow"], "time tomorrow is no time limit"),
+        (["--signal_seconds", "0"], "needs time to save"),
+        (["--venv", "/nowhere"], "no virtual environment"),
+        (["--venv", "/nowhere", "--container", "a.sif"], "give one of them"),
+        (["--container", "my image.sif"], "has a space"),
+        (["--sbatch", "[-x node1]"], "no long option of sbatch"),
+        (["--container_runtime", "docker"], "container_runtime"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_cluster(arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n", "nodes: [\n", "node: 4\n", "3"])
+def test_a_file_that_describes_no_cluster(tmp_path, content):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"cluster\.yaml"):
+        read_cluster(["--cluster", str(file)])
+
+
+@pytest.mark.parametrize("time", ["30", "10:00", "24:00:00", "3-0", "3-12:30", "1-00:00:00"])
+def test_times_that_sbatch_knows(time):
+    assert read_cluster(["--time", time]).time == time

@@ -1,0 +1,60 @@
+"""The commands of docs/clusters.md, as they stand there, on the virtual cluster."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import REPOSITORY
+from tests.cluster.runs import succeed
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+# A run of the page's configuration that takes seconds.
+SMALL = {
+    "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 32},
+    "data": {"sequence_length": 16, "num_workers": 0},
+    "training": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "eval_interval": 0, "eval_samples": 4},
+}
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the repository, as a user has it, with a smaller model and the description of the virtual cluster."""
+    for part in ("megatron_ponder", "tools", "examples", "docs"):
+        shutil.copytree(REPOSITORY / part, tmp_path / "checkout" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "checkout"
+    shutil.copy(REPOSITORY / "pretrain_ponder.py", folder)
+    configuration = folder / "examples" / "quickstart" / "adaptive.yaml"
+    content = yaml.safe_load(configuration.read_text())
+    for section, values in SMALL.items():
+        content[section] |= values
+    configuration.write_text(yaml.safe_dump(content))
+    description = folder / "examples" / "slurm" / "cluster.yaml"
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    own = {"nodes": 2, "gpus_per_node": 2, "cpus_per_node": 4, "time": "00:10:00", "environment": environment}
+    description.write_text(yaml.safe_dump(yaml.safe_load(description.read_text()) | own))
+    return folder
+
+
+def test_from_the_login_node_to_a_trained_model(cluster, checkout):
+    page = (checkout / "docs" / "clusters.md").read_text()
+    commands = re.findall(r"(?ms)^```bash\n(.*?)^```", page)
+    script = "\n".join(["set -euo pipefail", *commands]).replace("python ", f"{sys.executable} ")
+    said = cluster.run("bash", "-c", script, folder=checkout, timeout=300, environment={"PYTHONPATH": str(checkout)})
+    # two of the numbers stay inside the page's own variables
+    numbers = [int(number) for number in cluster.run("squeue", "-h", "-r", "-o", "%A", "--sort=i").split()]
+    assert len(numbers) >= 6, said
+    for number in numbers:
+        succeed(cluster, number, timeout=300)
+    run = checkout / "runs" / "quickstart"
+    assert json.loads((run / "evaluation.json").read_text())["checkpoint"] == "step-00000004"
+    texts = [json.loads(line) for part in sorted((checkout / "runs" / "texts").iterdir()) for line in part.open()]
+    prompts = (checkout / "data" / "prompts.txt").read_text().splitlines()
+    assert len(texts) == len(prompts) == 4
+    assert {path.name for path in (checkout / "runs" / "seeds").iterdir()} == {"seed-0", "seed-1"}
+    assert (run / "metrics.jsonl").read_text().count("\n") == 4

@@ -1,0 +1,97 @@
+"""torchrun as jobs start it: real agents, whose ranks hear of signals and are asked for their exit code."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.cluster.conftest import REPOSITORY
+from tests.cluster.daemons import wait_for
+from tests.cluster.runs import LONG, losses, one_process, steps
+from tests.distributed import free_port
+from tests.runs import tiny_arguments
+
+RANK = """
+import os, signal, sys, time
+def save(number, _):
+    for other in (signal.SIGUSR1, signal.SIGTERM):  # from the agent, when another rank has ended
+        signal.signal(other, signal.SIG_IGN)
+    print("rank", os.environ["RANK"], "saves", flush=True)
+    time.sleep(float(os.environ["RANK"]))  # one after the other, as ranks end
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, save)
+signal.signal(signal.SIGTERM, save)
+print("up", flush=True)
+if sys.argv[1:] == ["wait"]:
+    time.sleep(60)
+sys.exit(int(sys.argv[1 + int(os.environ["RANK"])]))
+"""
+
+
+@pytest.fixture
+def agents(tmp_path):
+    """Starts an agent for each node, of two ranks each."""
+    (tmp_path / "rank.py").write_text(RANK)
+    started = []
+
+    def start(*arguments: str, nodes: int = 1) -> list[subprocess.Popen]:
+        meeting = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+        command = [sys.executable, str(REPOSITORY / "tools" / "torchrun.py"), f"--nnodes={nodes}", "--nproc-per-node=2"]
+        command += ["--rdzv-backend=c10d", meeting, "--rdzv-id=test", str(tmp_path / "rank.py"), *arguments]
+        for _ in range(nodes):
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started
+
+    yield start
+    for agent in started:
+        agent.kill()
+        agent.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ranks_are_told_and_end_by_themselves(agents, number):
+    (agent,) = agents("wait")
+    assert [agent.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    agent.send_signal(number)
+    output, _ = agent.communicate(timeout=30)
+    assert sorted(output.splitlines()) == ["rank 0 saves", "rank 1 saves"]
+    assert agent.returncode == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("codes", "expected"), [(("0", "0"), 0), (("2", "2"), 2), (("75", "75"), 75)])
+def test_the_exit_code_is_that_of_the_ranks(agents, codes, expected):
+    (agent,) = agents(*codes)
+    agent.communicate(timeout=30)
+    assert agent.returncode == expected
+
+
+@pytest.mark.slow
+def test_agents_of_two_nodes(agents):
+    both = agents("wait", nodes=2)
+    for agent in both:
+        assert [agent.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+        agent.send_signal(signal.SIGUSR1)
+    for agent in both:
+        agent.communicate(timeout=30)
+        assert agent.returncode == 75
+
+
+@pytest.mark.slow
+def test_the_script_for_one_node(corpus, tmp_path):
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    arguments = [*tiny_arguments(corpus, run, **LONG), "--parallel.tensor=2"]
+    environment = os.environ | {"RANKS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [REPOSITORY / "examples" / "single_node" / "train.sh", *arguments]
+    first = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: steps(run) >= 8, 120, lambda: "eight steps")
+    first.send_signal(signal.SIGUSR1)
+    output, _ = first.communicate(timeout=60)
+    assert "stopped at step" in output
+    assert first.returncode == 75
+    assert steps(run) < 40
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=200)
+    one_process(tiny_arguments(corpus, alone, **LONG))
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)

@@ -1,0 +1,13 @@
+"""torchrun, with its own arguments, for jobs that may be told to save and start again.
+
+    python tools/torchrun.py --nproc_per_node 8 pretrain_ponder.py --config FILE.yaml
+
+SIGUSR1 and SIGTERM are passed on to the ranks, which save and end; the exit code is theirs.
+"""
+
+import sys
+
+from megatron_ponder.cluster.torchrun import torchrun
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))
