@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import REPOSITORY
-from tests.cluster.runs import succeed
+from tests.cluster.virtual_cluster import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -46,11 +46,13 @@ def test_from_the_login_node_to_a_trained_model(cluster, checkout):
     commands = re.findall(r"(?ms)^```bash\n(.*?)^```", page)
     script = "\n".join(["set -euo pipefail", *commands]).replace("python ", f"{sys.executable} ")
     said = cluster.run("bash", "-c", script, folder=checkout, timeout=300, environment={"PYTHONPATH": str(checkout)})
-    # two of the numbers stay inside the page's own variables
-    numbers = [int(number) for number in cluster.run("squeue", "-h", "-r", "-o", "%A", "--sort=i").split()]
-    assert len(numbers) >= 6, said
-    for number in numbers:
-        succeed(cluster, number, timeout=300)
+    submitted = cluster.run("squeue", "-h", "-r", "-o", "%A").split()
+    assert len(submitted) >= 6, said
+    wait_for(lambda: not cluster.run("squeue", "-h"), 400, lambda: cluster.run("squeue"))
+    first = min(map(int, submitted))  # elements of an array have numbers of their own
+    for job in cluster.run("scontrol", "show", "job", "-o").splitlines():
+        number, state = (re.search(rf"{name}=(\w+)", job).group(1) for name in ("JobId", "JobState"))
+        assert int(number) < first or state == "COMPLETED", cluster.output(cluster.job(int(number)))
     run = checkout / "runs" / "quickstart"
     assert json.loads((run / "evaluation.json").read_text())["checkpoint"] == "step-00000004"
     texts = [json.loads(line) for part in sorted((checkout / "runs" / "texts").iterdir()) for line in part.open()]

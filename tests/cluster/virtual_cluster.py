@@ -146,7 +146,12 @@ class VirtualCluster:
 
     def job(self, job: int) -> dict[str, str]:
         """What SLURM knows of a job, by the names it uses; `ExitCode` is `code:signal`."""
-        fields = re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", self.run("scontrol", "show", "job", "-o", str(job)).strip())
+        ask = ("scontrol", "show", "job", "-o", str(job))
+        # a controller that is busy may hang up
+        answer = self.run(*ask, check=False)
+        if "JobState=" not in answer:
+            answer = self.run(*ask)
+        fields = re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", answer.strip())
         return dict(fields)
 
     def wait(self, job: int, *states: str, timeout: float = 150.0) -> dict[str, str]:
