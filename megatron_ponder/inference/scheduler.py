@@ -366,8 +366,8 @@ class Scheduler:
         room = self.batching.prompt_slots - sum(
             sequence.piece.slots for sequence in self.live if sequence.piece is not None
         )
-        # Where nothing is iterated, reading takes as many forwards as passes. Where something is, slot by slot costs the
-        # less the more sequences take part in every forward.
+        # Where nothing is iterated, reading takes one forward a pass. Elsewhere slot by slot costs the less the more
+        # sequences take part in every forward.
         shortest = prefill.shortest * len(self.live) if self._passes.iterated else 2
         for sequence in self.live:
             if sequence.piece is None and sequence.step == 0 and len(sequence.ids) - sequence.fed >= shortest:

@@ -43,7 +43,7 @@ def describe_layout(config: Config, mesh: Mesh) -> str:
     for rank in ranks:
         memory, layers = memory_estimate(rank), rank.layers
         also = ["embedding"] * rank.first + ["head"] * rank.last
-        also += ["router"] * (rank.last and config.ponder.mode == "adaptive")
+        also += ["router"] * (rank.last and rank.chain.routed)
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.other, memory.total)
         shown = " ".join(f"{size / GIB:{width}.2f}" for size, width in zip(sizes, (7, 5, 5, 6, 5, 6), strict=True))
         lines.append(
