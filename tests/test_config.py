@@ -94,7 +94,7 @@ def test_derived_fields_of_the_model(given_fields, expected):
     assert {name: getattr(model, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive"])
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
 def test_embedding_scale_and_steps_follow_the_mode(mode):
     config = read(ponder__mode=mode, model__hidden_size=96, ponder__max_steps=2)
     assert config.ponder.embedding_scale == (1.0 if mode == "vanilla" else math.sqrt(2.5 * 96))
@@ -230,6 +230,7 @@ def test_wrong_types(key, value, got):
         ({"model__vocab_size": 1}, "model.vocab_size is 1; leave it out to take the tokenizer's"),
         ({"ponder__max_steps": 0}, "ponder.mode adaptive needs ponder.max_steps of at least 1, not 0"),
         ({"ponder__mode": "fixed", "ponder__max_steps": 0}, "ponder.mode fixed needs ponder.max_steps"),
+        ({"ponder__mode": "loop", "ponder__max_steps": 0}, "ponder.mode loop needs ponder.max_steps"),
         ({"ponder__jacobi_iterations": -1}, "ponder.jacobi_iterations is -1; give a number from 0 up"),
         ({"ponder__jacobi_iterations": "[]"}, "ponder.jacobi_iterations is []; give a number from 0 up"),
         ({"ponder__jacobi_iterations": "[2,-1]"}, "ponder.jacobi_iterations is [2, -1]"),
@@ -347,6 +348,7 @@ def test_contradictions_are_refused(overrides, said):
     [
         {"ponder__mode": "vanilla", "ponder__max_steps": 0},
         {"ponder__mode": "fixed", "ponder__penalty_weight": 0.1},
+        {"ponder__mode": "ponderlm", "parallel__pipeline": 2, "ponder__penalty_weight": 0.1},
         {"training__eval_interval": 0, "training__eval_samples": 0},
         {"ponder__threshold": 0},
         {"ponder__threshold": 1},
@@ -612,7 +614,7 @@ def configurations(draw) -> Config:
         tie_embeddings=draw(st.booleans()),
     )
     ponder = PonderConfig(
-        mode=draw(st.sampled_from(["vanilla", "fixed", "adaptive"])),
+        mode=draw(st.sampled_from(["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])),
         jacobi_iterations=draw(st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=4)),
         router_bias=draw(st.floats(-1e3, 1e3)),
         threshold=draw(st.floats(0, 1)),
@@ -676,7 +678,7 @@ def test_examples_have_the_size_of_their_name_in_every_mode(name):
     number, unit = re.fullmatch(r"\w+_([\d.]+)([mb])", name).groups()
     nominal = float(number) * {"m": 1e6, "b": 1e9}[unit]
     dimensions = LLAMA.get(name) or PYTHIA.get(name)
-    for mode in ("vanilla", "fixed", "adaptive"):
+    for mode in ("vanilla", "fixed", "adaptive", "pause"):
         config = read_config(["--config", str(EXAMPLES / f"{name}.yaml"), "--ponder.mode", mode])
         assert config.ponder.mode == mode
         assert (config.model.hidden_size, config.model.num_layers, config.model.num_heads) == dimensions[:3]
@@ -685,6 +687,7 @@ def test_examples_have_the_size_of_their_name_in_every_mode(name):
         sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
         assert sizes["transformer"] == stack_size(name)
         assert sizes["embedding"] == sizes["head"] == config.model.vocab_size * config.model.hidden_size
+        assert sizes.get("pauses") == (3 * config.model.hidden_size if mode == "pause" else None)
         assert sizes.get("router") == (4 * config.model.hidden_size + 4 if mode == "adaptive" else None)
         assert abs(sum(sizes.values()) / nominal - 1) < (0.11 if name in LLAMA else 0.02)
 

@@ -26,7 +26,7 @@ FLOORS = {
     "planning": 5,
 }
 # Copied into every export, where the package is not installed.
-SHIPPED = ["configuration_ponderlm.py", "modeling_ponderlm.py", "layers_ponderlm.py", "cache_ponderlm.py"]
+SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
 LIGHT = ["cluster", "config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference", "planning"]
 OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"

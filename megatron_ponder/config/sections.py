@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Family = Literal["llama", "gpt_neox"]
-Mode = Literal["vanilla", "fixed", "adaptive"]
+Mode = Literal["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class PonderConfig:
     """Additional latent steps.
 
     Attributes:
-        mode: `vanilla` (none), `fixed` (max_steps for every token) or `adaptive` (a router decides for each token).
+        mode: `vanilla` (none), `fixed` (max_steps for every token), `adaptive` (a router decides for each token), or a
+            baseline: `pause` (max_steps learned pause embeddings after every token), `loop` (all blocks run
+            max_steps + 1 times) or `ponderlm` (likewise, each time with the mean embedding of the last prediction).
         max_steps: K, the most additional steps of a token.
         jacobi_iterations: R, refinement passes in training; a list is drawn from uniformly, once per optimiser step.
         threshold: tau, a step is executed at inference while its weight w is at least this.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megatron_ponder.model.baselines import CANDIDATES
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import declarations
 
@@ -17,7 +18,11 @@ def block_parameters(model: PonderLM) -> int:
 
 
 def inference_flops(executed_BL: Tensor, model: PonderLM) -> Tensor:
-    """Σ_{k=0..K̂} (2 · block parameters + 4 · layers · H · n) + 2 · V · H for every token, n counting cached slots.
+    """Σ_{k=0..K̂} (2 · block parameters + 4 · layers · H · n) + 2 · V · H for every token.
+
+    n counts the cached slots that a slot sees: where steps are interleaved, all up to itself, and in passes with keys
+    of their own, one of every token. Where every pass predicts, 2 · V · H counts once a pass, and reading a prediction
+    costs 2 · H for each of its likeliest tokens.
 
     Args:
         executed_BL: int64, K̂ of every token of every sequence.
@@ -27,7 +32,14 @@ def inference_flops(executed_BL: Tensor, model: PonderLM) -> Tensor:
     """
     config = model.model_config
     slots = (executed_BL + 1).double()
-    before = slots.cumsum(1) - slots
-    attended = slots * before + slots * (slots + 1) / 2  # summed over the token's slots, each seeing itself
-    blocks = 2 * block_parameters(model) * slots + 4 * config.num_layers * config.hidden_size * attended
-    return blocks + 2 * config.vocab_size * config.hidden_size
+    if model.passes.interleaved:
+        before = slots.cumsum(1) - slots
+        attended = slots * before + slots * (slots + 1) / 2  # summed over the token's slots, each seeing itself
+    else:
+        attended = slots * torch.arange(1, slots.shape[1] + 1, device=slots.device)
+    flops = 2 * block_parameters(model) * slots + 4 * config.num_layers * config.hidden_size * attended
+    head = 2 * config.vocab_size * config.hidden_size
+    if model.passes.predicts:
+        mixture = 2 * min(CANDIDATES, config.vocab_size) * config.hidden_size
+        return flops + head * slots + mixture * (slots - 1)
+    return flops + head

@@ -144,7 +144,8 @@ def evaluate_tasks(
             f"the data of {', '.join(tasks.names)} cannot be loaded ({describe(error)}); make or download them first, "
             "and where there is no network set HF_HUB_OFFLINE=1"
         ) from error
-    hard = "exact" if config["ponder_mode"] == "vanilla" else f"jacobi({config['ponder_jacobi_iterations']})"
+    iterated = config["ponder_mode"] in ("fixed", "adaptive")
+    hard = f"jacobi({config['ponder_jacobi_iterations']})" if iterated else "exact"
     return TaskEvaluation(
         checkpoint=folder.name,
         harness=lm_eval.__version__,

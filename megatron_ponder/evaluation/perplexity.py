@@ -127,9 +127,12 @@ def evaluate(
 
 
 def settings(model: PonderLM, threshold: float | None, bias: float | None, refinements: Sequence[int]) -> list[Setting]:
-    """Soft and hard × jacobi(R) for every R given, and exact; without a router soft and hard are the same thing."""
+    """Soft and hard × jacobi(R) for every R given, and exact.
+
+    Without a router soft and hard are the same thing; without an iteration so are jacobi(R) and exact.
+    """
     rules = [True] if model.router is None else [False, True]
-    ways = [None] if model.ponder_config.steps == 0 else [*refinements, None]
+    ways = [*refinements, None] if model.passes.iterated else [None]
     return [Setting(model.pruning(hard, threshold, bias), way) for hard in rules for way in ways]
 
 

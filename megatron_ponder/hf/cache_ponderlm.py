@@ -8,35 +8,43 @@ from transformers.cache_utils import Cache
 class PonderLMCache(Cache):
     """Keys and values of executed slots; steps that did not run are not there.
 
-    Rows of a batch may have executed different numbers of slots, so each has its own length.
+    Rows of a batch may have executed different numbers of slots, so each has its own length. Where steps see
+    only the same step of earlier tokens, each step has a lane of its own.
 
     Attributes:
         executed_steps: int64 (B, L), additional steps K̂ of every token so far; 0 at padding.
-        lengths: int64 (B,), slots in the cache.
+        lengths: int64 (B,), slots in the cache, in all lanes.
         positions: int64 (B,), RoPE position of the next token.
         ended: bool (B,), whether the last token ended its document.
         outputs: (B, H), fused hidden state of the last token, 0 before the first; None in an empty cache.
     """
 
-    def __init__(self, batch_size: int, device: torch.device) -> None:
+    def __init__(self, batch_size: int, device: torch.device, lanes: int = 1) -> None:
         super().__init__(layers=[])
+        self._lanes, self._lane = lanes, 0
         self.executed_steps = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.lengths)
         self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.outputs: Tensor | None = None
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        # By lane and layer.
+        self._keys: dict[tuple[int, int], Tensor] = {}
+        self._values: dict[tuple[int, int], Tensor] = {}
         self._rows = self._places = self.lengths
         self._width = 0
 
-    def open_slot(self, rows_R: Tensor) -> Tensor | None:
+    def open_slot(self, rows_R: Tensor, step: int = 0) -> Tensor | None:
         """Append one slot to these rows; its keys and values follow by `update`, layer by layer.
+
+        Args:
+            rows_R: int64.
+            step: of the token that the slot is of.
 
         Returns:
             bool (R, 1, 1, T), the cached slots that each row may look at; None for all T.
         """
-        self._rows, self._places = rows_R, self.lengths[rows_R]
+        self._lane = step % self._lanes
+        self._rows, self._places = rows_R, self.lengths[rows_R] // self._lanes
         self.lengths[rows_R] += 1
         lengths = self._places + 1
         self._width = int(lengths.max())
@@ -49,20 +57,17 @@ class PonderLMCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Store the open slot's keys and values (R, N, 1, D) and return all that these rows have (R, N, T, D)."""
-        if layer_idx == len(self._keys):
-            for store, new in ((self._keys, key_states), (self._values, value_states)):
-                store.append(new.new_zeros(len(self.lengths), new.shape[1], 64, new.shape[3]))
-        return tuple(
-            self._write(store, new, layer_idx)
-            for store, new in ((self._keys, key_states), (self._values, value_states))
-        )
+        place = (self._lane, layer_idx)
+        return self._write(self._keys, place, key_states), self._write(self._values, place, value_states)
 
-    def _write(self, store: list[Tensor], new: Tensor, layer_idx: int) -> Tensor:
-        if self._width > store[layer_idx].shape[2]:  # doubling keeps the copying linear in the length
-            store[layer_idx] = torch.cat([store[layer_idx], torch.zeros_like(store[layer_idx])], 2)
+    def _write(self, store: dict[tuple[int, int], Tensor], place: tuple[int, int], new: Tensor) -> Tensor:
+        if place not in store:
+            store[place] = new.new_zeros(len(self.lengths), new.shape[1], 64, new.shape[3])
+        if self._width > store[place].shape[2]:  # doubling keeps the copying linear in the length
+            store[place] = torch.cat([store[place], torch.zeros_like(store[place])], 2)
         rows, places = self._rows.to(new.device), self._places.to(new.device)  # layers may be on several devices
-        store[layer_idx][rows, :, places] = new[:, :, 0]
-        stored = store[layer_idx][:, :, : self._width]
+        store[place][rows, :, places] = new[:, :, 0]
+        stored = store[place][:, :, : self._width]
         return stored if len(rows) == len(stored) else stored[rows]
 
     def begin_token(self, rows_R: Tensor) -> None:
@@ -93,8 +98,8 @@ class PonderLMCache(Cache):
         self.executed_steps = self.executed_steps[indices]
         self.lengths, self.positions, self.ended = self.lengths[indices], self.positions[indices], self.ended[indices]
         self.outputs = None if self.outputs is None else self.outputs[indices]
-        self._keys = [keys[indices] for keys in self._keys]
-        self._values = [values[indices] for values in self._values]
+        self._keys = {place: keys[indices] for place, keys in self._keys.items()}
+        self._values = {place: values[indices] for place, values in self._values.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""

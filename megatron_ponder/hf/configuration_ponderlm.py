@@ -6,6 +6,8 @@ transformers.
 
 from transformers import PretrainedConfig
 
+MODES = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
+
 
 class PonderLMConfig(PretrainedConfig):
     """A transformer of the llama or gpt_neox family whose tokens may take additional latent steps.
@@ -18,8 +20,8 @@ class PonderLMConfig(PretrainedConfig):
         num_key_value_heads: key and value heads; num_attention_heads unless given. Llama only.
         rms_norm_eps, rope_theta: llama only.
         layer_norm_eps, rotary_pct, rotary_emb_base, use_parallel_residual: gpt_neox only.
-        ponder_mode: `vanilla` (no additional steps), `fixed` (ponder_max_steps for every token) or `adaptive` (a router
-            decides for each token).
+        ponder_mode: `vanilla` (no additional steps), `fixed` (ponder_max_steps for every token), `adaptive` (a router
+            decides for each token), or `pause`, `loop` or `ponderlm`, with which these are compared.
         ponder_max_steps: K, the most additional steps of a token.
         ponder_jacobi_iterations: R, refinement passes of `forward` without a cache.
         ponder_threshold: τ, a step is executed while its weight is at least this; raise it for speed.
@@ -66,8 +68,8 @@ class PonderLMConfig(PretrainedConfig):
     ) -> None:
         if base_family not in ("llama", "gpt_neox"):
             raise ValueError(f"base_family is {base_family}; it must be llama or gpt_neox")
-        if ponder_mode not in ("vanilla", "fixed", "adaptive"):
-            raise ValueError(f"ponder_mode is {ponder_mode}; it must be vanilla, fixed or adaptive")
+        if ponder_mode not in MODES:
+            raise ValueError(f"ponder_mode is {ponder_mode}; it must be one of {', '.join(MODES)}")
         if not 0 <= ponder_threshold <= 1:
             raise ValueError(f"ponder_threshold is {ponder_threshold}; it must lie between 0 (every step runs) and 1")
         self.base_family = base_family

@@ -21,7 +21,7 @@ from megatron_ponder.hf.tokenizer import export_tokenizer
 from megatron_ponder.hf.weights import to_export
 
 # The files that define the model for transformers; they import each other and nothing else of ours.
-MODEL_FILES = ("configuration_ponderlm.py", "cache_ponderlm.py", "layers_ponderlm.py", "modeling_ponderlm.py")
+MODEL_FILES = tuple(f"{part}_ponderlm.py" for part in ("configuration", "cache", "layers", "methods", "modeling"))
 AUTO_MAP = {
     "AutoConfig": "configuration_ponderlm.PonderLMConfig",
     "AutoModelForCausalLM": "modeling_ponderlm.PonderLMForCausalLM",

@@ -2,6 +2,7 @@
 
 from megatron_ponder.config import Config
 from megatron_ponder.hf.measured import table
+from megatron_ponder.model.modes import passes_of
 
 _STEPS = {
     "vanilla": "It takes no additional steps: it is a plain transformer.",
@@ -10,7 +11,18 @@ _STEPS = {
         "A router decides for each token how many additional latent steps, from 0 to {steps}, it takes before the next "
         "one is predicted."
     ),
+    "pause": "Every token is followed by {steps} learned pause embeddings before the next one is predicted.",
+    "loop": "Every token runs through all layers {steps} more times before the next one is predicted.",
+    "ponderlm": (
+        "Every token runs through all layers {steps} more times, each time with the mean embedding of the prediction "
+        "before (arXiv 2505.20674), before the next one is predicted."
+    ),
 }
+_ITERATED = """\
+`model(input_ids)` without a cache evaluates all tokens in parallel with
+`config.ponder_jacobi_iterations` refinements, which approximates it: more refinements come closer."""
+_PARALLEL = "`model(input_ids)` without a cache evaluates all tokens in parallel, which gives the same."
+_ADJUSTED = "Raise\n`config.ponder_threshold` or lower `config.ponder_router_bias` for fewer steps."
 _TEMPLATE = """\
 ---
 library_name: transformers
@@ -39,9 +51,7 @@ print(output.past_key_values.executed_steps)  # additional steps of each token
 ```
 
 `generate` runs the model token by token with a cache, which is its definition; steps that are not executed are not
-computed and not cached. `model(input_ids)` without a cache evaluates all tokens in parallel with
-`config.ponder_jacobi_iterations` refinements, which approximates it: more refinements come closer. Raise
-`config.ponder_threshold` or lower `config.ponder_router_bias` for fewer steps.
+computed and not cached. {parallel}
 
 ## Evaluation
 
@@ -68,15 +78,18 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
         "Longest sequence": f"{model.max_position_embeddings:,} tokens",
         "Mode": ponder.mode,
     }
+    passes = passes_of(ponder)
     if ponder.steps:
         rows["Most additional steps K"] = ponder.max_steps
+    if passes.iterated:
         rows["Refinements R of `forward`"] = ponder.evaluation_refinements
-    if ponder.mode == "adaptive":
+    if passes.routed:
         rows["Threshold τ"] = ponder.threshold
         rows["Router bias α"] = ponder.router_bias
     return _TEMPLATE.format(
         family=model.family,
         pondering=_STEPS[ponder.mode].format(steps=ponder.max_steps),
+        parallel=" ".join([_ITERATED if passes.iterated else _PARALLEL, *[_ADJUSTED] * passes.routed]),
         table=table(["", ""], [[name, str(value)] for name, value in rows.items()]),
         evaluation="No results were given when this folder was written." if measured is None else measured,
     )

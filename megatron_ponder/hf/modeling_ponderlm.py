@@ -6,6 +6,7 @@ later slots and in the output.
 
 `generate` runs this token by token with a key-value cache, which is the definition of the model. `forward` without a
 cache evaluates all tokens in parallel by Jacobi iteration, which approaches the same numbers with every refinement.
+Models of other modes (methods_ponderlm.py) run as many steps for every token, and `forward` gives the same numbers.
 
 This file and the others named *_ponderlm.py are copied into every exported model, so they need only torch and
 transformers. Shape suffixes: B sequences, L tokens, S slots of a token, T slots in all, H hidden, K + 1 choices of
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
 from .layers_ponderlm import PonderLMModel, ResidualLinear, WideLinear
+from .methods_ponderlm import METHODS, Latents
 
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
 DEAD = -1e4
@@ -123,8 +125,15 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PonderLMModel(config)
         self.router = PonderLMRouter(config) if config.ponder_mode == "adaptive" else None
+        pauses = config.ponder_mode == "pause"
+        self.pauses = nn.Embedding(config.ponder_steps, config.hidden_size) if pauses else None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def method(self) -> Latents:
+        """What additional steps read."""
+        return METHODS[self.config.ponder_mode]
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
@@ -183,7 +192,9 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             raise ValueError("with a cache there are no gradients; train with use_cache=False and no past_key_values")
         present = self._present(input_ids, attention_mask, cache)
         if use_cache:
-            cache = PonderLMCache(len(input_ids), input_ids.device) if cache is None else cache
+            if cache is None:
+                lanes = self.method.lanes(self.config.ponder_steps)
+                cache = PonderLMCache(len(input_ids), input_ids.device, lanes)
             fused, executed = self._run_tokens(input_ids, present, cache)
         else:
             fused, executed = self._run_passes(input_ids, present)
@@ -217,15 +228,13 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
 
     def _run_passes(self, ids_BL: Tensor, present_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Growth passes, Jacobi refinements and the final pass: fused hidden states (B, L, H), K̂ (B, L)."""
-        steps, refinements = self.config.ponder_steps, self.config.ponder_jacobi_iterations
+        method, plan = self.method, self.method.plan(self.config.ponder_steps, self.config.ponder_jacobi_iterations)
         eod_id = self.config.ponder_eod_id
         ends_padded = present_BL is not None and not bool((present_BL[:, 1:] > present_BL[:, :-1]).any())
         # Nothing looks at padding that only follows, so that attention may be plainly causal, which is faster.
         positions, documents = document_layout(ids_BL, None if ends_padded and eod_id is None else present_BL, eod_id)
-        tokens_BLSH = self.model.embed(ids_BL).unsqueeze(2)
-        inputs, log_w = tokens_BLSH, None
-        # Pass i = 0, 1, .. runs i + 1 slots of every token, up to K + 1.
-        for following in [*range(2, steps + 2), *[steps + 1] * (refinements if steps else 0), 0]:
+        inputs, log_w = method.first(self, self.model.embed(ids_BL)), None
+        for following in [*plan[1:], 0]:
             slots = inputs.shape[2]
             hidden = self.model(
                 inputs.flatten(1, 2),
@@ -235,9 +244,12 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             ).unflatten(1, (-1, slots))
             routing = self._route(hidden[:, :, 0])
             if following:
-                inputs = torch.cat([tokens_BLSH, hidden[:, :, : following - 1]], 2)
+                inputs = method.following(self, inputs, hidden, following)
                 log_w = None if routing.log_w is None else routing.log_w[:, :, :following]
-        fused = (routing.fusion.to(hidden.dtype).unsqueeze(-2) @ hidden).squeeze(-2)
+        if self.router is None:
+            fused = hidden[:, :, -1]
+        else:
+            fused = (routing.fusion.to(hidden.dtype).unsqueeze(-2) @ hidden).squeeze(-2)
         if present_BL is None:
             return fused, routing.executed
         columns = torch.arange(ids_BL.shape[1], device=ids_BL.device)
@@ -271,16 +283,19 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         fused = fusion[:, :1] * hidden
         for step in range(1, int(routing.executed.max()) + 1):
             runs = (routing.executed >= step).nonzero().squeeze(1)
-            hidden = hidden.clone()
+            x_RH, hidden = x_RH.clone(), hidden.clone()
+            x_RH[runs] = self.method.next_step(self, step, x_RH[runs], hidden[runs])
             log_w = None if routing.log_w is None else routing.log_w[runs, step]
-            hidden[runs] = self._run_slot(hidden[runs], log_w, rows_R[runs], cache)
+            hidden[runs] = self._run_slot(x_RH[runs], log_w, rows_R[runs], cache, step)
             fused = fused + fusion[:, step : step + 1] * hidden  # of weight 0 in the rows that did not run
         return fused, routing.executed
 
-    def _run_slot(self, x_RH: Tensor, log_w_R: Tensor | None, rows_R: Tensor, cache: PonderLMCache) -> Tensor:
+    def _run_slot(
+        self, x_RH: Tensor, log_w_R: Tensor | None, rows_R: Tensor, cache: PonderLMCache, step: int = 0
+    ) -> Tensor:
         """Run one slot of each of these rows and append it to the cache: hidden states (R, H)."""
         positions = cache.positions[rows_R].unsqueeze(1)
-        mask = cache.open_slot(rows_R)
+        mask = cache.open_slot(rows_R, step)
         log_w = None if log_w_R is None else log_w_R.unsqueeze(1)
         return self.model(x_RH.unsqueeze(1), positions, log_w, mask, cache).squeeze(1)
 

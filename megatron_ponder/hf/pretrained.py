@@ -22,7 +22,7 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
     """A Hugging Face model as PonderLM's weights and configuration.
 
     A plain model gets embedding scale 1, so that without additional steps it computes what it computed before. A router
-    that the folder lacks, or that does not fit the settings asked for, is initialised as for training.
+    or pause embeddings that the folder lacks, or has in other sizes, are initialised as for training.
 
     Args:
         model_dir: folder of a `LlamaForCausalLM`, a `GPTNeoXForCausalLM` or an export, with safetensors.
@@ -45,10 +45,11 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
         weights.pop("head.weight", None)
     model = PonderLM(config.model, config.ponder)
     initialize(model, config.training.seed)
-    router = {name: tensor.detach() for name, tensor in model.named_parameters() if name.startswith("router.")}
-    trained = {name: tensor for name, tensor in weights.items() if name.startswith("router.")}
-    if _shapes(router) != _shapes(trained):
-        weights = {name: tensor for name, tensor in weights.items() if name not in trained} | router
+    for part in ("router.", "pauses."):
+        fresh = {name: tensor.detach() for name, tensor in model.named_parameters() if name.startswith(part)}
+        trained = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
+        if _shapes(fresh) != _shapes(trained):
+            weights = {name: tensor for name, tensor in weights.items() if name not in trained} | fresh
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     load_weights(model, weights)
     return weights, config

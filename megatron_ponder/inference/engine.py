@@ -186,7 +186,7 @@ class Engine:
 
     def _receive_hidden(self, group: int) -> Outcome | None:
         """On the first pipeline rank: what the last one hands back; the outcome is for the driving rank alone."""
-        outcome, self._runners[group].hidden_TH = self._pipeline.receive(self._ranks - 1)
+        outcome, self._runners[group].read_TX = self._pipeline.receive(self._ranks - 1)
         return outcome
 
     def _follow(self) -> None:
@@ -220,5 +220,5 @@ class Engine:
         if self._ranks == 1:
             return outcome
         outcome.logits = outcome.logits.cpu()
-        self._pipeline.send(0, outcome if self._leads else None, x_TH)
+        self._pipeline.send(0, outcome if self._leads else None, runner.read_TX)
         return None

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-LATENT = -1
-"""In place of a token id: the slot's input is a hidden state of the forward before."""
+
+def latent(step: int) -> int:
+    """What stands in place of a token id in the slot of an additional step, whose input comes from the model."""
+    return -step
 
 
 class Segment(NamedTuple):
@@ -44,8 +46,8 @@ class Forward:
     """T slots of any sequences: first R sequences that decode, one slot each, then segments of prompts.
 
     Attributes:
-        tokens: T token ids, `LATENT` for latent slots.
-        sources: T indices into the forward before; read where the token is `LATENT`.
+        tokens: T token ids, `latent(step)` for latent slots.
+        sources: T indices into the forward before; read where the slot is latent.
         positions: T RoPE positions.
         log_w: T log weights as keys.
         segments: of all slots, in their order; the first R of one slot each.

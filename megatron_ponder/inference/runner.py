@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.inference.block_cache import BlockCache
-from megatron_ponder.inference.forward import LATENT, Forward, Outcome, PromptEnd
+from megatron_ponder.inference.forward import Forward, Outcome, PromptEnd
+from megatron_ponder.model.passes import LatentReads
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Pruning, fusion_weights
 
@@ -18,8 +19,8 @@ class Runner:
 
     Attributes:
         cache: keys and values of this rank's layers and heads.
-        hidden_TH: hidden states of the forward before, which latent slots read; where the stack of layers is spread
-            over ranks, its last rank hands them to the first.
+        read_TX: what latent slots read of the forward before; where the stack of layers is spread over ranks, its last
+            rank hands it to the first.
     """
 
     def __init__(self, model: PonderLM, pruning: Pruning, rows: int) -> None:
@@ -30,14 +31,15 @@ class Runner:
             pruning: τ and α; the hard rule holds whatever its `hard` says.
             rows: sequences that may be live.
         """
-        self.model = model
+        self.model, self._lanes = model, model.passes.lanes
         self._pruning = Pruning(True, pruning.threshold, pruning.bias)
         weight = next(model.parameters())
-        self.cache = BlockCache(model.model_config, len(model.part.layers), model.axis, rows, weight)
+        self.cache = BlockCache(model.model_config, len(model.part.layers), model.axis, rows * self._lanes, weight)
         self._steps, self._vocab_size = model.ponder_config.steps, model.model_config.vocab_size
         self._wide = torch.promote_types(weight.dtype, torch.float32)
         hidden_size = model.model_config.hidden_size
-        self.hidden_TH = weight.new_empty(0, hidden_size)
+        # Of the forward before: hidden states in the last part, inputs in the first.
+        self._hidden_TH = self._inputs_TH = self.read_TX = weight.new_empty(0, hidden_size)
         # Of the token that each row is at: weights of its steps in the output, the output so far, K̂.
         self._weights_rK = torch.zeros(rows, self._steps + 1, dtype=self._wide, device=weight.device)
         self._fused_rH = weight.new_zeros(rows, hidden_size)
@@ -57,7 +59,7 @@ class Runner:
         model, device = self.model, self.cache.keys.device
         self.cache.prepare(forward)
         if not forward:
-            return self.hidden_TH[:0]
+            return self._hidden_TH[:0]
         if model.part.first:
             received_TH = self._inputs(forward)
         positions = torch.tensor(forward.positions, device=device)
@@ -84,20 +86,23 @@ class Runner:
             changes.append(self._change(prompt, hidden_TH))
             if prompt.last_token is not None:
                 token_SH = hidden_TH[prompt.last_token : prompt.at + prompt.count]
-                weights_K = routed.weights_FK[forward.routed.index(prompt.last_token)].to(token_SH.dtype)
-                outputs.append(weights_K[: len(token_SH)].unsqueeze(0) @ token_SH)
-        self.hidden_TH = hidden_TH
+                outputs.append(self._last_output(forward, prompt, token_SH, routed))
+        self._hidden_TH = hidden_TH
+        unfinished = torch.tensor([max(-token, 0) < self._steps for token in forward.tokens], device=hidden_TH.device)
+        self.read_TX = self.model.passes.read_by_latents(self.model, hidden_TH, unfinished)
         logits = self._logits(torch.cat(outputs)) if outputs else hidden_TH.new_empty(0, self._vocab_size)
         return Outcome(routed.executed_F.tolist(), routed.log_w_FK.tolist(), logits, changes)
 
     def _inputs(self, forward: Forward) -> Tensor:
-        """The residual stream that enters the first part: embedded tokens and hidden states of the forward before."""
-        device = self.hidden_TH.device
+        """The residual stream that enters the first part: embedded tokens and the inputs of latent slots."""
+        device, model = self.read_TX.device, self.model
         tokens, sources = torch.tensor([forward.tokens, forward.sources], device=device)
-        latent = tokens == LATENT
-        x_TH = self.model.embed(tokens.masked_fill(latent, 0))
-        if LATENT in forward.tokens:
-            x_TH = torch.where(latent.unsqueeze(1), self.hidden_TH[sources], x_TH)
+        latent = tokens < 0
+        x_TH = model.embed(tokens.masked_fill(latent, 0))
+        if min(forward.tokens) < 0:
+            read = LatentReads(self.read_TX, self._inputs_TH, sources[latent], -tokens[latent])
+            x_TH[latent] = model.passes.latent_inputs(model, read)
+        self._inputs_TH = x_TH
         return x_TH
 
     def _route(self, hidden_FH: Tensor) -> "_Routed":
@@ -113,7 +118,8 @@ class Runner:
     def _completed(self, forward: Forward, hidden_TH: Tensor, routed: "_Routed") -> Tensor:
         """Advance the outputs of the decoding sequences; those that are complete and wanted, (n, H)."""
         count = len(forward.steps)
-        rows = torch.tensor([segment.row for segment in forward.segments[:count]], device=hidden_TH.device)
+        rows = [segment.row // self._lanes for segment in forward.segments[:count]]
+        rows = torch.tensor(rows, device=hidden_TH.device)
         steps = torch.tensor(forward.steps, device=hidden_TH.device)
         starting = rows[steps == 0]
         self._executed_r[starting] = routed.executed_F[: len(starting)]
@@ -125,11 +131,18 @@ class Runner:
         wanted = torch.tensor(forward.wanted, device=hidden_TH.device)
         return fused_RH[wanted & (steps == self._executed_r[rows])]
 
+    def _last_output(self, forward: Forward, prompt: PromptEnd, token_SH: Tensor, routed: "_Routed") -> Tensor:
+        """What the head reads of the last token of a prompt, (1, H), from the hidden states of its slots."""
+        if self.model.router is None:
+            return token_SH[-1:]
+        weights_K = routed.weights_FK[forward.routed.index(prompt.last_token)].to(token_SH.dtype)
+        return weights_K[: len(token_SH)].unsqueeze(0) @ token_SH
+
     def _change(self, prompt: PromptEnd, hidden_TH: Tensor) -> float:
         if prompt.before is None:
             return math.inf
         now = hidden_TH[prompt.at : prompt.at + prompt.count]
-        before = self.hidden_TH[prompt.before : prompt.before + prompt.count]
+        before = self._hidden_TH[prompt.before : prompt.before + prompt.count]
         return float((now - before).abs().max() / now.abs().max())
 
     def _logits(self, output_nH: Tensor) -> Tensor:

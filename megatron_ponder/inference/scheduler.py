@@ -17,12 +17,13 @@ from torch import Tensor
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.errors import UserError
-from megatron_ponder.inference.forward import LATENT, Forward, Outcome, Segment
-from megatron_ponder.inference.prefill import Prefill, PromptPiece
+from megatron_ponder.inference.forward import Forward, Outcome, Segment, latent
+from megatron_ponder.inference.prefill import IteratedPiece, LanePiece, Prefill, PromptPiece
 from megatron_ponder.inference.prefixes import Prefixes, shared_tokens
 from megatron_ponder.inference.request import FinishReason, Generation, Request
 from megatron_ponder.inference.sampling import Chooser, choose
 from megatron_ponder.inference.text_stream import TextStream
+from megatron_ponder.model.modes import passes_of
 
 OnToken = Callable[[Generation], None]
 
@@ -59,7 +60,7 @@ class Sequence:
         generation: what there is so far.
         ids: prompt and generated tokens.
         fed: how many of them are complete.
-        row: of the cache, while live.
+        row: of the cache, while live; where passes have keys of their own, of the group of rows that they take.
         length: slots in the cache.
         position: of the token after those complete.
         step: that runs next of the token being run; 0 for its first slot.
@@ -145,7 +146,7 @@ class Scheduler:
             eod_id: the token after which the model begins anew, if documents are kept apart.
             dtype: of the model, which decides when a fixed point is reached.
         """
-        self._model, self._steps = model, ponder.steps
+        self._model, self._steps, self._passes = model, ponder.steps, passes_of(ponder)
         self.batching = batching or Batching()
         self._tokenizer, self._eod_id = tokenizer, eod_id
         tolerance = None if self.batching.prefill is None else self.batching.prefill.tolerance
@@ -233,7 +234,13 @@ class Scheduler:
             return None
         self._make_room()
         loaded = self._admit()
-        forward = Forward(cleared=self._cleared, stored=self._stored, dropped=self._dropped, loaded=loaded)
+        lanes = range(self._passes.lanes)
+        forward = Forward(
+            cleared=[self._lane(row, lane) for row in self._cleared for lane in lanes],
+            stored=self._in_lanes(self._stored),
+            dropped=[self._lane(key, lane) for key in self._dropped for lane in lanes],
+            loaded=self._in_lanes(loaded),
+        )
         self._cleared, self._stored, self._dropped = [], [], []
         self._begin_pieces()
         self._decoding = [sequence for sequence in self.live if sequence.piece is None]
@@ -243,13 +250,16 @@ class Scheduler:
                 forward.routed.append(len(forward))
                 forward.add(sequence.ids[sequence.fed], 0, sequence.position, 0.0)
             else:
-                forward.add(LATENT, sequence.source, sequence.position, sequence.log_w[sequence.step])
-            forward.segments.append(Segment(sequence.row, sequence.length, 1))
+                forward.add(latent(sequence.step), sequence.source, sequence.position, sequence.log_w[sequence.step])
+            lane = sequence.step % self._passes.lanes
+            start = sequence.length // self._passes.lanes
+            forward.segments.append(Segment(self._lane(sequence.row, lane), start, 1))
             forward.steps.append(sequence.step)
             forward.wanted.append(not sequence.reading)
         for sequence in self._iterating:
             last = sequence.fed + len(sequence.piece.tokens) == len(sequence.ids)
-            sequence.piece.add_to(forward, sequence.row, sequence.length, wanted=last)
+            start = sequence.length // self._passes.lanes
+            sequence.piece.add_to(forward, self._lane(sequence.row, 0), start, wanted=last)
         self.usage.forwards += bool(forward)
         self.usage.rows += len(self.live)
         self.usage.slots += len(forward)
@@ -279,13 +289,13 @@ class Scheduler:
                 self._complete(sequence, [sequence.executed])
         for index, sequence in enumerate(self._iterating):
             piece = sequence.piece
-            slots, settled = forward.prompts[index].count, piece.settle(outcome, index)
+            settled = piece.settle(outcome, index)
             settled &= sequence.generation.finish_reason is None
             if forward.prompts[index].last_token is not None:
                 predicted.append(sequence if settled else None)
             if settled:
                 sequence.piece = None
-                sequence.length += slots
+                sequence.length += len(piece.executed) + sum(piece.executed)
                 self._complete(sequence, piece.executed)
         self._predict(predicted, outcome.logits)
 
@@ -356,9 +366,9 @@ class Scheduler:
         room = self.batching.prompt_slots - sum(
             sequence.piece.slots for sequence in self.live if sequence.piece is not None
         )
-        # Without steps the first iterate is the fixed point. With them, slot by slot costs the less the more sequences
-        # take part in every forward.
-        shortest = prefill.shortest * len(self.live) if self._steps else 2
+        # Where nothing is iterated, reading takes one forward a pass. Elsewhere slot by slot costs the less the more
+        # sequences take part in every forward.
+        shortest = prefill.shortest * len(self.live) if self._passes.iterated else 2
         for sequence in self.live:
             if sequence.piece is None and sequence.step == 0 and len(sequence.ids) - sequence.fed >= shortest:
                 tokens = sequence.ids[sequence.fed : sequence.fed + prefill.chunk]
@@ -367,7 +377,25 @@ class Scheduler:
                 most = len(tokens) * (self._steps + 1)
                 if most <= room or room == self.batching.prompt_slots:
                     room -= most
-                    sequence.piece = PromptPiece(tokens, sequence.position, self._steps, prefill, self._tolerance)
+                    sequence.piece = self._piece(tokens, sequence.position)
+
+    def _piece(self, tokens: list[int], position: int) -> PromptPiece:
+        if self._passes.interleaved:
+            return IteratedPiece(tokens, position, self._passes, self.batching.prefill, self._tolerance)
+        return LanePiece(tokens, position, self._passes)
+
+    def _lane(self, number: int, lane: int) -> int:
+        """The row of one of a sequence's lines of keys in the cache, or its key among the stored prompts."""
+        return number * self._passes.lanes + lane
+
+    def _in_lanes(self, entries: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """Key, row and slots of prompts that are stored or loaded, for each line of keys."""
+        count = self._passes.lanes
+        return [
+            (self._lane(key, lane), self._lane(row, lane), slots // count)
+            for key, row, slots in entries
+            for lane in range(count)
+        ]
 
     def _complete(self, sequence: Sequence, executed: list[int]) -> None:
         """Note that the next tokens of a sequence have run all their steps."""

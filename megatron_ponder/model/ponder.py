@@ -10,15 +10,9 @@ from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.model.attention import LayerCache, Slots
-from megatron_ponder.model.passes import (
-    Interleaving,
-    PassState,
-    enter_pass,
-    interleaving,
-    kept_slots,
-    leave_pass,
-    pass_slots,
-)
+from megatron_ponder.model.baselines import PauseEmbedding
+from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.passes import Interleaving, PassResult, PassState, Sizes, State, Stream, interleaving
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Pruning, Router, Routing, fusion_weights, key_log_weights, route
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
@@ -47,10 +41,11 @@ class PonderOutput:
 
 
 class PonderLM(nn.Module):
-    """PonderLM-3, with `fixed` (PonderLM-2) and `vanilla` as special cases.
+    """PonderLM-3, with `fixed` (PonderLM-2) and `vanilla` as special cases, and the baselines.
 
     Attributes:
         model_config, ponder_config: what it was built from.
+        passes: those of its mode.
         eod_id: end-of-document token that confines attention and restarts positions; None for neither.
         part: which part of the model this pipeline rank holds; modules of other parts are None.
         axis: the tensor ranks.
@@ -68,6 +63,7 @@ class PonderLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model_config, self.ponder_config, self.eod_id = model, ponder, eod_id
+        self.passes = passes_of(ponder)
         self.part = part = part or ModelPart(range(model.num_layers))
         self.axis = axis = (mesh or Mesh()).tensor
         self.recompute: Recompute = "none"
@@ -75,11 +71,15 @@ class PonderLM(nn.Module):
         vocabulary = (model.vocab_size, model.hidden_size, axis)
         # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
         std = model.init_std if ponder.mode == "vanilla" else math.sqrt(2 / (5 * model.hidden_size))
-        self.embedding = VocabParallelEmbedding(*vocabulary, normal(std), vocab_multiple) if part.first else None
+        self.embedding, self.pauses = None, None
+        if part.first:
+            self.embedding = VocabParallelEmbedding(*vocabulary, normal(std), vocab_multiple)
+            if self.passes.pauses:
+                self.pauses = PauseEmbedding(ponder.steps, model.hidden_size, axis, normal(std))
         self.transformer = Transformer(model, axis, part)
         self.router, self.head = None, None
         if part.last:
-            self.router = Router(model, ponder, axis) if ponder.mode == "adaptive" else None
+            self.router = Router(model, ponder, axis) if self.passes.routed else None
             self.head = ColumnParallelLinear(
                 model.hidden_size, model.vocab_size, axis, normal(model.init_std), multiple=vocab_multiple
             )
@@ -106,23 +106,24 @@ class PonderLM(nn.Module):
             pruning: soft mask or hard rule.
             gradient_passes: let gradients flow through the last so many passes only; None for all.
         """
-        plan = pass_slots(self.ponder_config.steps, refinements)
+        plan = self.passes.plan(refinements)
         layout = interleaving(tokens_BL, self.eod_id)
         embedded = self.embed(tokens_BL)
-        state = PassState()
+        state = None
         for index in range(len(plan)):
             truncated = gradient_passes is not None and index < len(plan) - gradient_passes
             with torch.no_grad() if truncated else nullcontext():
-                hidden, routing = self.run_pass(embedded, state, layout, pruning, index, plan)
+                result = self.run_pass(embedded, state, layout, pruning, index, plan)
                 if index + 1 < len(plan):
-                    state = self.next_state(hidden, routing, pruning, plan[index + 1])
-        return self.output(hidden, routing, pruning, layout, len(plan))
+                    state = self.next_state(result, pruning, plan[index + 1])
+        return self.output(result, pruning, len(plan))
 
     @torch.no_grad()
     def exact(self, tokens_BL: Tensor, pruning: Pruning, tolerance: float | None = None) -> PonderOutput:
         """Iterate the Jacobi passes to their fixed point, which is the sequential model up to rounding.
 
         A position is right after at most as many passes as there are slots up to it; contraction makes it far fewer.
+        Passes that are not iterated are the sequential model as they are.
 
         Args:
             tokens_BL: int64 ids.
@@ -130,105 +131,100 @@ class PonderLM(nn.Module):
             tolerance: largest change of a latent, relative to the largest latent, at which to stop; 16 units of
                 rounding unless given.
         """
+        if not self.passes.iterated:
+            return self.jacobi(tokens_BL, 0, pruning)
         steps = self.ponder_config.steps
         layout = interleaving(tokens_BL, self.eod_id)
         embedded = self.embed(tokens_BL)
         tolerance = 16 * torch.finfo(embedded.dtype).eps if tolerance is None else tolerance
         state = PassState()
         for passes in range(1, tokens_BL.shape[1] * (steps + 1) + steps + 2):
-            hidden, routing = self.run_pass(embedded, state, layout, pruning)
-            following = self.next_state(hidden, routing, pruning, min(passes, steps) + 1)
-            if steps == 0 or (passes > steps + 1 and _settled(state, following, tolerance)):
+            result = self.run_pass(embedded, state, layout, pruning)
+            following = self.next_state(result, pruning, min(passes, steps) + 1)
+            if passes > steps + 1 and _settled(state, following, tolerance):
                 break
             state = following
-        return self.output(hidden, routing, pruning, layout, passes)
+        return self.output(result, pruning, passes)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """e = c · E[x]: (...) ids → (..., H) in the residual stream."""
-        return self.embedding(tokens) * self.ponder_config.embedding_scale
+    def sizes(self, batch: int, tokens: int) -> Sizes:
+        """Of micro-batches of so many sequences of L tokens."""
+        config = self.model_config
+        return Sizes(batch, tokens, self.axis.share(tokens), config.hidden_size, config.vocab_size)
+
+    def embed(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """e = c · E[x] in the residual stream: (...) ids → (..., H); of (..., n) ids with weights the sum over n."""
+        return self.embedding(tokens, weights) * self.ponder_config.embedding_scale
 
     def run_pass(
         self,
         embedded_BLH: Tensor,
-        state: PassState,
+        state: State | None,
         layout: Interleaving,
         pruning: Pruning,
         index: int = 0,
         plan: tuple[int, ...] = (),
-    ) -> tuple[Tensor, Routing | None]:
-        """One pass of a whole model over the interleaved sequence.
+    ) -> PassResult:
+        """One pass of a whole model.
 
         Args:
             embedded_BLH: e of every token.
-            state: what the pass before handed over.
+            state: what the pass before handed over; None in the first.
             layout: positions and visibility.
             pruning: soft mask or hard rule.
             index, plan: as in `run_blocks`.
-
-        Returns:
-            Hidden states (B, L, kept slots, H), and the routing from those of the first slots.
         """
-        x_BTH, log_w_BT = enter_pass(embedded_BLH, state)
-        return self.end_pass(self.run_blocks(x_BTH, log_w_BT, layout, index, plan), layout, pruning)
+        stream = self.passes.enter(self, embedded_BLH, state)
+        return self.end_pass(self.run_blocks(stream, layout, index, plan), layout, pruning)
 
-    def run_blocks(
-        self,
-        x_BTH: Tensor,
-        log_w_BT: Tensor | None,
-        layout: Interleaving,
-        index: int = 0,
-        plan: tuple[int, ...] = (),
-    ) -> Tensor:
-        """What this part's blocks do in one pass over the interleaved sequence.
+    def run_blocks(self, stream: Stream, layout: Interleaving, index: int = 0, plan: tuple[int, ...] = ()) -> Stream:
+        """What this part's blocks do in one pass.
 
         Args:
-            x_BTH: the residual stream that enters them.
-            log_w_BT: log weight of each slot as a key; None where every weight is 1.
+            stream: what enters them.
             layout: positions and visibility.
             index: of the pass.
             plan: slots per token of every pass, which tells which hidden states of this one anybody reads; empty if all
                 are wanted.
 
         Returns:
-            The residual stream that leaves them, (B, T, H); in the last part normed and of the kept slots alone.
+            What leaves them; in the last part normed and of the kept slots alone.
         """
+        x_BTH, log_w_BT, _ = stream
         slots_per_token = x_BTH.shape[1] // self.axis.share(layout.tokens)
         slots = Slots(
             layout.tokens,
             layout.angles(slots_per_token, self.model_config, x_BTH.dtype),
             None if log_w_BT is None else enter(log_w_BT, self.axis, layout.tokens),
             layout.mask(slots_per_token),
-            kept_slots(index, plan, fused=self.ponder_config.mode == "adaptive") if plan else slice(None),
+            self.passes.kept(index, plan) if plan else slice(None),
         )
         recomputed = self.recompute_passes is None or index < self.recompute_passes
-        return self.transformer(x_BTH, slots, recompute=self.recompute if recomputed else "none")
+        return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute if recomputed else "none"))
 
-    def end_pass(self, h_BTH: Tensor, layout: Interleaving, pruning: Pruning) -> tuple[Tensor, Routing | None]:
-        """Hidden states by token and slot, (B, L, kept slots, H), and the routing from those of the first slots."""
-        h_BLSH = h_BTH.unflatten(1, (self.axis.share(layout.tokens), -1))
-        return h_BLSH, self.route(h_BLSH[:, :, 0], pruning)
+    def end_pass(self, stream: Stream, layout: Interleaving, pruning: Pruning) -> PassResult:
+        """The result of a pass, from what leaves the last block."""
+        h_BLSH = stream.x_BTH.unflatten(1, (self.axis.share(layout.tokens), -1))
+        return PassResult(h_BLSH, self.route(h_BLSH[:, :, 0], pruning), stream.inputs_BTH, layout)
 
-    def output(
-        self, hidden_BLSH: Tensor, routing: Routing | None, pruning: Pruning, layout: Interleaving, passes: int
-    ) -> PonderOutput:
-        """The result, from the hidden states of the final pass and their routing."""
-        tokens = layout.tokens
-        fused = enter(self.fuse(hidden_BLSH, routing, pruning), self.axis, tokens)
+    def output(self, result: PassResult, pruning: Pruning, passes: int) -> PonderOutput:
+        """What comes of the final pass."""
+        hidden_BLSH, routing, _, layout = result
+        fused = enter(self.fuse(hidden_BLSH, routing, pruning), self.axis, layout.tokens)
         if routing is not None:
-            routing = Routing(*(all_tokens(part, self.axis, tokens) for part in routing))
+            routing = Routing(*(all_tokens(part, self.axis, layout.tokens) for part in routing))
         return PonderOutput(fused, hidden_BLSH, routing, passes)
 
     def route(self, h_token: Tensor, pruning: Pruning) -> Routing | None:
         """The routing from h_{t,0} (..., H); None unless the mode is `adaptive`."""
-        return None if self.ponder_config.mode != "adaptive" else route(self.router(h_token), pruning)
+        return None if self.router is None else route(self.router(h_token), pruning)
 
-    def next_state(self, hidden_BLSH: Tensor, routing: Routing | None, pruning: Pruning, next_slots: int) -> PassState:
+    def next_state(self, result: PassResult, pruning: Pruning, next_slots: int) -> State:
         """What the next pass starts from."""
-        log_w = None if routing is None else key_log_weights(routing, pruning)
-        return leave_pass(hidden_BLSH, log_w, next_slots)
+        log_w = None if result.routing is None else key_log_weights(result.routing, pruning)
+        return self.passes.leave(self, result, log_w, next_slots)
 
     def fuse(self, hidden_BLSH: Tensor, routing: Routing | None, pruning: Pruning) -> Tensor:
-        """The head's input: Σ_k s_k h_{t,k}, or h_{t,K} (which is h_{t,0} in vanilla mode) without a router."""
+        """The head's input: Σ_k s_k h_{t,k}, or without a router the hidden state of the token's last slot."""
         if routing is None:
             return hidden_BLSH[:, :, -1]
         weights = fusion_weights(routing, pruning).to(hidden_BLSH.dtype)

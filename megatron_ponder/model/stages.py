@@ -1,7 +1,7 @@
 """The same chain of passes for a model whose blocks are spread over pipeline ranks: one stage for one pass of one rank.
 
-What travels between the ranks of a pass is the residual stream with the log weights of its slots; from the last rank
-back to the first, what one pass hands to the next.
+What travels between the ranks of a pass is its stream; from the last rank back to the first, what one pass hands to the
+next.
 """
 
 from collections.abc import Callable
@@ -10,43 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ponder.config import PonderConfig
-from megatron_ponder.model.passes import PassState, enter_pass, interleaving, pass_slots
+from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.passes import Shape, Sizes, interleaving
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.pipeline import pack, packed_size, unpack
 
 Finish = Callable[[PonderOutput, Tensor], Tensor]
-Shape = tuple[int, ...]
 
 
 class PassShapes:
     """Shapes of what travels, for micro-batches of one size."""
 
-    def __init__(self, ponder: PonderConfig, refinements: int, batch: int, tokens: int, hidden_size: int) -> None:
+    def __init__(self, ponder: PonderConfig, refinements: int, sizes: Sizes) -> None:
         """Describe `jacobi(refinements)`.
 
         Args:
             ponder: mode and steps.
             refinements: R.
-            batch: sequences of a micro-batch.
-            tokens: of a sequence in the residual stream of one rank.
-            hidden_size: H.
+            sizes: of a micro-batch.
         """
-        self.plan = pass_slots(ponder.steps, refinements)
-        self._routed = ponder.mode == "adaptive"
-        self._sizes = (batch, tokens, hidden_size)
+        self._passes, self._sizes = passes_of(ponder), sizes
+        self.plan = self._passes.plan(refinements)
 
     def within(self, index: int) -> tuple[Shape, Shape | None]:
-        """The residual stream and log w of its slots, between two ranks of pass `index`."""
-        batch, tokens, hidden_size = self._sizes
-        slots = tokens * self.plan[index]
-        return (batch, slots, hidden_size), (batch, slots) if self._routed and index > 0 else None
+        """The stream between two ranks of pass `index`."""
+        return self._passes.stream_shapes(self._sizes, index, self.plan)
 
     def after(self, index: int) -> tuple[Shape, Shape | None]:
-        """Latents and log w that pass `index` hands to the next."""
-        batch, tokens, hidden_size = self._sizes
-        slots = self.plan[index + 1]
-        return (batch, tokens, slots - 1, hidden_size), (batch, tokens, slots) if self._routed else None
+        """What pass `index` hands to the next."""
+        return self._passes.state_shapes(self._sizes, index, self.plan)
 
     def carried(self, ranks: int, dtype: torch.dtype) -> list[int]:
         """Numbers in the packed tensor between consecutive stages, over all passes and pipeline ranks."""
@@ -89,18 +82,18 @@ class PassStage(nn.Module):
         Returns:
             The packed tensor for the next stage, or what `finish` returns.
         """
-        model, index, plan = self.model, self._index, self._shapes.plan
+        model, passes, index, plan = self.model, self.model.passes, self._index, self._shapes.plan
         layout = interleaving(tokens[:, :-1], model.eod_id)
-        if model.part.first:
-            state = PassState() if index == 0 else PassState(*unpack(received, *self._shapes.after(index - 1)))
-            x, log_w = enter_pass(model.embed(tokens[:, :-1]), state)
+        if not model.part.first:
+            stream = passes.unpack_stream(*unpack(received, *self._shapes.within(index)))
         else:
-            x, log_w = unpack(received, *self._shapes.within(index))
-        x = model.run_blocks(x, log_w, layout, index, plan)
+            embedded = model.embed(tokens[:, :-1]) if index == 0 or passes.interleaved else None
+            state = passes.state_type(*unpack(received, *self._shapes.after(index - 1))) if index > 0 else None
+            stream = passes.enter(model, embedded, state)
+        stream = model.run_blocks(stream, layout, index, plan)
         if not model.part.last:
-            return pack(x, log_w)
-        hidden, routing = model.end_pass(x, layout, self.pruning)
+            return pack(*passes.pack_stream(stream))
+        result = model.end_pass(stream, layout, self.pruning)
         if index + 1 < len(plan):
-            state = model.next_state(hidden, routing, self.pruning, plan[index + 1])
-            return pack(state.latents, state.log_w)
-        return self._finish(model.output(hidden, routing, self.pruning, layout, len(plan)), tokens)
+            return pack(*model.next_state(result, self.pruning, plan[index + 1]))
+        return self._finish(model.output(result, self.pruning, len(plan)), tokens)

@@ -39,6 +39,21 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.width = axis, x.shape[-1]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+        dist.all_gather(parts, x.contiguous(), group=axis.group)
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.axis.group)
+        return grad.narrow(-1, ctx.width * ctx.axis.rank, ctx.width), None
+
+
 def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
     """Enter a sharded region: the same x on every rank; its gradient is summed over them."""
     return x if axis.size == 1 else _Copy.apply(x, axis.group)
@@ -47,6 +62,11 @@ def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
 def sum_over_ranks(x: Tensor, axis: Axis) -> Tensor:
     """Leave a sharded region: partial results are summed; every rank gets the same gradient."""
     return x if axis.size == 1 else _Sum.apply(x, axis.group)
+
+
+def gather_from_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """(..., n), another on every rank → (..., ranks · n), the same on every rank; its gradient is summed over them."""
+    return x if axis.size == 1 else _Gather.apply(x, axis)
 
 
 def together(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:

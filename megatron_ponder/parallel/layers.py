@@ -88,15 +88,33 @@ class VocabParallelEmbedding(ShardedModule):
         spec = ParameterSpec((vocab_size, hidden_size), initialize, shard_dim=0, multiple=multiple)
         self.declare("weight", spec)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: int64 (B, L) or any shape without sequence parallelism. Returns (.., hidden) in the residual stream."""
+    def forward(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Look up, or mix, rows of the table.
+
+        Args:
+            ids: int64 (B, L), or any shape without sequence parallelism; with weights (B, L, n).
+            weights: of the rows in a sum over n, the same shape and on every rank the same; their gradient is that of
+                this rank's rows.
+
+        Returns:
+            (B, L, hidden) in the residual stream.
+        """
         if self.axis.size == 1:
-            return F.embedding(ids, self.weight)
+            return self._rows(ids, weights)
         rows = self.weight.shape[0]
         local = ids - rows * self.axis.rank
         elsewhere = (local < 0) | (local >= rows)
-        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return leave(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis, ids.shape[-1])
+        local = local.masked_fill(elsewhere, 0)
+        if weights is None:
+            return leave(self._rows(local).masked_fill(elsewhere.unsqueeze(-1), 0), self.axis, ids.shape[-1])
+        return leave(self._rows(local, weights.masked_fill(elsewhere, 0)), self.axis, ids.shape[-2])
+
+    def _rows(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return F.embedding(ids, self.weight)
+        weights = weights.to(self.weight.dtype).flatten(0, -2)
+        mixed = F.embedding_bag(ids.flatten(0, -2), self.weight, per_sample_weights=weights, mode="sum")
+        return mixed.unflatten(0, ids.shape[:-1])
 
 
 class _RMSNormFunction(torch.autograd.Function):

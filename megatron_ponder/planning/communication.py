@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ponder.config import Config, stage_layers
-from megatron_ponder.model.passes import kept_slots, pass_slots
+from megatron_ponder.model.baselines import CANDIDATES
+from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.passes import Sizes
 from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.training.memory import Rank, rank_parameters, vocabulary_parameters
@@ -67,9 +69,10 @@ def parameter_sizes(rank: Rank) -> list[tuple[int, int]]:
     every = block * len(rank.layers)
     table = [(2, vocabulary_parameters(rank))]
     every += table if rank.first else []
+    every += [(2, config.ponder.steps * hidden)] if rank.first and rank.chain.pauses else []
     if rank.last:
         every += norm + ([] if model.tie_embeddings else table)
-        if config.ponder.mode == "adaptive":
+        if rank.chain.routed:
             width, options = config.ponder.router_hidden_size, config.ponder.max_steps + 1
             every += [(2, width * hidden), (1, width)] if width else []
             every += [(2, options * (width or hidden)), (1, options)]
@@ -97,8 +100,9 @@ class Formula:
         self._config, self._mesh, self._parameters = config, mesh, parameters
         self._layers = len(stage_layers(config)[mesh.pipeline.rank])
         self._first, self._last = mesh.pipeline.rank == 0, mesh.pipeline.rank == mesh.pipeline.size - 1
-        self._refinements, self._plan = refinements, pass_slots(config.ponder.steps, refinements)
-        self._adaptive = config.ponder.mode == "adaptive"
+        self._passes = passes_of(config.ponder)
+        self._refinements, self._plan = refinements, self._passes.plan(refinements)
+        self._adaptive = self._passes.routed
         tokens = config.data.sequence_length
         self._own = mesh.tensor.share(tokens)
         self._tokens = self._own * mesh.tensor.size if mesh.tensor.sequence_parallel else tokens
@@ -125,20 +129,21 @@ class Formula:
             count = self._layers
             yield from self._border("blocks", enter=2, leave=2, repeats=count - self._last, size=slots * hidden)
             if self._last:
-                kept = len(range(slots)[kept_slots(index, self._plan, self._adaptive)])
+                kept = len(range(slots)[self._passes.kept(index, self._plan)])
                 yield from self._border("blocks", enter=1, leave=0, size=slots * hidden)  # keys need every slot
                 yield from self._border("blocks", enter=1, leave=2, size=kept * hidden)
             if self._adaptive and index > 0:
                 yield from self._border("log w", enter=1, leave=0, size=slots * FP32)
             yield from self._recompute_terms(index)
-        if self._first:  # a pipeline's first rank embeds anew in every pass
-            repeats = passes if self._mesh.pipeline.size > 1 else 1
+        if self._first:  # a pipeline's first rank embeds anew in every pass that reads tokens
+            repeats = passes if self._mesh.pipeline.size > 1 and self._passes.interleaved else 1
             yield from self._border("embedding", enter=0, leave=1, repeats=repeats, size=hidden)
         if self._last:
             yield from self._border("head", enter=1, leave=0, size=hidden)
             labels = self._batch * self._config.data.sequence_length * FP32
             yield self._step("tensor", "all-reduce", "loss: largest logit", 1, labels)
             yield self._step("tensor", "all-reduce", "loss: sum of exponentials, label's logit", 1, 2 * labels)
+        yield from self._baseline_terms()
         if self._mesh.tensor.sequence_parallel:
             norms = passes * (2 * self._layers + self._last)
             yield self._step("tensor", "all-reduce", "gradients of norms", norms, hidden)
@@ -148,6 +153,26 @@ class Formula:
                 yield self._step("tensor", "all-reduce", "gradient of the router's bias", passes, bias)
                 yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
                 yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
+
+    def _baseline_terms(self) -> Iterator[Term]:
+        """Pause embeddings, which tokens of all ranks read; predictions, of which ranks gather the likeliest tokens."""
+        model, axis, hidden = self._config.model, self._mesh.tensor, self._hidden * self._width
+        if self._passes.pauses and self._first and axis.sequence_parallel:
+            size = self._config.ponder.steps * hidden
+            yield self._step("tensor", "all-reduce", "gradient of the pause embeddings", 1, size)
+        if not self._passes.predicts:
+            return
+        predictions = len(self._plan) - 1
+        if self._first:
+            yield from self._border("predictions", enter=0, leave=1, repeats=predictions, size=hidden)
+        if self._last:
+            yield from self._border("predictions", enter=1, leave=0, repeats=predictions, size=hidden)
+            unit = self._config.parallel.vocab_multiple
+            columns = math.ceil(model.vocab_size / (axis.size * unit)) * unit
+            count = self._batch * self._config.data.sequence_length * axis.size * min(CANDIDATES, columns)
+            yield self._step("tensor", "all-gather", "likeliest logits", predictions, count * FP32)
+            yield self._step("tensor", "all-gather", "likeliest tokens", predictions, count * INT64)
+            yield self._step("tensor", "all-reduce", "gradients of the likeliest logits", predictions, count * FP32)
 
     def _border(self, reason: str, enter: int, leave: int, size: int, repeats: int = 1) -> Iterator[Term]:
         """Entering and leaving sharded regions, forward and backward; `size` is bytes of a token."""
@@ -167,7 +192,7 @@ class Formula:
         within = training.recompute_passes is None or index < training.recompute_passes
         if training.recompute == "none" or not within:
             return
-        kept = len(range(slots)[kept_slots(index, self._plan, self._adaptive)]) if self._last else slots
+        kept = len(range(slots)[self._passes.kept(index, self._plan)]) if self._last else slots
         size = self._batch * self._tokens * self._hidden * self._width
         inner = self._layers - 1
         gathered, split = self._mesh.tensor.sequence_parallel, training.recompute == "block"
@@ -184,7 +209,9 @@ class Formula:
 
     def _pipeline_terms(self) -> Iterator[Term]:
         axis = self._mesh.pipeline
-        shapes = PassShapes(self._config.ponder, self._refinements, self._batch, self._own, self._hidden)
+        model = self._config.model
+        sizes = Sizes(self._batch, self._config.data.sequence_length, self._own, model.hidden_size, model.vocab_size)
+        shapes = PassShapes(self._config.ponder, self._refinements, sizes)
         carried = shapes.carried(axis.size, torch.bfloat16 if self._width < FP32 else torch.float32)
         for stage in range(axis.rank, len(carried) + 1, axis.size):
             if stage < len(carried):

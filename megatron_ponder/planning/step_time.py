@@ -222,7 +222,7 @@ class RankStep:
         trained = ponder.gradient_passes or len(slots)
         for index, (run, kept) in enumerate(slots):
             kept = kept if self.rank.last else run
-            front = self.attention(run, folded=ponder.mode == "adaptive" and index > 0)
+            front = self.attention(run, folded=self.rank.chain.routed and index > 0)
             inner, last = self.feed_forward(run), self.feed_forward(kept)
             forward, attended = Work(), Work()
             attended.add(front, len(self.rank.layers))
@@ -239,7 +239,7 @@ class RankStep:
             work.add(backward)
             first_backward = backward.total if first_backward is None else first_backward
         if self.rank.last:
-            work.add(self.head())
+            work.add(self.head(), len(slots) if self.rank.chain.predicts else 1)
         return work, first_backward
 
     def gradient_sums(self) -> float:

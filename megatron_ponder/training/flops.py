@@ -7,7 +7,8 @@ T = L S, H hidden size, F feed-forward width, V vocabulary.
 from typing import NamedTuple
 
 from megatron_ponder.config import Config, ModelConfig
-from megatron_ponder.model.passes import kept_slots, pass_slots
+from megatron_ponder.model.baselines import CANDIDATES
+from megatron_ponder.model.modes import passes_of
 
 # The backward pass of a product computes two: one for the gradient of each factor.
 FORWARD_AND_BACKWARD = 3
@@ -39,9 +40,9 @@ class Slots(NamedTuple):
 
 def slots_of_passes(config: Config, refinements: int) -> list[Slots]:
     """The slots of every pass of one training forward."""
-    ponder, tokens = config.ponder, config.data.sequence_length
-    plan = pass_slots(ponder.steps, refinements)
-    kept = [len(range(slots)[kept_slots(i, plan, ponder.mode == "adaptive")]) for i, slots in enumerate(plan)]
+    passes, tokens = passes_of(config.ponder), config.data.sequence_length
+    plan = passes.plan(refinements)
+    kept = [len(range(slots)[passes.kept(index, plan)]) for index, slots in enumerate(plan)]
     return [Slots(tokens * slots, tokens * rest) for slots, rest in zip(plan, kept, strict=True)]
 
 
@@ -61,7 +62,7 @@ def block_flops(model: ModelConfig, run: int, kept: int) -> PassFlops:
 
 def router_flops(config: Config, final: bool) -> float:
     """2 L H (K + 1) for a linear router, and as much again where hidden states are fused for the output."""
-    if config.ponder.mode != "adaptive":
+    if not passes_of(config.ponder).routed:
         return 0.0
     hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.max_steps + 1
     router = width * (hidden + options) if width else hidden * options
@@ -73,14 +74,27 @@ def head_flops(config: Config) -> float:
     return 2.0 * config.data.sequence_length * config.model.hidden_size * config.model.vocab_size
 
 
+def prediction_flops(config: Config, final: bool) -> float:
+    """2 L H (V + n) where a pass but the last ends in a prediction, whose n likeliest tokens the next one reads."""
+    if final or not passes_of(config.ponder).predicts:
+        return 0.0
+    count = min(CANDIDATES, config.model.vocab_size)
+    return head_flops(config) + 2 * config.data.sequence_length * config.model.hidden_size * count
+
+
 def forward_flops(config: Config, refinements: int) -> list[PassFlops]:
-    """Every pass of one sequence through the whole stack, the router included and the head left out."""
+    """Every pass of one sequence through the whole stack, router and predictions for other passes included.
+
+    The head that predicts the next token is left out.
+    """
     every = []
     slots = slots_of_passes(config, refinements)
     for index, (run, kept) in enumerate(slots):
         inner, last = block_flops(config.model, run, run), block_flops(config.model, run, kept)
         layers = config.model.num_layers - 1
-        matrices = layers * inner.matrices + last.matrices + router_flops(config, final=index == len(slots) - 1)
+        final = index == len(slots) - 1
+        matrices = layers * inner.matrices + last.matrices
+        matrices += router_flops(config, final) + prediction_flops(config, final)
         every.append(PassFlops(matrices, layers * inner.attention + last.attention))
     return every
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from megatron_ponder.config import Config
-from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.memory import Rank, memory_estimate, most_in_flight, rank_parameters
 
@@ -22,7 +22,7 @@ def describe_layout(config: Config, mesh: Mesh) -> str:
     ranks = [Rank(config, data, place, mesh.device.type) for place in range(parallel.pipeline)]
     count, sequences = ranks[0].micro_batches, training.global_batch_size
     slots = sequences * tokens * config.ponder.steps
-    plans = [pass_slots(config.ponder.steps, r) for r in config.ponder.refinement_choices]
+    plans = [passes_of(config.ponder).plan(r) for r in config.ponder.refinement_choices]
     flags = [f"ZeRO {parallel.zero_stage}", training.precision]
     flags += ["sequence parallel"] if parallel.sequence_parallel else []
     flags += [f"recompute {training.recompute}"] if training.recompute != "none" else []
@@ -43,7 +43,7 @@ def describe_layout(config: Config, mesh: Mesh) -> str:
     for rank in ranks:
         memory, layers = memory_estimate(rank), rank.layers
         also = ["embedding"] * rank.first + ["head"] * rank.last
-        also += ["router"] * (rank.last and config.ponder.mode == "adaptive")
+        also += ["router"] * (rank.last and rank.chain.routed)
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.other, memory.total)
         shown = " ".join(f"{size / GIB:{width}.2f}" for size, width in zip(sizes, (7, 5, 5, 6, 5, 6), strict=True))
         lines.append(

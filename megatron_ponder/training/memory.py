@@ -8,12 +8,17 @@ H hidden size, F feed-forward width, t tensor ranks, D data-parallel ranks, b by
 import math
 from dataclasses import dataclass, fields
 
+import torch
+
 from megatron_ponder.config import Config, micro_batches, stage_layers
 from megatron_ponder.model.attention import FOLDED_CHANNELS
+from megatron_ponder.model.baselines import CANDIDATES
 from megatron_ponder.model.cpu_attention import BLOCK
-from megatron_ponder.model.passes import kept_slots, pass_slots
+from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.passes import Passes, Shape, Sizes
+from megatron_ponder.parallel.pipeline import packed_size
 
-FP32 = 4
+FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,21 @@ class Rank:
         return 2 if self.config.training.precision == "bf16" else FP32
 
     @property
+    def chain(self) -> Passes:
+        """The passes of its mode."""
+        return passes_of(self.config.ponder)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of a micro-batch."""
+        config, tokens = self.config, self.config.data.sequence_length
+        share = round(self.residual(tokens))
+        return Sizes(config.training.micro_batch_size, tokens, share, config.model.hidden_size, config.model.vocab_size)
+
+    @property
     def plan(self) -> tuple[int, ...]:
         """Slots a token of every pass, with the largest R that training draws."""
-        return pass_slots(self.config.ponder.steps, self.config.ponder.evaluation_refinements)
+        return self.chain.plan(self.config.ponder.evaluation_refinements)
 
     @property
     def micro_batches(self) -> int:
@@ -104,6 +121,7 @@ def rank_parameters(rank: Rank) -> int:
     config = rank.config
     count = len(rank.layers) * block_parameters(rank)
     count += vocabulary_parameters(rank) * (rank.first + (rank.last and not config.model.tie_embeddings))
+    count += config.ponder.steps * config.model.hidden_size * (rank.first and rank.chain.pauses)
     return count + (_norm_parameters(config) + _router_parameters(config) if rank.last else 0)
 
 
@@ -128,7 +146,7 @@ def _norm_parameters(config: Config) -> int:
 
 
 def _router_parameters(config: Config) -> int:
-    if config.ponder.mode != "adaptive":
+    if not passes_of(config.ponder).routed:
         return 0
     hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.max_steps + 1
     return width * (hidden + 1) + options * (width + 1) if width else options * (hidden + 1)
@@ -171,32 +189,55 @@ class Pass:
     Attributes:
         slots: T, of B sequences.
         kept: those that the last block of the stack finishes.
-        received: those that the pass before has handed over.
+        received: bytes that the pass before has handed over through a pipeline.
+        sent: bytes that go on to the next rank of a pipeline, or to the next pass.
         folded: keys carry log w in further channels.
         final: its hidden states are the output.
+        predicts: it ends in a prediction that the next pass reads.
+        reads: it reads predictions.
         recompute: as in `training.recompute`.
     """
 
     slots: int
     kept: int
     received: int
+    sent: int
     folded: bool
     final: bool
+    predicts: bool
+    reads: bool
     recompute: str
 
 
 def passes(rank: Rank) -> list[Pass]:
     """The passes that keep anything for a backward pass, in order."""
-    training, ponder, plan = rank.config.training, rank.config.ponder, rank.plan
-    tokens, adaptive = training.micro_batch_size * rank.config.data.sequence_length, ponder.mode == "adaptive"
+    training, plan, chain = rank.config.training, rank.plan, rank.chain
+    tokens, sizes = training.micro_batch_size * rank.config.data.sequence_length, rank.sizes
+    handed = [_packed_bytes(rank, chain.state_shapes(sizes, index, plan)) for index in range(len(plan) - 1)]
     result = []
     for index, slots in enumerate(plan):
-        kept = len(range(slots)[kept_slots(index, plan, adaptive)])
+        final = index == len(plan) - 1
         again = training.recompute_passes is None or index < training.recompute_passes
-        recompute = training.recompute if again else "none"
-        folded, final = adaptive and index > 0, index == len(plan) - 1
-        result.append(Pass(tokens * slots, tokens * kept, tokens * (slots - 1), folded, final, recompute))
-    return result if ponder.gradient_passes is None else result[-ponder.gradient_passes :]
+        passed_on = _packed_bytes(rank, chain.stream_shapes(sizes, index, plan))
+        result.append(
+            Pass(
+                slots=tokens * slots,
+                kept=tokens * len(range(slots)[chain.kept(index, plan)]),
+                received=handed[index - 1] if rank.first and index > 0 else 0,
+                sent=passed_on if not rank.last else 0 if final else handed[index],
+                folded=chain.routed and index > 0,
+                final=final,
+                predicts=chain.predicts and not final,
+                reads=chain.predicts and index > 0,
+                recompute=training.recompute if again else "none",
+            )
+        )
+    trained = rank.config.ponder.gradient_passes
+    return result if trained is None else result[-trained:]
+
+
+def _packed_bytes(rank: Rank, shapes: tuple[Shape, Shape | None]) -> int:
+    return packed_size(*shapes, torch.bfloat16 if rank.width < FP32 else torch.float32) * rank.width
 
 
 def attention_bytes(rank: Rank, p: Pass, kept: int) -> float:
@@ -267,15 +308,23 @@ def pass_bytes(rank: Rank, p: Pass) -> float:
     size += block_bytes(rank, p, p.kept if rank.last else p.slots, p.recompute)
     if rank.last:
         size += kept * _norm_bytes(rank)
-        if config.ponder.mode == "adaptive":
+        if rank.chain.routed:
             # the router's fp32 input: a view of the norm's output, or a copy of the first slots
             size += kept * hidden * b if b == FP32 else rank.residual(tokens) * hidden * FP32
             size += kept * hidden * b if p.final and b < FP32 else 0  # for the gradient of the fusion
-        size += tokens * hidden * b if p.final else 0  # the head's input
+        size += tokens * hidden * b if p.final or p.predicts else 0  # the head's input
     if config.parallel.pipeline > 1:
-        sent = p.slots if not rank.last else 0 if p.final else p.kept
-        size += rank.residual(sent + (p.received if rank.first else 0)) * hidden * b
-    return size
+        size += p.sent + p.received
+    return size + prediction_bytes(rank, p)
+
+
+def prediction_bytes(rank: Rank, p: Pass) -> float:
+    """Of n likeliest tokens, places 8 n (16 n on tensor ranks) and probabilities 4 n; to mix them, ids 8 n and b n."""
+    config = rank.config
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    count = min(CANDIDATES, config.model.vocab_size)
+    size = tokens * count * ((INT64 if config.parallel.tensor == 1 else 2 * INT64) + FP32) * (p.predicts and rank.last)
+    return size + tokens * count * (INT64 + rank.width) * (p.reads and rank.first)
 
 
 def most_in_flight(rank: Rank, sizes: list[float]) -> float:
@@ -324,7 +373,7 @@ def workspace_bytes(rank: Rank, p: Pass) -> float:
     size = max(feed_forward, later) + 2 * stream * b
     if p.recompute == "block":
         size += block_bytes(rank, p, slots, "none") + 2 * stream * b
-    return size
+    return max(size, logits_bytes(rank)) if p.predicts else size
 
 
 def deferred_bytes(rank: Rank, p: Pass) -> float:
@@ -344,10 +393,14 @@ def deferred_bytes(rank: Rank, p: Pass) -> float:
 
 def loss_bytes(rank: Rank) -> float:
     """Logits of this rank's part of the vocabulary in fp32, 4 B L V/t, and in bf16 also as they are, 2 B L V/t."""
+    return logits_bytes(rank) * (1 if rank.width == FP32 else (FP32 + rank.width) / rank.width)
+
+
+def logits_bytes(rank: Rank) -> float:
+    """Logits of this rank's part of the vocabulary, B L V/t b, or the gradient of a prediction's."""
     config = rank.config
     tokens = config.training.micro_batch_size * config.data.sequence_length
-    columns = vocabulary_parameters(rank) / config.model.hidden_size
-    return tokens * columns * (FP32 if rank.width == FP32 else FP32 + rank.width) if rank.last else 0.0
+    return tokens * vocabulary_parameters(rank) / config.model.hidden_size * rank.width if rank.last else 0.0
 
 
 # Gradients --------------------------------------------------------------------------------------------------------
@@ -370,13 +423,15 @@ def held_gradient_bytes(rank: Rank) -> float:
 
 
 def unfinished_gradient_bytes(rank: Rank) -> float:
-    """Gradients of weights to which earlier passes will add, N b without the embedding; autograd holds them so long.
+    """Gradients of weights to which earlier passes will add, N b; autograd holds them so long.
 
+    Without embedding and head where only the first and the last pass use them.
     None with a single pass; none with a pipeline, where each pass has a backward pass of its own.
     """
     if len(passes(rank)) == 1 or rank.config.parallel.pipeline > 1:
         return 0.0
-    return rank.width * (rank_parameters(rank) - vocabulary_parameters(rank) * (not rank.config.model.tie_embeddings))
+    once = not (rank.config.model.tie_embeddings or rank.chain.predicts)
+    return rank.width * (rank_parameters(rank) - vocabulary_parameters(rank) * once)
 
 
 def reduction_bytes(rank: Rank) -> float:

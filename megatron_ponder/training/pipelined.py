@@ -87,8 +87,8 @@ class PipelinedObjective:
         key = (refinements, len(micro_batches), batch, width, pruning, training)
         if key not in self._schedules:
             model, axis = self._objective.model, self._mesh.pipeline
-            tokens = model.axis.share(width - 1)
-            shapes = PassShapes(model.ponder_config, refinements, batch, tokens, model.model_config.hidden_size)
+            sizes = model.sizes(batch, width - 1)
+            shapes = PassShapes(model.ponder_config, refinements, sizes)
             finish = self._finish if training else self._measure
             self._schedules[key] = build_schedule(
                 rounds=[PassStage(model, index, shapes, pruning, finish) for index in range(len(shapes.plan))],

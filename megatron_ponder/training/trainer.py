@@ -101,9 +101,8 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
 
 def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:
     ponder, training = config.ponder, config.training
-    steps = {"vanilla": "no additional steps", "fixed": f"{ponder.max_steps} additional steps"}.get(
-        ponder.mode, f"up to {ponder.max_steps} additional steps"
-    )
+    limit = "up to " if ponder.mode == "adaptive" else ""
+    steps = f"{limit}{ponder.steps or 'no'} additional steps"
     start = f"going on after step {step}" if step else "starting"
     return (
         f"{start}: {config.model.family}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ponder.config import Config
-from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.devices import known_gpu
 from megatron_ponder.training.flops import training_flops
@@ -216,7 +216,7 @@ class StepWatch:
             "time": time.time(),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "slots_per_second": tokens * sum(pass_slots(ponder.steps, refinements)) / seconds,
+            "slots_per_second": tokens * sum(passes_of(ponder).plan(refinements)) / seconds,
             **{f"{part}_seconds": parts[part] for part in PARTS},
             "data_wait": parts["data"] / seconds,
             "model_flops": self._flops[refinements],

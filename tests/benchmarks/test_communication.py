@@ -11,6 +11,7 @@ from tests.distributed import run_distributed
 
 LENGTH = 7  # odd, so that sequence parallelism pads
 CASES = [(layout, mode) for layout in ("tp2", "tp2+sp") for mode in ("vanilla", "adaptive")]
+CASES += [("tp2", "ponderlm"), ("tp2+sp", "ponderlm"), ("tp2+sp", "pause"), ("tp2", "loop")]
 CASES += [(layout, "adaptive") for layout in ("tp2 block", "tp2+sp block", "tp2+sp attention")]
 
 

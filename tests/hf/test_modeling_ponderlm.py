@@ -17,6 +17,9 @@ GPT_NEOX = {"model__family": "gpt_neox"}
 MODES = [
     {"ponder__mode": "vanilla"},
     {"ponder__mode": "fixed"},
+    {"ponder__mode": "pause"},
+    {"ponder__mode": "loop"},
+    {"ponder__mode": "ponderlm", "model__vocab_size": 173},
     {"ponder__threshold": 0.1},
     {"ponder__threshold": 0.3, "ponder__max_steps": 3, "ponder__router_bias": 0.2},
 ]

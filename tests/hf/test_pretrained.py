@@ -121,6 +121,7 @@ def test_a_plain_model_gets_a_fresh_router(tmp_path):
     [
         {"ponder__threshold": 0.3, "ponder__router_bias": -0.25, "ponder__router_hidden_size": 8},
         {"ponder__mode": "fixed", "model__tie_embeddings": "true"},
+        {"ponder__mode": "pause"},
         {"ponder__mode": "vanilla", "model__norm_epsilon": 1e-6, "model__rope_theta": 123456.789},
     ],
 )
@@ -148,6 +149,10 @@ def test_an_export_in_another_mode(tmp_path, sentencepiece_model):
     assert torch.equal(fixed["head.weight"], weights["head.weight"].bfloat16().float())
     more, _ = import_pretrained(tmp_path / "exported", ["--ponder.max_steps", "3"])
     assert more["router.output.bias"].tolist() == [0, 0, 0, 2]
+    paused, config = import_pretrained(tmp_path / "exported", ["--ponder.mode", "pause"])
+    fresh = PonderLM(config.model, config.ponder)
+    initialize(fresh, config.training.seed)
+    assert torch.equal(paused["pauses.weight"], fresh.pauses.weight)
     assert tokenizer_of(tmp_path / "exported") == tmp_path / "exported"
 
 

@@ -54,7 +54,7 @@ class Saved:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive"])
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(family, mode, reentrant):
     """The same gradients from less memory: each layer keeps its input alone, and runs again in the backward pass."""

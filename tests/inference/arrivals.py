@@ -17,6 +17,10 @@ MODELS = {
     f"{family}-{mode}": {"model__family": family, "ponder__mode": mode}
     for family in ("llama", "gpt_neox")
     for mode in ("adaptive", "fixed", "vanilla")
+} | {
+    "llama-pause": {"ponder__mode": "pause"},
+    "gpt_neox-loop": {"model__family": "gpt_neox", "ponder__mode": "loop"},
+    "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301},
 }
 
 

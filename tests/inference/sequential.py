@@ -8,6 +8,8 @@ from torch import Tensor
 from megatron_ponder.model.attention import DEAD
 from megatron_ponder.model.router import fusion_weights
 
+CANDIDATES = 100
+
 
 @dataclass
 class ListCache:
@@ -33,40 +35,84 @@ class Sequential:
     Attributes:
         outputs: of every token, what the head reads.
         executed: K̂ of every token.
-        caches: of every layer.
+        caches: of every layer; where passes have keys of their own, for each pass.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
     executed: list[int] = field(default_factory=list)
-    caches: list[ListCache] = field(default_factory=list)
+    caches: dict[int, list[ListCache]] = field(default_factory=dict)
     position: int = 0
+
+    def run(self, model, x: Tensor, log_w: Tensor | None = None, of_pass: int = 0) -> Tensor:
+        """The hidden state of one slot of the current token."""
+        caches = self.caches.setdefault(of_pass, [ListCache() for _ in model.part.layers])
+        log_w = torch.zeros(1).double() if log_w is None else log_w
+        return model.run_slots(x, torch.tensor([self.position]), log_w, caches)
+
+
+def fixed(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+    """Every latent slot reads the slot before it; no step for `vanilla`."""
+    hidden, steps = state.run(model, embedded), model.ponder_config.steps
+    for _ in range(steps):
+        hidden = state.run(model, hidden)
+    return hidden, steps
+
+
+def adaptive(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+    """As many latent slots as the router asks for, as keys and in the output with their weights."""
+    hidden = state.run(model, embedded)
+    routing = model.route(hidden, pruning)
+    steps, weights = int(routing.executed), fusion_weights(routing, pruning)[0]
+    output = weights[0] * hidden
+    for step in range(1, steps + 1):
+        hidden = state.run(model, hidden, routing.log_w[:, step])
+        output = output + weights[step] * hidden
+    assert (routing.log_w[0, : steps + 1] > DEAD).all()
+    return output, steps
+
+
+def pause(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+    """K learned embeddings, scaled like tokens, follow the token."""
+    hidden = state.run(model, embedded)
+    for pause_H in model.pauses.weight:
+        hidden = state.run(model, model.ponder_config.embedding_scale * pause_H.unsqueeze(0))
+    return hidden, len(model.pauses.weight)
+
+
+def loop(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+    """Every pass reads the one before it, and sees what earlier tokens were in the same pass."""
+    hidden, steps = embedded, model.ponder_config.steps
+    for index in range(steps + 1):
+        hidden = state.run(model, hidden, of_pass=index)
+    return hidden, steps
+
+
+def ponderlm(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+    """Every pass reads e_t plus the embeddings of all predictions before, each the mean over its 100 likeliest."""
+    x, steps = embedded, model.ponder_config.steps
+    for index in range(steps + 1):
+        hidden = state.run(model, x, of_pass=index)
+        if index < steps:
+            p = model.head(hidden)[0].softmax(-1)
+            kept = p >= p.sort(descending=True).values[:CANDIDATES][-1]
+            p = torch.where(kept, p, 0) / p[kept].sum()
+            x = x + model.ponder_config.embedding_scale * (p @ model.embedding.weight)
+    return hidden, steps
+
+
+RULES = {rule.__name__: rule for rule in (fixed, adaptive, pause, loop, ponderlm)} | {"vanilla": fixed}
 
 
 @torch.no_grad()
 def feed(model, pruning, state: Sequential, token: int) -> Tensor:
     """Run all slots of one token; its logits."""
-    if not state.caches:
-        state.caches, state.position = [ListCache() for _ in model.part.layers], 0
-    position = torch.tensor([state.position])
-    hidden = model.run_slots(model.embed(torch.tensor([token])), position, torch.zeros(1).double(), state.caches)
-    routing = model.route(hidden, pruning)
-    if routing is None:
-        steps = model.ponder_config.steps
-        for _ in range(steps):
-            hidden = model.run_slots(hidden, position, torch.zeros(1).double(), state.caches)
-        output = hidden
-    else:
-        steps, weights = int(routing.executed), fusion_weights(routing, pruning)[0]
-        output = weights[0] * hidden
-        for step in range(1, steps + 1):
-            hidden = model.run_slots(hidden, position, routing.log_w[:, step], state.caches)
-            output = output + weights[step] * hidden
-        assert (routing.log_w[0, : steps + 1] > DEAD).all()
+    rule = RULES[model.ponder_config.mode]
+    output, steps = rule(model, pruning, state, model.embed(torch.tensor([token])))
     state.position += 1
     state.outputs.append(output[0])
     state.executed.append(steps)
     if token == model.eod_id:
-        state.caches = []
+        state.caches, state.position = {}, 0
     return model.head(output)[0]
 
 

@@ -47,6 +47,7 @@ def test_one_process(name, dtype, tolerance, sequential):
                 ("gpt_neox-adaptive", "pp2", 1e-9, False),
                 ("gpt_neox-fixed", "tp2", 1e-4, True),
                 ("llama-fixed", "pp2", 1e-4, False),
+                ("llama-ponderlm", "tp2-pp2", 1e-9, False),
             }
         ]
         for name in MODELS

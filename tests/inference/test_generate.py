@@ -26,7 +26,7 @@ def timeless(results: list[Generation]) -> list[Generation]:
     return [replace(result, seconds_waited=0.0, seconds_to_first=0.0, seconds=0.0) for result in results]
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "fixed", "vanilla"])
+@pytest.mark.parametrize("mode", ["adaptive", "fixed", "vanilla", "pause", "loop", "ponderlm"])
 def test_batch_equals_one_at_a_time(mode):
     model = small_model(router_scale=3.0, ponder__mode=mode, ponder__max_steps=3, ponder__threshold=0.2)
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 5, 9, 2)]

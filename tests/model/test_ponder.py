@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.model.attention import DEAD, Slots
-from megatron_ponder.model.passes import interleaving, pass_slots
+from megatron_ponder.model.passes import PassState, interleaving, pass_slots
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import declarations
 from tests.models import random_tokens, small_model
 
 FAMILIES = [{"model__family": "llama", "model__num_kv_heads": 2}, {"model__family": "gpt_neox"}]
 MODES = ["vanilla", "fixed", "adaptive"]
+ALL_MODES = [*MODES, "pause", "loop", "ponderlm"]
 TINY = {"model__hidden_size": 16, "model__num_heads": 2, "model__ffn_hidden_size": 16}
 
 
@@ -117,7 +118,7 @@ def test_early_positions_are_right_first(mode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 def test_gradient_through_all_passes_by_finite_differences(family, mode):
     model = small_model(ponder__mode=mode, **TINY | family)
     tokens = random_tokens(2, 5)
@@ -138,7 +139,7 @@ def test_gradient_through_all_passes_by_finite_differences(family, mode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("recompute", ["block", "attention"])
 def test_recompute_changes_no_gradient(family, mode, recompute):
     model = small_model(ponder__mode=mode, **family)
@@ -159,16 +160,12 @@ def test_truncated_gradients_equal_detached_states(mode, kept):
     layout, plan = interleaving(inputs, None), pass_slots(2, 2)
     state = None
     for index, slots in enumerate(plan):
-        if state is None:
-            state = model.next_state(torch.empty(2, 7, 1, 32), None, pruning, 1)._replace(latents=None)
-        if index == len(plan) - kept:
-            state = state._replace(
-                latents=None if state.latents is None else state.latents.detach(),
-                log_w=None if state.log_w is None else state.log_w.detach(),
-            )
-        hidden, routing = model.run_pass(model.embed(inputs), state, layout, pruning)
-        state = model.next_state(hidden, routing, pruning, min(slots + 1, 3))
-    logits = model.head(model.fuse(hidden, routing, pruning))
+        if index == len(plan) - kept and state is not None:
+            state = PassState(*[None if part is None else part.detach() for part in state])
+        result = model.run_pass(model.embed(inputs), state, layout, pruning)
+        state = model.next_state(result, pruning, min(slots + 1, 3))
+    routing = result.routing
+    logits = model.head(model.fuse(result.hidden_BLSH, routing, pruning))
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     if routing is not None:
         loss = loss + 0.05 * routing.log_w[..., 1:].exp().sum(-1).mean()
@@ -201,7 +198,7 @@ def test_tied_embeddings_are_one_parameter():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("hard", [False, True])
 def test_no_output_depends_on_a_later_token(family, mode, hard):
     model = small_model(router_scale=4.0, ponder__mode=mode, **family)
@@ -216,7 +213,7 @@ def test_no_output_depends_on_a_later_token(family, mode, hard):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 def test_documents_do_not_see_each_other(mode):
     model = small_model(router_scale=4.0, ponder__mode=mode, eod_id=7)
     first, second = torch.tensor([[3, 4, 5, 7]]), torch.tensor([[8, 9, 10]])

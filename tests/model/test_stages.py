@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.model.passes import Sizes
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.model.transformer import ModelPart
 from tests.models import random_tokens, small_model
 
 BATCH, LENGTH, LAYERS, EOD = 2, 7, 4, 7
-MODELS = [(family, mode) for family in ("llama", "gpt_neox") for mode in ("vanilla", "fixed", "adaptive")]
+MODES = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
+MODELS = [(family, mode) for family in ("llama", "gpt_neox") for mode in MODES]
 # Blocks of each part.
 CUTS = {2: (1, 3), 3: (1, 2, 1)}
 
@@ -44,9 +45,8 @@ def loss_of(output: PonderOutput) -> Tensor:
 
 def chain(parts: list[PonderLM], tokens: Tensor, refinements: int, travelled: list[Tensor]) -> Tensor:
     """The loss, from all stages of all parts in turn."""
-    config = parts[0].model_config
     pruning = parts[0].pruning(hard=False)
-    shapes = PassShapes(parts[0].ponder_config, refinements, BATCH, LENGTH, config.hidden_size)
+    shapes = PassShapes(parts[0].ponder_config, refinements, parts[0].sizes(BATCH, LENGTH))
     carried = tokens
     for index in range(len(shapes.plan)):
         for part in parts:
@@ -66,11 +66,11 @@ def test_a_chain_of_stages_equals_the_whole_model(family, mode, refinements, ran
     parts, travelled = cut(model, CUTS[ranks]), []
     got = chain(parts, tokens, refinements, travelled)
     got.backward()
-    assert len(travelled) == ranks * len(pass_slots(model.ponder_config.steps, refinements))
+    assert len(travelled) == ranks * len(model.passes.plan(refinements))
     assert got.item() == pytest.approx(expected.item(), rel=1e-12)
     gradients = {name: parameter.grad for part in parts for name, parameter in part.named_parameters()}
     assert gradients.keys() == dict(model.named_parameters()).keys()
-    head = {"head.weight"}  # which this loss does not reach
+    head = set() if mode == "ponderlm" else {"head.weight"}  # which this loss does not reach
     for name, parameter in model.named_parameters():
         if name in head:
             continue
@@ -99,7 +99,7 @@ def test_the_last_stage_gives_the_whole_output(hard):
     expected = model.jacobi(tokens[:, :-1], 2, pruning)
     assert len(set(expected.routing.executed.flatten().tolist())) > 1
     parts, outputs = cut(model, CUTS[3]), []
-    shapes = PassShapes(model.ponder_config, 2, BATCH, LENGTH, model.model_config.hidden_size)
+    shapes = PassShapes(model.ponder_config, 2, model.sizes(BATCH, LENGTH))
 
     def keep(output: PonderOutput, given: Tensor) -> Tensor:
         assert given is tokens
@@ -119,8 +119,11 @@ def test_the_last_stage_gives_the_whole_output(hard):
 
 def test_shapes_of_what_travels():
     """K = 2, R = 0: 1, 2, 3 slots a token; without log weights into the first pass, or without a router."""
-    adaptive, fixed = (whole_model("llama", mode).ponder_config for mode in ("adaptive", "fixed"))
-    shapes = PassShapes(adaptive, 0, batch=2, tokens=5, hidden_size=8)
+    adaptive, fixed, loop, ponderlm = (
+        whole_model("llama", mode).ponder_config for mode in ("adaptive", "fixed", "loop", "ponderlm")
+    )
+    sizes = Sizes(batch=2, tokens=5, share=5, hidden_size=8, vocab_size=1000)
+    shapes = PassShapes(adaptive, 0, sizes)
     assert shapes.plan == (1, 2, 3)
     assert [shapes.within(index) for index in range(3)] == [
         ((2, 5, 8), None),
@@ -134,6 +137,11 @@ def test_shapes_of_what_travels():
     numbers = [80, 80 + 20, 160 + 20, 160 + 30, 240 + 30]
     assert shapes.carried(2, torch.float32) == numbers
     assert shapes.carried(2, torch.bfloat16) == [80, 80 + 40, 160 + 40, 160 + 60, 240 + 60]
-    plain = PassShapes(fixed, 0, batch=2, tokens=5, hidden_size=8)
+    plain = PassShapes(fixed, 0, sizes)
     assert plain.carried(2, torch.bfloat16) == [80, 80, 160, 160, 240]
     assert plain.carried(3, torch.float32) == [80, 80, 80, 160, 160, 160, 240, 240]
+    assert PassShapes(loop, 0, sizes).carried(2, torch.bfloat16) == [80] * 5
+    # the input of a pass goes along, and comes back with probabilities and ids of the 100 likeliest of each token
+    shapes = PassShapes(ponderlm, 0, sizes._replace(share=3))
+    assert [shapes.within(0), shapes.after(0)] == [((2, 2, 3, 8), None), ((2, 3, 8), (2, 5, 2, 100))]
+    assert shapes.carried(2, torch.bfloat16) == [96, 48 + 4000, 96, 48 + 4000, 96]

@@ -28,6 +28,11 @@ MODELS = {
     f"{family} {mode}": {"model__family": family, "ponder__mode": mode} | heads
     for family, heads in {"llama": {"model__num_kv_heads": 2}, "gpt_neox": {}}.items()
     for mode in ("vanilla", "fixed", "adaptive")
+} | {
+    "llama pause": {"ponder__mode": "pause"},
+    "gpt_neox loop": {"ponder__mode": "loop", "model__family": "gpt_neox"},
+    # more tokens than a prediction is read through, and tensor ranks with unequal parts of them
+    "llama ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301},
 }
 
 

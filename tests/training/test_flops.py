@@ -14,6 +14,9 @@ R = 1
 CASES = [
     {"ponder__mode": "vanilla"},
     {"ponder__mode": "fixed"},
+    {"ponder__mode": "pause"},
+    {"ponder__mode": "loop"},
+    {"ponder__mode": "ponderlm"},
     {},
     {"model__family": "gpt_neox"},
     {"ponder__router_hidden_size": 24},
@@ -58,10 +61,13 @@ def test_products_with_weights_are_those_that_run(overrides):
     options = config.ponder.max_steps + 1
     fusion = 2 * LENGTH * config.model.hidden_size * options if config.ponder.mode == "adaptive" else 0
     weights, _ = counted(overrides)
-    assert weights == BATCH * (expected - 3 * fusion)  # which is a stack of products
+    mixtures = 0
+    if config.ponder.mode == "ponderlm":  # K times over all 61 tokens, looked up and added
+        mixtures = 2 * LENGTH * config.model.hidden_size * 61 * config.ponder.max_steps
+    assert weights == BATCH * (expected - 3 * (fusion + mixtures))  # stacks of products, and none at all
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive"])
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
 def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
     config = small_config(data__sequence_length=LENGTH, ponder__mode=mode)
     slots = slots_of_passes(config, R)

@@ -89,7 +89,7 @@ class Alive(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive"])
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "ponderlm"])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
 def test_parameters_of_every_rank(family, mode, tensor, pipeline):
@@ -152,6 +152,10 @@ ACTIVATIONS = [
     {"model__num_kv_heads": 2},
     {"ponder__mode": "fixed"},
     {"ponder__mode": "vanilla"},
+    {"ponder__mode": "pause"},
+    {"ponder__mode": "loop", "model__family": "gpt_neox"},
+    {"ponder__mode": "ponderlm"},
+    {"ponder__mode": "ponderlm", "training__recompute": "block"},
     {"ponder__gradient_passes": 2},
     {"data__reset_at_eod": "true"},
     {"training__recompute": "block"},
@@ -180,7 +184,10 @@ def measure_tensor_ranks(mesh: Mesh, cases: list[dict]) -> list[int]:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_activations_of_tensor_ranks(sequence_parallel):
     layout = {"parallel__tensor": 2, "parallel__sequence_parallel": str(sequence_parallel).lower()}
-    cases = [layout | case for case in ({}, {"ponder__mode": "fixed"}, {"training__recompute": "attention"})]
+    cases = [
+        layout | case
+        for case in ({}, {"ponder__mode": "fixed"}, {"ponder__mode": "ponderlm"}, {"training__recompute": "attention"})
+    ]
     cases.append(layout | {"model__family": "gpt_neox", "training__precision": "bf16"})
     measured = run_distributed(measure_tensor_ranks, 2, cases, tensor=2, sequence_parallel=sequence_parallel)
     for case, *left in zip(cases, *measured, strict=True):
@@ -240,7 +247,18 @@ class SimpleNamespaceStage(SimpleNamespace):
 # Peaks
 
 
-@pytest.mark.parametrize("overrides", ACTIVATIONS[:1] + ACTIVATIONS[7:10], ids=["none", "eod", "block", "attention"])
+PEAKS = {
+    "none": {},
+    "eod": {"data__reset_at_eod": "true"},
+    "block": {"training__recompute": "block"},
+    "attention": {"training__recompute": "attention"},
+    "pause": {"ponder__mode": "pause"},
+    "loop": {"ponder__mode": "loop"},
+    "ponderlm": {"ponder__mode": "ponderlm"},
+}
+
+
+@pytest.mark.parametrize("overrides", PEAKS.values(), ids=PEAKS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_peak_of_a_micro_batch(overrides, precision):
     config = config_for(**overrides, training__precision=precision)
@@ -310,6 +328,8 @@ def test_the_peak_of_training_in_a_pipeline():
         {"ponder__mode": "fixed", "training__precision": "bf16"},
         {"training__recompute": "block", "parallel__zero_stage": 0},
         {"parallel__pipeline_schedule": "zero_bubble"},
+        {"ponder__mode": "loop"},
+        {"ponder__mode": "ponderlm"},
     ]
     check_engines([layout | case for case in cases], data=1, pipeline=2)
 

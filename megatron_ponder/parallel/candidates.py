@@ -1,0 +1,36 @@
+"""The likeliest tokens of a vocabulary that is split over the tensor ranks; the logits are never gathered."""
+
+import torch
+from torch import Tensor
+
+from megatron_ponder.parallel.collectives import gather_from_ranks
+from megatron_ponder.parallel.mesh import Axis
+
+
+def likeliest(logits: Tensor, count: int, axis: Axis, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The largest logits, on every rank those of the whole vocabulary.
+
+    Each rank finds its own largest, which together hold the largest of all.
+
+    Args:
+        logits: (..., V / ranks), this rank's part of the vocabulary, which may be padded at its end.
+        count: how many, or all there are.
+        axis: the tensor ranks.
+        vocab_size: V without padding.
+
+    Returns:
+        The logits in fp32 or better, falling, and int64 ids: (..., n) each, n = min(count, V), on every rank alike. The
+        gradient of the logits is summed over the ranks.
+    """
+    columns, count = logits.shape[-1], min(count, vocab_size)
+    padding = min(max(columns * (axis.rank + 1) - vocab_size, 0), columns)
+    if padding:
+        beyond = torch.arange(columns, device=logits.device) >= columns - padding
+        logits = logits.masked_fill(beyond, -torch.inf)
+    values, ids = logits.topk(min(count, columns), -1)
+    values = gather_from_ranks(values.to(torch.promote_types(values.dtype, torch.float32)), axis)
+    ids = gather_from_ranks(ids + columns * axis.rank, axis)
+    if axis.size == 1:
+        return values, ids
+    values, places = values.topk(count, -1)
+    return values, ids.gather(-1, places)
