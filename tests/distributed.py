@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -80,6 +81,10 @@ def _run_rank(
         except BaseException:
             (folder / f"error-{rank}").write_text(traceback.format_exc())
             raise
+    # Threads of gloo that still let go of a tensor while the interpreter ends under them abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def free_port() -> int:

@@ -187,7 +187,9 @@ def test_a_run_folder_with_checkpoints_is_not_overwritten(run, corpus):
 
 
 def resumed(corpus, run, *overrides) -> list[str]:
-    return [*tiny_arguments(corpus, run, training__steps=12), "--checkpoint.resume=auto", *overrides]
+    """Goes on from the latest checkpoint by its name, in place of which no other is taken."""
+    latest = run / "checkpoints" / LATEST
+    return [*tiny_arguments(corpus, run, training__steps=12), f"--checkpoint.resume={latest}", *overrides]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
@@ -206,7 +208,8 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_changed(run, corpus, name,
     assert contents(run) == before
 
     shutil.rmtree(run / "checkpoints" / LATEST)  # what the message says, and then the older one is found
-    assert "hidden_size is 32" in refused(resumed(corpus, run, "--model.hidden_size=32"))
+    automatic = ["--checkpoint.resume=auto", "--model.hidden_size=32"]
+    assert "hidden_size is 32" in refused(resumed(corpus, run, *automatic))
 
 
 def test_a_damaged_manifest(run, corpus):

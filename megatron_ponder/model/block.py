@@ -53,7 +53,7 @@ class SwiGLU(ShardedModule):
         """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the product's recipe for the backward pass."""
         x = enter(x, self.axis, tokens)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+        product = _SwiGLU.apply(gate, up) if not torch.is_inference_mode_enabled() else F.silu(gate).mul_(up)
         with keep_recipe(recipes, product, lambda: F.silu(gate).mul_(up)):
             return self.down_proj(product, tokens)
 

@@ -91,5 +91,5 @@ def rotate(x: Tensor, angles: Rotation, channels: Tensor | None = None) -> Tenso
     Returns:
         (B, T, heads, head size + further).
     """
-    compute = _Rotate.apply if torch.is_grad_enabled() else _rotated
+    compute = _Rotate.apply if not torch.is_inference_mode_enabled() else _rotated
     return compute(x, angles.cos, angles.sin, channels)

@@ -153,7 +153,7 @@ class RMSNorm(ShardedModule):
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """The norm with a given g."""
         # With gradients on CPUs, PyTorch composes its norm from many passes over memory.
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and not torch.is_inference_mode_enabled():
             return _RMSNormFunction.apply(x, weight, self.epsilon)
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
 

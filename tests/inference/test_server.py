@@ -15,6 +15,7 @@ import pytest
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.generate import generate
+from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.sampling import Sampling
 from megatron_ponder.inference.scheduler import Batching
 from megatron_ponder.inference.server.application import Application, Limits
@@ -122,7 +123,7 @@ def running(
         gate: holds every step of the engine up until it is set.
     """
     limits = limits or Limits()
-    engine = Engine(served.model, batching=Batching(4, slots), tokenizer=served.tokenizer)
+    engine = Engine(served.model, batching=Batching(4, slots, prefill=Prefill(shortest=2)), tokenizer=served.tokenizer)
     if gate is not None:
         step = engine.step
         engine.step = lambda: gate.wait(SECONDS) and step()

@@ -145,7 +145,7 @@ def test_the_engine_fails(served):
     gate = threading.Event()
     with running(served, gate=gate) as server:
         streaming = server.client.open(LONG | {"stream": True, "max_tokens": 240})
-        waiting = [server.client.open(SHORT | {"n": 4}) for _ in range(2)]
+        waiting = [server.client.open(LONG | {"n": 4}) for _ in range(2)]
         server.wait(lambda: server.worker._accepted == 9)
         gate.set()
         response = streaming.getresponse()
