@@ -1,5 +1,6 @@
 """That neither shards, ranks, crashes nor the size of the corpus show in a dataset."""
 
+import contextlib
 import json
 import os
 import random
@@ -129,7 +130,8 @@ def test_killed_at_random_moments_it_goes_on(corpus, tokenizer_path, expected, t
         while process.poll() is None and not list(work.glob("*.partial")):
             time.sleep(0.002)
         time.sleep(generator.uniform(0, 0.3))
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # all was done before
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if not work.exists():  # killed, if at all, when all was done
             assert files(prefix) == expected
