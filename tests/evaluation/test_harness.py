@@ -46,7 +46,6 @@ metric_list: [{metric: exact_match}]
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     """The harness, which loads nothing from the network, and estimates errors in this process."""
-    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
 

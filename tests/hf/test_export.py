@@ -136,7 +136,6 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
 
 def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
     """Pipelines, placement, types, saving again: with the export's own code and no network, and without warnings."""
-    pytest.importorskip("accelerate")  # which transformers needs to place a model
     options = {"model__vocab_size": 1024, "ponder__threshold": 0.3}
     folder = tmp_path / "exported"
     export(

@@ -4,6 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -110,7 +111,6 @@ class StopAt(TrainerCallback):
 
 def trainer(material, folder: Path, **options) -> Trainer:
     """Fine-tunes the export as users do: padded batches, two of which make a step."""
-    pytest.importorskip("accelerate")  # which Trainer needs
     exported, tokenizer, samples = material
     set_seed(0)
     arguments = TrainingArguments(
@@ -198,7 +198,6 @@ def test_the_router_computes_in_fp32(autocast):
 
 def test_low_rank_adapters(material):
     """Names are those of LlamaForCausalLM, so that what is written for it works; the router can be trained too."""
-    peft = pytest.importorskip("peft")
     model = PonderLMForCausalLM.from_pretrained(material[0])
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "output", "lm_head"}

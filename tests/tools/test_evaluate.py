@@ -162,7 +162,6 @@ def test_an_export_and_settings_of_a_checkpoint(tool, tmp_path):
 
 def test_tasks(tool, run_dir, corpus, tmp_path, monkeypatch):
     """The shipped task on a trained run and on its export, which give the same."""
-    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

@@ -164,7 +164,6 @@ def test_a_full_disk_costs_lines_of_the_log_and_not_the_run():
 
 @pytest.mark.slow
 def test_wandb_gets_the_numbers_without_a_network(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
