@@ -63,6 +63,8 @@ class PonderConfig:
         jacobi_iterations: R, refinement passes in training; a list is drawn from uniformly, once per optimiser step.
         threshold: tau, a step is executed at inference while its weight w is at least this.
         router_bias: alpha, added k times to the router's logit of step k at inference; positive buys more steps.
+        router_input: what the router reads of a token: `hidden` (h_{t,0}, in which its context is) or `token` (its
+            embedding alone, as a control; for training and evaluation only).
         router_hidden_size: width of a hidden layer in the router; 0 for a linear router.
         router_initial_bias: initial bias of the router for step K, so that training starts near `fixed`.
         penalty_weight: lambda, weight of the mean sum of w over additional steps in the loss; unused without a router,
@@ -78,6 +80,7 @@ class PonderConfig:
     jacobi_iterations: int | list[int] = field(default_factory=lambda: [2, 3])
     threshold: float = 1e-4
     router_bias: float = 0.0
+    router_input: Literal["hidden", "token"] = "hidden"
     router_hidden_size: int = 0
     router_initial_bias: float = 2.0
     penalty_weight: float = 0.0

@@ -167,6 +167,11 @@ def _validate_pipeline(config: Config) -> None:
         "ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
     )
     _require(
+        config.ponder.mode != "adaptive" or config.ponder.router_input == "hidden",
+        f"ponder.router_input token cannot be used with parallel.pipeline {pipeline}: embedding and router are on "
+        "different ranks; set ponder.router_input to hidden, or parallel.pipeline to 1",
+    )
+    _require(
         config.ponder.gradient_passes is None,
         f"ponder.gradient_passes cannot be used with parallel.pipeline {pipeline}: every pass must hand a gradient "
         "back to the one before; leave ponder.gradient_passes out, or set parallel.pipeline to 1",

@@ -88,6 +88,8 @@ def check_setup(setup: Setup, launch: Launch, device: torch.device, copies: bool
     folder = resolve_checkpoint(setup.checkpoint)
     verify(folder, read_manifest(folder))
     config = read_config_of(folder)
+    if config.ponder.mode == "adaptive" and config.ponder.router_input != "hidden":
+        raise UserError(f"{folder} was trained with ponder.router_input token, a control that cannot generate")
     check_sizes(config.model, setup.tensor, setup.pipeline, launch.world_size, copies)
     pruning = Pruning(
         True,

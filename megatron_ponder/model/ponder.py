@@ -174,7 +174,7 @@ class PonderLM(nn.Module):
             index, plan: as in `run_blocks`.
         """
         stream = self.passes.enter(self, embedded_BLH, state)
-        return self.end_pass(self.run_blocks(stream, layout, index, plan), layout, pruning)
+        return self.end_pass(self.run_blocks(stream, layout, index, plan), layout, pruning, embedded_BLH)
 
     def run_blocks(self, stream: Stream, layout: Interleaving, index: int = 0, plan: tuple[int, ...] = ()) -> Stream:
         """What this part's blocks do in one pass.
@@ -201,10 +201,13 @@ class PonderLM(nn.Module):
         recomputed = self.recompute_passes is None or index < self.recompute_passes
         return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute if recomputed else "none"))
 
-    def end_pass(self, stream: Stream, layout: Interleaving, pruning: Pruning) -> PassResult:
-        """The result of a pass, from what leaves the last block."""
+    def end_pass(
+        self, stream: Stream, layout: Interleaving, pruning: Pruning, embedded_BLH: Tensor | None = None
+    ) -> PassResult:
+        """The result of a pass, from what leaves the last block; `embedded_BLH` is wanted if the router reads it."""
         h_BLSH = stream.x_BTH.unflatten(1, (self.axis.share(layout.tokens), -1))
-        return PassResult(h_BLSH, self.route(h_BLSH[:, :, 0], pruning), stream.inputs_BTH, layout)
+        read_BLH = h_BLSH[:, :, 0] if self.ponder_config.router_input == "hidden" else embedded_BLH
+        return PassResult(h_BLSH, self.route(read_BLH, pruning), stream.inputs_BTH, layout)
 
     def output(self, result: PassResult, pruning: Pruning, passes: int) -> PonderOutput:
         """What comes of the final pass."""
@@ -215,7 +218,7 @@ class PonderLM(nn.Module):
         return PonderOutput(fused, hidden_BLSH, routing, passes)
 
     def route(self, h_token: Tensor, pruning: Pruning) -> Routing | None:
-        """The routing from h_{t,0} (..., H); None unless the mode is `adaptive`."""
+        """The routing from what the router reads, (..., H); None unless the mode is `adaptive`."""
         return None if self.router is None else route(self.router(h_token), pruning)
 
     def next_state(self, result: PassResult, pruning: Pruning, next_slots: int) -> State:

@@ -65,7 +65,7 @@ class _Replicated(ShardedModule):
 
 
 class Router(nn.Module):
-    """Logits g over 0..K additional steps from the hidden state of a token's first slot."""
+    """Logits g over 0..K additional steps from the hidden state of a token's first slot, or from its embedding."""
 
     def __init__(self, model: ModelConfig, ponder: PonderConfig, axis: Axis) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Router(nn.Module):
         self.output.specs["bias"] = ParameterSpec((options,), _favour_last(ponder.router_initial_bias))
 
     def forward(self, h_BLH: Tensor) -> Tensor:
-        """h_BLH: h_{t,0}. Returns logits (B, L, K + 1) in fp32 or better."""
+        """h_BLH: h_{t,0} or e_t. Returns logits (B, L, K + 1) in fp32 or better."""
         return self.output(h_BLH if self.hidden is None else F.gelu(self.hidden(h_BLH)))
 
 

@@ -125,7 +125,7 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None
 def _check_same_model(config: Config, stored: Config, source: Path) -> None:
     """Name the first setting in which a checkpoint's model differs; shapes alone would not tell all of them."""
     sections = (("model", config.model, stored.model), ("ponder", config.ponder, stored.ponder))
-    matters = {"model": None, "ponder": ("mode", "max_steps", "router_hidden_size", "embedding_scale")}
+    matters = {"model": None, "ponder": ("mode", "max_steps", "router_input", "router_hidden_size", "embedding_scale")}
     for section, ours, theirs in sections:
         for name in matters[section] or [n for n in vars(ours) if n not in ("max_position_embeddings", "init_std")]:
             have, stored_value = getattr(ours, name), getattr(theirs, name)

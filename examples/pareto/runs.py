@@ -1,0 +1,117 @@
+"""The runs of the comparison: what is trained, as commands that a user would type, several at a time."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from megatron_ponder.checkpoint.store import checkpoint_name, latest_checkpoint
+from megatron_ponder.config import Config, read_config
+from megatron_ponder.errors import UserError
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+SIZES = ("cpu", "gpu", "paper")
+VOCABULARY = {"cpu": 2048, "gpu": 8192}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        variant: what it shows, a name of `variants.yaml`.
+        seed: of weights and data order.
+        arguments: of `pretrain_ponder.py`.
+        folder: of the run.
+    """
+
+    variant: str
+    seed: int
+    arguments: tuple[str, ...]
+    folder: Path
+
+    @property
+    def config(self) -> Config:
+        """Resolved and validated."""
+        return read_config(self.arguments)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last checkpoint is there."""
+        latest = latest_checkpoint(self.folder / "checkpoints")
+        return latest is not None and latest.name == checkpoint_name(self.config.training.steps)
+
+
+def plan_runs(size: str, output: Path, data: Path, seeds: Sequence[int]) -> list[Run]:
+    """All runs, the first seed of every variant first, so that a comparison can be made as early as possible."""
+    variants = yaml.safe_load((HERE / "variants.yaml").read_text(encoding="utf-8"))
+    common = ("--config", str(HERE / f"{size}.yaml"), "--checkpoint.resume", "auto")
+    common += ("--data.path", str(data / "corpus_text_document"), "--tokenizer.path", str(data / "tokenizer.model"))
+    runs = []
+    for seed in seeds:
+        for variant, overrides in variants.items():
+            folder = output / "runs" / f"{variant}-seed{seed}"
+            own = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+            place = ("--training.seed", str(seed), "--training.run_dir", str(folder))
+            runs.append(Run(variant, seed, (*common, *own, *place), folder))
+    return runs
+
+
+def prepare_data(size: str, folder: Path) -> None:
+    """Make corpus, tokenizer and dataset unless they are there."""
+    if (folder / "corpus_text_document.idx").exists():
+        return
+    if size not in VOCABULARY:
+        raise UserError(f"{folder} has no corpus_text_document.idx; a corpus for size {size} is yours to make")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = str(folder / "corpus.jsonl")
+    _command("examples/quickstart/make_corpus.py", "--output", text)
+    tokenizer = ("--output-prefix", str(folder / "tokenizer"), "--vocab-size", str(VOCABULARY[size]))
+    _command("tools/train_tokenizer.py", "--input", text, *tokenizer)
+    dataset = ("--output-prefix", str(folder / "corpus"), "--tokenizer", str(folder / "tokenizer.model"))
+    _command("tools/preprocess_data.py", "--input", text, *dataset, "--append-eod")
+
+
+def _command(script: str, *arguments: str) -> None:
+    if subprocess.run([sys.executable, str(REPOSITORY / script), *arguments], cwd=REPOSITORY, check=False).returncode:
+        raise UserError(f"{script} {' '.join(arguments)} failed; see above")
+
+
+def train(runs: Sequence[Run], jobs: int) -> None:
+    """Train what is not finished.
+
+    Raises:
+        UserError: naming the log of the first run that fails; the others are finished first.
+    """
+    waiting = [run for run in runs if not run.finished]
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool, Progress(*columns) as progress:
+        task = progress.add_task("runs", total=len(waiting))
+        for run, code in _as_they_end(pool, waiting):
+            progress.update(task, advance=1, description=f"{run.variant}, seed {run.seed}")
+            if code:
+                failed.append(run)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, the first is {failed[0].folder}; see console.log in it")
+
+
+def _as_they_end(pool: ThreadPoolExecutor, runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
+    futures = {pool.submit(_train, run): run for run in runs}
+    for future in as_completed(futures):
+        yield futures[future], future.result()
+
+
+def _train(run: Run) -> int:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    with (run.folder / "console.log").open("a", encoding="utf-8") as log:
+        words = [sys.executable, str(REPOSITORY / "pretrain_ponder.py"), *run.arguments]
+        return subprocess.run(words, stdout=log, stderr=log, env=environment, check=False).returncode
