@@ -7,19 +7,19 @@ The same command runs as one process, under torchrun, srun or mpirun. `--help` l
 
 import sys
 
-from megatron_ponder.config import check_layout, read_config
 from megatron_ponder.errors import command
+from megatron_ponder.signals import StopSignals
 
 
 @command
 def main() -> None:
     """Read the configuration, join the other ranks, train."""
-    config = read_config(sys.argv[1:])
-    # Imported here, so that a wrong configuration is answered at once.
-    from megatron_ponder.launch import discover, process_group
-    from megatron_ponder.training.preemption import StopSignals
+    with StopSignals() as signals:  # first of all, since imports take seconds, in which a job may be told to leave
+        from megatron_ponder.config import check_layout, read_config
 
-    with StopSignals() as signals:  # first of all, since the other imports take seconds
+        config = read_config(sys.argv[1:])
+        # Imported when the configuration is right, so that a wrong one is answered at once.
+        from megatron_ponder.launch import discover, process_group
         from megatron_ponder.training.trainer import train
 
         launch = discover()

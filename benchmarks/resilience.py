@@ -144,10 +144,11 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     from megatron_ponder.data.loader import batches
     from megatron_ponder.launch import discover, process_group
     from megatron_ponder.parallel.mesh import Mesh
+    from megatron_ponder.signals import StopSignals
     from megatron_ponder.training.engine import Engine
     from megatron_ponder.training.guards import LossSpikes, SkippedSteps
     from megatron_ponder.training.objective import Objective
-    from megatron_ponder.training.preemption import Boundary, StopSignals
+    from megatron_ponder.training.preemption import Boundary
     from megatron_ponder.training.setup import build_model, open_parts
     from megatron_ponder.training.watchdog import Watchdog
 

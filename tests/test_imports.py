@@ -15,6 +15,7 @@ FLOORS = {
     "cluster": 1,
     "config": 1,
     "launch": 1,
+    "signals": 1,
     "parallel": 2,
     "model": 3,
     "data": 4,
@@ -27,7 +28,19 @@ FLOORS = {
 }
 # Copied into every export, where the package is not installed.
 SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
-LIGHT = ["cluster", "config", "errors", "launch", "parallel", "model", "data", "checkpoint", "inference", "planning"]
+LIGHT = [
+    "cluster",
+    "config",
+    "errors",
+    "launch",
+    "signals",
+    "parallel",
+    "model",
+    "data",
+    "checkpoint",
+    "inference",
+    "planning",
+]
 OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
 OPTIONAL += ["starlette", "uvicorn", "prometheus_client", "pydantic"]  # the extra "serve"

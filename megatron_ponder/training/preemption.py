@@ -1,7 +1,6 @@
-"""Stopping before the end with nothing lost: signals, the end of a job's time, and what ranks agree on about both."""
+"""Stopping before the end with nothing lost: what ranks agree on about signals and the end of a job's time."""
 
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -14,49 +13,12 @@ from megatron_ponder.config import Config, parse_duration
 from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.signals import SIGNALS, StopSignals
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # What may stop a run, in the order of the columns that ranks add up.
 REASONS = (*(number.name for number in SIGNALS), "its time limit")
-# A launcher that passes Ctrl-C on makes two of one.
-SECONDS_OF_ONE_CTRL_C = 2.0
 # Of what a step and a checkpoint have taken, so that a slower one still fits.
 MARGIN = 1.5
-
-
-class StopSignals:
-    """Notes SIGUSR1, SIGTERM and SIGINT, for the training loop to look at; a second SIGINT kills.
-
-    Use as a context manager, as early as possible: what arrives before it ends the process at once. Without entering it
-    nothing is ever noted.
-
-    Attributes:
-        received: the name of the first signal; None before.
-        created: when this object was made, on the monotonic clock.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.created = time.monotonic()
-        self._interrupted: float | None = None
-        self._before = {}
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT:
-            if self._interrupted is not None and now - self._interrupted > SECONDS_OF_ONE_CTRL_C:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self._interrupted = self._interrupted or now
-        self.received = self.received or signal.Signals(number).name
 
 
 class Boundary:

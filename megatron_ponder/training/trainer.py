@@ -12,6 +12,7 @@ from megatron_ponder.errors import describe
 from megatron_ponder.evaluation.plots import plot_training
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.signals import StopSignals
 from megatron_ponder.training.agreement import check_same
 from megatron_ponder.training.checkpoint import (
     Checkpointer,
@@ -25,7 +26,7 @@ from megatron_ponder.training.layout import describe_layout
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress, prepare_run_dir
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.preemption import Boundary, StopSignals, seconds_left
+from megatron_ponder.training.preemption import Boundary, seconds_left
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.starts import Phases, recorded
 from megatron_ponder.training.watch import StepWatch

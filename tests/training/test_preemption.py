@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from megatron_ponder.checkpoint.store import read_manifest, resolve_checkpoint
 from megatron_ponder.config import parse_duration, read_config
 from megatron_ponder.errors import EXIT_PREEMPTED, Preempted, UserError
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.signals import StopSignals
 from megatron_ponder.training.metrics import read_metrics
-from megatron_ponder.training.preemption import Boundary, StopSignals, seconds_left
+from megatron_ponder.training.preemption import Boundary, seconds_left
 from megatron_ponder.training.starts import read_end, read_starts, recorded
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
@@ -64,9 +66,9 @@ def test_the_first_signal_is_noted_and_handlers_are_put_back(number):
 def test_a_second_ctrl_c_kills():
     program = (
         "import os, signal, time\n"
-        "from megatron_ponder.training import preemption\n"
-        "preemption.SECONDS_OF_ONE_CTRL_C = 0.2\n"
-        "with preemption.StopSignals() as signals:\n"
+        "from megatron_ponder import signals as module\n"
+        "module.SECONDS_OF_ONE_CTRL_C = 0.2\n"
+        "with module.StopSignals() as signals:\n"
         "    for pause in (0, 0, 0.3):\n"  # the second comes with the first, as a launcher passes it on
         "        time.sleep(pause)\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
@@ -149,6 +151,23 @@ def test_every_rank_leaves_with_a_code_of_its_own(corpus, tmp_path):
     records, manifest = read_metrics(tmp_path / "run"), read_manifest(resolve_checkpoint(tmp_path / "run"))
     assert (manifest.step, manifest.samples) == (records[-1]["step"], records[-1]["samples"])
     assert read_end(tmp_path / "run")["reason"] == "SIGUSR1"
+
+
+def test_a_signal_while_a_rank_still_imports_is_remembered(corpus, tmp_path):
+    arguments = tiny_arguments(corpus, tmp_path / "run", training__steps=10**6)
+    (process,) = start_ranks(arguments, 1, tmp_path, failing=None)
+    wait_for(lambda: catches(process.pid, signal.SIGUSR1), [process], seconds=60)
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the handler came late"
+    process.send_signal(signal.SIGUSR1)
+    assert end_all([process], 120) == [EXIT_PREEMPTED], (tmp_path / "rank-0").read_text()
+    assert read_manifest(resolve_checkpoint(tmp_path / "run")).step == 1
+    assert read_end(tmp_path / "run")["reason"] == "SIGUSR1"
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status).group(1), 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.signals import StopSignals
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.preemption import Boundary, StopSignals
+from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.validation import validate
 from megatron_ponder.training.watchdog import Watchdog
