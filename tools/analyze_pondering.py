@@ -163,7 +163,7 @@ def _print(analysis: Analysis, console: Console) -> None:
             at = "" if gap["threshold"] is None else f" at τ = {gap['threshold']:g}"
             console.print(f"{label}: {gap['of']} less {gap['from']}{at}: {gap['loss']:+.5f} nats")
         for why in of["missing"]:
-            console.print(f"{label}: no {why}", markup=False)
+            console.print(f"{label}: not shown: {why}", markup=False)
 
 
 if __name__ == "__main__":

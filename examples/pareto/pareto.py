@@ -2,13 +2,18 @@
 
     python examples/pareto/pareto.py --size cpu --output runs/pareto --jobs 2
 
-The same command goes on where it was stopped; what is finished is not done again.
+The same command goes on where it was stopped; what is finished is not done again. The output then holds the runs, an
+analysis of each seed with its figures and its page, and over all seeds table.md, table.csv and pareto.png. With
+--dry-run the configuration of every run is checked and its command printed, and nothing is started.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
-from runs import SIZES, plan_runs, prepare_data, train
+from rich.console import Console
+from runs import SIZES, analyse, plan_runs, prepare_data, train
+from tables import write_tables
 
 from megatron_ponder.errors import command
 
@@ -22,11 +27,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of corpus and tokenizer; data/ in the output unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--samples", type=int, default=32, help="validation samples of the analysis (default: 32)")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the commands, and start nothing")
     arguments = parser.parse_args()
     data = arguments.data or arguments.output / "data"
     runs = plan_runs(arguments.size, arguments.output, data, arguments.seeds)
+    if arguments.dry_run:
+        for run in runs:
+            assert run.config  # reading it refuses what is wrong
+            print(shlex.join(["python", "pretrain_ponder.py", *run.arguments]))
+        return
     prepare_data(arguments.size, data)
     train(runs, arguments.jobs)
+    folders = {seed: arguments.output / f"seed{seed}" for seed in arguments.seeds}
+    parts = {folder: [run for run in runs if run.seed == seed] for seed, folder in folders.items()}
+    analyse(parts, arguments.samples, arguments.jobs)
+    Console(highlight=False).print(write_tables(folders, arguments.output), soft_wrap=True)
 
 
 if __name__ == "__main__":

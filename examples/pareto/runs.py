@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,28 +90,49 @@ def train(runs: Sequence[Run], jobs: int) -> None:
     Raises:
         UserError: naming the log of the first run that fails; the others are finished first.
     """
-    waiting = [run for run in runs if not run.finished]
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    commands = {}
+    for run in runs:
+        if not run.finished:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            commands[run.folder] = ("pretrain_ponder.py", *run.arguments)
+    _run_all(commands, jobs, "training")
+
+
+def analyse(parts: Mapping[Path, Sequence[Run]], samples: int, jobs: int) -> None:
+    """Measure the runs of each folder on the same validation samples, unless that was done after they had ended.
+
+    Raises:
+        UserError: as `train`.
+    """
+    commands = {}
+    for folder, runs in parts.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        done, checkpoints = folder / "analysis.json", [str(run.folder) for run in runs]
+        newest = max((run.folder / "checkpoints").stat().st_mtime for run in runs)
+        if not done.exists() or done.stat().st_mtime < newest:
+            options = ("--output", str(folder), "--samples", str(samples))
+            commands[folder] = ("tools/analyze_pondering.py", "--checkpoint", *checkpoints, *options)
+    _run_all(commands, jobs, "analysis")
+
+
+def _run_all(commands: Mapping[Path, Sequence[str]], jobs: int, title: str) -> None:
+    """Run scripts of the repository, each with its output in console.log of the folder that it fills."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     failed = []
-    with ThreadPoolExecutor(jobs) as pool, Progress(*columns) as progress:
-        task = progress.add_task("runs", total=len(waiting))
-        for run, code in _as_they_end(pool, waiting):
-            progress.update(task, advance=1, description=f"{run.variant}, seed {run.seed}")
-            if code:
-                failed.append(run)
+    with ThreadPoolExecutor(jobs) as pool, Progress(*columns, TimeElapsedColumn()) as progress:
+        task = progress.add_task("", total=len(commands))
+        futures = {pool.submit(_run, folder, words): folder for folder, words in commands.items()}
+        for future in as_completed(futures):
+            folder = futures[future]
+            progress.update(task, advance=1, description=folder.name)
+            if future.result():
+                failed.append(folder)
     if failed:
-        raise UserError(f"{len(failed)} runs failed, the first is {failed[0].folder}; see console.log in it")
+        raise UserError(f"{len(failed)} of {len(commands)} failed; see {failed[0] / 'console.log'}")
 
 
-def _as_they_end(pool: ThreadPoolExecutor, runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
-    futures = {pool.submit(_train, run): run for run in runs}
-    for future in as_completed(futures):
-        yield futures[future], future.result()
-
-
-def _train(run: Run) -> int:
-    run.folder.mkdir(parents=True, exist_ok=True)
+def _run(folder: Path, words: Sequence[str]) -> int:
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    with (run.folder / "console.log").open("a", encoding="utf-8") as log:
-        words = [sys.executable, str(REPOSITORY / "pretrain_ponder.py"), *run.arguments]
-        return subprocess.run(words, stdout=log, stderr=log, env=environment, check=False).returncode
+    with (folder / "console.log").open("a", encoding="utf-8") as log:
+        command = [sys.executable, str(REPOSITORY / words[0]), *words[1:]]
+        return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode

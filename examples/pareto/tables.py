@@ -1,0 +1,128 @@
+"""Over all seeds: loss at equal tokens and at equal compute, as a table and a figure."""
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Points of a mode's curve, by compute; between two of them the loss is taken to be linear.
+CURVES = {"fixed": ("vanilla", "fixed-1", "fixed"), "loop": ("vanilla", "loop-1", "loop")}
+HEADINGS = (
+    "variant", "loss", "steps", "MFLOPs/token", "− fixed at these FLOPs", "− loop at these FLOPs",
+    "− random K̂", "ρ(K̂, step-0)", "soft–hard", "Jacobi(3)", "contraction",
+)  # fmt: skip
+
+
+class Point(NamedTuple):
+    """One run as it was trained: loss in nats per token, mean K̂, MFLOPs of inference per token, the rest of it."""
+
+    loss: float
+    steps: float
+    mflops: float
+    random: float | None
+    summary: dict
+
+
+def write_tables(folders: Mapping[int, Path], output: Path) -> str:
+    """Write table.md, table.csv and pareto.png from the analyses of all seeds.
+
+    Returns:
+        The table in Markdown.
+    """
+    seeds = [_points(folder, seed) for seed, folder in folders.items()]
+    rows = [_row(variant, seeds) for variant in seeds[0]]
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
+    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    (output / "table.md").write_text(table, encoding="utf-8")
+    with (output / "table.csv").open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(("variant", "seed", "loss", "steps", "mflops", "loss_of_random_steps"))
+        for seed, points in zip(folders, seeds, strict=True):
+            writer.writerows((variant, seed, *point[:4]) for variant, point in points.items())
+    _draw(seeds, output / "pareto.png")
+    return table
+
+
+def _points(folder: Path, seed: int) -> dict[str, Point]:
+    summaries = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["models"]
+    with (folder / "quality_compute.csv").open(encoding="utf-8", newline="") as rows:
+        measured = list(csv.DictReader(rows))
+    points = {}
+    for label, summary in summaries.items():
+        own = [row for row in measured if row["model"] == label and row["threshold"] == _text(summary["threshold"])]
+        random = [float(row["loss"]) for row in own if row["sweep"] == "random"]
+        trained = next(row for row in own if row["sweep"] in ("trained", "threshold"))
+        points[label.removesuffix(f"-seed{seed}")] = Point(
+            summary["loss"],
+            summary["mean_steps"],
+            float(trained["mflops"]),
+            statistics.fmean(random) if random else None,
+            summary,
+        )
+    return points
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _row(variant: str, seeds: Sequence[dict[str, Point]]) -> list[str]:
+    points = [points[variant] for points in seeds]
+    cells = [variant, spread([point.loss for point in points])]
+    cells += [f"{statistics.fmean(values):.2f}" for values in zip(*((p.steps, p.mflops) for p in points), strict=True)]
+    for names in CURVES.values():
+        if variant in names or not all(name in seeds[0] for name in names):
+            cells.append("")
+        else:
+            cells.append(spread([points[variant].loss - at_equal_compute(points, variant, names) for points in seeds]))
+    cells.append("" if points[0].random is None else spread([point.loss - point.random for point in points]))
+    correlations = [p.summary["difficulty"]["rank_correlation"] for p in points if "difficulty" in p.summary]
+    cells.append(spread(correlations) if correlations else "")
+    gaps = [gap for point in points for gap in point.summary.get("gaps", ()) if gap["threshold"] in (None, 1e-4)]
+    for way in ("hard, exact", "hard, jacobi(3)"):
+        sizes = [abs(gap["loss"]) for gap in gaps if gap["of"] == way]
+        cells.append(f"{max(sizes):.5f}" if sizes else "")
+    factors = [point.summary["contraction"]["factor"] for point in points if "contraction" in point.summary]
+    cells.append(spread(factors, 2) if factors else "")
+    return cells
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation; the mean alone of one value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def at_equal_compute(points: Mapping[str, Point], variant: str, names: Sequence[str]) -> float:
+    """Loss of the curve through some variants at the FLOPs of another; the ends of the curve hold beyond it."""
+    curve = sorted((points[name].mflops, points[name].loss) for name in names)
+    return float(np.interp(points[variant].mflops, *zip(*curve, strict=True)))
+
+
+def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    means = {}
+    for variant in seeds[0]:
+        losses = [points[variant].loss for points in seeds]
+        means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), statistics.fmean(losses))
+        error = [[means[variant][1] - min(losses)], [max(losses) - means[variant][1]]]
+        axes.errorbar(*means[variant], yerr=error, fmt="o", capsize=3, markersize=4)
+        axes.annotate(variant, means[variant], xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for names in CURVES.values():
+        if all(name in means for name in names):
+            axes.plot(*zip(*sorted(means[name] for name in names), strict=True), linewidth=0.8, alpha=0.6)
+    axes.set_xlabel("FLOPs of inference per token [M]")
+    axes.set_ylabel("validation loss [nats per token]")
+    best, worst = min(loss for _, loss in means.values()), max(means[name][1] for name in ("vanilla",) if name in means)
+    axes.set_ylim(best - 0.15 * (worst - best), worst + 0.15 * (worst - best))
+    axes.set_title("mean and range over seeds; what lies above the frame is in the table")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,73 @@
+"""The comparison of modes: its configurations are right, and its table says what was measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+PARETO = Path(__file__).parents[2] / "examples" / "pareto"
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu", "paper"])
+def test_a_dry_run_checks_every_run_and_starts_nothing(size, tmp_path):
+    (tmp_path / "data").mkdir()
+    command = [sys.executable, str(PARETO / "pareto.py"), "--size", size, "--output", str(tmp_path), "--dry-run"]
+    ended = subprocess.run([*command, "--seeds", "0", "7"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    variants = yaml.safe_load((PARETO / "variants.yaml").read_text())
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 2 * len(variants)
+    assert sum("--training.seed 7" in line for line in lines) == len(variants)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def summary(loss: float, steps: float, **more) -> dict:
+    return {"loss": loss, "mean_steps": steps, "threshold": None, **more}
+
+
+def write_analysis(folder: Path, seed: int, shift: float) -> None:
+    """Three models of which vanilla and fixed differ by one nat, and adaptive lies halfway in compute."""
+    gaps = [
+        {"of": "hard, exact", "threshold": 1e-4, "loss": -0.002},
+        {"of": "hard, jacobi(3)", "threshold": 1e-4, "loss": 0.001 + shift},
+        {"of": "hard, jacobi(3)", "threshold": 0.1, "loss": 9.0},
+    ]
+    adaptive = summary(4.0 + shift, 1.0, difficulty={"rank_correlation": 0.25}, gaps=gaps, contraction={"factor": 0.4})
+    models = {
+        "vanilla": summary(5.0, 0.0),
+        "fixed-1": summary(4.6, 1.0),
+        "fixed": summary(4.0, 2.0),
+        "adaptive": adaptive | {"threshold": 0.1},
+    }
+    folder.mkdir()
+    (folder / "analysis.json").write_text(
+        json.dumps({"models": {f"{name}-seed{seed}": model for name, model in models.items()}})
+    )
+    rows = ["model,sweep,threshold,loss,mflops"]
+    rows += [
+        f"{name}-seed{seed},trained,,0,{mflops}" for name, mflops in (("vanilla", 1), ("fixed-1", 2), ("fixed", 3))
+    ]
+    rows += [f"adaptive-seed{seed},threshold,0.1,0,1.5", f"adaptive-seed{seed},random,0.1,4.2,1.5"]
+    rows += [f"adaptive-seed{seed},threshold,0.5,0,1.1", f"adaptive-seed{seed},random,0.5,7,1.1"]
+    (folder / "quality_compute.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_the_table_compares_at_equal_compute_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PARETO)
+    from tables import write_tables
+
+    folders = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+    for seed, folder in folders.items():
+        write_analysis(folder, seed, shift=0.1 * seed)
+    table = write_tables(folders, tmp_path)
+    (line,) = [line for line in table.splitlines() if line.startswith("| adaptive ")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    # At 1.5 MFLOPs the curve through vanilla and fixed-1 is at 4.8.
+    assert cells[1:6] == ["4.050 ± 0.071", "1.00", "1.50", "-0.750 ± 0.071", ""]
+    assert cells[6:] == ["-0.150 ± 0.071", "0.250 ± 0.000", "0.00200", "0.10100", "0.40 ± 0.00"]
+    assert (tmp_path / "table.md").read_text() == table
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 9
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
