@@ -10,6 +10,7 @@ from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.checkpoint.store import read_config_of, read_manifest, resolve_checkpoint, tokenizer_path, verify
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ponder.errors import UserError
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.ranks import build_ranks, check_sizes
 from megatron_ponder.inference.request import Request

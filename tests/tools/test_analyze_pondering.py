@@ -97,7 +97,7 @@ def test_several_modes_and_depths(tool, diagnostic):
     made, checkpoints = diagnostic
     code, out, error, output = tool("--checkpoint", *checkpoints.values(), "--depths", made.depths, *QUICK)
     assert (code, error) == (0, "")
-    assert "fixed: no sweeps, steps by difficulty and shifts of the router: mode fixed has no router" in out
+    assert "fixed: not shown: sweeps, steps by difficulty and shifts of the router: mode fixed has no router" in out
     content = json.loads((output / "analysis.json").read_text())
     assert content["data"] == "the valid part of corpus_text_document"
     assert list(content["models"]) == ["adaptive", "fixed", "vanilla"]
