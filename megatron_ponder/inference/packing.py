@@ -5,11 +5,17 @@ that a plain one takes. Rearranging costs as much as a few forwards, so that it 
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from megatron_ponder.model.attention import Attention
+from megatron_ponder.model.block import SwiGLU
 from megatron_ponder.parallel.layers import ParallelLinear
+
+# Linear layers that read the same input become one product: which, and the method that returns their outputs.
+TOGETHER = {Attention: (("q_proj", "k_proj", "v_proj"), "project"), SwiGLU: (("gate_proj", "up_proj"), "expand")}
 
 
 def packed(module: nn.Module) -> nn.Module:
@@ -19,18 +25,27 @@ def packed(module: nn.Module) -> nn.Module:
     parameters are those of the module.
     """
     if isinstance(module, ParallelLinear):
-        weight = module.weight
-        if not (torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype == torch.float32):
+        if not _suits(module.weight):
             return module
         twin = copy.copy(module)
-        twin.product = _PackedProduct(weight)
+        twin.product = _PackedProduct(module.weight)
         return twin
-    children = {name: packed(child) for name, child in module._modules.items() if child is not None}
+    names, method = TOGETHER.get(type(module), ((), ""))
+    linears = [module._modules[name] for name in names]
+    children = {
+        name: packed(child) for name, child in module._modules.items() if child is not None and name not in names
+    }
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     twin = copy.copy(module)
     twin._modules = module._modules | children
+    if linears:
+        setattr(twin, method, _PackedProducts(linears))
     return twin
+
+
+def _suits(weight: Tensor) -> bool:
+    return torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 class _PackedProduct:
@@ -41,3 +56,15 @@ class _PackedProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
+
+
+class _PackedProducts:
+    """x Wᵀ + b of several linear layers as one product, returned apart."""
+
+    def __init__(self, linears: Sequence[ParallelLinear]) -> None:
+        self._product = _PackedProduct(torch.cat([linear.weight.detach() for linear in linears]))
+        self._bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+        self._sizes = [len(linear.weight) for linear in linears]
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        return self._product(x, self._bias).split(self._sizes, -1)

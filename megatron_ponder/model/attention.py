@@ -6,6 +6,7 @@ key-value cache, and the gradient of log w comes from the kernel's gradient of k
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -51,6 +52,7 @@ class Slots(NamedTuple):
         log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1.
         mask: bool (B, 1, T, T) in place of the causal one.
         kept: the slots of every token whose result is wanted.
+        channels: folded channels of queries and keys, where they are computed once for all layers.
     """
 
     tokens: int
@@ -58,6 +60,7 @@ class Slots(NamedTuple):
     log_w_BT: Tensor | None = None
     mask: Tensor | None = None
     kept: slice = slice(None)
+    channels: tuple[Tensor, Tensor] | None = None
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
@@ -83,6 +86,11 @@ def key_channels(log_w_BT: Tensor, head_size: int, dtype: torch.dtype) -> Tensor
     high = scaled.to(dtype)
     low = (scaled - high.to(scaled.dtype)).to(dtype)
     return F.pad(torch.stack([high, low], -1), (0, FOLDED_CHANNELS - 2))
+
+
+def folded_channels(log_w_BT: Tensor, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels of queries and of keys, in the type of `like`."""
+    return query_channels(like, head_size), key_channels(log_w_BT, head_size, like.dtype)
 
 
 def _constant(head_size: int) -> float:
@@ -133,6 +141,10 @@ class Attention(ShardedModule):
         self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, axis, initial, bias)
         self.o_proj = RowParallelLinear(config.hidden_size, config.hidden_size, axis, last, bias)
 
+    def project(self, x_BTH: Tensor) -> Sequence[Tensor]:
+        """This rank's queries, keys and values, (B, T, heads · head size) each."""
+        return self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH)
+
     def forward(self, x_BTH: Tensor, slots: Slots, cache: LayerCache | None = None) -> Tensor:
         """Attend from every slot to itself and the slots before it.
 
@@ -145,12 +157,12 @@ class Attention(ShardedModule):
             (B, kept slots, H) in the residual stream.
         """
         x_BTH = enter(x_BTH, self.axis, slots.tokens)
-        q, k, v = (proj(x_BTH).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.project(x_BTH))
         if slots.log_w_BT is None:
             q, k = rotate(q, slots.angles), rotate(k, slots.angles)
         else:
-            q = rotate(q, slots.angles, query_channels(q, self.head_size))
-            k = rotate(k, slots.angles, key_channels(slots.log_w_BT, self.head_size, k.dtype))
+            of_q, of_k = slots.channels or folded_channels(slots.log_w_BT, self.head_size, k)
+            q, k = rotate(q, slots.angles, of_q), rotate(k, slots.angles, of_k)
         if cache is not None:
             y = cache.attend(q, k, v, self.head_size**-0.5)
         else:

@@ -1,6 +1,7 @@
 """Pre-norm decoder blocks of the two families."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,13 @@ class SwiGLU(ShardedModule):
         self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
         self.down_proj = RowParallelLinear(ffn, hidden, axis, last)
 
+    def expand(self, x: Tensor) -> Sequence[Tensor]:
+        """W_gate x and W_up x, this rank's features of them."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x: Tensor, tokens: int, recipes: bool = False) -> Tensor:
         """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the product's recipe for the backward pass."""
-        x = enter(x, self.axis, tokens)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.expand(enter(x, self.axis, tokens))
         product = _SwiGLU.apply(gate, up) if not torch.is_inference_mode_enabled() else F.silu(gate).mul_(up)
         with keep_recipe(recipes, product, lambda: F.silu(gate).mul_(up)):
             return self.down_proj(product, tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig, PonderConfig
-from megatron_ponder.model.attention import LayerCache, Slots
+from megatron_ponder.model.attention import LayerCache, Slots, folded_channels
 from megatron_ponder.model.baselines import PauseEmbedding
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.passes import Interleaving, PassResult, PassState, Sizes, State, Stream, interleaving
@@ -249,7 +249,9 @@ class PonderLM(nn.Module):
         config = self.model_config
         rotated = int(config.head_size * config.rotary_fraction)
         angles = rotation(positions_T.unsqueeze(0), rotated, config.rope_theta, x_TH.dtype)
-        slots = Slots(len(x_TH), angles, log_w_T.unsqueeze(0))
+        log_w_BT = log_w_T.unsqueeze(0)
+        channels = folded_channels(log_w_BT, config.head_size, x_TH)
+        slots = Slots(len(x_TH), angles, log_w_BT, channels=channels)
         return self.transformer(x_TH.unsqueeze(0), slots, caches=caches).squeeze(0)
 
 

@@ -138,6 +138,11 @@ class _RMSNormFunction(torch.autograd.Function):
         return grad_normed.addcmul_(normed, along, value=-1).mul_(inverse_rms).to(x.dtype), grad_weight, None
 
 
+def _kept(parameter: Tensor) -> Tensor:
+    """The value that a recipe computes with; without gradients no recipe is kept, and no copy is needed."""
+    return parameter.detach().clone() if torch.is_grad_enabled() else parameter.detach()
+
+
 class RMSNorm(ShardedModule):
     """x / sqrt(mean(x²) + ε) · g over the last dimension, statistics in fp32 or better; replicated."""
 
@@ -159,7 +164,7 @@ class RMSNorm(ShardedModule):
 
     def recipe(self, x: Tensor) -> Callable[[], Tensor]:
         """Computes `forward(x)` again, also when this rank no longer holds the parameters."""
-        weight = self.weight.detach().clone()
+        weight = _kept(self.weight)
         return lambda: self.compute(x, weight)
 
 
@@ -179,5 +184,5 @@ class LayerNorm(ShardedModule):
 
     def recipe(self, x: Tensor) -> Callable[[], Tensor]:
         """Computes `forward(x)` again, also when this rank no longer holds the parameters."""
-        weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
+        weight, bias = _kept(self.weight), _kept(self.bias)
         return lambda: F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
