@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megatron_ponder.evaluation.figures import COLOURS, MARKERS
+
 # Points of a mode's curve, by compute; between two of them the loss is taken to be linear.
 CURVES = {"fixed": ("vanilla", "fixed-1", "fixed"), "loop": ("vanilla", "loop-1", "loop")}
 HEADINGS = (
@@ -106,7 +108,7 @@ def at_equal_compute(points: Mapping[str, Point], variant: str, names: Sequence[
 
 
 def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     means = {}
@@ -114,8 +116,8 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
         losses = [points[variant].loss for points in seeds]
         means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), statistics.fmean(losses))
         error = [[means[variant][1] - min(losses)], [max(losses) - means[variant][1]]]
-        axes.errorbar(*means[variant], yerr=error, fmt="o", capsize=3, markersize=4)
-        axes.annotate(variant, means[variant], xytext=(5, 4), textcoords="offset points", fontsize=8)
+        look = {"fmt": MARKERS[len(means) % len(MARKERS)], "color": COLOURS[len(means) % len(COLOURS)]}
+        axes.errorbar(*means[variant], yerr=error, capsize=3, markersize=5, label=variant, **look)
     for names in CURVES.values():
         if all(name in means for name in names):
             axes.plot(*zip(*sorted(means[name] for name in names), strict=True), linewidth=0.8, alpha=0.6)
@@ -125,4 +127,5 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
     axes.set_ylim(best - 0.15 * (worst - best), worst + 0.15 * (worst - best))
     axes.set_title("mean and range over seeds; what lies above the frame is in the table")
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
