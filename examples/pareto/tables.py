@@ -116,7 +116,8 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
         losses = [points[variant].loss for points in seeds]
         means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), statistics.fmean(losses))
         error = [[means[variant][1] - min(losses)], [max(losses) - means[variant][1]]]
-        look = {"fmt": MARKERS[len(means) % len(MARKERS)], "color": COLOURS[len(means) % len(COLOURS)]}
+        turns, place = divmod(len(means), len(COLOURS))  # of more variants than colours, each has a marker of its own
+        look = {"fmt": MARKERS[(place + 3 * turns) % len(MARKERS)], "color": COLOURS[place]}
         axes.errorbar(*means[variant], yerr=error, capsize=3, markersize=5, label=variant, **look)
     for names in CURVES.values():
         if all(name in means for name in names):
