@@ -23,5 +23,5 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 # tools/torchrun.py is torchrun that passes signals on and keeps the exit code of its ranks.
 run_and_requeue srun ${SRUN_OPTIONS:-} --wait=60 --label \
     ${PYTHON:-python} tools/torchrun.py --nnodes="$SLURM_NNODES" --nproc-per-node="${RANKS_PER_NODE:-$SLURM_GPUS_PER_NODE}" \
-    --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    --master-addr="$first" --master-port="$port" \
     pretrain_ponder.py "$@" --checkpoint.resume auto

@@ -4,6 +4,7 @@ torchrun itself dies of SIGUSR1, answers SIGTERM by ending its ranks after half 
 code was, so that a script cannot tell a run that has saved and wants to go on from one that has failed.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,16 +19,23 @@ FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 def torchrun(arguments: Sequence[str]) -> int:
     """Do what torchrun does with these arguments, and return the exit code of the ranks of this node.
 
-    SIGUSR1 and SIGTERM are passed on to them, and it is they who decide when to end.
+    SIGUSR1 and SIGTERM are passed on to them, and it is they who decide when to end; while there are none yet, nothing
+    would be lost, and the process ends as if they had saved. Under SLURM the node's rank is that of its task.
+
+    With the rendezvous that is torchrun's default, `static`, nodes do not need each other's agents to notice how their
+    own ranks end; with `c10d`, an agent whose ranks still save is lost once the first node's has ended.
     """
+    forwarder = _Forwarder()
+    for number in FORWARDED:  # first of all, since torch takes seconds to import
+        signal.signal(number, forwarder)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     options = parse_args(list(arguments))
+    if options.node_rank == 0:
+        options.node_rank = int(os.environ.get("SLURM_NODEID", "0"))
     # torchrun installs handlers for these when it has started the ranks; not for those that are forwarded
     options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
-    for number in FORWARDED:
-        signal.signal(number, _forward)
     try:
         run(options)
     except ChildFailedError as error:
@@ -41,11 +49,20 @@ def torchrun(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _forward(number: int, _frame: object) -> None:
-    for child in psutil.Process().children():
+class _Forwarder:
+    """Handler that passes signals on to the ranks of this node."""
+
+    def __init__(self) -> None:
+        self._started = False
+
+    def __call__(self, number: int, _frame: object) -> None:
         # its other children, such as Python's resource tracker, would die of it
-        if "RANK" in _environment(child):
-            child.send_signal(number)
+        ranks = [child for child in psutil.Process().children() if "RANK" in _environment(child)]
+        self._started |= bool(ranks)
+        for rank in ranks:
+            rank.send_signal(number)
+        if not self._started:
+            raise SystemExit(EXIT_PREEMPTED)
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

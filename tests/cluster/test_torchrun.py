@@ -11,7 +11,7 @@ from tests.cluster.conftest import REPOSITORY
 from tests.cluster.daemons import wait_for
 from tests.cluster.runs import LONG, losses, one_process, steps
 from tests.distributed import free_port
-from tests.runs import tiny_arguments
+from tests.runs import catches, tiny_arguments
 
 RANK = """
 import os, signal, sys, time
@@ -37,11 +37,13 @@ def agents(tmp_path):
     started = []
 
     def start(*arguments: str, nodes: int = 1) -> list[subprocess.Popen]:
-        meeting = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+        port = free_port()
         command = [sys.executable, str(REPOSITORY / "tools" / "torchrun.py"), f"--nnodes={nodes}", "--nproc-per-node=2"]
-        command += ["--rdzv-backend=c10d", meeting, "--rdzv-id=test", str(tmp_path / "rank.py"), *arguments]
-        for _ in range(nodes):
-            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}", str(tmp_path / "rank.py"), *arguments]
+        for node in range(nodes):
+            environment = os.environ | {"SLURM_NODEID": str(node)}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, env=environment, **pipes))
         return started
 
     yield start
@@ -68,13 +70,21 @@ def test_the_exit_code_is_that_of_the_ranks(agents, codes, expected):
     assert agent.returncode == expected
 
 
+def test_a_signal_before_there_are_ranks_ends_as_if_they_had_saved(agents):
+    (agent,) = agents("wait")
+    wait_for(lambda: catches(agent.pid, signal.SIGUSR1), 30, lambda: "a handler")
+    agent.send_signal(signal.SIGUSR1)
+    agent.communicate(timeout=60)
+    assert agent.returncode == 75
+
+
 @pytest.mark.slow
 def test_agents_of_two_nodes(agents):
     both = agents("wait", nodes=2)
     for agent in both:
         assert [agent.stdout.readline() for _ in range(2)] == ["up\n"] * 2
         agent.send_signal(signal.SIGUSR1)
-    for agent in both:
+    for agent in both:  # the first, whose ranks end first, is where nodes meet
         agent.communicate(timeout=30)
         assert agent.returncode == 75
 

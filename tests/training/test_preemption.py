@@ -23,7 +23,7 @@ from megatron_ponder.training.starts import read_end, read_starts, recorded
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
 from tests.models import small_config
-from tests.runs import tiny_arguments
+from tests.runs import catches, tiny_arguments
 from tests.training.test_failures import end_all, start_ranks, wait_for
 from tests.training.test_resume import essentials, final_state
 
@@ -162,12 +162,6 @@ def test_a_signal_while_a_rank_still_imports_is_remembered(corpus, tmp_path):
     assert end_all([process], 120) == [EXIT_PREEMPTED], (tmp_path / "rank-0").read_text()
     assert read_manifest(resolve_checkpoint(tmp_path / "run")).step == 1
     assert read_end(tmp_path / "run")["reason"] == "SIGUSR1"
-
-
-def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(re.search(r"SigCgt:\s*(\w+)", status).group(1), 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow
