@@ -275,3 +275,18 @@ def test_rules_come_from_the_configuration_unless_given():
     assert (model.pruning(True).threshold, model.pruning(True).bias) == (0.25, -0.5)
     given_rule = model.pruning(False, threshold=0.0, bias=0.0)
     assert (given_rule.hard, given_rule.threshold, given_rule.bias) == (False, 0.0, 0.0)
+
+
+def test_a_router_that_reads_the_token_decides_alike_wherever_it_stands():
+    model = small_model(ponder__router_input="token").eval()
+    with torch.no_grad():
+        model.router.output.weight.normal_(std=0.5)
+    tokens = torch.tensor([[3, 7, 3, 5, 7, 3]])
+    log_w = model.jacobi(tokens, 1, model.pruning(hard=False)).routing.log_w[0]
+    assert torch.equal(log_w[0], log_w[2]) and torch.equal(log_w[0], log_w[5]) and torch.equal(log_w[1], log_w[4])
+    assert not torch.allclose(log_w[0], log_w[1])
+    context = small_model().eval()
+    with torch.no_grad():
+        context.router.output.weight.normal_(std=0.5)
+    log_w = context.jacobi(tokens, 1, context.pruning(hard=False)).routing.log_w[0]
+    assert not torch.allclose(log_w[0], log_w[2])
