@@ -143,7 +143,7 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     from megatron_ponder.config import read_config
     from megatron_ponder.data.loader import batches
     from megatron_ponder.launch import discover, process_group
-    from megatron_ponder.parallel.mesh import Mesh
+    from megatron_ponder.parallel.mesh import build_mesh
     from megatron_ponder.signals import StopSignals
     from megatron_ponder.training.engine import Engine
     from megatron_ponder.training.guards import LossSpikes, SkippedSteps
@@ -156,7 +156,7 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     config = read_config([f"--{key}={value}" for key, value in (settings | {"training.run_dir": folder}).items()])
     with process_group(discover({})), StopSignals() as signals, Watchdog(600) as watchdog:
         config, parts = open_parts(config)
-        mesh = Mesh()
+        mesh = build_mesh(torch.device("cpu"), tensor=1, pipeline=1, data=1)
         engine = Engine(Objective(build_model(config, parts, mesh, None)), config, mesh)
         boundary, skipped, spikes = Boundary(signals, 1e9, mesh), SkippedSteps([], config.training), LossSpikes(10, [])
         loader = batches(parts.datasets["train"], 0, 8, 4, 0, 1)
