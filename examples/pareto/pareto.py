@@ -15,6 +15,7 @@ from rich.console import Console
 from runs import SIZES, analyse, plan_runs, prepare_data, train
 from tables import write_tables
 
+from megatron_ponder.config import read_config
 from megatron_ponder.errors import command
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     runs = plan_runs(arguments.size, arguments.output, data, arguments.seeds)
     if arguments.dry_run:
         for run in runs:
-            assert run.config  # reading it refuses what is wrong
+            read_config(run.arguments)  # refuses what is wrong
             print(shlex.join(["python", "pretrain_ponder.py", *run.arguments]))
         return
     prepare_data(arguments.size, data)

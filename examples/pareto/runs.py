@@ -12,7 +12,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_ponder.checkpoint.store import checkpoint_name, latest_checkpoint
-from megatron_ponder.config import Config, read_config
+from megatron_ponder.config import read_config
 from megatron_ponder.errors import UserError
 
 HERE = Path(__file__).parent
@@ -38,15 +38,10 @@ class Run:
     folder: Path
 
     @property
-    def config(self) -> Config:
-        """Resolved and validated."""
-        return read_config(self.arguments)
-
-    @property
     def finished(self) -> bool:
         """Whether its last checkpoint is there."""
         latest = latest_checkpoint(self.folder / "checkpoints")
-        return latest is not None and latest.name == checkpoint_name(self.config.training.steps)
+        return latest is not None and latest.name == checkpoint_name(read_config(self.arguments).training.steps)
 
 
 def plan_runs(size: str, output: Path, data: Path, seeds: Sequence[int]) -> list[Run]:

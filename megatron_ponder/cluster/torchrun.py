@@ -20,7 +20,8 @@ def torchrun(arguments: Sequence[str]) -> int:
     """Do what torchrun does with these arguments, and return the exit code of the ranks of this node.
 
     SIGUSR1 and SIGTERM are passed on to them, and it is they who decide when to end; while there are none yet, nothing
-    would be lost, and the process ends as if they had saved. Under SLURM the node's rank is that of its task.
+    would be lost, and the process ends as if they had saved. Under SLURM, of several nodes each has
+    the rank of its task.
 
     With the rendezvous that is torchrun's default, `static`, nodes do not need each other's agents to notice how their
     own ranks end; with `c10d`, an agent whose ranks still save is lost once the first node's has ended.
@@ -32,7 +33,7 @@ def torchrun(arguments: Sequence[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     options = parse_args(list(arguments))
-    if options.node_rank == 0:
+    if options.nnodes != "1" and options.node_rank == 0:
         options.node_rank = int(os.environ.get("SLURM_NODEID", "0"))
     # torchrun installs handlers for these when it has started the ranks; not for those that are forwarded
     options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"

@@ -101,6 +101,11 @@ class PonderConfig:
         return (choices,) if isinstance(choices, int) else tuple(choices)
 
     @property
+    def routes_by_token(self) -> bool:
+        """Whether the router is the control that reads a token's embedding alone."""
+        return self.mode == "adaptive" and self.router_input == "token"
+
+    @property
     def evaluation_refinements(self) -> int:
         """R where one number is needed, in evaluation and export: the largest that training used."""
         return max(self.refinement_choices)

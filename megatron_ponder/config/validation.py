@@ -167,7 +167,7 @@ def _validate_pipeline(config: Config) -> None:
         "ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
     )
     _require(
-        config.ponder.mode != "adaptive" or config.ponder.router_input == "hidden",
+        not config.ponder.routes_by_token,
         f"ponder.router_input token cannot be used with parallel.pipeline {pipeline}: embedding and router are on "
         "different ranks; set ponder.router_input to hidden, or parallel.pipeline to 1",
     )

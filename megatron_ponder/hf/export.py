@@ -59,7 +59,7 @@ def export(
             "the model was trained with data.reset_at_eod, but the checkpoint has no tokenizer to say which token ends "
             "a document; put tokenizer.model or tokenizer.json into its folder tokenizer/"
         )
-    if config.ponder.mode == "adaptive" and config.ponder.router_input != "hidden":
+    if config.ponder.routes_by_token:
         raise UserError("the model was trained with ponder.router_input token, a control that cannot be exported")
     if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", max_shard_size, re.IGNORECASE):
         raise UserError(f'the largest file is given as "{max_shard_size}"; write a number with KB, MB, GB or TB: 5GB')

@@ -7,6 +7,7 @@ there are as many groups of sequences, so that while the last rank works on one 
 from torch import Tensor
 
 from megatron_ponder.data.tokenizer import Tokenizer
+from megatron_ponder.errors import UserError
 from megatron_ponder.inference.forward import Forward, Outcome
 from megatron_ponder.inference.packing import packed
 from megatron_ponder.inference.request import Request
@@ -50,7 +51,12 @@ class Engine:
             pruning: τ and α; the model's own unless given.
             batching: limits, of each group of sequences.
             tokenizer: for text and stop strings.
+
+        Raises:
+            UserError: if the model's router does not read what generation gives it.
         """
+        if model.ponder_config.routes_by_token:
+            raise UserError("the model was trained with ponder.router_input token, a control that cannot generate")
         mesh = mesh or Mesh()
         weight = next(model.parameters())
         batching = batching or Batching()

@@ -10,7 +10,6 @@ from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.checkpoint.store import read_config_of, read_manifest, resolve_checkpoint, tokenizer_path, verify
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ponder.errors import UserError
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.ranks import build_ranks, check_sizes
 from megatron_ponder.inference.request import Request
@@ -89,8 +88,6 @@ def check_setup(setup: Setup, launch: Launch, device: torch.device, copies: bool
     folder = resolve_checkpoint(setup.checkpoint)
     verify(folder, read_manifest(folder))
     config = read_config_of(folder)
-    if config.ponder.mode == "adaptive" and config.ponder.router_input != "hidden":
-        raise UserError(f"{folder} was trained with ponder.router_input token, a control that cannot generate")
     check_sizes(config.model, setup.tensor, setup.pipeline, launch.world_size, copies)
     pruning = Pruning(
         True,

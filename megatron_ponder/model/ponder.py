@@ -206,7 +206,7 @@ class PonderLM(nn.Module):
     ) -> PassResult:
         """The result of a pass, from what leaves the last block; `embedded_BLH` is wanted if the router reads it."""
         h_BLSH = stream.x_BTH.unflatten(1, (self.axis.share(layout.tokens), -1))
-        read_BLH = h_BLSH[:, :, 0] if self.ponder_config.router_input == "hidden" else embedded_BLH
+        read_BLH = embedded_BLH if self.ponder_config.routes_by_token else h_BLSH[:, :, 0]
         return PassResult(h_BLSH, self.route(read_BLH, pruning), stream.inputs_BTH, layout)
 
     def output(self, result: PassResult, pruning: Pruning, passes: int) -> PonderOutput:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from megatron_ponder.errors import UserError
+from megatron_ponder.inference.engine import Engine
 from megatron_ponder.parallel.mesh import Mesh
 from tests.distributed import run_distributed
 from tests.inference.arrivals import MODELS, arrivals_model, expected, generated
+from tests.models import small_model
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2), "pp3": (1, 3)}
 
@@ -61,3 +64,8 @@ def test_ranks(name, layout, dtype, tolerance, sequential):
     results = run_distributed(generated, tensor * pipeline, name, dtype, sequential, tensor=tensor, pipeline=pipeline)
     assert results[1:] == [None] * (tensor * pipeline - 1)
     check(results[0], name, tolerance)
+
+
+def test_a_router_that_reads_the_token_alone_is_refused():
+    with pytest.raises(UserError, match="router_input token, a control that cannot generate"):
+        Engine(small_model(ponder__router_input="token").eval())
