@@ -1,7 +1,8 @@
 """Micro-batches of one data-parallel rank, in an order that does not depend on how the work is divided."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from itertools import count, islice
 
 import numpy as np
@@ -22,7 +23,7 @@ def batches(
     data_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[list[Tensor]]:
+) -> Generator[list[Tensor], None, None]:
     """Endless: for each optimiser step the micro-batches of this rank, int64 (micro_batch_size, S + 1) each.
 
     Step n uses the positions from `consumed_samples + n * global_batch_size` on. Rank r takes the r-th of `data_size`
@@ -31,7 +32,8 @@ def batches(
     Args:
         consumed_samples: samples used by all ranks before, 0 for a new run.
         data_rank, data_size: place of this process among those that read different data.
-        num_workers: processes that read ahead; 0 reads in this one.
+        num_workers: processes that read ahead; 0 reads in this one. They end when the iterator is closed, and ignore
+            the signals of which Python's exit would have them die, so that whoever leaves it open waits for ever.
         pin_memory: put batches in page-locked memory, from which copies to a GPU are asynchronous.
 
     Raises:
@@ -43,9 +45,9 @@ def batches(
     positions = (
         range(at, at + micro_batch_size) for start in starts for at in range(start, start + block, micro_batch_size)
     )
-    micro_batches = _read(_loader(dataset, positions, num_workers, pin_memory))
-    while True:
-        yield list(islice(micro_batches, block // micro_batch_size))
+    with closing(_read(_loader(dataset, positions, num_workers, pin_memory))) as micro_batches:
+        while True:
+            yield list(islice(micro_batches, block // micro_batch_size))
 
 
 def validation_batches(
@@ -62,7 +64,7 @@ def validation_batches(
     return _read(_loader(dataset, positions, num_workers=0, pin_memory=False))
 
 
-def _read(loader: DataLoader) -> Iterator[Tensor]:
+def _read(loader: DataLoader) -> Generator[Tensor, None, None]:
     for content in loader:
         if isinstance(content, str):
             raise UserError(content)

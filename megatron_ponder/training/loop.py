@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+from contextlib import closing
 from functools import partial
 
 from megatron_ponder.checkpoint.store import Manifest, checkpoint_name
@@ -84,6 +85,10 @@ class TrainingLoop:
             UserError: on every rank, for whatever the user has to change.
             Preempted: on every rank, after a checkpoint.
         """
+        with closing(self._loader):  # or its processes keep this one from ending
+            self._run()
+
+    def _run(self) -> None:
         training, boundary = self._config.training, self._boundary
         if not self._validated:  # the start before was stopped in it
             fields = self._validate()
