@@ -7,6 +7,7 @@ The same command runs as one process, under torchrun, srun or mpirun. `--help` l
 
 import sys
 
+from megatron_ponder.ending import run_to_the_end
 from megatron_ponder.errors import command
 from megatron_ponder.signals import StopSignals
 
@@ -29,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_the_end(main)

@@ -14,7 +14,8 @@ that is compared takes turns in one process; ratios are medians over rounds.
                    reading memory. Then, of requests of all lengths, the share of rows in use while some wait.
     transformers   our time for the same prompts and tokens in theirs: `generate` of the export in fixed mode, and of
                    LlamaForCausalLM in vanilla mode.
-    prompts        reading 1,000 tokens slot by slot over Jacobi iteration to the fixed point.
+    prompts        reading 1,000 tokens slot by slot over Jacobi iteration, to the fixed point and with the three
+                   refinements of training.
 """
 
 import argparse
@@ -285,25 +286,31 @@ class Reader:
 def measure_prompts(device: torch.device, rounds: int, length: int) -> None:
     """Part `prompts`."""
     table = Table(title=f"one prompt of {length} tokens")
-    for heading in ("mode", "slot by slot [s]", "Jacobi [s]", "gain", "forwards of Jacobi", "largest difference"):
-        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    headings = ("mode", "iterated", "slot by slot [s]", "Jacobi [s]", "gain", "its forwards", "largest difference")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:2] else "right")
     prompt = tuple(prompts(1, length)[0])
     for mode in ("vanilla", "fixed", "adaptive"):
         model = build(mode, device)[0]
         pruning = calibrated(model, 1.5) if mode == "adaptive" else None
-        readers = {"slots": Reader(model, prompt, pruning, None), "jacobi": Reader(model, prompt, pruning, Prefill())}
+        ways = {"slots": None, "to the fixed point": Prefill(), "R = 3": Prefill(refinements=3)}
+        if mode == "vanilla":  # nothing is iterated
+            ways = {"slots": None, "once": Prefill()}
+        readers = {name: Reader(model, prompt, pruning, prefill) for name, prefill in ways.items()}
         times = in_turn(readers, rounds)
-        slots, jacobi = (reader.generation for reader in readers.values())
-        difference = abs(slots.log_probabilities[0] - jacobi.log_probabilities[0])
-        if slots.executed_steps != jacobi.executed_steps:
-            difference = float("inf")
-        table.add_row(
-            mode,
-            *(f"{statistics.median(times[name]):.2f}" for name in ("slots", "jacobi")),
-            f"{ratio(times['slots'], times['jacobi']):.1f}",
-            str(readers["jacobi"].forwards),
-            f"{difference:.0e}",
-        )
+        slots = readers["slots"].generation
+        for name, reader in list(readers.items())[1:]:
+            difference = abs(slots.log_probabilities[0] - reader.generation.log_probabilities[0])
+            if slots.executed_steps != reader.generation.executed_steps:
+                difference = float("inf")
+            table.add_row(
+                mode,
+                name,
+                *(f"{statistics.median(times[way]):.2f}" for way in ("slots", name)),
+                f"{ratio(times['slots'], times[name]):.1f}",
+                str(reader.forwards),
+                f"{difference:.0e}",
+            )
     CONSOLE.print(table)
 
 

@@ -20,6 +20,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.trainer import train
 from tests.distributed import free_port, run_distributed
 
+REPOSITORY = Path(__file__).parents[1]
 STEPS = 8
 LATEST = "step-00000008"
 

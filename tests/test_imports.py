@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_ponder"
 FLOORS = {
+    "ending": 1,
     "errors": 1,
     "cluster": 1,
     "config": 1,

@@ -6,7 +6,7 @@ python examples/diagnostic/make_corpus.py --output data/diagnostic --seed 0
 import argparse
 from pathlib import Path
 
-from megatron_ponder.data.diagnostic import VOCABULARY, write_corpus
+from megatron_ponder.data.diagnostic import KINDS, VOCABULARY, write_corpus
 from megatron_ponder.errors import command
 
 
@@ -19,8 +19,16 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=5000, help="(default: 5000)")
     parser.add_argument("--questions", type=int, default=24, help="in each document (default: 24)")
     parser.add_argument("--max-depth", type=int, default=5, help="the largest depth (default: 5)")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of questions (default: all)")
     arguments = parser.parse_args()
-    made = write_corpus(arguments.output, arguments.documents, arguments.questions, arguments.max_depth, arguments.seed)
+    made = write_corpus(
+        arguments.output,
+        arguments.documents,
+        arguments.questions,
+        arguments.max_depth,
+        arguments.seed,
+        arguments.kinds,
+    )
     print(f"{made.text}: {made.documents:,} documents, {made.tokens:,} tokens, {made.answers:,} of them answers")
     print(f"{made.tokenizer}: {len(VOCABULARY)} tokens")
     print(f"{made.depths}.bin and .idx: the depth of every token")

@@ -6,16 +6,17 @@ A document is a row of questions, each with its answer:
     sum 3 1 4 = 3 ;           the sum modulo 5
     compose yxz zyx = zxy ;   permutations applied to xyz, one after another
     match ( [ { } = ] ;       what closes the innermost bracket that is open
+    follow b>c a>d c>a d>b = 2> a b 1> c a ;      where so many arrows lead from a letter, for several letters
 
 The depth of an answer is the number of state updates between what the question shows and the answer: 0 for copies, one
-less than there are terms for sums and permutations, and the pairs that open and close after the bracket in question for
-brackets. Everything that is not an answer has no depth: questions are drawn at random, so that no number of steps
-predicts them, and the rest is punctuation.
+less than there are terms for sums and permutations, the pairs that open and close after the bracket in question for
+brackets, and one less than there are arrows to follow. Everything that is not an answer has no depth: questions are
+drawn at random, so that no number of steps predicts them, and the rest is punctuation.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -34,10 +35,16 @@ LETTERS = list("abcdefgh")
 START = "xyz"
 ARRANGEMENTS = ["".join(arrangement) for arrangement in permutations(START)]
 CLOSING = {"(": ")", "[": "]", "{": "}"}
-KINDS = ("copy", "sum", "compose", "match")
+ARROWS = [f"{start}>{end}" for start in LETTERS for end in LETTERS if start != end]
+HOPS = [f"{hops}>" for hops in range(1, len(LETTERS))]
+KINDS = ("copy", "sum", "compose", "match", "follow")
 END_OF_DOCUMENT, UNKNOWN = "</s>", "<unk>"
-VOCABULARY = [END_OF_DOCUMENT, UNKNOWN, ";", "=", *KINDS, *DIGITS, *LETTERS, *ARRANGEMENTS, *CLOSING, *CLOSING.values()]
+SIGNS = (*DIGITS, *LETTERS, *ARRANGEMENTS, *CLOSING, *CLOSING.values(), *ARROWS, *HOPS)
+VOCABULARY = [END_OF_DOCUMENT, UNKNOWN, ";", "=", *KINDS, *SIGNS]
 OUTER_BRACKETS = 2
+# Of a `follow`: letters asked for. Its arrows make one circle of all letters, so that no two answers are the same.
+FOLLOWED = 8
+MAX_DEPTH = len(LETTERS) - 2
 
 
 class Passage(NamedTuple):
@@ -71,11 +78,14 @@ def question(kind: str, depth: int, generator: random.Random) -> Passage:
 
     Args:
         kind: one of `KINDS`.
-        depth: of the answer; for copies, whose depth is 0, one less than the number of letters.
+        depth: of the answer; for copies, whose depth is 0, one less than the number of letters; for `follow`, whose
+            answers have depths of their own, the largest.
         generator: what is drawn from.
     """
+    if kind == "follow":
+        return _follow(depth, generator)
     if kind == "copy":
-        asked = [generator.choice(LETTERS) for _ in range(depth + 1)]
+        asked = generator.sample(LETTERS, depth + 1)  # distinct, or what comes next would not be known
         answer, depth = asked, 0
     elif kind == "sum":
         asked = [generator.choice(DIGITS) for _ in range(depth + 1)]
@@ -91,6 +101,18 @@ def question(kind: str, depth: int, generator: random.Random) -> Passage:
     words = [kind, *asked, "=", *answer, ";"]
     before = [NO_DEPTH] * (len(asked) + 2)
     return Passage(words, [*before, *[depth] * len(answer), NO_DEPTH])
+
+
+def _follow(max_depth: int, generator: random.Random) -> Passage:
+    circle = generator.sample(LETTERS, len(LETTERS))
+    arrows = [f"{start}>{end}" for start, end in zip(circle, circle[1:] + circle[:1], strict=True)]
+    words = ["follow", *generator.sample(arrows, len(arrows)), "="]
+    depths = [NO_DEPTH] * len(words)
+    for _ in range(FOLLOWED):
+        depth, start = generator.randint(0, max_depth), generator.randrange(len(circle))
+        words += [HOPS[depth], circle[start], circle[(start + depth + 1) % len(circle)]]
+        depths += [NO_DEPTH, NO_DEPTH, depth]
+    return Passage([*words, ";"], [*depths, NO_DEPTH])
 
 
 def _composed(arrangements: list[str]) -> str:
@@ -114,7 +136,9 @@ def _balanced(pairs: int, generator: random.Random) -> list[str]:
     return word
 
 
-def passages(documents: int, questions: int, max_depth: int, seed: int) -> Iterator[Passage]:
+def passages(
+    documents: int, questions: int, max_depth: int, seed: int, kinds: Sequence[str] = KINDS
+) -> Iterator[Passage]:
     """Documents without their end tokens; kinds and depths are drawn uniformly.
 
     Args:
@@ -122,12 +146,13 @@ def passages(documents: int, questions: int, max_depth: int, seed: int) -> Itera
         questions: in each of them.
         max_depth: the largest depth.
         seed: another seed, other documents.
+        kinds: of questions.
     """
     generator = random.Random(seed)
     for _ in range(documents):
         words, depths = [], []
         for _ in range(questions):
-            drawn = question(generator.choice(KINDS), generator.randint(0, max_depth), generator)
+            drawn = question(generator.choice(kinds), generator.randint(0, max_depth), generator)
             words += drawn.words
             depths += drawn.depths
         yield Passage(words, depths)
@@ -147,27 +172,35 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_corpus(
-    folder: Path, documents: int = 5000, questions: int = 24, max_depth: int = 5, seed: int = 0
+    folder: Path,
+    documents: int = 5000,
+    questions: int = 24,
+    max_depth: int = 5,
+    seed: int = 0,
+    kinds: Sequence[str] = KINDS,
 ) -> DiagnosticCorpus:
     """Write text, tokenizer and depths.
 
     Args:
         folder: made if needed.
-        documents, questions, max_depth, seed: see `passages`.
+        documents, questions, max_depth, seed, kinds: see `passages`.
 
     Raises:
-        UserError: if there would be no document, no question or a negative depth.
+        UserError: if there would be no document or no question, or a depth or kind that there is not.
     """
-    if documents < 1 or questions < 1 or max_depth < 0:
+    if documents < 1 or questions < 1 or not 0 <= max_depth <= MAX_DEPTH:
         raise UserError(
             f"{documents} documents of {questions} questions with depths up to {max_depth} are no corpus: give at "
-            "least one document, one question and a depth of 0"
+            f"least one document, one question and a depth from 0 to {MAX_DEPTH}"
         )
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UserError(f"{', '.join(unknown) or 'none'} is no kind of question; choose from {', '.join(KINDS)}")
     folder.mkdir(parents=True, exist_ok=True)
     text, depths = folder / "diagnostic.jsonl", folder / "depths"
     answers = 0
     with text.open("w", encoding="utf-8") as out, IndexedDatasetWriter(depths, np.dtype("<i2")) as sidecar:
-        for passage in passages(documents, questions, max_depth, seed):
+        for passage in passages(documents, questions, max_depth, seed, kinds):
             out.write(json.dumps({"text": " ".join(passage.words)}) + "\n")
             sidecar.add_document([*passage.depths, NO_DEPTH])  # the end token is the last
             answers += sum(depth != NO_DEPTH for depth in passage.depths)

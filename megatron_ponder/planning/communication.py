@@ -16,6 +16,7 @@ from megatron_ponder.model.passes import Sizes
 from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.training.memory import Rank, rank_parameters, vocabulary_parameters
+from megatron_ponder.training.objective import Tally
 
 FP32, INT64, FP64 = 4, 8, 8  # bytes of a number
 # Parameters up to this size stay whole on every rank at ZeRO 3 (`stage3_param_persistence_threshold`), and from this
@@ -218,7 +219,7 @@ class Formula:
                 yield self._step("pipeline", "send", "activations", 1, carried[stage] * self._width)
             if stage > 0:
                 yield self._step("pipeline", "send", "their gradients", 1, carried[stage - 1] * self._width)
-        yield Term("pipeline", "all-reduce", "sums of the tally", 1, (self._config.ponder.steps + 3) * FP64)
+        yield Term("pipeline", "all-reduce", "sums of the tally", 1, Tally.width(self._config.ponder.steps) * FP64)
 
     def _data_terms(self) -> Iterator[Term]:
         size, stage = self._mesh.data.size, self._stage

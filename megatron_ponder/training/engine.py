@@ -21,7 +21,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import ParameterSpec, declarations
-from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.objective import Objective, Tally
 from megatron_ponder.training.pipelined import PipelinedObjective
 
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
@@ -129,7 +129,7 @@ class Engine:
             scale: factor on the sum over tokens; 1 / supervised tokens of the whole step, over all ranks.
 
         Returns:
-            Sums of a `Tally` for these micro-batches, (K + 3,).
+            Sums of a `Tally` for these micro-batches, (width,).
         """
         # DeepSpeed averages over data-parallel ranks what has been divided by the global count already
         scale = scale * self._mesh.data.size
@@ -148,7 +148,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tensor], rounds: int, refinements: int, pruning: Pruning) -> Tensor:
-        """Sums of a `Tally` over micro-batches that nothing is learnt from.
+        """Sums of a `Tally`, with every step's own losses, over micro-batches that nothing is learnt from.
 
         Args:
             micro_batches: int64 (at most B, L + 1) each.
@@ -158,14 +158,14 @@ class Engine:
         """
         if self._pipelined is not None:
             return self._pipelined.evaluate(micro_batches, refinements, pruning)
-        total = torch.zeros(
-            self._objective.model.ponder_config.steps + 3, dtype=torch.float64, device=self._mesh.device
-        )
+        width = Tally.width(self._objective.model.ponder_config.steps)
+        total = torch.zeros(width, dtype=torch.float64, device=self._mesh.device)
         for tokens in micro_batches:
-            total += self._objective(tokens, refinements, pruning)[1].sum(0)
+            total += self._objective(tokens, refinements, pruning, each_step=True)[1].sum(0)
         # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
         for _ in range(rounds - len(micro_batches)):
-            self._objective(torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device), refinements, pruning)
+            idle = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
+            self._objective(idle, refinements, pruning, each_step=True)
         return total
 
     def step(self, learning_rate: float) -> float:

@@ -1,4 +1,4 @@
-"""What a run does about numbers that are not finite, losses out of line, and data that cannot be read."""
+"""What a run does about numbers not finite, losses out of line, collapsed routers, and data that cannot be read."""
 
 import math
 import statistics
@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_ponder.config import TrainingConfig
+from megatron_ponder.config import PonderConfig, TrainingConfig
 from megatron_ponder.errors import UserError, describe
+from megatron_ponder.training.objective import Tally
 
 # Losses that the next one is compared with, and the fewest that say anything.
 WINDOW, ENOUGH = 100, 20
+# Optimiser steps in which a router may still treat all tokens alike, and the share of tokens that counts as all.
+FORMING, ALL = 200, 0.999
 
 
 class SkippedSteps:
@@ -75,6 +78,33 @@ class LossSpikes:
         deviation = 1.4826 * statistics.median(abs(other - median) for other in before)
         score = (loss - median) / max(deviation, 1e-3 * abs(median), 1e-12)
         return score if score > self._threshold else None
+
+
+def router_complaint(tally: Tally, step: int, ponder: PonderConfig) -> str | None:
+    """What is wrong with how a router spreads its tokens over steps, once the penalty has its full weight.
+
+    Args:
+        tally: of a validation.
+        step: optimiser steps done.
+        ponder: of the model.
+    """
+    if step < max(ponder.penalty_end, FORMING):
+        return None
+    most, last = max(range(len(tally.steps)), key=tally.steps.__getitem__), ponder.steps
+    if tally.steps[most] < ALL * tally.tokens:
+        return None
+    if most == 0:
+        return (
+            f"{ALL:.1%} of tokens or more take no additional step: the router has collapsed; lower "
+            "ponder.penalty_weight or ponder.threshold, begin with a higher ponder.router_initial_bias, or compare "
+            "with fixed mode, which tells whether steps help at all"
+        )
+    if most == last:
+        return (
+            f"{ALL:.1%} of tokens or more take all {last} additional steps: nothing is pruned; raise ponder.threshold "
+            f"({ponder.threshold:g}) or ponder.penalty_weight ({ponder.penalty_weight:g})"
+        )
+    return f"{ALL:.1%} of tokens or more take {most} additional steps: the router does not tell tokens apart"
 
 
 class CarefulReader:

@@ -8,11 +8,12 @@ from megatron_ponder.checkpoint.store import Manifest, checkpoint_name
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import batches
 from megatron_ponder.errors import Preempted, UserError
+from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.checkpoint import Checkpointer
 from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps
+from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
 from megatron_ponder.training.metrics import MetricsLog, RunProgress
 from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.preemption import Boundary
@@ -64,6 +65,7 @@ class TrainingLoop:
         losses = [] if log is None else [record["loss"] for record in log.kept[-WINDOW:]]
         self._spikes = LossSpikes(config.logging.spike_threshold, losses)
         self._unsaved: UserError | None = None
+        self._routed = passes_of(config.ponder).routed
         training = config.training
         self._loader = batches(
             parts.datasets["train"],
@@ -150,6 +152,7 @@ class TrainingLoop:
             "penalty_weight": penalty,
             "refinements": r,
             "step_histogram": tally.steps,
+            **({"router_entropy": tally.entropy / tally.tokens} if self._routed else {}),
             **measured,
         }
 
@@ -178,7 +181,18 @@ class TrainingLoop:
             return {}
         loss, steps = tally.mean_loss, tally.mean_steps
         self._progress.say(f"step {self._step}  validation loss {loss:.4f}  steps/token {steps:.2f}")
-        return {"validation_loss": loss, "validation_mean_steps": steps}
+        fields = {"validation_loss": loss, "validation_mean_steps": steps}
+        if not self._routed:
+            return fields
+        if complaint := router_complaint(tally, self._step, self._config.ponder):
+            self._progress.say(f"step {self._step}  warning: {complaint}")
+        return fields | {
+            "validation_step_histogram": tally.steps,
+            "validation_weights": [weight / tally.tokens for weight in tally.weights],
+            "validation_own_losses": [nats / tally.tokens for nats in tally.own_losses],
+            "validation_router_entropy": tally.entropy / tally.tokens,
+            "validation_steps_follow_loss": tally.steps_follow_loss,
+        }
 
     def _save(self) -> None:
         """Save, or begin to; if that fails, training goes on all the same."""

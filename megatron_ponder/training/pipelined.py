@@ -10,7 +10,7 @@ from megatron_ponder.model.router import Pruning
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule, run_step
-from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.objective import Objective, Tally
 
 
 class PipelinedObjective:
@@ -57,7 +57,7 @@ class PipelinedObjective:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning) -> Tensor:
-        """Sums of a `Tally` over micro-batches, of which some may be smaller, the same on all pipeline ranks."""
+        """Sums of a `Tally`, with own losses, the same on all pipeline ranks; some micro-batches may be smaller."""
         part, ranks = self._objective.model.part, self._mesh.pipeline.size
         total = None
         size = max((len(tokens) for tokens in micro_batches), default=0)
@@ -78,7 +78,7 @@ class PipelinedObjective:
         """From the last pipeline rank to all."""
         if sums is None:
             steps = self._objective.model.ponder_config.steps
-            sums = torch.zeros(steps + 3, dtype=torch.float64, device=self._mesh.device)
+            sums = torch.zeros(Tally.width(steps), dtype=torch.float64, device=self._mesh.device)
         torch.distributed.all_reduce(sums, group=self._mesh.pipeline.group)
         return sums
 
@@ -94,7 +94,7 @@ class PipelinedObjective:
                 rounds=[PassStage(model, index, shapes, pruning, finish) for index in range(len(shapes.plan))],
                 carried=shapes.carried(axis.size, self._dtype),
                 first_input=micro_batches[0],
-                last_output=torch.empty(1) if training else torch.empty(batch, model.ponder_config.steps + 3),
+                last_output=torch.empty(1) if training else torch.empty(batch, Tally.width(model.ponder_config.steps)),
                 dtype=self._dtype,
                 micro_batches=len(micro_batches),
                 axis=axis,
@@ -110,4 +110,4 @@ class PipelinedObjective:
         return torch.stack([loss * self._scale])
 
     def _measure(self, output: PonderOutput, tokens: Tensor) -> Tensor:
-        return self._objective.measure(output, tokens, 0.0)[1]
+        return self._objective.measure(output, tokens, 0.0, each_step=True)[1]

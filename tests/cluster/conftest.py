@@ -10,9 +10,9 @@ import pytest
 
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render
+from tests.cluster.runs import long_arguments, succeed
 from tests.cluster.virtual_cluster import VirtualCluster, missing_commands, wait_for
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.runs import REPOSITORY
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +64,17 @@ def submit(cluster, description, tmp_path):
         return cluster.submit(script)
 
     return submit
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """Where the run that nothing interrupts has its folder, once a test has made it."""
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+@pytest.fixture
+def uninterrupted(submit, cluster, corpus, whole) -> Path:
+    """A run of `long_arguments` on both nodes that nothing interrupts."""
+    if not whole.exists():
+        succeed(cluster, submit("train", *long_arguments(corpus, whole)))
+    return whole

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.cluster.conftest import REPOSITORY
 from tests.cluster.virtual_cluster import VirtualCluster, wait_for
-from tests.runs import contents, tiny_arguments
+from tests.runs import REPOSITORY, contents, tiny_arguments
 
 # On two nodes with two ranks each: the tensor ranks on a node, the data ranks on both.
 TWO_BY_TWO = {"parallel__tensor": 2, "parallel__sequence_parallel": "true"}
@@ -74,3 +73,9 @@ def latest_files(run: Path) -> dict[str, bytes]:
     checkpoints = run / "checkpoints"
     found = contents(checkpoints / (checkpoints / "latest").read_text().strip())
     return {name: content for name, content in found.items() if name.endswith(".safetensors")}
+
+
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
+    """Every loss, and the weights and moments at the end, are those of the run that nothing has interrupted."""
+    assert losses(run) == losses(uninterrupted)
+    assert latest_files(run) == latest_files(uninterrupted)

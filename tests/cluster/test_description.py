@@ -5,7 +5,7 @@ import yaml
 
 from megatron_ponder.cluster.description import Cluster, read_cluster
 from megatron_ponder.errors import UserError
-from tests.cluster.conftest import REPOSITORY
+from tests.runs import REPOSITORY
 
 
 def test_the_example_names_every_key_and_changes_none():

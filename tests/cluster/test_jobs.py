@@ -11,7 +11,7 @@ import pytest
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render
 from megatron_ponder.errors import UserError
-from tests.cluster.conftest import REPOSITORY
+from tests.runs import REPOSITORY
 
 LARGE = ["--config", str(REPOSITORY / "examples" / "configs" / "llama_410m.yaml")]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY
-from tests.cluster.runs import TWO_BY_TWO, losses, one_process
-from tests.runs import contents, tiny_arguments
+from tests.cluster.runs import TWO_BY_TWO, assert_same_run, long_arguments, losses, one_process, starts, steps
+from tests.cluster.virtual_cluster import wait_for
+from tests.runs import REPOSITORY, contents, tiny_arguments
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -69,6 +69,28 @@ def test_preprocessing(mpi, corpus, tmp_path):
     one_process([*arguments, "--output-prefix", tmp_path / "one" / "corpus"], "tools/preprocess_data.py")
     script("preprocess.sh", mpi, 2, [*arguments, "--output-prefix", tmp_path / "two" / "corpus"])
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_training_that_is_told_to_leave_loses_nothing(mpi, corpus, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    script("train.sh", mpi, 4, long_arguments(corpus, whole))
+    arguments = long_arguments(corpus, run, data__num_workers=1)
+    with (tmp_path / "output").open("w+") as output:
+        first = subprocess.Popen(
+            [REPOSITORY / "examples" / "mpi" / "train.sh", *map(str, arguments)],
+            env=mpi | {"RANKS": "4"},
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        wait_for(lambda: steps(run) >= 8, 120, lambda: (tmp_path / "output").read_text())
+        first.send_signal(signal.SIGUSR1)
+        assert first.wait(timeout=60) == 75, (tmp_path / "output").read_text()
+    script("train.sh", mpi, 4, arguments)
+    before, after = starts(run)
+    assert (before["step"], before["previous"]) == (0, None)
+    assert (8 <= after["step"] < 40, after["previous"]) == (True, "SIGUSR1")
+    assert_same_run(run, whole)
 
 
 RANK = """

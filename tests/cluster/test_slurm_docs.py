@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.conftest import REPOSITORY
 from tests.cluster.virtual_cluster import wait_for
+from tests.runs import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.cluster.runs import long_arguments, starts, succeed, wait_for_steps
+from tests.cluster.runs import assert_same_run, long_arguments, starts, succeed, wait_for_steps
 from tests.cluster.virtual_cluster import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -15,33 +15,22 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SECONDS_TO_THE_END = 60 + 5 + 30
 
 
-def test_a_node_that_loses_power_sends_the_job_back(submit, cluster, corpus, tmp_path):
+@pytest.mark.parametrize(("lose", "regain"), [("power_off", "power_on"), ("cut_off", "plug_in")])
+def test_a_node_that_fails_sends_the_job_back(submit, cluster, corpus, uninterrupted, tmp_path, lose, regain):
     run = tmp_path / "run"
     number = submit("train", *long_arguments(corpus, run))
     wait_for_steps(cluster, number, run, 8)
-    cluster.power_off(2)
+    getattr(cluster, lose)(2)
     try:
         wait_for(lambda: cluster.job(number)["Restarts"] == "1", 90, lambda: str(cluster.job(number)))
     finally:
-        cluster.power_on(2)
+        getattr(cluster, regain)(2)
     succeed(cluster, number, timeout=240)
     assert starts(run)[-1]["step"] >= 5
+    assert_same_run(run, uninterrupted)
 
 
-def test_a_node_that_is_cut_off_sends_the_job_back(submit, cluster, corpus, tmp_path):
-    run = tmp_path / "run"
-    number = submit("train", *long_arguments(corpus, run))
-    wait_for_steps(cluster, number, run, 8)
-    cluster.cut_off(2)
-    try:
-        wait_for(lambda: cluster.job(number)["Restarts"] == "1", 90, lambda: str(cluster.job(number)))
-    finally:
-        cluster.plug_in(2)
-    succeed(cluster, number, timeout=240)
-    assert starts(run)[-1]["step"] >= 5
-
-
-def test_a_rank_that_is_killed_takes_the_job_down(submit, cluster, corpus, tmp_path):
+def test_a_rank_that_is_killed_takes_the_job_down(submit, cluster, corpus, uninterrupted, tmp_path):
     run = tmp_path / "run"
     arguments = long_arguments(corpus, run)
     number = submit("train", *arguments)
@@ -57,13 +46,18 @@ def test_a_rank_that_is_killed_takes_the_job_down(submit, cluster, corpus, tmp_p
     assert "Connection closed by peer" in cluster.output(job)  # the others say what they have seen
     succeed(cluster, submit("train", *arguments))
     assert starts(run)[-1]["step"] >= 5
+    assert_same_run(run, uninterrupted)
 
 
-def test_a_rank_that_stops_takes_the_job_down(submit, cluster, corpus, tmp_path):
+def test_a_rank_that_stops_takes_the_job_down(submit, cluster, corpus, uninterrupted, tmp_path):
     run, limit = tmp_path / "run", 30
-    number = submit("train", *long_arguments(corpus, run, training__step_timeout=limit))
+    arguments = long_arguments(corpus, run, training__step_timeout=limit)
+    number = submit("train", *arguments)
     wait_for_steps(cluster, number, run, 8)
     os.kill(cluster.ranks(number)[3].pid, signal.SIGSTOP)
     job = cluster.wait(number, timeout=limit + SECONDS_TO_THE_END)
     assert job["JobState"] == "FAILED"
     assert "nothing has happened for" in cluster.output(job)  # with the stacks of those that waited
+    succeed(cluster, submit("train", *arguments))
+    assert starts(run)[-1]["step"] >= 5
+    assert_same_run(run, uninterrupted)

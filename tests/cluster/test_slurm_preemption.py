@@ -1,27 +1,11 @@
 """Jobs that are told to leave: they save, go back into the queue, and end as if nothing had happened."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.cluster.runs import latest_files, long_arguments, losses, starts, succeed, wait_for_steps
+from tests.cluster.runs import assert_same_run, latest_files, long_arguments, starts, succeed, wait_for_steps
 from tests.cluster.virtual_cluster import wait_for
 
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory) -> Path:
-    """Where the run that nothing interrupts has its folder, once a test has made it."""
-    return tmp_path_factory.mktemp("whole") / "run"
-
-
-@pytest.fixture
-def uninterrupted(submit, cluster, corpus, whole) -> Path:
-    """A run on both nodes that nothing interrupts."""
-    if not whole.exists():
-        succeed(cluster, submit("train", *long_arguments(corpus, whole)))
-    return whole
 
 
 @pytest.mark.parametrize("job", ["train", pytest.param("train-torchrun", marks=pytest.mark.slow)])
@@ -39,8 +23,7 @@ def test_a_job_that_is_told_to_leave_loses_nothing(submit, cluster, corpus, unin
     first, second = starts(run)
     assert (first["step"], first["previous"]) == (0, None)
     assert (second["step"] >= 8, second["previous"]) == (True, "SIGUSR1")
-    assert losses(run) == losses(uninterrupted)
-    assert latest_files(run) == latest_files(uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -52,8 +35,7 @@ def test_an_urgent_job_takes_the_nodes_and_gives_them_back(submit, cluster, corp
     succeed(cluster, urgent)
     succeed(cluster, number)
     assert cluster.job(number)["Restarts"] == "1"
-    assert losses(run) == losses(uninterrupted)
-    assert latest_files(run) == latest_files(uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -82,8 +64,7 @@ def test_a_job_that_is_cancelled_while_it_saves_can_go_on(submit, cluster, corpu
     assert cluster.job(number)["Restarts"] == "0"
     succeed(cluster, submit("train", *arguments))
     assert starts(run)[-1]["step"] >= 5
-    assert losses(run) == losses(uninterrupted)
-    assert latest_files(run) == latest_files(uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY
 from tests.cluster.virtual_cluster import wait_for
+from tests.runs import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

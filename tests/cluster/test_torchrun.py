@@ -7,11 +7,10 @@ import sys
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY
 from tests.cluster.daemons import wait_for
 from tests.cluster.runs import LONG, losses, one_process, steps
 from tests.distributed import free_port
-from tests.runs import catches, tiny_arguments
+from tests.runs import REPOSITORY, catches, tiny_arguments
 
 RANK = """
 import os, signal, sys, time

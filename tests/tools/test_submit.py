@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.cluster.jobs import JOBS
-from tests.cluster.conftest import REPOSITORY
+from tests.runs import REPOSITORY
 
 TOOL = REPOSITORY / "tools" / "submit.py"
 

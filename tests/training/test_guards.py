@@ -1,0 +1,37 @@
+"""What a run says about a router that has collapsed."""
+
+import re
+
+import pytest
+
+from megatron_ponder.training.guards import FORMING, router_complaint
+from megatron_ponder.training.objective import Tally
+from tests.models import small_config
+
+
+def complaint(steps: list[int], step: int = FORMING, **ponder) -> str | None:
+    config = small_config(**{f"ponder__{name}": value for name, value in ponder.items()})
+    return router_complaint(Tally(0.0, 0.0, 0.0, steps, [], [], 0.0, 0.0), step, config.ponder)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([1000, 0, 0], r"99\.9% of tokens or more take no additional step: the router has collapsed; lower"),
+        ([1, 0, 999], r"99\.9% of tokens or more take all 2 additional steps: nothing is pruned; raise .*\(0\.02\)"),
+        ([0, 1000, 0], r"99\.9% of tokens or more take 1 additional steps: the router does not tell tokens apart"),
+    ],
+)
+def test_one_number_of_steps_for_all(steps, words):
+    assert re.search(words, complaint(steps, threshold=0.02))
+
+
+@pytest.mark.parametrize("steps", [[990, 10, 0], [0, 2, 998], [400, 300, 300]])
+def test_several_numbers_of_steps_are_right(steps):
+    assert complaint(steps) is None
+
+
+def test_a_router_has_time_to_form():
+    assert complaint([1000, 0, 0], FORMING - 1) is None
+    assert complaint([1000, 0, 0], 499, penalty_end=500) is None
+    assert complaint([1000, 0, 0], 500, penalty_end=500) is not None
