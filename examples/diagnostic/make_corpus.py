@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other questions (default: 0)")
     parser.add_argument("--documents", type=int, default=5000, help="(default: 5000)")
     parser.add_argument("--questions", type=int, default=24, help="in each document (default: 24)")
-    parser.add_argument("--max-depth", type=int, default=5, help="the largest depth (default: 5)")
+    parser.add_argument("--max-depth", type=int, default=5, help="the largest depth, up to 6 (default: 5)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of questions (default: all)")
     arguments = parser.parse_args()
     made = write_corpus(

@@ -34,6 +34,10 @@ def plot_training(run_dir: Path) -> Path:
         at = [record["step"] for record in validated]
         for axes, key in ((panels[0, 0], "validation_loss"), (panels[0, 1], "validation_mean_steps")):
             axes.plot(at, [record[key] for record in validated], "o-", markersize=3, label="validation")
+    own = [record for record in validated if "validation_own_losses" in record]
+    for k in range(len(own[-1]["validation_own_losses"]) if own else 0):
+        losses = [record["validation_own_losses"][k] for record in own]
+        panels[0, 0].plot([record["step"] for record in own], losses, "--", linewidth=0.8, label=f"step {k} by itself")
     panels[0, 0].legend()
     panels[0, 1].set_ylim(bottom=0)
     for axes in panels[1]:

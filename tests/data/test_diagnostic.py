@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ponder.data.diagnostic import KINDS, NO_DEPTH, VOCABULARY, passages, question, write_corpus
+from megatron_ponder.data.diagnostic import KINDS, MAX_DEPTH, NO_DEPTH, VOCABULARY, passages, question, write_corpus
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer import load_tokenizer
@@ -17,7 +17,7 @@ from megatron_ponder.errors import UserError
 
 
 def solve(text: str) -> tuple[list[str], int]:
-    """The answer to a question such as `sum 3 1 4 =`, and its depth."""
+    """The answer to a question such as `sum 3 1 4 =`, and its depth; `follow` is for `check_followed`."""
     kind, *asked = text.removesuffix(" =").split()
     if kind == "copy":
         return asked, 0
@@ -41,12 +41,36 @@ def solve(text: str) -> tuple[list[str], int]:
     return [{"(": ")", "[": "]", "{": "}"}[row[-1]]], pairs
 
 
+def check_followed(words: list[str], depths: list[int]) -> list[int]:
+    """A `follow` with its answers; returns their depths."""
+    equals = words.index("=")
+    arrows = dict(word.split(">") for word in words[1:equals])
+    assert len(arrows) == equals - 1 == 8
+    assert depths[: equals + 1] == [NO_DEPTH] * (equals + 1)
+    found = []
+    for at in range(equals + 1, len(words) - 1, 3):
+        hops, start, answer = words[at : at + 3]
+        reached = [start]
+        for _ in range(int(hops.removesuffix(">"))):
+            reached.append(arrows[reached[-1]])
+        assert reached[-1] == answer
+        assert len(set(reached)) == len(reached), "no shorter way leads there"
+        assert depths[at : at + 3] == [NO_DEPTH, NO_DEPTH, len(reached) - 2]
+        found.append(len(reached) - 2)
+    assert depths[-1] == NO_DEPTH
+    return found
+
+
 def check(words: list[str], depths: list[int]) -> list[int]:
     """Every question of a passage; returns the depths of the answers."""
     found, at = [], 0
     assert len(words) == len(depths)
     while at < len(words):
         equals, end = words.index("=", at), words.index(";", at)
+        if words[at] == "follow":
+            found += check_followed(words[at : end + 1], depths[at : end + 1])
+            at = end + 1
+            continue
         answer, depth = solve(" ".join(words[at : equals + 1]))
         assert words[equals + 1 : end] == answer
         assert depths[at : end + 1] == [NO_DEPTH] * (equals + 1 - at) + [depth] * len(answer) + [NO_DEPTH]
@@ -55,10 +79,17 @@ def check(words: list[str], depths: list[int]) -> list[int]:
     return found
 
 
-@given(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 2**32))
+@given(st.sampled_from(KINDS), st.integers(0, MAX_DEPTH), st.integers(0, 2**32))
 def test_answers_and_depths(kind, depth, seed):
     made = question(kind, depth, random.Random(seed))
-    assert set(check(made.words, made.depths)) == {0 if kind == "copy" else depth}
+    found = check(made.words, made.depths)
+    if kind == "follow":
+        assert len(found) == 8
+        assert max(found) <= depth
+    else:
+        assert set(found) == {0 if kind == "copy" else depth}
+    if kind == "copy":
+        assert len(set(made.words)) == depth + 4, "letters are distinct"
     assert set(made.words) <= set(VOCABULARY)
 
 
@@ -84,8 +115,14 @@ def test_every_kind_and_depth_is_there():
     (made,) = passages(1, 2000, 3, 0)
     assert set(check(*made)) == {0, 1, 2, 3}
     for kind in KINDS:
-        assert 400 < made.words.count(kind) < 600
-    assert set(made.words) == set(VOCABULARY) - {"</s>", "<unk>"}
+        assert 320 < made.words.count(kind) < 480
+    assert set(made.words) == set(VOCABULARY) - {"</s>", "<unk>", "5>", "6>", "7>"}
+
+
+def test_chosen_kinds_alone():
+    (made,) = passages(1, 50, 3, 0, ["sum", "follow"])
+    assert {word for word in made.words if word in KINDS} == {"sum", "follow"}
+    check(*made)
 
 
 def test_the_corpus_and_its_depths_are_aligned(tmp_path):
@@ -113,7 +150,13 @@ def test_the_corpus_and_its_depths_are_aligned(tmp_path):
     assert answers == made.answers
 
 
-@pytest.mark.parametrize("wrong", [{"documents": 0}, {"questions": 0}, {"max_depth": -1}])
+@pytest.mark.parametrize("wrong", [{"documents": 0}, {"questions": 0}, {"max_depth": -1}, {"max_depth": 7}])
 def test_no_corpus(tmp_path, wrong):
-    with pytest.raises(UserError, match="are no corpus: give at least one document"):
+    with pytest.raises(UserError, match=r"are no corpus: give at least one document, .* a depth from 0 to 6"):
         write_corpus(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize(("kinds", "named"), [(["sum", "square"], "square"), ([], "none")])
+def test_no_kind(tmp_path, kinds, named):
+    with pytest.raises(UserError, match=f"{named} is no kind of question; choose from copy, sum"):
+        write_corpus(tmp_path, kinds=kinds)

@@ -34,3 +34,19 @@ def test_a_picture_is_written(tmp_path, steps, validation):
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[:2] == (720, 1200)
     assert len(set(map(tuple, pixels[::7, ::7, :3].reshape(-1, 3).tolist()))) > 4  # more than a white sheet
+
+
+def test_a_router_adds_what_each_step_predicts(tmp_path):
+    pictures = []
+    for routed in (False, True):
+        folder = tmp_path / "run"  # the picture has its name
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        log = MetricsLog(folder, LoggingConfig(tensorboard=False), 0)
+        for step in (1, 2, 3):
+            log.write(record(step, True) | ({"validation_own_losses": [9 / step, 8 / step]} if routed else {}))
+        log.close()
+        pictures.append(matplotlib.image.imread(plot_training(folder)))
+    differing = (pictures[0] != pictures[1]).any(-1)
+    assert differing[:360, :600].any(), "in the panel of losses"
+    assert not differing[:, 600:].any()

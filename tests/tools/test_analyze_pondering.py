@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
-from megatron_ponder.data.diagnostic import write_corpus
+from megatron_ponder.data.diagnostic import VOCABULARY, write_corpus
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.evaluation.figures import FIGURES
 from tests.models import small_config, small_model
@@ -53,7 +53,7 @@ def diagnostic(tmp_path_factory):
     checkpoints = {}
     for mode in ("adaptive", "fixed", "vanilla"):
         options = {
-            "model__vocab_size": 33,
+            "model__vocab_size": len(VOCABULARY),
             "ponder__mode": mode,
             "ponder__threshold": 0.3,
             "data__path": dataset,
