@@ -43,6 +43,7 @@ def test_a_job_is_told_before_its_time_is_over(submit, cluster, corpus, tmp_path
     run = tmp_path / "run"
     endless = long_arguments(corpus, run, training__steps=100_000, checkpoint__interval=100_000)
     number = submit("train", *endless, time="00:02:00", signal_seconds=60)
+    wait_for_steps(cluster, number, run, 1)  # it has been pending before, too
     cluster.wait(number, "PENDING", timeout=180)
     cluster.run("scancel", str(number))
     job = cluster.job(number)

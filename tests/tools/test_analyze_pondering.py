@@ -48,7 +48,8 @@ def tool(monkeypatch, capsys, tmp_path):
 def diagnostic(tmp_path_factory):
     """The diagnostic corpus as a dataset, and a model of each mode for it, by mode."""
     folder = tmp_path_factory.mktemp("diagnostic")
-    made = write_corpus(folder / "text", documents=40, questions=4, max_depth=2)
+    kinds = ["copy", "sum", "compose", "match"]  # a question of these has one depth
+    made = write_corpus(folder / "text", documents=40, questions=4, max_depth=2, kinds=kinds)
     dataset = preprocess([made.text], folder / "corpus", made.tokenizer, append_eod=True).prefix
     checkpoints = {}
     for mode in ("adaptive", "fixed", "vanilla"):
