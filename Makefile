@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/estimate.py
 	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/resilience.py
 	$(BIN)/python benchmarks/peak_memory.py
 	$(BIN)/python benchmarks/checkpoint_save.py
 	$(BIN)/python benchmarks/preprocessing.py

@@ -13,7 +13,6 @@ import os
 import signal
 import statistics
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,14 +24,12 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.small_corpus import SmallCorpus, small_corpus  # noqa: E402
 from megatron_ponder.cluster.description import Cluster  # noqa: E402
 from megatron_ponder.cluster.jobs import JOBS, render  # noqa: E402
-from megatron_ponder.data.preprocessing import preprocess  # noqa: E402
-from megatron_ponder.data.tokenizer_training import train_tokenizer  # noqa: E402
 from megatron_ponder.errors import UserError, command  # noqa: E402
 from tests.cluster.runs import long_arguments  # noqa: E402
 from tests.cluster.virtual_cluster import VirtualCluster, missing_commands, wait_for  # noqa: E402
-from tests.conftest import Corpus  # noqa: E402
 
 
 @command
@@ -44,7 +41,7 @@ def main() -> None:
     if os.geteuid() != 0 or missing_commands():
         raise UserError("a virtual cluster needs root and SLURM; run tests/cluster/install.sh first")
     with tempfile.TemporaryDirectory() as name, VirtualCluster(Path(name) / "slurm") as cluster:
-        corpus = _corpus(Path(name))
+        corpus = small_corpus(Path(name))
         results = [_round(cluster, corpus, Path(name) / f"round{number}") for number in range(rounds)]
     table = Table(title=f"median of {rounds} rounds, 2 nodes × 2 ranks")
     table.add_column("from … to …", no_wrap=True)
@@ -54,13 +51,7 @@ def main() -> None:
     Console().print(table)
 
 
-def _corpus(folder: Path) -> Corpus:
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:20]
-    tokenizer = train_tokenizer(files, folder / "tokenizer", vocab_size=512).path
-    return Corpus(Path(tokenizer), Path(preprocess(files, folder / "text", tokenizer, workers=1).prefix), files[0])
-
-
-def _round(cluster: VirtualCluster, corpus: Corpus, folder: Path) -> dict[str, float]:
+def _round(cluster: VirtualCluster, corpus: SmallCorpus, folder: Path) -> dict[str, float]:
     folder.mkdir()
     environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     description = Cluster(nodes=2, gpus_per_node=2, environment=environment, log_folder=str(folder))

@@ -1,6 +1,6 @@
 """What failures cost: from the kill of a rank to the end of its job, from a restart to its first step, and per step.
 
-    python benchmarks/resilience.py --dataset PREFIX --tokenizer FILE [--part end|restart|step]
+    python benchmarks/resilience.py [--part end|restart|step]
 
 `end`: SIGKILL of one of two ranks, to the end of all processes, with and without torchrun. `restart`: a preempted run
 that goes on, second by second, up to its first new step. `step`: what agreeing on whether to stop, looking for numbers
@@ -20,7 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.small_corpus import small_corpus  # noqa: E402
+
 STEP_LINE = re.compile(r"step (\d+)/")
 SHAPE = {
     "model.hidden_size": 64,
@@ -45,16 +49,17 @@ SHAPE = {
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", required=True, help="prefix of an indexed dataset")
-    parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--part", choices=("end", "restart", "step"), help="all of them unless given")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    settings = SHAPE | {"data.path": options.dataset, "tokenizer.path": options.tokenizer}
-    for name, measure in {"end": measure_end, "restart": measure_restart, "step": measure_step}.items():
-        if options.part in (None, name):
-            with tempfile.TemporaryDirectory() as folder:
-                measure(settings, Path(folder), options.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = small_corpus(Path(folder))
+        settings = SHAPE | {"data.path": corpus.dataset, "tokenizer.path": corpus.tokenizer}
+        for name, measure in {"end": measure_end, "restart": measure_restart, "step": measure_step}.items():
+            if options.part in (None, name):
+                runs = Path(folder) / name
+                runs.mkdir()
+                measure(settings, runs, options.repeats)
 
 
 def start(settings: dict, run_dir: Path, torchrun: bool, output: Path) -> list[subprocess.Popen]:
