@@ -240,6 +240,13 @@ def test_wrong_types(key, value, got):
         ({"ponder__penalty_weight": -1}, "ponder.penalty_weight must not be negative"),
         ({"optimizer__betas": "[0.9, 1.0]"}, "optimizer.betas must lie between 0 and 1"),
         ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay and optimizer.gradient_clipping must not be"),
+        ({"ponder__target_steps": 0.5}, "needs a ponder.penalty_weight above 0 to begin with"),
+        (
+            {"ponder__target_steps": 9, "ponder__penalty_weight": 0.1},
+            "ponder.target_steps 9.0 must lie between 0 and ponder.max_steps 3",
+        ),
+        ({"ponder__target_rate": 0}, "ponder.target_rate 0.0 must lie between 0 and 1, such as 0.01"),
+        ({"ponder__prune_start": -1}, "ponder.prune_start -1 is not an optimiser step"),
         ({"ponder__penalty_start": 5}, "ponder.penalty_start 5 must lie between 0 and ponder.penalty_end 0"),
         ({"ponder__penalty_start": -5}, "ponder.penalty_start -5 must lie between 0 and ponder.penalty_end 0"),
         ({"ponder__gradient_passes": 0}, "ponder.gradient_passes must be at least 1"),

@@ -37,6 +37,7 @@ class Manifest:
         files: size in bytes and sha256 of each other file.
         skipped: steps among them that changed nothing, because their loss or gradients were not finite.
         validated: false if the validation that was due after this step has been cut off.
+        penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
         layout: of the ranks that wrote it, for people to read; loading does not look at it.
     """
 
@@ -48,6 +49,7 @@ class Manifest:
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
     validated: bool = True
+    penalty_factor: float = 1.0
     layout: dict[str, int | str] = field(default_factory=dict)
     format: int = 1
 

@@ -71,6 +71,10 @@ class PonderConfig:
             so that one configuration serves every mode.
         penalty_start: optimiser step from which the penalty is warmed up linearly.
         penalty_end: optimiser step from which the penalty has its full weight.
+        target_steps: mean additional steps a token at tau, towards which the penalty is steered from penalty_end on,
+            starting from penalty_weight; not steered unless given.
+        target_rate: how fast: log lambda grows by so much in an optimiser step that has one step a token too many.
+        prune_start: optimiser step from which training prunes by tau, as inference does; never unless given.
         embedding_scale: c, factor on token embeddings; sqrt(2.5 H) unless given, and 1 for vanilla.
         gradient_passes: let gradients flow through the last so many passes only; all of them unless given.
     """
@@ -86,6 +90,9 @@ class PonderConfig:
     penalty_weight: float = 0.0
     penalty_start: int = 0
     penalty_end: int = 0
+    target_steps: float | None = None
+    target_rate: float = 0.01
+    prune_start: int | None = None
     embedding_scale: float | None = None
     gradient_passes: int | None = None
 

@@ -95,6 +95,18 @@ def _validate_ponder(ponder: PonderConfig) -> None:
         f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
     )
     _require(
+        ponder.target_steps is None or (0 < ponder.target_steps < ponder.max_steps and ponder.penalty_weight > 0),
+        f"ponder.target_steps {ponder.target_steps} must lie between 0 and ponder.max_steps {ponder.max_steps}, and "
+        "needs a ponder.penalty_weight above 0 to begin with, such as 0.01",
+    )
+    _require(
+        0 < ponder.target_rate <= 1, f"ponder.target_rate {ponder.target_rate} must lie between 0 and 1, such as 0.01"
+    )
+    _require(
+        ponder.prune_start is None or ponder.prune_start >= 0,
+        f"ponder.prune_start {ponder.prune_start} is not an optimiser step; leave it out to train with the soft mask",
+    )
+    _require(
         ponder.gradient_passes is None or ponder.gradient_passes >= 1,
         "ponder.gradient_passes must be at least 1; leave it out to let gradients flow through every pass",
     )

@@ -35,6 +35,9 @@ def plot_training(run_dir: Path) -> Path:
         for axes, key in ((panels[0, 0], "validation_loss"), (panels[0, 1], "validation_mean_steps")):
             axes.plot(at, [record[key] for record in validated], "o-", markersize=3, label="validation")
     own = [record for record in validated if "validation_own_losses" in record]
+    if own:
+        pruned = [record["validation_pruned_loss"] for record in own]
+        panels[0, 0].plot([record["step"] for record in own], pruned, "x", markersize=5, label="validation, pruned")
     for k in range(len(own[-1]["validation_own_losses"]) if own else 0):
         losses = [record["validation_own_losses"][k] for record in own]
         panels[0, 0].plot([record["step"] for record in own], losses, "--", linewidth=0.8, label=f"step {k} by itself")

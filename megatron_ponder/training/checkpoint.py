@@ -105,7 +105,13 @@ class Checkpointer:
             self.finish()  # else a failure of the save would hide the reason
 
     def save(
-        self, engine: Engine, step: int, samples: int, validated: bool = True, skipped: Sequence[int] = ()
+        self,
+        engine: Engine,
+        step: int,
+        samples: int,
+        validated: bool = True,
+        skipped: Sequence[int] = (),
+        penalty_factor: float = 1.0,
     ) -> Path:
         """Write the checkpoint after `step` steps, or begin to; a collective.
 
@@ -117,6 +123,7 @@ class Checkpointer:
             samples: consumed.
             validated: false if the validation that was due after this step has been cut off.
             skipped: steps among them that changed nothing.
+            penalty_factor: of `Penalty`.
 
         Returns:
             The checkpoint's folder, which an asynchronous save has yet to make.
@@ -129,7 +136,13 @@ class Checkpointer:
             self.finish()
         final = self.folder / checkpoint_name(step)
         manifest = Manifest(
-            step, samples, *self._fingerprints, skipped=list(skipped), validated=validated, layout=self._layout()
+            step,
+            samples,
+            *self._fingerprints,
+            skipped=list(skipped),
+            validated=validated,
+            penalty_factor=penalty_factor,
+            layout=self._layout(),
         )
         begun = time.monotonic()
         share = self._take_share(engine)

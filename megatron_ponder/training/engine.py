@@ -4,6 +4,7 @@ DeepSpeed's configuration is generated here from ours. What the rest of the pack
 that returns the gradient norm, and whole fp32 tensors by parameter name.
 """
 
+import gc
 import io
 import logging
 import os
@@ -91,6 +92,9 @@ class Engine:
             # These count in the gradient norm on every model-parallel rank, others on the first alone.
             parameter.model_parallel = spec.shard_dim is not None or mesh.tensor.rank == 0
         deepspeed = _import_deepspeed(mesh)
+        # An earlier engine of this process imports when it is collected; within the imports below, that would break
+        # the import lock of Python before 3.12 with a KeyError.
+        gc.collect()
         # At each start its bf16 optimiser prints memory figures, whatever the log level.
         with redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(

@@ -16,6 +16,8 @@ from megatron_ponder.training.objective import Tally
 WINDOW, ENOUGH = 100, 20
 # Optimiser steps in which a router may still treat all tokens alike, and the share of tokens that counts as all.
 FORMING, ALL = 200, 0.999
+# Nats per token that pruning may cost.
+COSTLY = 0.01
 
 
 class SkippedSteps:
@@ -80,17 +82,24 @@ class LossSpikes:
         return score if score > self._threshold else None
 
 
-def router_complaint(tally: Tally, step: int, ponder: PonderConfig) -> str | None:
+def router_complaint(tally: Tally, cost: float, step: int, ponder: PonderConfig) -> str | None:
     """What is wrong with how a router spreads its tokens over steps, once the penalty has its full weight.
 
     Args:
         tally: of a validation.
+        cost: nats per token that the steps below τ were worth in it.
         step: optimiser steps done.
         ponder: of the model.
     """
     if step < max(ponder.penalty_end, FORMING):
         return None
     most, last = max(range(len(tally.steps)), key=tally.steps.__getitem__), ponder.steps
+    if cost > COSTLY:
+        return (
+            f"without the steps whose weight is below ponder.threshold ({ponder.threshold:g}) the loss is {cost:.3f} "
+            "nats higher: attention uses small weights too; lower ponder.threshold, or set ponder.prune_start, so that "
+            "the last part of training prunes as inference does"
+        )
     if tally.steps[most] < ALL * tally.tokens:
         return None
     if most == 0:

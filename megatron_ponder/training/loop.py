@@ -16,8 +16,9 @@ from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
 from megatron_ponder.training.metrics import MetricsLog, RunProgress
 from megatron_ponder.training.objective import Tally
+from megatron_ponder.training.penalty import Penalty
 from megatron_ponder.training.preemption import Boundary
-from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
+from megatron_ponder.training.schedules import learning_rate, prunes, refinements
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.validation import validate
 from megatron_ponder.training.watch import StepWatch
@@ -63,6 +64,7 @@ class TrainingLoop:
         self._validated = start.validated or "valid" not in parts.datasets
         self._skipped = SkippedSteps(start.skipped, config.training)
         losses = [] if log is None else [record["loss"] for record in log.kept[-WINDOW:]]
+        self._penalty = Penalty(config.ponder, start.penalty_factor)
         self._spikes = LossSpikes(config.logging.spike_threshold, losses)
         self._unsaved: UserError | None = None
         self._routed = passes_of(config.ponder).routed
@@ -116,7 +118,7 @@ class TrainingLoop:
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
         rate = learning_rate(step, training.steps, self._config.optimizer)
-        penalty = penalty_weight(step, ponder)
+        penalty = self._penalty.weight(step)
         r = refinements(step, training.seed, ponder)
         micro_batches = self._reader.read(self._loader, self._micro_batches)
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
@@ -124,7 +126,8 @@ class TrainingLoop:
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length
         # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
         scale = math.nan if self._reader.problem else 1 / tokens_per_step
-        sums = self._engine.forward_backward(micro_batches, r, self._engine.pruning(hard=False), penalty, scale)
+        pruning = self._engine.pruning(hard=prunes(step, ponder))
+        sums = self._engine.forward_backward(micro_batches, r, pruning, penalty, scale)
         self._watch.mark()
         norm = self._engine.step(rate)
         self._watch.mark()
@@ -133,6 +136,8 @@ class TrainingLoop:
         except UserError:
             self._save()
             raise
+        if math.isfinite(norm):
+            self._penalty.observe(step, tally.mean_steps)
         self._step, self._samples = step + 1, self._samples + training.global_batch_size
         self._watchdog.beat()
         if self._mesh.tensor.size > 1 and self._step_is_multiple_of(self._config.parallel.replica_check_interval):
@@ -171,22 +176,26 @@ class TrainingLoop:
     def _validate(self) -> dict[str, float]:
         """Fields of the record; none if the run is to stop before they are known."""
         self._validated = False
+        hard = prunes(self._step - 1, self._config.ponder)
         try:
-            tally = validate(self._config, self._mesh, self._parts, self._engine, self._boundary, self._watchdog)
+            tally = self._measure(hard)
+            pruned = self._measure(hard=True) if tally is not None and self._routed and not hard else tally
         except UserError:
             self._save()
             raise
-        self._validated = tally is not None
-        if tally is None:
+        self._validated = pruned is not None
+        if pruned is None:
             return {}
         loss, steps = tally.mean_loss, tally.mean_steps
         self._progress.say(f"step {self._step}  validation loss {loss:.4f}  steps/token {steps:.2f}")
         fields = {"validation_loss": loss, "validation_mean_steps": steps}
         if not self._routed:
             return fields
-        if complaint := router_complaint(tally, self._step, self._config.ponder):
+        cost = pruned.mean_loss - loss
+        if complaint := router_complaint(tally, cost, self._step, self._config.ponder):
             self._progress.say(f"step {self._step}  warning: {complaint}")
         return fields | {
+            "validation_pruned_loss": pruned.mean_loss,
             "validation_step_histogram": tally.steps,
             "validation_weights": [weight / tally.tokens for weight in tally.weights],
             "validation_own_losses": [nats / tally.tokens for nats in tally.own_losses],
@@ -194,13 +203,21 @@ class TrainingLoop:
             "validation_steps_follow_loss": tally.steps_follow_loss,
         }
 
+    def _measure(self, hard: bool) -> Tally | None:
+        return validate(self._config, self._mesh, self._parts, self._engine, self._boundary, self._watchdog, hard)
+
     def _save(self) -> None:
         """Save, or begin to; if that fails, training goes on all the same."""
         self._unsaved = None
         with self._watchdog.paused():
             try:
                 folder = self._checkpointer.save(
-                    self._engine, self._step, self._samples, self._validated, self._skipped.steps
+                    self._engine,
+                    self._step,
+                    self._samples,
+                    self._validated,
+                    self._skipped.steps,
+                    self._penalty.factor,
                 )
             except UserError as error:
                 self._unsaved = error

@@ -28,10 +28,6 @@ def refinements(step: int, seed: int, config: PonderConfig) -> int:
     return choices[int.from_bytes(digest[:8], "little") % len(choices)]
 
 
-def penalty_weight(step: int, config: PonderConfig) -> float:
-    """λ of this optimiser step: 0 until `penalty_start`, linear up to `penalty_end`, full from there."""
-    if step < config.penalty_start:
-        return 0.0
-    if step >= config.penalty_end:
-        return config.penalty_weight
-    return config.penalty_weight * (step - config.penalty_start) / (config.penalty_end - config.penalty_start)
+def prunes(step: int, config: PonderConfig) -> bool:
+    """Whether this optimiser step trains what inference runs, without the steps beyond K̂, and not the soft mask."""
+    return config.prune_start is not None and step >= config.prune_start

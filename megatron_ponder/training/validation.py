@@ -17,9 +17,15 @@ from megatron_ponder.training.watchdog import Watchdog
 
 
 def validate(
-    config: Config, mesh: Mesh, parts: RunParts, engine: Engine, boundary: Boundary, watchdog: Watchdog
+    config: Config,
+    mesh: Mesh,
+    parts: RunParts,
+    engine: Engine,
+    boundary: Boundary,
+    watchdog: Watchdog,
+    hard: bool = False,
 ) -> Tally | None:
-    """Cross-entropy and steps on the first validation samples, with the soft mask and the largest R of training.
+    """Cross-entropy and steps on the first validation samples, with the largest R of training.
 
     Between micro-batches the ranks agree on whether to stop.
 
@@ -31,7 +37,7 @@ def validate(
     """
     dataset, size = parts.datasets["valid"], config.training.micro_batch_size
     count = min(config.training.eval_samples, dataset.samples_per_epoch)
-    r, pruning = config.ponder.evaluation_refinements, engine.pruning(hard=False)
+    r, pruning = config.ponder.evaluation_refinements, engine.pruning(hard)
     own = validation_batches(dataset, count, size, mesh.data.rank, mesh.data.size)
     rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
     at_once = mesh.pipeline.size  # micro-batches that fill a pipeline

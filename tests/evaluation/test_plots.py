@@ -44,7 +44,8 @@ def test_a_router_adds_what_each_step_predicts(tmp_path):
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         log = MetricsLog(folder, LoggingConfig(tensorboard=False), 0)
         for step in (1, 2, 3):
-            log.write(record(step, True) | ({"validation_own_losses": [9 / step, 8 / step]} if routed else {}))
+            losses = {"validation_own_losses": [9 / step, 8 / step], "validation_pruned_loss": 10 / step}
+            log.write(record(step, True) | (losses if routed else {}))
         log.close()
         pictures.append(matplotlib.image.imread(plot_training(folder)))
     differing = (pictures[0] != pictures[1]).any(-1)

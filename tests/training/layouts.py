@@ -16,6 +16,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.schedules import prunes
 from megatron_ponder.training.setup import model_part
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
@@ -123,7 +124,7 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     """
     config = layout.config(case)
     engine = Engine(Objective(model_for(config, mesh)), config, mesh)
-    pruning, scale = engine.pruning(hard=False), 1 / (config.training.global_batch_size * LENGTH)
+    pruning, scale = engine.pruning(prunes(0, config.ponder)), 1 / (config.training.global_batch_size * LENGTH)
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
@@ -201,7 +202,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     """PyTorch alone, the whole batch at once; it must be able to tell right from wrong."""
     config = Layout().config(dict(items))
     objective = Objective(model_for(config))
-    model, pruning = objective.model, objective.model.pruning(hard=False)
+    model, pruning = objective.model, objective.model.pruning(prunes(0, config.ponder))
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},

@@ -1,4 +1,4 @@
-"""What a run says about a router that has collapsed."""
+"""What a run says about a router that has collapsed, or whose small weights are used."""
 
 import re
 
@@ -9,9 +9,9 @@ from megatron_ponder.training.objective import Tally
 from tests.models import small_config
 
 
-def complaint(steps: list[int], step: int = FORMING, **ponder) -> str | None:
+def complaint(steps: list[int], step: int = FORMING, cost: float = 0.0, **ponder) -> str | None:
     config = small_config(**{f"ponder__{name}": value for name, value in ponder.items()})
-    return router_complaint(Tally(0.0, 0.0, 0.0, steps, [], [], 0.0, 0.0), step, config.ponder)
+    return router_complaint(Tally(0.0, 0.0, 0.0, steps, [], [], 0.0, 0.0), cost, step, config.ponder)
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,9 @@ def test_a_router_has_time_to_form():
     assert complaint([1000, 0, 0], FORMING - 1) is None
     assert complaint([1000, 0, 0], 499, penalty_end=500) is None
     assert complaint([1000, 0, 0], 500, penalty_end=500) is not None
+
+
+def test_what_pruning_costs():
+    assert complaint([400, 300, 300], cost=0.01) is None
+    words = r"weight is below ponder\.threshold \(0\.02\) the loss is 0\.720 nats higher: .* set ponder\.prune_start"
+    assert re.search(words, complaint([400, 300, 300], cost=0.72, threshold=0.02))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.config import OptimizerConfig, PonderConfig
-from megatron_ponder.training.schedules import learning_rate, penalty_weight, refinements
+from megatron_ponder.training.schedules import learning_rate, prunes, refinements
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
@@ -36,7 +36,6 @@ def test_refinements_are_drawn_uniformly_and_depend_on_seed_and_step_only():
     assert {refinements(step, 1, PonderConfig(jacobi_iterations=5)) for step in range(10)} == {5}
 
 
-def test_penalty_is_warmed_up_linearly():
-    config = PonderConfig(penalty_weight=0.4, penalty_start=10, penalty_end=20)
-    assert [penalty_weight(step, config) for step in (0, 9, 10, 15, 20, 99)] == pytest.approx([0, 0, 0, 0.2, 0.4, 0.4])
-    assert penalty_weight(0, PonderConfig(penalty_weight=0.4)) == 0.4
+def test_pruning_begins_at_its_step():
+    assert [prunes(step, PonderConfig(prune_start=10)) for step in (0, 9, 10, 99)] == [False, False, True, True]
+    assert not prunes(10**9, PonderConfig())
