@@ -2,6 +2,8 @@
 
     python examples/pareto/pareto.py --size cpu --output runs/pareto --jobs 2
 
+Size `diagnostic` does it on text whose difficulty is known, and adds depths.md: loss and steps by true depth.
+
 The same command goes on where it was stopped; what is finished is not done again. The output then holds the runs, an
 analysis of each seed with its figures and its page, and over all seeds table.md, table.csv and pareto.png. With
 --dry-run the configuration of every run is checked and its command printed, and nothing is started.
@@ -42,7 +44,7 @@ def main() -> None:
     train(runs, arguments.jobs)
     folders = {seed: arguments.output / f"seed{seed}" for seed in arguments.seeds}
     parts = {folder: [run for run in runs if run.seed == seed] for seed, folder in folders.items()}
-    analyse(parts, arguments.samples, arguments.jobs)
+    analyse(parts, data, arguments.samples, arguments.jobs)
     Console(highlight=False).print(write_tables(folders, arguments.output), soft_wrap=True)
 
 

@@ -17,8 +17,10 @@ from megatron_ponder.errors import UserError
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-SIZES = ("cpu", "gpu", "paper")
+SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper")}
+SIZES["diagnostic"] = REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml"
 VOCABULARY = {"cpu": 2048, "gpu": 8192}
+DIAGNOSTIC = ("--kinds", "follow", "--max-depth", "2", "--documents", "150000", "--questions", "1")
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,11 @@ class Run:
 
 def plan_runs(size: str, output: Path, data: Path, seeds: Sequence[int]) -> list[Run]:
     """All runs, the first seed of every variant first, so that a comparison can be made as early as possible."""
-    variants = yaml.safe_load((HERE / "variants.yaml").read_text(encoding="utf-8"))
-    common = ("--config", str(HERE / f"{size}.yaml"), "--checkpoint.resume", "auto")
-    common += ("--data.path", str(data / "corpus_text_document"), "--tokenizer.path", str(data / "tokenizer.model"))
+    chosen = yaml.safe_load((HERE / "variants.yaml").read_text(encoding="utf-8"))
+    variants = chosen["all"] | chosen.get(size, chosen["text"])
+    tokenizer = data / ("tokenizer.json" if size == "diagnostic" else "tokenizer.model")
+    common = ("--config", str(SIZES[size]), "--checkpoint.resume", "auto")
+    common += ("--data.path", str(data / "corpus_text_document"), "--tokenizer.path", str(tokenizer))
     runs = []
     for seed in seeds:
         for variant, overrides in variants.items():
@@ -63,6 +67,10 @@ def prepare_data(size: str, folder: Path) -> None:
     """Make corpus, tokenizer and dataset unless they are there."""
     if (folder / "corpus_text_document.idx").exists():
         return
+    if size == "diagnostic":
+        _command("examples/diagnostic/make_corpus.py", "--output", str(folder), *DIAGNOSTIC)
+        _preprocess(folder / "diagnostic.jsonl", folder / "tokenizer.json", folder)
+        return
     if size not in VOCABULARY:
         raise UserError(f"{folder} has no corpus_text_document.idx; a corpus for size {size} is yours to make")
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +78,12 @@ def prepare_data(size: str, folder: Path) -> None:
     _command("examples/quickstart/make_corpus.py", "--output", text)
     tokenizer = ("--output-prefix", str(folder / "tokenizer"), "--vocab-size", str(VOCABULARY[size]))
     _command("tools/train_tokenizer.py", "--input", text, *tokenizer)
-    dataset = ("--output-prefix", str(folder / "corpus"), "--tokenizer", str(folder / "tokenizer.model"))
-    _command("tools/preprocess_data.py", "--input", text, *dataset, "--append-eod")
+    _preprocess(Path(text), folder / "tokenizer.model", folder)
+
+
+def _preprocess(text: Path, tokenizer: Path, folder: Path) -> None:
+    words = ("--input", str(text), "--output-prefix", str(folder / "corpus"), "--tokenizer", str(tokenizer))
+    _command("tools/preprocess_data.py", *words, "--append-eod")
 
 
 def _command(script: str, *arguments: str) -> None:
@@ -93,19 +105,22 @@ def train(runs: Sequence[Run], jobs: int) -> None:
     _run_all(commands, jobs, "training")
 
 
-def analyse(parts: Mapping[Path, Sequence[Run]], samples: int, jobs: int) -> None:
+def analyse(parts: Mapping[Path, Sequence[Run]], data: Path, samples: int, jobs: int) -> None:
     """Measure the runs of each folder on the same validation samples, unless that was done after they had ended.
+
+    By true depth too, if the folder of the data holds the depths.
 
     Raises:
         UserError: as `train`.
     """
     commands = {}
+    depths = ("--depths", str(data / "depths")) if (data / "depths.idx").exists() else ()
     for folder, runs in parts.items():
         folder.mkdir(parents=True, exist_ok=True)
         done, checkpoints = folder / "analysis.json", [str(run.folder) for run in runs]
         newest = max((run.folder / "checkpoints").stat().st_mtime for run in runs)
         if not done.exists() or done.stat().st_mtime < newest:
-            options = ("--output", str(folder), "--samples", str(samples))
+            options = ("--output", str(folder), "--samples", str(samples), *depths)
             commands[folder] = ("tools/analyze_pondering.py", "--checkpoint", *checkpoints, *options)
     _run_all(commands, jobs, "analysis")
 

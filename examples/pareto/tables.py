@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +49,29 @@ def write_tables(folders: Mapping[int, Path], output: Path) -> str:
         for seed, points in zip(folders, seeds, strict=True):
             writer.writerows((variant, seed, *point[:4]) for variant, point in points.items())
     _draw(seeds, output / "pareto.png")
+    if all((folder / "depth.csv").exists() for folder in folders.values()):
+        by_depth = _by_depth(folders)
+        (output / "depths.md").write_text(by_depth, encoding="utf-8")
+        table += "\n" + by_depth
     return table
+
+
+def _by_depth(folders: Mapping[int, Path]) -> str:
+    """Loss of answers and mean K̂ on them, by true depth, over the seeds, as a table in Markdown."""
+    losses, steps = defaultdict(list), defaultdict(list)
+    for seed, folder in folders.items():
+        with (folder / "depth.csv").open(encoding="utf-8", newline="") as rows:
+            for row in csv.DictReader(rows):
+                key = row["model"].removesuffix(f"-seed{seed}"), row["depth"]
+                losses[key].append(float(row["loss"]))
+                steps[key].append(float(row["mean_steps"]))
+    depths = sorted({depth for _, depth in losses if depth}, key=int)
+    headings = ["variant", *(f"loss, depth {depth}" for depth in depths), *(f"K̂, depth {depth}" for depth in depths)]
+    lines = [[*headings, "K̂, no answer"], ["---"] * (2 * len(depths) + 2)]
+    for variant in dict.fromkeys(variant for variant, _ in losses):
+        cells = [spread(losses[variant, depth]) for depth in depths]
+        lines.append([variant, *cells, *(spread(steps[variant, depth], 2) for depth in [*depths, ""])])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _points(folder: Path, seed: int) -> dict[str, Point]:

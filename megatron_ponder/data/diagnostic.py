@@ -152,7 +152,9 @@ def passages(
     for _ in range(documents):
         words, depths = [], []
         for _ in range(questions):
-            drawn = question(generator.choice(kinds), generator.randint(0, max_depth), generator)
+            kind = generator.choice(kinds)
+            depth = max_depth if kind == "follow" else generator.randint(0, max_depth)  # it draws depths of its own
+            drawn = question(kind, depth, generator)
             words += drawn.words
             depths += drawn.depths
         yield Passage(words, depths)

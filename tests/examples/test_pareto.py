@@ -11,13 +11,14 @@ import yaml
 PARETO = Path(__file__).parents[2] / "examples" / "pareto"
 
 
-@pytest.mark.parametrize("size", ["cpu", "gpu", "paper"])
+@pytest.mark.parametrize("size", ["cpu", "gpu", "paper", "diagnostic"])
 def test_a_dry_run_checks_every_run_and_starts_nothing(size, tmp_path):
     (tmp_path / "data").mkdir()
     command = [sys.executable, str(PARETO / "pareto.py"), "--size", size, "--output", str(tmp_path), "--dry-run"]
     ended = subprocess.run([*command, "--seeds", "0", "7"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    variants = yaml.safe_load((PARETO / "variants.yaml").read_text())
+    chosen = yaml.safe_load((PARETO / "variants.yaml").read_text())
+    variants = [*chosen["all"], *chosen["diagnostic" if size == "diagnostic" else "text"]]
     lines = ended.stdout.splitlines()
     assert len(lines) == 2 * len(variants)
     assert sum("--training.seed 7" in line for line in lines) == len(variants)
@@ -53,6 +54,24 @@ def write_analysis(folder: Path, seed: int, shift: float) -> None:
     rows += [f"adaptive-seed{seed},threshold,0.1,0,1.5", f"adaptive-seed{seed},random,0.1,4.2,1.5"]
     rows += [f"adaptive-seed{seed},threshold,0.5,0,1.1", f"adaptive-seed{seed},random,0.5,7,1.1"]
     (folder / "quality_compute.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_depths_are_averaged_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PARETO)
+    from tables import write_tables
+
+    folders = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+    for seed, folder in folders.items():
+        write_analysis(folder, seed, shift=0.0)
+        measured = [("", 3.0, 0.25), (0, 0.5, 0.0), (1, 1.0 + seed, 2.0 - seed)]
+        rows = [f"adaptive-seed{seed},{depth},{loss},{steps}" for depth, loss, steps in measured]
+        (folder / "depth.csv").write_text("\n".join(["model,depth,loss,mean_steps", *rows]) + "\n")
+    table = write_tables(folders, tmp_path)
+    assert table.endswith((tmp_path / "depths.md").read_text())
+    heading, _, line = (tmp_path / "depths.md").read_text().splitlines()
+    assert heading == "| variant | loss, depth 0 | loss, depth 1 | K̂, depth 0 | K̂, depth 1 | K̂, no answer |"
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["adaptive", "0.500 ± 0.000", "1.500 ± 0.707", "0.00 ± 0.00", "1.50 ± 0.71", "0.25 ± 0.00"]
 
 
 def test_the_table_compares_at_equal_compute_over_seeds(tmp_path, monkeypatch):
