@@ -14,27 +14,26 @@ is the time over that of one rank in the same round.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.launch import discover, process_group
 from megatron_ponder.model.cpu_attention import BLOCK, causal_attention
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
-from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.planning.cluster import Cluster
 from megatron_ponder.planning.step_time import step_time
-from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.setup import model_part
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.two_ranks import Step, on_two_ranks
 
 HIDDEN, FFN, HEADS, STEPS, REFINEMENTS, SEQUENCES = 256, 688, 4, 2, 1, 4
 
@@ -125,48 +124,17 @@ def measure_machine(length: int, together: bool) -> Machine:
     )
 
 
-class Step:
-    """Runs optimiser steps of one layout on this rank."""
-
-    def __init__(self, layout: Layout, length: int, device: torch.device) -> None:
-        config = configuration(layout, length)
-        if layout.alone:  # each rank builds one of its own, but only the first steps
-            group, _ = dist.new_subgroups_by_enumeration([[0], [1]])
-            mesh = Mesh(device, *[Axis(group=group)] * 4)
-        else:
-            mesh = build_mesh(device, layout.tensor, layout.pipeline, layout.data)
-        model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
-        model.recompute = config.training.recompute
-        initialize(model, seed=0)
-        self._engine, self._idle = Engine(Objective(model), config, mesh), layout.alone and dist.get_rank() > 0
-        from deepspeed.utils import groups  # after the engine, which knows how to import it
-
-        self._groups, self._mpu = groups, groups.mpu
-        tokens = torch.randint(0, 8192, (SEQUENCES, 1, length + 1), generator=torch.Generator().manual_seed(0))
-        self._micro_batches = list(tokens[mesh.data.rank :: mesh.data.size])
-        self._scale = 1 / (SEQUENCES * length)
-
-    def __call__(self) -> float:
-        """Take one step. Returns wall time in seconds until all ranks have finished."""
-        self._groups.mpu = self._mpu  # DeepSpeed otherwise reduces over the groups of the engine that was built last
-        dist.barrier()
-        begun = time.perf_counter()
-        if not self._idle:
-            pruning = self._engine.pruning(hard=False)
-            self._engine.forward_backward(self._micro_batches, REFINEMENTS, pruning, 0.0, self._scale)
-            self._engine.step(1e-4)
-        dist.barrier()
-        return time.perf_counter() - begun
-
-
 def measure(rounds: int, length: int) -> tuple[list[Machine], list[Machine], dict[str, list[float]]]:
     """The machine for one rank and for two, and seconds of every step by layout, round by round; runs on every rank."""
     with process_group(discover()) as device:
         torch.set_num_threads(1)
-        steps = {name: Step(layout, length, device) for name, layout in LAYOUTS.items()}
+        steps = {
+            name: Step(configuration(layout, length), layout.data, layout.alone, device)
+            for name, layout in LAYOUTS.items()
+        }
         alone, both, times = [], [], {name: [] for name in steps}
         for turn in range(rounds + 2):
-            elapsed = {name: step() for name, step in steps.items()}
+            elapsed = {name: step(REFINEMENTS) for name, step in steps.items()}
             if turn < 2:  # the first rounds warm up, and DeepSpeed learns the order of modules
                 continue
             for name, seconds_of_step in elapsed.items():
@@ -190,10 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=128)
     arguments = parser.parse_args()
-    launch = LaunchConfig(
-        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
-    )
-    *machines, times = elastic_launch(launch, measure)(arguments.rounds, arguments.length)[0]
+    *machines, times = on_two_ranks(measure, arguments.rounds, arguments.length)
     alone, both = map(median_machine, machines)
     console = Console(width=120)
     for name, machine in (("one rank", alone), ("each of two", both)):

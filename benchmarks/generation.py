@@ -38,7 +38,7 @@ from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.generate import generate
 from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.request import Generation, Request
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.launch import prepare_cpu
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Pruning

@@ -25,8 +25,9 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.memory import Rank, memory_estimate
+from megatron_ponder.training.memory import memory_estimate
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.rank import Rank
 from megatron_ponder.training.setup import model_part
 
 CASES: dict[str, tuple[int, dict[str, object]]] = {

@@ -1,6 +1,6 @@
 """How long pipeline ranks wait for each other: counted from the schedules that run, and timed on two ranks.
 
-    python benchmarks/pipeline_schedule.py [--rounds 3] [--length 256]
+    python benchmarks/pipeline_schedule.py [--rounds 3] [--length 64]
 
 First, every rank's table of actions is taken from the schedule itself and played through without communication: an
 action starts when its rank is free and the stage that it depends on has finished. A forward pass takes 1, a backward
@@ -17,8 +17,9 @@ ratios within a round.
 
 import argparse
 import statistics
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,19 +27,17 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_ponder.config import read_config
+from megatron_ponder.config import Config, read_config
 from megatron_ponder.launch import discover, process_group
 from megatron_ponder.model.passes import pass_slots
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
+from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule
-from megatron_ponder.parallel.sharding import initialize
-from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.setup import model_part
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.two_ranks import Step, on_two_ranks
 
 KINDS: tuple[ScheduleKind, ...] = ("1f1b", "zero_bubble")
 COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # forward; backward: whole, of inputs, of weights
@@ -170,45 +169,17 @@ LAYOUTS = {
 CASES = {4: ("one rank", "pp2 1f1b"), 8: tuple(LAYOUTS)}
 
 
-class Step:
-    """Runs optimiser steps of one layout on this rank."""
-
-    def __init__(self, layout: Layout, micro_batches: int, length: int, device: torch.device) -> None:
-        values = {
-            "model.hidden_size": 256, "model.num_layers": 8, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-            "model.vocab_size": 8192, "data.sequence_length": length, "ponder.mode": "adaptive",
-            "ponder.max_steps": STEPS, "training.precision": "fp32", "training.micro_batch_size": 1,
-            "training.global_batch_size": micro_batches, "parallel.tensor": layout.tensor,
-            "parallel.pipeline": layout.pipeline, "parallel.pipeline_schedule": layout.schedule,
-            "parallel.sequence_parallel": str(layout.sequence_parallel).lower(), "parallel.zero_stage": 0,
-        }  # fmt: skip
-        config = read_config([f"--{key}={value}" for key, value in values.items()])
-        if layout.alone:  # each rank builds one of its own, but only the first steps
-            group, _ = dist.new_subgroups_by_enumeration([[0], [1]])
-            mesh = Mesh(device, *[Axis(group=group)] * 4)
-        else:
-            mesh = build_mesh(device, layout.tensor, layout.pipeline, layout.data, layout.sequence_parallel)
-        model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
-        initialize(model, seed=0)
-        self._engine, self._idle = Engine(Objective(model), config, mesh), layout.alone and dist.get_rank() > 0
-        from deepspeed.utils import groups  # after the engine, which knows how to import it
-
-        self._groups, self._mpu = groups, groups.mpu
-        tokens = torch.randint(0, 8192, (micro_batches, 1, length + 1), generator=torch.Generator().manual_seed(0))
-        self._micro_batches = list(tokens[mesh.data.rank :: mesh.data.size])
-        self._scale = 1 / (micro_batches * length)
-
-    def __call__(self) -> float:
-        """Take one step. Returns wall time in seconds until all ranks have finished."""
-        self._groups.mpu = self._mpu  # DeepSpeed otherwise reduces over the groups of the engine that was built last
-        dist.barrier()
-        begun = time.perf_counter()
-        if not self._idle:
-            pruning = self._engine.pruning(hard=False)
-            self._engine.forward_backward(self._micro_batches, REFINEMENTS, pruning, 0.0, self._scale)
-            self._engine.step(1e-4)
-        dist.barrier()
-        return time.perf_counter() - begun
+def configuration(layout: Layout, micro_batches: int, length: int) -> Config:
+    """The configuration of one case; `length` is L."""
+    values = {
+        "model.hidden_size": 256, "model.num_layers": 8, "model.num_heads": 4, "model.ffn_hidden_size": 688,
+        "model.vocab_size": 8192, "data.sequence_length": length, "ponder.mode": "adaptive",
+        "ponder.max_steps": STEPS, "training.precision": "fp32", "training.micro_batch_size": 1,
+        "training.global_batch_size": micro_batches, "parallel.tensor": layout.tensor,
+        "parallel.pipeline": layout.pipeline, "parallel.pipeline_schedule": layout.schedule,
+        "parallel.sequence_parallel": str(layout.sequence_parallel).lower(), "parallel.zero_stage": 0,
+    }  # fmt: skip
+    return read_config([f"--{key}={value}" for key, value in values.items()])
 
 
 def time_steps(rounds: int, length: int) -> dict[tuple[int, str], list[float]]:
@@ -217,10 +188,14 @@ def time_steps(rounds: int, length: int) -> dict[tuple[int, str], list[float]]:
     with process_group(discover()) as device:
         torch.set_num_threads(1)
         for micro_batches, names in CASES.items():
-            steps = {name: Step(LAYOUTS[name], micro_batches, length, device) for name in names}
+            steps = {}
+            for name in names:
+                layout = LAYOUTS[name]
+                config = configuration(layout, micro_batches, length)
+                steps[name] = Step(config, layout.data, layout.alone, device)
             for turn in range(rounds + 1):
                 for name, step in steps.items():
-                    elapsed = step()
+                    elapsed = step(REFINEMENTS)
                     if turn:  # the first round warms up
                         times.setdefault((micro_batches, name), []).append(elapsed)
     return times
@@ -228,10 +203,7 @@ def time_steps(rounds: int, length: int) -> dict[tuple[int, str], list[float]]:
 
 def print_timed(console: Console, rounds: int, length: int) -> None:
     """The table of step times."""
-    launch = LaunchConfig(
-        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
-    )
-    times = elastic_launch(launch, time_steps)(rounds, length)[0]
+    times = on_two_ranks(time_steps, rounds, length)
     table = Table(title=f"Two ranks against one, one thread each, sequences of {length}")
     for heading in ("M", "layout", "seconds a step", "speed-up", "ideal", "of the ideal"):
         table.add_column(heading, justify="left" if heading == "layout" else "right")
@@ -254,7 +226,7 @@ def main() -> None:
     """Count, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=64)
     arguments = parser.parse_args()
     console = Console(width=110)
     print_counted(console)

@@ -26,7 +26,7 @@ from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.prompts import STANDARD_INPUT, Prompt, Task, read_prompts, tasks_of, text_prompts
 from megatron_ponder.inference.ranks import joined
 from megatron_ponder.inference.results import LinePrinter, ResultFile
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.inference.shading import ShadedPrinter, steps_line
 from megatron_ponder.launch import Launch, discover
 from megatron_ponder.parallel.collectives import from_first

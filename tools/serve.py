@@ -16,7 +16,7 @@ from megatron_ponder.errors import UserError, command
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_engine
 from megatron_ponder.inference.ranks import joined
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.launch import discover
 from megatron_ponder.parallel.collectives import from_first, together
 

@@ -69,6 +69,15 @@ def _settings(rows: Sequence[Row]) -> str:
     return ", ".join(dict.fromkeys(row["evaluation"] for row in rows))
 
 
+def _error_bars(panels: Sequence[Axes], rows: Sequence[Row], x: str, names: Sequence[str], index: int) -> None:
+    """One model's mean and standard error of a quantity in each panel."""
+    for axes, name in zip(panels, names, strict=True):
+        axes.errorbar(
+            _column(rows, x), _column(rows, name), yerr=_column(rows, f"{name}_standard_error"), linestyle="-",
+            linewidth=1.2, capsize=3, label=rows[0]["model"], **_look(index),
+        )  # fmt: skip
+
+
 def _finish(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -132,12 +141,7 @@ def benefit(rows: Sequence[Row]) -> Figure:
     figure, panels = _panels(2, shared_y=False)
     for index, model in enumerate(_models(rows)):
         of_model = _where(rows, model=model)
-        for axes, name in zip(panels, ("gain", "first_loss"), strict=True):
-            axes.errorbar(
-                _column(of_model, "steps"), _column(of_model, name),
-                yerr=_column(of_model, f"{name}_standard_error"), linestyle="-", linewidth=1.2, capsize=3,
-                label=model, **_look(index),
-            )  # fmt: skip
+        _error_bars(panels, of_model, "steps", ("gain", "first_loss"), index)
         for row in of_model if len(_models(rows)) == 1 else []:
             axes = panels[0]
             axes.annotate(
@@ -222,13 +226,7 @@ def depth(rows: Sequence[Row]) -> Figure:
     rows = [row for row in rows if row["depth"] is not None]
     figure, panels = _panels(2, shared_y=False)
     for index, model in enumerate(_models(rows)):
-        of_model = _where(rows, model=model)
-        for axes, name in zip(panels, ("loss", "mean_steps"), strict=True):
-            axes.errorbar(
-                _column(of_model, "depth"), _column(of_model, name),
-                yerr=_column(of_model, f"{name}_standard_error"), linestyle="-", linewidth=1.2, capsize=3,
-                label=model, **_look(index),
-            )  # fmt: skip
+        _error_bars(panels, _where(rows, model=model), "depth", ("loss", "mean_steps"), index)
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)

@@ -12,7 +12,8 @@ from megatron_ponder.inference.forward import Forward, Outcome
 from megatron_ponder.inference.packing import packed
 from megatron_ponder.inference.request import Request
 from megatron_ponder.inference.runner import Runner
-from megatron_ponder.inference.scheduler import Batching, OnToken, Scheduler, Sequence, Usage
+from megatron_ponder.inference.scheduler import Scheduler
+from megatron_ponder.inference.sequences import Batching, OnToken, Sequence, Usage
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh

@@ -13,7 +13,7 @@ from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.options import Options
 from megatron_ponder.inference.request import Generation, Request
 from megatron_ponder.inference.sampling import Sampling
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh

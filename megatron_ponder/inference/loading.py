@@ -13,7 +13,8 @@ from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.ranks import build_ranks, check_sizes
 from megatron_ponder.inference.request import Request
-from megatron_ponder.inference.scheduler import Batching, Scheduler
+from megatron_ponder.inference.scheduler import Scheduler
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.launch import Launch
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.collectives import together

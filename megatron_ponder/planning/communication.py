@@ -15,8 +15,8 @@ from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.passes import Sizes
 from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.parallel.mesh import Axis, Mesh
-from megatron_ponder.training.memory import Rank, rank_parameters, vocabulary_parameters
 from megatron_ponder.training.objective import Tally
+from megatron_ponder.training.rank import Rank, rank_parameters, vocabulary_parameters
 
 FP32, INT64, FP64 = 4, 8, 8  # bytes of a number
 # Parameters up to this size stay whole on every rank at ZeRO 3 (`stage3_param_persistence_threshold`), and from this

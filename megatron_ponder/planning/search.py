@@ -10,7 +10,8 @@ from megatron_ponder.errors import UserError
 from megatron_ponder.launch import Launch
 from megatron_ponder.planning.cluster import Cluster
 from megatron_ponder.planning.step_time import StepTime, places, step_time
-from megatron_ponder.training.memory import Rank, RankMemory, memory_estimate
+from megatron_ponder.training.memory import RankMemory, memory_estimate
+from megatron_ponder.training.rank import Rank
 
 # What a layout is made of: section and key, in the order in which they are shown.
 KEYS = (

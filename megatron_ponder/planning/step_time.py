@@ -17,7 +17,7 @@ from megatron_ponder.model.cpu_attention import BLOCK
 from megatron_ponder.planning.cluster import Cluster
 from megatron_ponder.planning.communication import FP32, Formula, Term, mesh_on_paper, parameter_sizes
 from megatron_ponder.training.flops import FORWARD_AND_BACKWARD, slots_of_passes, training_flops
-from megatron_ponder.training.memory import Rank, vocabulary_parameters
+from megatron_ponder.training.rank import Rank, vocabulary_parameters
 
 PARTS = ("matrices", "attention", "element-wise", "gradient sums", "collectives", "bubble", "reduction", "optimiser")
 # The kernels' backward pass computes probabilities anew and then four products, after two in the forward pass.

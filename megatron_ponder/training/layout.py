@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from megatron_ponder.config import Config
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.memory import Rank, memory_estimate, most_in_flight, rank_parameters
+from megatron_ponder.training.memory import memory_estimate, most_in_flight
+from megatron_ponder.training.rank import Rank, rank_parameters
 
 GIB = 2**30
 

@@ -6,7 +6,7 @@ from megatron_ponder.checkpoint.load import even_part, load_weights
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.request import Request
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.model.ponder import PonderLM
 from tests.inference.sequential import continue_greedily
 from tests.models import random_tokens, small_model

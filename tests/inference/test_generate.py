@@ -13,7 +13,7 @@ from megatron_ponder.inference.generate import generate
 from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.request import Generation, Request
 from megatron_ponder.inference.sampling import Sampling
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config, small_model
 

@@ -11,7 +11,8 @@ from megatron_ponder.errors import UserError
 from megatron_ponder.inference.options import Options
 from megatron_ponder.inference.prompts import Prompt, read_prompts, tasks_of, text_prompts
 from megatron_ponder.inference.sampling import Sampling
-from megatron_ponder.inference.scheduler import Batching, Scheduler
+from megatron_ponder.inference.scheduler import Scheduler
+from megatron_ponder.inference.sequences import Batching
 from tests.models import small_config
 
 DEFAULTS = Options(max_new_tokens=5, temperature=0.5, stop=("\n",), seed=3)

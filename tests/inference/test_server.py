@@ -17,7 +17,7 @@ from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.generate import generate
 from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.sampling import Sampling
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.inference.server.application import Application, Limits
 from megatron_ponder.inference.server.metrics import Metrics
 from megatron_ponder.inference.server.protocol import ServedModel

@@ -9,7 +9,7 @@ from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.generate import generate
 from megatron_ponder.inference.request import Request
-from megatron_ponder.inference.scheduler import Batching
+from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.inference.server.metrics import Metrics
 from megatron_ponder.inference.server.worker import Job, Progress, QueueFullError, UnavailableError, Worker
 from megatron_ponder.model.ponder import PonderLM

@@ -9,7 +9,7 @@ from megatron_ponder.model.transformer import ModelPart
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.sharding import declarations
 from megatron_ponder.planning.communication import Formula, mesh_on_paper, parameter_sizes
-from megatron_ponder.training.memory import Rank
+from megatron_ponder.training.rank import Rank
 from tests.models import small_config
 
 

@@ -9,7 +9,8 @@ from megatron_ponder.errors import UserError
 from megatron_ponder.launch import Launch
 from megatron_ponder.planning.cluster import Cluster
 from megatron_ponder.planning.search import changes, check_ranks, fitting, flags, nearest, plan_of
-from megatron_ponder.training.memory import Rank, memory_estimate
+from megatron_ponder.training.memory import memory_estimate
+from megatron_ponder.training.rank import Rank
 
 CLUSTER = Cluster("GPU", 2, 8, 40e9, 300e12, 2e12, 300e9, 25e9)
 ARGUMENTS = {

@@ -11,7 +11,8 @@ import torch
 from megatron_ponder.config import read_config
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.training.layout import describe_layout
-from megatron_ponder.training.memory import Rank, memory_estimate
+from megatron_ponder.training.memory import memory_estimate
+from megatron_ponder.training.rank import Rank
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ["--config", "examples/configs/llama_410m.yaml"]

@@ -5,7 +5,8 @@ import pytest
 from megatron_ponder.config import read_config
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.training.layout import describe_layout
-from megatron_ponder.training.memory import Rank, memory_estimate, rank_parameters
+from megatron_ponder.training.memory import memory_estimate
+from megatron_ponder.training.rank import Rank, rank_parameters
 
 
 def test_the_table():

@@ -18,17 +18,16 @@ from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.memory import (
-    Rank,
     held_gradient_bytes,
     loss_bytes,
     memory_estimate,
     most_in_flight,
     pass_bytes,
     passes,
-    rank_parameters,
     running_moments,
 )
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.rank import Rank, rank_parameters
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
 

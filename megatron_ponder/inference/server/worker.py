@@ -15,7 +15,7 @@ from typing import Literal
 from megatron_ponder.errors import UserError
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.request import FinishReason, Generation, Request
-from megatron_ponder.inference.scheduler import Sequence, Usage
+from megatron_ponder.inference.sequences import Sequence, Usage
 
 # How often an idle worker looks whether it is to stop, should a signal have gone to another thread, and lets the other
 # ranks hear from it.

@@ -1,0 +1,68 @@
+"""Optimiser steps of any layout of two ranks, or of one of them alone while the other sleeps, timed."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_ponder.config import Config
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
+from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.setup import model_part
+
+
+def on_two_ranks(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(*args)` returns on the first of two processes that run it."""
+    launch = LaunchConfig(
+        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
+    )
+    return elastic_launch(launch, function)(*args)[0]
+
+
+class Step:
+    """Runs optimiser steps of one layout on this rank."""
+
+    def __init__(self, config: Config, data: int, alone: bool, device: torch.device) -> None:
+        """Build the model and its engine.
+
+        Args:
+            config: resolved; its micro-batches are one sequence each.
+            data: data-parallel ranks.
+            alone: the first rank does all the work.
+            device: of this rank.
+        """
+        parallel, length, sequences = config.parallel, config.data.sequence_length, config.training.global_batch_size
+        if alone:  # each rank builds one of its own, but only the first steps
+            group, _ = dist.new_subgroups_by_enumeration([[0], [1]])
+            mesh = Mesh(device, *[Axis(group=group)] * 4)
+        else:
+            mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data, parallel.sequence_parallel)
+        model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
+        model.recompute = config.training.recompute
+        initialize(model, seed=0)
+        self._engine, self._idle = Engine(Objective(model), config, mesh), alone and dist.get_rank() > 0
+        from deepspeed.utils import groups  # after the engine, which knows how to import it
+
+        self._groups, self._mpu = groups, groups.mpu
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, config.model.vocab_size, (sequences, 1, length + 1), generator=generator)
+        self._micro_batches = list(tokens[mesh.data.rank :: mesh.data.size])
+        self._scale = 1 / (sequences * length)
+
+    def __call__(self, refinements: int) -> float:
+        """Take one step of R refinements. Returns wall time in seconds until all ranks have finished."""
+        self._groups.mpu = self._mpu  # DeepSpeed otherwise reduces over the groups of the engine that was built last
+        dist.barrier()
+        begun = time.perf_counter()
+        if not self._idle:
+            pruning = self._engine.pruning(hard=False)
+            self._engine.forward_backward(self._micro_batches, refinements, pruning, 0.0, self._scale)
+            self._engine.step(1e-4)
+        dist.barrier()
+        return time.perf_counter() - begun
