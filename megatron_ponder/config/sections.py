@@ -67,10 +67,13 @@ class PonderConfig:
             embedding alone, as a control; for training and evaluation only).
         router_hidden_size: width of a hidden layer in the router; 0 for a linear router.
         router_initial_bias: initial bias of the router for step K, so that training starts near `fixed`.
+        router_start: optimiser step from which the router decides; before, every token takes all steps, as in `fixed`.
         penalty_weight: lambda, weight of the mean sum of w over additional steps in the loss; unused without a router,
             so that one configuration serves every mode.
         penalty_start: optimiser step from which the penalty is warmed up linearly.
         penalty_end: optimiser step from which the penalty has its full weight.
+        entropy_weight: of the router's entropy, which is subtracted from the loss, so that the router tries every step;
+            full until penalty_start and let go linearly by penalty_end.
         target_steps: mean additional steps a token at tau, towards which the penalty is steered from penalty_end on,
             starting from penalty_weight; not steered unless given.
         target_rate: how fast: log lambda grows by so much in an optimiser step that has one step a token too many.
@@ -87,9 +90,11 @@ class PonderConfig:
     router_input: Literal["hidden", "token"] = "hidden"
     router_hidden_size: int = 0
     router_initial_bias: float = 2.0
+    router_start: int = 0
     penalty_weight: float = 0.0
     penalty_start: int = 0
     penalty_end: int = 0
+    entropy_weight: float = 0.0
     target_steps: float | None = None
     target_rate: float = 0.01
     prune_start: int | None = None

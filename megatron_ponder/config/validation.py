@@ -89,10 +89,16 @@ def _validate_ponder(ponder: PonderConfig) -> None:
         f"ponder.threshold {ponder.threshold} is not a weight; choose it between 0 (every step runs) and 1",
     )
     _require(ponder.router_hidden_size >= 0, "ponder.router_hidden_size must be 0 (a linear router) or positive")
+    _require(ponder.router_start >= 0, "ponder.router_start must be 0 (from the beginning) or an optimiser step")
     _require(ponder.penalty_weight >= 0, "ponder.penalty_weight must not be negative; 0 turns the penalty off")
     _require(
         0 <= ponder.penalty_start <= ponder.penalty_end,
         f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
+    )
+    _require(
+        ponder.entropy_weight == 0 or (ponder.entropy_weight > 0 and ponder.penalty_end > 0),
+        f"ponder.entropy_weight {ponder.entropy_weight} must not be negative, and needs a ponder.penalty_end above 0, "
+        "by which it is let go",
     )
     _require(
         ponder.target_steps is None or (0 < ponder.target_steps < ponder.max_steps and ponder.penalty_weight > 0),

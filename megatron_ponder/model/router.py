@@ -38,12 +38,14 @@ class Pruning:
         threshold: τ.
         bias: α, added k times to the logit of step k.
         executed: int64 (B, L), K̂ of every token in place of what τ gives, for comparison with other choices.
+        all_steps: every token takes K steps, as in `fixed` mode, and the router learns nothing.
     """
 
     hard: bool
     threshold: float
     bias: float = 0.0
     executed: Tensor | None = None
+    all_steps: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -92,6 +94,9 @@ def route(logits: Tensor, pruning: Pruning) -> Routing:
 
     log w is a reversed logcumsumexp: it keeps its value and gradient where w underflows, unlike log(clamp(w)).
     """
+    if pruning.all_steps:  # gradients are 0, and not what rounding leaves, which Adam would make large
+        logits = 0 * logits
+        logits = torch.cat([logits[..., :-1] + DEAD, logits[..., -1:]], -1)
     if pruning.bias:
         logits = logits + pruning.bias * torch.arange(logits.shape[-1], device=logits.device)
     tails = logits.flip(-1).logcumsumexp(-1).flip(-1)

@@ -91,7 +91,7 @@ def router_complaint(tally: Tally, cost: float, step: int, ponder: PonderConfig)
         step: optimiser steps done.
         ponder: of the model.
     """
-    if step < max(ponder.penalty_end, FORMING):
+    if step < max(ponder.penalty_end, ponder.router_start + FORMING):
         return None
     most, last = max(range(len(tally.steps)), key=tally.steps.__getitem__), ponder.steps
     if cost > COSTLY:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 from megatron_ponder.checkpoint.store import Manifest, checkpoint_name
@@ -9,6 +10,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.data.loader import batches
 from megatron_ponder.errors import Preempted, UserError
 from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.checkpoint import Checkpointer
@@ -18,7 +20,7 @@ from megatron_ponder.training.metrics import MetricsLog, RunProgress
 from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.penalty import Penalty
 from megatron_ponder.training.preemption import Boundary
-from megatron_ponder.training.schedules import learning_rate, prunes, refinements
+from megatron_ponder.training.schedules import learning_rate, refinements, rule
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.validation import validate
 from megatron_ponder.training.watch import StepWatch
@@ -118,7 +120,7 @@ class TrainingLoop:
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
         rate = learning_rate(step, training.steps, self._config.optimizer)
-        penalty = self._penalty.weight(step)
+        penalty, entropy = self._penalty.weight(step), self._penalty.entropy_weight(step)
         r = refinements(step, training.seed, ponder)
         micro_batches = self._reader.read(self._loader, self._micro_batches)
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
@@ -126,8 +128,7 @@ class TrainingLoop:
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length
         # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
         scale = math.nan if self._reader.problem else 1 / tokens_per_step
-        pruning = self._engine.pruning(hard=prunes(step, ponder))
-        sums = self._engine.forward_backward(micro_batches, r, pruning, penalty, scale)
+        sums = self._engine.forward_backward(micro_batches, r, rule(step, ponder), penalty, scale, entropy)
         self._watch.mark()
         norm = self._engine.step(rate)
         self._watch.mark()
@@ -147,7 +148,7 @@ class TrainingLoop:
             self._progress.say(f"step {self._step}  {slow_ranks}")
         return {
             "step": self._step,
-            "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
+            "loss": tally.mean_loss + (penalty * tally.penalty - entropy * tally.entropy) / tally.tokens,
             "cross_entropy": tally.mean_loss,
             "grad_norm": norm,
             "learning_rate": rate,
@@ -157,7 +158,7 @@ class TrainingLoop:
             "penalty_weight": penalty,
             "refinements": r,
             "step_histogram": tally.steps,
-            **({"router_entropy": tally.entropy / tally.tokens} if self._routed else {}),
+            **({"router_entropy": tally.entropy / tally.tokens, "entropy_weight": entropy} if self._routed else {}),
             **measured,
         }
 
@@ -176,10 +177,11 @@ class TrainingLoop:
     def _validate(self) -> dict[str, float]:
         """Fields of the record; none if the run is to stop before they are known."""
         self._validated = False
-        hard = prunes(self._step - 1, self._config.ponder)
+        pruning = rule(self._step - 1, self._config.ponder)  # of the last step
         try:
-            tally = self._measure(hard)
-            pruned = self._measure(hard=True) if tally is not None and self._routed and not hard else tally
+            pruned = tally = self._measure(pruning)
+            if tally is not None and self._routed and not pruning.hard:
+                pruned = self._measure(replace(pruning, hard=True))
         except UserError:
             self._save()
             raise
@@ -203,8 +205,8 @@ class TrainingLoop:
             "validation_steps_follow_loss": tally.steps_follow_loss,
         }
 
-    def _measure(self, hard: bool) -> Tally | None:
-        return validate(self._config, self._mesh, self._parts, self._engine, self._boundary, self._watchdog, hard)
+    def _measure(self, pruning: Pruning) -> Tally | None:
+        return validate(self._config, self._mesh, self._parts, self._engine, pruning, self._boundary, self._watchdog)
 
     def _save(self) -> None:
         """Save, or begin to; if that fails, training goes on all the same."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import validation_batches
+from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.guards import CarefulReader
@@ -21,9 +22,9 @@ def validate(
     mesh: Mesh,
     parts: RunParts,
     engine: Engine,
+    pruning: Pruning,
     boundary: Boundary,
     watchdog: Watchdog,
-    hard: bool = False,
 ) -> Tally | None:
     """Cross-entropy and steps on the first validation samples, with the largest R of training.
 
@@ -37,7 +38,7 @@ def validate(
     """
     dataset, size = parts.datasets["valid"], config.training.micro_batch_size
     count = min(config.training.eval_samples, dataset.samples_per_epoch)
-    r, pruning = config.ponder.evaluation_refinements, engine.pruning(hard)
+    r = config.ponder.evaluation_refinements
     own = validation_batches(dataset, count, size, mesh.data.rank, mesh.data.size)
     rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
     at_once = mesh.pipeline.size  # micro-batches that fill a pipeline

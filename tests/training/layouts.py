@@ -16,7 +16,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.objective import Objective, Tally
-from megatron_ponder.training.schedules import prunes
+from megatron_ponder.training.schedules import rule
 from megatron_ponder.training.setup import model_part
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
@@ -124,14 +124,14 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     """
     config = layout.config(case)
     engine = Engine(Objective(model_for(config, mesh)), config, mesh)
-    pruning, scale = engine.pruning(prunes(0, config.ponder)), 1 / (config.training.global_batch_size * LENGTH)
+    pruning, scale = rule(0, config.ponder), 1 / (config.training.global_batch_size * LENGTH)
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
         own = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
         micro_batches = own.split(config.training.micro_batch_size)
-        penalty = config.ponder.penalty_weight
-        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], pruning, penalty, scale)
+        penalty, entropy = config.ponder.penalty_weight, config.ponder.entropy_weight
+        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], pruning, penalty, scale, entropy)
         gradients = engine.full_gradients()
         norm = engine.step(RATE)
         steps.append(Step(over_data_ranks(sums, mesh), gradients, norm))
@@ -202,7 +202,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     """PyTorch alone, the whole batch at once; it must be able to tell right from wrong."""
     config = Layout().config(dict(items))
     objective = Objective(model_for(config))
-    model, pruning = objective.model, objective.model.pruning(prunes(0, config.ponder))
+    model, pruning = objective.model, rule(0, config.ponder)
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
@@ -222,7 +222,8 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
                 }
             )
         tokens = batch_of(config, step)
-        total, sums = objective(tokens, REFINEMENTS[step], pruning, config.ponder.penalty_weight)
+        ponder = config.ponder
+        total, sums = objective(tokens, REFINEMENTS[step], pruning, ponder.penalty_weight, ponder.entropy_weight)
         (total / tokens[:, 1:].numel()).backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         clipping = config.optimizer.gradient_clipping

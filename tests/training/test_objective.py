@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_ponder.config import PonderConfig
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.schedules import rule
 from tests.models import random_tokens, small_model
 
 TOKENS = random_tokens(3, 18)
@@ -20,7 +22,7 @@ def model():
 
 
 def tally(model, each_step: bool, pruning: Pruning = PRUNING) -> Tally:
-    return Tally.of(Objective(model)(TOKENS, 2, pruning, 0.3, each_step)[1].sum(0))
+    return Tally.of(Objective(model)(TOKENS, 2, pruning, 0.3, 0.2, each_step)[1].sum(0))
 
 
 def nats(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -53,10 +55,43 @@ def test_own_losses_are_measured_when_they_are_wanted_and_change_nothing_else(mo
     without, with_them = tally(model, False), tally(model, True)
     assert without.own_losses == [0, 0, 0] and without.first_squared == without.steps_first == 0
     assert without[:5] == with_them[:5]
-    losses = [Objective(model)(TOKENS, 2, PRUNING, 0.3, each_step)[0] for each_step in (False, True)]
+    losses = [Objective(model)(TOKENS, 2, PRUNING, 0.3, 0.2, each_step)[0] for each_step in (False, True)]
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert sum(gradient.square().sum() for gradient in gradients[0]) > 0
+
+
+def test_what_is_minimised(model):
+    result = model.jacobi(TOKENS[:, :-1], 2, PRUNING)
+    s = result.routing.log_s.exp()
+    entropy = torch.distributions.Categorical(s).entropy().sum()
+    want = nats(model, result.output_BLH).sum() + 0.3 * (s[..., 1] + 2 * s[..., 2]).sum() - 0.2 * entropy
+    got, _ = Objective(model)(TOKENS, 2, PRUNING, 0.3, 0.2)
+    assert got.item() == pytest.approx(want.item())
+    expected, gradients = (torch.autograd.grad(loss, list(model.parameters())) for loss in (want, got))
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
+    """Loss, gradients and steps; the router learns nothing, whatever it would say."""
+    model, pruning = small_model().to(dtype), rule(0, PonderConfig(router_start=1))
+    fixed = small_model(ponder__mode="fixed", ponder__embedding_scale=model.ponder_config.embedding_scale).to(dtype)
+    fixed.load_state_dict({name: value for name, value in model.state_dict().items() if "router" not in name})
+    losses, sums = zip(*(Objective(each)(TOKENS, 2, pruning, 0.3, 0.2) for each in (model, fixed)), strict=True)
+    penalty = 0.3 * 2 * TOKENS[:, 1:].numel()  # the same for every token
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    assert losses[0].item() - penalty == pytest.approx(losses[1].item(), rel=tolerance)
+    assert Tally.of(sums[0].sum(0)).steps == Tally.of(sums[1].sum(0)).steps == [0, 0, 51]
+    for loss in losses:
+        loss.backward()
+    want = dict(fixed.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            assert not parameter.grad.any(), name
+        else:
+            assert (parameter.grad - want[name].grad).norm() <= 10 * tolerance * want[name].grad.norm(), name
 
 
 def test_a_router_that_treats_all_tokens_alike_follows_nothing(model):

@@ -53,7 +53,8 @@ def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]
     for case in cases:
         config, parts, model = prepared(arguments, *case, mesh)
         engine = Engine(Objective(model), config, mesh)
-        tallies.append(validate(config, mesh, parts, engine, Boundary(StopSignals(), None, mesh), Watchdog(0)))
+        boundary = Boundary(StopSignals(), None, mesh)
+        tallies.append(validate(config, mesh, parts, engine, engine.pruning(hard=False), boundary, Watchdog(0)))
     return tallies
 
 
