@@ -240,8 +240,6 @@ def test_wrong_types(key, value, got):
         ({"ponder__penalty_weight": -1}, "ponder.penalty_weight must not be negative"),
         ({"optimizer__betas": "[0.9, 1.0]"}, "optimizer.betas must lie between 0 and 1"),
         ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay and optimizer.gradient_clipping must not be"),
-        ({"ponder__entropy_weight": 0.1}, "needs a ponder.penalty_end above 0, by which it is let go"),
-        ({"ponder__entropy_weight": -0.1, "ponder__penalty_end": 5}, "ponder.entropy_weight -0.1 must not be negative"),
         ({"ponder__router_start": -1}, "ponder.router_start must be 0 (from the beginning) or an optimiser step"),
         ({"ponder__target_steps": 0.5}, "needs a ponder.penalty_weight above 0 to begin with"),
         (

@@ -72,8 +72,6 @@ class PonderConfig:
             so that one configuration serves every mode.
         penalty_start: optimiser step from which the penalty is warmed up linearly.
         penalty_end: optimiser step from which the penalty has its full weight.
-        entropy_weight: of the router's entropy, which is subtracted from the loss, so that the router tries every step;
-            full until penalty_start and let go linearly by penalty_end.
         target_steps: mean additional steps a token at tau, towards which the penalty is steered from penalty_end on,
             starting from penalty_weight; not steered unless given.
         target_rate: how fast: log lambda grows by so much in an optimiser step that has one step a token too many.
@@ -94,7 +92,6 @@ class PonderConfig:
     penalty_weight: float = 0.0
     penalty_start: int = 0
     penalty_end: int = 0
-    entropy_weight: float = 0.0
     target_steps: float | None = None
     target_rate: float = 0.01
     prune_start: int | None = None

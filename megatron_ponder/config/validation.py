@@ -96,11 +96,6 @@ def _validate_ponder(ponder: PonderConfig) -> None:
         f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
     )
     _require(
-        ponder.entropy_weight == 0 or (ponder.entropy_weight > 0 and ponder.penalty_end > 0),
-        f"ponder.entropy_weight {ponder.entropy_weight} must not be negative, and needs a ponder.penalty_end above 0, "
-        "by which it is let go",
-    )
-    _require(
         ponder.target_steps is None or (0 < ponder.target_steps < ponder.max_steps and ponder.penalty_weight > 0),
         f"ponder.target_steps {ponder.target_steps} must lie between 0 and ponder.max_steps {ponder.max_steps}, and "
         "needs a ponder.penalty_weight above 0 to begin with, such as 0.01",

@@ -121,13 +121,7 @@ class Engine:
         return self._objective.model.pruning(hard, bias=0.0)
 
     def forward_backward(
-        self,
-        micro_batches: Sequence[Tensor],
-        refinements: int,
-        pruning: Pruning,
-        penalty: float,
-        scale: float,
-        entropy: float = 0.0,
+        self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, penalty: float, scale: float
     ) -> Tensor:
         """Forward and backward of this rank's micro-batches of a step; gradients are reduced over the data ranks.
 
@@ -137,7 +131,6 @@ class Engine:
             pruning: soft, or hard from `ponder.prune_start` on.
             penalty: λ.
             scale: factor on the sum over tokens; 1 / supervised tokens of the whole step, over all ranks.
-            entropy: weight of the router's entropy, which is subtracted from the loss.
 
         Returns:
             Sums of a `Tally` for these micro-batches, (width,).
@@ -145,12 +138,12 @@ class Engine:
         # DeepSpeed averages over data-parallel ranks what has been divided by the global count already
         scale = scale * self._mesh.data.size
         if self._pipelined is not None:
-            sums = self._pipelined.forward_backward(micro_batches, refinements, pruning, penalty, scale, entropy)
+            sums = self._pipelined.forward_backward(micro_batches, refinements, pruning, penalty, scale)
             self._engine.allreduce_gradients()
             return sums
         total = 0
         for tokens in micro_batches:
-            loss, sums = self._engine(tokens, refinements, pruning, penalty, entropy)
+            loss, sums = self._engine(tokens, refinements, pruning, penalty)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()  # updates nothing; it counts the micro-batch

@@ -120,7 +120,7 @@ class TrainingLoop:
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
         rate = learning_rate(step, training.steps, self._config.optimizer)
-        penalty, entropy = self._penalty.weight(step), self._penalty.entropy_weight(step)
+        penalty = self._penalty.weight(step)
         r = refinements(step, training.seed, ponder)
         micro_batches = self._reader.read(self._loader, self._micro_batches)
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
@@ -128,7 +128,7 @@ class TrainingLoop:
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length
         # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
         scale = math.nan if self._reader.problem else 1 / tokens_per_step
-        sums = self._engine.forward_backward(micro_batches, r, rule(step, ponder), penalty, scale, entropy)
+        sums = self._engine.forward_backward(micro_batches, r, rule(step, ponder), penalty, scale)
         self._watch.mark()
         norm = self._engine.step(rate)
         self._watch.mark()
@@ -148,7 +148,7 @@ class TrainingLoop:
             self._progress.say(f"step {self._step}  {slow_ranks}")
         return {
             "step": self._step,
-            "loss": tally.mean_loss + (penalty * tally.penalty - entropy * tally.entropy) / tally.tokens,
+            "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
             "cross_entropy": tally.mean_loss,
             "grad_norm": norm,
             "learning_rate": rate,
@@ -158,7 +158,7 @@ class TrainingLoop:
             "penalty_weight": penalty,
             "refinements": r,
             "step_histogram": tally.steps,
-            **({"router_entropy": tally.entropy / tally.tokens, "entropy_weight": entropy} if self._routed else {}),
+            **({"router_entropy": tally.entropy / tally.tokens} if self._routed else {}),
             **measured,
         }
 

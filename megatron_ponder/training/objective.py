@@ -79,7 +79,7 @@ class Tally(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Cross-entropy of the next token, plus λ times the weight of additional steps, less a bonus for the entropy of s.
+    """Cross-entropy of the next token plus λ times the weight of additional steps.
 
     Attributes:
         model: the language model.
@@ -95,7 +95,6 @@ class Objective(nn.Module):
         refinements: int,
         pruning: Pruning,
         penalty_weight: float = 0.0,
-        entropy_weight: float = 0.0,
         each_step: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Evaluate one micro-batch.
@@ -104,21 +103,17 @@ class Objective(nn.Module):
             tokens: int64 (B, L + 1).
             refinements: R.
             pruning: soft in training, or hard from `ponder.prune_start` on.
-            penalty_weight, entropy_weight, each_step: as in `measure`.
+            penalty_weight: λ.
+            each_step: as in `measure`.
 
         Returns:
             As `measure`.
         """
         result = self.model.jacobi(tokens[:, :-1], refinements, pruning, self.model.ponder_config.gradient_passes)
-        return self.measure(result, tokens, penalty_weight, entropy_weight, each_step)
+        return self.measure(result, tokens, penalty_weight, each_step)
 
     def measure(
-        self,
-        result: PonderOutput,
-        tokens: Tensor,
-        penalty_weight: float = 0.0,
-        entropy_weight: float = 0.0,
-        each_step: bool = False,
+        self, result: PonderOutput, tokens: Tensor, penalty_weight: float, each_step: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The loss of a model's output.
 
@@ -126,12 +121,11 @@ class Objective(nn.Module):
             result: the output for the first L tokens.
             tokens: int64 (B, L + 1).
             penalty_weight: λ.
-            entropy_weight: of the router's entropy, in nats a token, which is subtracted.
             each_step: measure also what every step of a routed model predicts by itself, without gradients; that takes
                 K + 1 more products with the head.
 
         Returns:
-            The sum over tokens of what is minimised, with its gradient, in nats; and for each sequence
+            The sum over tokens of cross-entropy and λ Σ_{k ≥ 1} w_k, with its gradient, in nats; and for each sequence
             the detached sums of a `Tally`, fp64 (B, `Tally.width`). A loss that is not finite has gradients that are
             not numbers, even where the mathematics gives finite ones, so that the gradient norm alone tells of both.
         """
@@ -142,14 +136,12 @@ class Objective(nn.Module):
         if result.routing is None:
             sums[:, 2 + options] = losses_BL.shape[1]
             return _telling(loss), sums
-        log_s, executed_BL = result.routing.log_s, result.routing.executed
         penalties_BL = result.routing.log_w[..., 1:].exp().sum(-1)
-        with torch.set_grad_enabled(entropy_weight != 0 and torch.is_grad_enabled()):
-            s = log_s.exp()
-            entropies_BL = -(s * log_s).sum(-1)
         with torch.no_grad():
             sums[:, 1] = penalties_BL.sum(1, dtype=torch.float64)
-            sums[:, 2] = entropies_BL.sum(1, dtype=torch.float64)
+            log_s, executed_BL = result.routing.log_s, result.routing.executed
+            s = log_s.exp()
+            sums[:, 2] = -torch.where(s > 0, s * log_s, 0).sum((1, 2), dtype=torch.float64)
             sums[:, 3:-2] = torch.cat(
                 [
                     F.one_hot(executed_BL, options).sum(1),
@@ -158,8 +150,7 @@ class Objective(nn.Module):
                 ],
                 1,
             )
-        loss = loss + penalty_weight * penalties_BL.sum() - entropy_weight * entropies_BL.sum()
-        return _telling(loss), sums
+        return _telling(loss + penalty_weight * penalties_BL.sum()), sums
 
     def _losses(self, read_BLH: Tensor, tokens: Tensor) -> Tensor:
         """(B, L) nats of what the head predicts from hidden states on all tensor ranks."""

@@ -1,4 +1,4 @@
-"""What the router is charged for steps and given for trying them: scheduled, and steered if a mean is wanted."""
+"""The weight λ of additional steps in the loss: scheduled, and steered towards a number of steps if one is wanted."""
 
 import math
 
@@ -38,15 +38,6 @@ class Penalty:
         if step >= config.penalty_end:
             return full
         return full * (step - config.penalty_start) / (config.penalty_end - config.penalty_start)
-
-    def entropy_weight(self, step: int) -> float:
-        """Of the router's entropy in that step: full until `penalty_start`, and let go linearly by `penalty_end`."""
-        config = self._config
-        if step < config.penalty_start:
-            return config.entropy_weight
-        if step >= config.penalty_end:
-            return 0.0
-        return config.entropy_weight * (config.penalty_end - step) / (config.penalty_end - config.penalty_start)
 
     def observe(self, step: int, mean_steps: float) -> None:
         """Steer.

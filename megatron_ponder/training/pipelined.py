@@ -30,17 +30,11 @@ class PipelinedObjective:
         """
         self._objective, self._mesh, self._dtype, self._kind = objective, mesh, dtype, kind
         self._schedules = {}
-        self._penalty = self._scale = self._entropy = 0.0
+        self._penalty = self._scale = 0.0
         self._sums: list[Tensor] = []
 
     def forward_backward(
-        self,
-        micro_batches: Sequence[Tensor],
-        refinements: int,
-        pruning: Pruning,
-        penalty: float,
-        scale: float,
-        entropy: float,
+        self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, penalty: float, scale: float
     ) -> Tensor:
         """All micro-batches of a step; gradients add up in the parameters.
 
@@ -50,12 +44,11 @@ class PipelinedObjective:
             pruning: soft, or hard from `ponder.prune_start` on.
             penalty: λ.
             scale: factor on the loss.
-            entropy: weight of the router's entropy.
 
         Returns:
             Sums of a `Tally`, the same on all pipeline ranks.
         """
-        self._penalty, self._scale, self._entropy, self._sums = penalty, scale, entropy, []
+        self._penalty, self._scale, self._sums = penalty, scale, []
         schedule = self._schedule(micro_batches, refinements, pruning, training=True)
         tokens = torch.cat(list(micro_batches))
         last = {"target": tokens} if self._objective.model.part.last else {}
@@ -112,9 +105,9 @@ class PipelinedObjective:
         return self._schedules[key]
 
     def _finish(self, output: PonderOutput, tokens: Tensor) -> Tensor:
-        loss, sums = self._objective.measure(output, tokens, self._penalty, self._entropy)
+        loss, sums = self._objective.measure(output, tokens, self._penalty)
         self._sums.append(sums)
         return torch.stack([loss * self._scale])
 
     def _measure(self, output: PonderOutput, tokens: Tensor) -> Tensor:
-        return self._objective.measure(output, tokens, each_step=True)[1]
+        return self._objective.measure(output, tokens, 0.0, each_step=True)[1]

@@ -130,8 +130,8 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
         own = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
         micro_batches = own.split(config.training.micro_batch_size)
-        penalty, entropy = config.ponder.penalty_weight, config.ponder.entropy_weight
-        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], pruning, penalty, scale, entropy)
+        penalty = config.ponder.penalty_weight
+        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], pruning, penalty, scale)
         gradients = engine.full_gradients()
         norm = engine.step(RATE)
         steps.append(Step(over_data_ranks(sums, mesh), gradients, norm))
@@ -222,8 +222,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
                 }
             )
         tokens = batch_of(config, step)
-        ponder = config.ponder
-        total, sums = objective(tokens, REFINEMENTS[step], pruning, ponder.penalty_weight, ponder.entropy_weight)
+        total, sums = objective(tokens, REFINEMENTS[step], pruning, config.ponder.penalty_weight)
         (total / tokens[:, 1:].numel()).backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         clipping = config.optimizer.gradient_clipping

@@ -60,14 +60,14 @@ VARIANTS = {
         "unequal parts the other way": NEOX | {"model__num_layers": 4, "parallel__pipeline_layers": [3, 1]},
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
-        "pruned": LLAMA | {"ponder__prune_start": 0, "ponder__entropy_weight": 0.1, "ponder__penalty_end": 1},
+        "pruned": LLAMA | {"ponder__prune_start": 0},
         **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
     },
     "tp2 sequence": RECOMPUTE
     | {
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
-        "pruned": LLAMA | {"ponder__prune_start": 0, "ponder__entropy_weight": 0.1, "ponder__penalty_end": 1},
+        "pruned": LLAMA | {"ponder__prune_start": 0},
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
     },
 }

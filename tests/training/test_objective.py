@@ -22,7 +22,7 @@ def model():
 
 
 def tally(model, each_step: bool, pruning: Pruning = PRUNING) -> Tally:
-    return Tally.of(Objective(model)(TOKENS, 2, pruning, 0.3, 0.2, each_step)[1].sum(0))
+    return Tally.of(Objective(model)(TOKENS, 2, pruning, 0.3, each_step)[1].sum(0))
 
 
 def nats(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_own_losses_are_measured_when_they_are_wanted_and_change_nothing_else(mo
     without, with_them = tally(model, False), tally(model, True)
     assert without.own_losses == [0, 0, 0] and without.first_squared == without.steps_first == 0
     assert without[:5] == with_them[:5]
-    losses = [Objective(model)(TOKENS, 2, PRUNING, 0.3, 0.2, each_step)[0] for each_step in (False, True)]
+    losses = [Objective(model)(TOKENS, 2, PRUNING, 0.3, each_step)[0] for each_step in (False, True)]
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert sum(gradient.square().sum() for gradient in gradients[0]) > 0
@@ -64,9 +64,8 @@ def test_own_losses_are_measured_when_they_are_wanted_and_change_nothing_else(mo
 def test_what_is_minimised(model):
     result = model.jacobi(TOKENS[:, :-1], 2, PRUNING)
     s = result.routing.log_s.exp()
-    entropy = torch.distributions.Categorical(s).entropy().sum()
-    want = nats(model, result.output_BLH).sum() + 0.3 * (s[..., 1] + 2 * s[..., 2]).sum() - 0.2 * entropy
-    got, _ = Objective(model)(TOKENS, 2, PRUNING, 0.3, 0.2)
+    want = nats(model, result.output_BLH).sum() + 0.3 * (s[..., 1] + 2 * s[..., 2]).sum()
+    got, _ = Objective(model)(TOKENS, 2, PRUNING, 0.3)
     assert got.item() == pytest.approx(want.item())
     expected, gradients = (torch.autograd.grad(loss, list(model.parameters())) for loss in (want, got))
     for gradient, other in zip(gradients, expected, strict=True):
@@ -79,7 +78,7 @@ def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
     model, pruning = small_model().to(dtype), rule(0, PonderConfig(router_start=1))
     fixed = small_model(ponder__mode="fixed", ponder__embedding_scale=model.ponder_config.embedding_scale).to(dtype)
     fixed.load_state_dict({name: value for name, value in model.state_dict().items() if "router" not in name})
-    losses, sums = zip(*(Objective(each)(TOKENS, 2, pruning, 0.3, 0.2) for each in (model, fixed)), strict=True)
+    losses, sums = zip(*(Objective(each)(TOKENS, 2, pruning, 0.3) for each in (model, fixed)), strict=True)
     penalty = 0.3 * 2 * TOKENS[:, 1:].numel()  # the same for every token
     tolerance = 1e-5 if dtype == torch.float32 else 1e-11
     assert losses[0].item() - penalty == pytest.approx(losses[1].item(), rel=tolerance)

@@ -16,13 +16,6 @@ def test_penalty_is_warmed_up_linearly():
     assert Penalty(PonderConfig(penalty_weight=0.4)).weight(0) == 0.4
 
 
-def test_entropy_is_let_go_while_the_penalty_comes():
-    penalty = Penalty(PonderConfig(entropy_weight=0.4, penalty_start=10, penalty_end=20))
-    weights = [penalty.entropy_weight(step) for step in (0, 9, 10, 15, 20, 99)]
-    assert weights == pytest.approx([0.4, 0.4, 0.4, 0.2, 0, 0])
-    assert Penalty(PonderConfig(penalty_end=9)).entropy_weight(0) == 0.0
-
-
 def test_without_a_target_nothing_is_steered():
     penalty = Penalty(PonderConfig(penalty_weight=0.4))
     penalty.observe(100, 3.0)

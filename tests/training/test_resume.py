@@ -65,7 +65,12 @@ def final_state(run_dir):
 
 
 # The penalty begins with the state that an earlier step has left, and what is trained changes on the way.
-STEERED = ["--ponder.target_steps=0.5", "--ponder.target_rate=0.1", "--ponder.prune_start=25"]
+STEERED = [
+    "--ponder.router_start=12",
+    "--ponder.target_steps=0.5",
+    "--ponder.target_rate=0.1",
+    "--ponder.prune_start=25",
+]
 CASES = [
     pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32"),
     pytest.param(["--parallel.zero_stage=0"], 1, id="zero0-fp32", marks=pytest.mark.slow),
