@@ -137,7 +137,7 @@ class TrainingLoop:
         except UserError:
             self._save()
             raise
-        if math.isfinite(norm):
+        if self._routed and math.isfinite(norm):
             self._penalty.observe(step, tally.mean_steps)
         self._step, self._samples = step + 1, self._samples + training.global_batch_size
         self._watchdog.beat()
@@ -180,7 +180,7 @@ class TrainingLoop:
         pruning = rule(self._step - 1, self._config.ponder)  # of the last step
         try:
             pruned = tally = self._measure(pruning)
-            if tally is not None and self._routed and not pruning.hard:
+            if tally is not None and self._routed and not (pruning.hard or pruning.all_steps):
                 pruned = self._measure(replace(pruning, hard=True))
         except UserError:
             self._save()

@@ -11,9 +11,10 @@ class Penalty:
     """λ from step to step.
 
     Without `ponder.target_steps` it is the schedule: 0 until `penalty_start`, linear up to `penalty_end`, full from
-    there. With it, the schedule is multiplied by a factor that follows an integral controller from `penalty_end` on:
-    every step log(factor) grows by `target_rate` times what mean K̂ at τ exceeds the target by. On a logarithmic scale
-    no λ that suits the task has to be known beforehand, and λ stays positive.
+    there. With it, the schedule is multiplied by a factor that follows an integral controller from `penalty_end` on,
+    or from `router_start` if that is later, because before it λ moves nothing: every step log(factor) grows by
+    `target_rate` times what mean K̂ at τ exceeds the target by. On a logarithmic scale no λ that suits the task has to
+    be known beforehand, and λ stays positive.
 
     Attributes:
         factor: what the schedule is multiplied by; all there is to save.
@@ -47,7 +48,7 @@ class Penalty:
             mean_steps: average K̂ of the tokens of that step, over all ranks.
         """
         config = self._config
-        if config.target_steps is None or step < config.penalty_end:
+        if config.target_steps is None or step < max(config.penalty_end, config.router_start):
             return
         factor = self.factor * math.exp(config.target_rate * (mean_steps - config.target_steps))
         self.factor = min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)

@@ -33,6 +33,14 @@ def test_it_is_steered_from_the_end_of_the_warm_up_on():
     assert penalty.weight(15) == pytest.approx(0.2 * math.exp(0.05))
 
 
+def test_nothing_is_steered_before_there_is_a_router():
+    penalty = Penalty(PonderConfig(penalty_weight=0.4, router_start=10, target_steps=1.0, target_rate=0.1))
+    penalty.observe(9, 3.0)
+    assert penalty.factor == 1.0
+    penalty.observe(10, 3.0)
+    assert penalty.factor > 1.0
+
+
 @pytest.mark.parametrize("needed", [0.001, 0.02, 0.5])
 def test_a_router_that_answers_slowly_is_led_to_the_target(needed):
     """Mean K̂ falls with log λ and takes about 20 steps to follow it; it is 1 at the λ that is needed."""
