@@ -311,7 +311,8 @@ class LoggingConfig:
     """What a run writes about itself.
 
     Attributes:
-        interval: optimiser steps between plain progress lines, in `train.log` and where there is no terminal for a bar.
+        interval: optimiser steps between plain progress lines, in `train.log` and where there is no terminal for a bar,
+            and between measurements of what every step of a routed model predicts by itself.
         tensorboard: write TensorBoard events into the run folder.
         wandb_project: also log to this Weights & Biases project (needs the extra `wandb`).
         spike_threshold: say so, with its samples, when a loss lies so many standard deviations above the median of the

@@ -151,25 +151,28 @@ class Engine:
         return total
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Tensor], rounds: int, refinements: int, pruning: Pruning) -> Tensor:
-        """Sums of a `Tally`, with every step's own losses, over micro-batches that nothing is learnt from.
+    def evaluate(
+        self, micro_batches: Sequence[Tensor], rounds: int, refinements: int, pruning: Pruning, each_step: bool
+    ) -> Tensor:
+        """Sums of a `Tally` over micro-batches, without gradients.
 
         Args:
             micro_batches: int64 (at most B, L + 1) each.
             rounds: the most micro-batches that any data-parallel rank has.
             refinements: R.
             pruning: soft or hard.
+            each_step: measure also what every step predicts by itself.
         """
         if self._pipelined is not None:
-            return self._pipelined.evaluate(micro_batches, refinements, pruning)
+            return self._pipelined.evaluate(micro_batches, refinements, pruning, each_step)
         width = Tally.width(self._objective.model.ponder_config.steps)
         total = torch.zeros(width, dtype=torch.float64, device=self._mesh.device)
         for tokens in micro_batches:
-            total += self._objective(tokens, refinements, pruning, each_step=True)[1].sum(0)
+            total += self._objective(tokens, refinements, pruning, each_step=each_step)[1].sum(0)
         # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
         for _ in range(rounds - len(micro_batches)):
             idle = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
-            self._objective(idle, refinements, pruning, each_step=True)
+            self._objective(idle, refinements, pruning, each_step=each_step)
         return total
 
     def step(self, learning_rate: float) -> float:

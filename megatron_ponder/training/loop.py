@@ -16,13 +16,13 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.checkpoint import Checkpointer
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
-from megatron_ponder.training.metrics import MetricsLog, RunProgress
+from megatron_ponder.training.metrics import MetricsLog, RunProgress, Value
 from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.penalty import Penalty
 from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.schedules import learning_rate, refinements, rule
 from megatron_ponder.training.setup import RunParts
-from megatron_ponder.training.validation import validate
+from megatron_ponder.training.validation import measure_each_step, validate
 from megatron_ponder.training.watch import StepWatch
 from megatron_ponder.training.watchdog import Watchdog
 
@@ -125,10 +125,14 @@ class TrainingLoop:
         micro_batches = self._reader.read(self._loader, self._micro_batches)
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
         self._watch.mark()
+        pruning, own = rule(step, ponder), {}
+        if self._routed and (step + 1) % self._config.logging.interval == 0:
+            with self._watch.aside():
+                own = _own(measure_each_step(self._mesh, self._engine, micro_batches, r, pruning))
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length
         # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
         scale = math.nan if self._reader.problem else 1 / tokens_per_step
-        sums = self._engine.forward_backward(micro_batches, r, rule(step, ponder), penalty, scale)
+        sums = self._engine.forward_backward(micro_batches, r, pruning, penalty, scale)
         self._watch.mark()
         norm = self._engine.step(rate)
         self._watch.mark()
@@ -158,9 +162,14 @@ class TrainingLoop:
             "penalty_weight": penalty,
             "refinements": r,
             "step_histogram": tally.steps,
-            **({"router_entropy": tally.entropy / tally.tokens} if self._routed else {}),
+            **(self._of_router(tally) if self._routed else {}),
+            **own,
             **measured,
         }
+
+    def _of_router(self, tally: Tally) -> dict[str, float]:
+        below = 1 - tally.mean_steps / self._config.ponder.steps
+        return {"router_entropy": tally.entropy / tally.tokens, "below_threshold": below}
 
     def _judge(self, record: dict) -> None:
         """Say when a step was skipped or its loss is out of line, with its samples, and note it in the record."""
@@ -179,9 +188,9 @@ class TrainingLoop:
         self._validated = False
         pruning = rule(self._step - 1, self._config.ponder)  # of the last step
         try:
-            pruned = tally = self._measure(pruning)
+            pruned = tally = self._measure(pruning, each_step=True)
             if tally is not None and self._routed and not (pruning.hard or pruning.all_steps):
-                pruned = self._measure(replace(pruning, hard=True))
+                pruned = self._measure(replace(pruning, hard=True), each_step=False)
         except UserError:
             self._save()
             raise
@@ -200,13 +209,13 @@ class TrainingLoop:
             "validation_pruned_loss": pruned.mean_loss,
             "validation_step_histogram": tally.steps,
             "validation_weights": [weight / tally.tokens for weight in tally.weights],
-            "validation_own_losses": [nats / tally.tokens for nats in tally.own_losses],
             "validation_router_entropy": tally.entropy / tally.tokens,
-            "validation_steps_follow_loss": tally.steps_follow_loss,
+            **{f"validation_{name}": value for name, value in _own(tally).items()},
         }
 
-    def _measure(self, pruning: Pruning) -> Tally | None:
-        return validate(self._config, self._mesh, self._parts, self._engine, pruning, self._boundary, self._watchdog)
+    def _measure(self, pruning: Pruning, each_step: bool) -> Tally | None:
+        parts = self._mesh, self._parts, self._engine
+        return validate(self._config, *parts, pruning, self._boundary, self._watchdog, each_step)
 
     def _save(self) -> None:
         """Save, or begin to; if that fails, training goes on all the same."""
@@ -254,6 +263,12 @@ class TrainingLoop:
 
     def _step_is_multiple_of(self, interval: int) -> bool:
         return interval > 0 and self._step % interval == 0
+
+
+def _own(tally: Tally) -> dict[str, Value]:
+    """What every step predicts by itself, as fields of a record."""
+    losses = [nats / tally.tokens for nats in tally.own_losses]
+    return {"own_losses": losses, "steps_follow_loss": tally.steps_follow_loss}
 
 
 def check_replicas(engine: Engine, step: int) -> None:

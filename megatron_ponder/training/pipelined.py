@@ -31,6 +31,7 @@ class PipelinedObjective:
         self._objective, self._mesh, self._dtype, self._kind = objective, mesh, dtype, kind
         self._schedules = {}
         self._penalty = self._scale = 0.0
+        self._each_step = False
         self._sums: list[Tensor] = []
 
     def forward_backward(
@@ -56,8 +57,8 @@ class PipelinedObjective:
         return self._share(sum(sums.sum(0) for sums in self._sums) if self._sums else None)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning) -> Tensor:
-        """Sums of a `Tally`, with own losses, the same on all pipeline ranks; some micro-batches may be smaller."""
+    def evaluate(self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, each_step: bool) -> Tensor:
+        """As `Engine.evaluate`, the same on all pipeline ranks; some micro-batches may be smaller."""
         part, ranks = self._objective.model.part, self._mesh.pipeline.size
         total = None
         size = max((len(tokens) for tokens in micro_batches), default=0)
@@ -66,6 +67,7 @@ class PipelinedObjective:
             # the schedule's shapes are fixed, so that what is missing is filled up and not counted
             full = [torch.cat([tokens, tokens[:1].expand(size - len(tokens), -1)]) for tokens in group]
             full += [full[0]] * (ranks - len(group))
+            self._each_step = each_step
             schedule = self._schedule(full, refinements, pruning, training=False)
             tokens = torch.cat(full)
             sums = run_step(schedule, *([tokens] if part.first else []), tokens=tokens)
@@ -110,4 +112,4 @@ class PipelinedObjective:
         return torch.stack([loss * self._scale])
 
     def _measure(self, output: PonderOutput, tokens: Tensor) -> Tensor:
-        return self._objective.measure(output, tokens, 0.0, each_step=True)[1]
+        return self._objective.measure(output, tokens, 0.0, self._each_step)[1]

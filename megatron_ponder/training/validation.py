@@ -1,9 +1,11 @@
 """The loss on samples that nothing is learnt from, while training."""
 
 import math
+from collections.abc import Sequence
 from itertools import islice
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import validation_batches
@@ -25,10 +27,21 @@ def validate(
     pruning: Pruning,
     boundary: Boundary,
     watchdog: Watchdog,
+    each_step: bool,
 ) -> Tally | None:
     """Cross-entropy and steps on the first validation samples, with the largest R of training.
 
     Between micro-batches the ranks agree on whether to stop.
+
+    Args:
+        config: resolved.
+        mesh: the ranks.
+        parts: of the run, with a validation part.
+        engine: that evaluates.
+        pruning: soft or hard.
+        boundary: where the ranks agree.
+        watchdog: told of every micro-batch.
+        each_step: measure also what every step predicts by itself.
 
     Returns:
         None if they are to.
@@ -50,7 +63,29 @@ def validate(
         if boundary.poll(reader.problem):
             return None
         micro_batches = [tokens.to(mesh.device) for tokens in micro_batches]
-        sums = sums + engine.evaluate(micro_batches, min(at_once, rounds - first), r, pruning)
+        sums = sums + engine.evaluate(micro_batches, min(at_once, rounds - first), r, pruning, each_step)
+    return _over_data_ranks(sums, mesh)
+
+
+def measure_each_step(
+    mesh: Mesh, engine: Engine, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning
+) -> Tally:
+    """What every step predicts by itself, on the first micro-batches of a training step: one for each pipeline rank.
+
+    Apart from the training step, whose memory and communication it leaves as they are.
+
+    Args:
+        mesh: the ranks.
+        engine: that evaluates.
+        micro_batches: of this data-parallel rank in the training step, int64 (B, L + 1) each.
+        refinements: R.
+        pruning: of the training step.
+    """
+    first = micro_batches[: mesh.pipeline.size]
+    return _over_data_ranks(engine.evaluate(first, len(first), refinements, pruning, each_step=True), mesh)
+
+
+def _over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
     if mesh.data.size > 1:
         dist.all_reduce(sums, group=mesh.data.group)
     return Tally.of(sums)

@@ -8,7 +8,8 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,7 +177,7 @@ class StepWatch:
             transformer: the blocks of this rank, whose forward passes are timed.
         """
         self._config, self._mesh, self._clock = config, mesh, _Clock(mesh.device)
-        self._moments, self._forwards = [], []
+        self._spans, self._forwards = [], []
         self._flops = {r: training_flops(config, r) for r in config.ponder.refinement_choices}
         self._peak = None
         if mesh.device.type == "cuda":
@@ -190,11 +191,21 @@ class StepWatch:
 
     def begin(self) -> None:
         """A step begins."""
-        self._moments, self._forwards = [self._clock.now()], []
+        self._start, self._spans, self._forwards = self._clock.now(), [], []
 
     def mark(self) -> None:
         """The next of `PARTS` has ended."""
-        self._moments.append(self._clock.now())
+        now = self._clock.now()
+        self._spans.append((self._start, now))
+        self._start = now
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Between two parts: what is done in it does not belong to the step."""
+        forwards = len(self._forwards)
+        yield
+        del self._forwards[forwards:]
+        self._start = self._clock.now()
 
     def end(self, refinements: int) -> tuple[dict[str, float], str | None]:
         """The step has ended, and everybody knows its loss.
@@ -207,9 +218,8 @@ class StepWatch:
         """
         self.mark()
         training, ponder = self._config.training, self._config.ponder
-        pairs = zip(self._moments, self._moments[1:], strict=False)
-        parts = dict(zip(PARTS, (self._clock.between(*pair) for pair in pairs), strict=False))
-        seconds = self._clock.between(self._moments[0], self._moments[-1])
+        spans = [self._clock.between(*span) for span in self._spans]
+        parts, seconds = dict(zip(PARTS, spans, strict=False)), sum(spans)
         tokens = training.global_batch_size * self._config.data.sequence_length
         rate = self._flops[refinements] / seconds
         fields = {

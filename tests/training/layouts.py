@@ -150,7 +150,7 @@ def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, hard: bool)
     per_batch = config.training.micro_batch_size
     micro_batches = own.split(per_batch) if len(own) else []
     rounds = ceil(ceil(count / size) / per_batch)
-    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.pruning(hard)), mesh)
+    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.pruning(hard), each_step=True), mesh)
 
 
 def over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:

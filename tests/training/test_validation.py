@@ -12,12 +12,13 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.signals import StopSignals
 from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.objective import Objective, Tally
 from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
-from megatron_ponder.training.validation import validate
+from megatron_ponder.training.validation import measure_each_step, validate
 from megatron_ponder.training.watchdog import Watchdog
 from tests.distributed import run_distributed
+from tests.models import random_tokens
 from tests.runs import tiny_arguments
 
 # Samples: even, uneven, fewer than a micro-batch, fewer than ranks, more than the split holds.
@@ -48,14 +49,26 @@ def prepared(
 
 
 def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]]) -> list:
-    """The tally of every case, on this rank."""
+    """Of every case, on this rank: the tally of a validation, and of the first micro-batches of a training step."""
     tallies = []
     for case in cases:
         config, parts, model = prepared(arguments, *case, mesh)
         engine = Engine(Objective(model), config, mesh)
         boundary = Boundary(StopSignals(), None, mesh)
-        tallies.append(validate(config, mesh, parts, engine, engine.pruning(hard=False), boundary, Watchdog(0)))
+        rule = engine.pruning(hard=False)
+        tally, without = (
+            validate(config, mesh, parts, engine, rule, boundary, Watchdog(0), each_step) for each_step in (True, False)
+        )
+        assert without == tally._replace(own_losses=[0] * 3, first_squared=0, steps_first=0)
+        own = step_batch(config).chunk(mesh.data.size)[mesh.data.rank].split(config.training.micro_batch_size)
+        tallies.append((tally, measure_each_step(mesh, engine, own, 1, rule)))
     return tallies
+
+
+def step_batch(config: Config) -> torch.Tensor:
+    """Tokens of a training step, int64 (2 micro-batches of 2 data-parallel ranks, L + 1)."""
+    count = 4 * config.training.micro_batch_size
+    return random_tokens(count, config.data.sequence_length + 1, config.model.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +76,17 @@ def arguments(corpus, tmp_path_factory) -> list[str]:
     return tiny_arguments(corpus, tmp_path_factory.mktemp("run"), data__sequence_length=64)
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=["alone", "two data ranks", "two pipeline ranks"])
-def tallies(request, arguments) -> list[list]:
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (1, 2)], ids=["alone", "two data ranks", "two pipeline ranks"])
+def ranks(request) -> tuple[int, int]:
+    """Data-parallel and pipeline ranks."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tallies(ranks, arguments) -> list[list]:
     """By rank and case."""
-    ranks, pipeline = request.param
-    return run_distributed(validated, ranks, arguments, CASES, pipeline=pipeline, time_limit=300)
+    data, pipeline = ranks
+    return run_distributed(validated, data * pipeline, arguments, CASES, pipeline=pipeline, time_limit=300)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{s}-by-{m}-zero{z}" for s, m, z in CASES])
@@ -85,7 +104,23 @@ def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
     histogram = torch.bincount(torch.cat(routed), minlength=3).tolist()
     assert min(histogram) > 0 or count < 8
     for rank in tallies:
-        tally = rank[index]
+        tally, _ = rank[index]
         assert tally.tokens == want.tokens == count * config.data.sequence_length
         assert tally.mean_loss == pytest.approx(want.cross_entropy, rel=1e-6)
         assert tally.steps == histogram
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{s}-by-{m}-zero{z}" for s, m, z in CASES])
+def test_the_first_micro_batches_of_a_training_step_tell_what_each_step_predicts(ranks, tallies, arguments, index):
+    data, pipeline = ranks
+    config, _, model = prepared(arguments, *CASES[index])
+    micro_batches = step_batch(config).chunk(4)
+    first = torch.cat([micro_batches[rank * 4 // data + place] for rank in range(data) for place in range(pipeline)])
+    with torch.no_grad():
+        want = Tally.of(Objective(model)(first, 1, model.pruning(hard=False), each_step=True)[1].sum(0))
+    assert min(want.own_losses) > 0
+    for rank in tallies:
+        _, tally = rank[index]
+        assert tally.steps == want.steps
+        assert tally.own_losses == pytest.approx(want.own_losses, rel=1e-5)
+        assert tally.steps_follow_loss == pytest.approx(want.steps_follow_loss, rel=1e-4, abs=1e-6)
