@@ -6,7 +6,8 @@ The model of `training_step.py` (llama, hidden 256, 6 layers, 4 heads, ffn 688, 
 R = 2, adaptive, fp32) on two data ranks of one thread each, two sequences a rank. What is timed are the calls
 themselves, as the training loop makes them, on rank 0, which does most: clocks, hooks around the blocks, counts,
 comparison of ranks (in every step, where training does it every 100), `metrics.jsonl`, TensorBoard, and a line in
-`train.log` (in every step, where training writes one in 10). Medians.
+`train.log` (in every step, where training writes one in 10). What each step predicts by itself is timed apart, because
+it is a collective of all ranks, and counted as training does it, once in 10 steps. Medians.
 """
 
 import argparse
@@ -28,9 +29,11 @@ from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.validation import measure_each_step
 from megatron_ponder.training.watch import StepWatch
 
 BATCH, LENGTH, REFINEMENTS, PASSES = 4, 256, 2, 4
+INTERVAL = 10  # of `logging.interval` unless set
 
 
 class Stopwatch:
@@ -59,8 +62,8 @@ def hooks_of_a_step(transformer: torch.nn.Module) -> float:
     return (time.perf_counter() - begun) / 1000 * PASSES
 
 
-def measure(steps: int, folder: str) -> tuple[list[float], list[float]]:
-    """Seconds of every step, and of watching it, as this rank sees them."""
+def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of every step, of watching it, and of measuring what each step predicts, as this rank sees them."""
     values = {
         "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
         "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": "adaptive", "ponder.max_steps": 1,
@@ -68,7 +71,7 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float]]:
         "training.micro_batch_size": BATCH // 2, "logging.straggler_interval": 1,
     }  # fmt: skip
     config = read_config([f"--{key}={value}" for key, value in values.items()])
-    whole, watching = [], []
+    whole, watching, own = [], [], []
     with process_group(discover()) as device:
         torch.set_num_threads(1)
         mesh = build_mesh(device, tensor=1, pipeline=1, data=2)
@@ -81,9 +84,11 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float]]:
         tokens = torch.randint(0, 8192, (BATCH // 2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
         with RunProgress(steps, 0, interval=1, shown=leader, log=lines) as progress:
             for step in range(1, steps + 1):
-                clock, begun = Stopwatch(), time.perf_counter()
+                clock, own_clock, begun = Stopwatch(), Stopwatch(), time.perf_counter()
                 clock(watch.begin)
                 clock(watch.mark)
+                with watch.aside():
+                    own_clock(measure_each_step, mesh, engine, [tokens], REFINEMENTS, engine.pruning(hard=False))
                 engine.forward_backward([tokens], REFINEMENTS, engine.pruning(hard=False), 0.0, 1 / (BATCH * LENGTH))
                 clock(watch.mark)
                 norm = engine.step(1e-4)
@@ -96,13 +101,14 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float]]:
                     clock(log.write, record)
                     clock(progress.update, record)
                 if step > 2:
-                    whole.append(time.perf_counter() - begun)
+                    whole.append(time.perf_counter() - begun - own_clock.seconds)
                     watching.append(clock.seconds)
+                    own.append(own_clock.seconds)
         hooks = hooks_of_a_step(model.transformer)
         watch.close()
         if leader:
             log.close()
-    return whole, [seconds + hooks for seconds in watching]
+    return whole, [seconds + hooks for seconds in watching], own
 
 
 def main() -> None:
@@ -114,11 +120,13 @@ def main() -> None:
         1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
     )
     with tempfile.TemporaryDirectory() as folder:
-        whole, watching = elastic_launch(launch, measure)(arguments.steps, folder)[0]
-    step, cost = statistics.median(whole), statistics.median(watching)
-    shares = statistics.median(own / all_of_it for own, all_of_it in zip(watching, whole, strict=True))
+        whole, watching, own = elastic_launch(launch, measure)(arguments.steps, folder)[0]
+    step, cost, apart = map(statistics.median, (whole, watching, own))
+    shares = statistics.median(part / all_of_it for part, all_of_it in zip(watching, whole, strict=True))
     Console(width=110).print(
-        f"a step {step:.3f} s, of which watching {cost * 1e3:.2f} ms: {shares:.3%}", highlight=False
+        f"a step {step:.3f} s, of which watching {cost * 1e3:.2f} ms: {shares:.3%}; what each step predicts "
+        f"{apart:.3f} s once in {INTERVAL}: {apart / step / INTERVAL:.2%}",
+        highlight=False,
     )
 
 

@@ -227,8 +227,8 @@ def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     _, sums = objective(tokens, refinements(0, 7, config.ponder), objective.model.pruning(hard=False))
     assert records[0]["cross_entropy"] == pytest.approx(Tally.of(sums.sum(0)).mean_loss, rel=1e-5)
 
-    # and what each step predicts by itself is measured with them too, on the first micro-batch
-    _, sums = objective(tokens[:2], refinements(0, 7, config.ponder), objective.model.pruning(False), each_step=True)
+    # and what each step predicts by itself is measured with them too, on the first sequence
+    _, sums = objective(tokens[:1], refinements(0, 7, config.ponder), objective.model.pruning(False), each_step=True)
     tally = Tally.of(sums.sum(0))
     assert records[0]["own_losses"] == pytest.approx([nats / tally.tokens for nats in tally.own_losses], rel=1e-5)
     assert records[0]["steps_follow_loss"] == pytest.approx(tally.steps_follow_loss, rel=1e-4)
