@@ -7,7 +7,7 @@ R = 2, adaptive, fp32) on two data ranks of one thread each, two sequences a ran
 themselves, as the training loop makes them, on rank 0, which does most: clocks, hooks around the blocks, counts,
 comparison of ranks (in every step, where training does it every 100), `metrics.jsonl`, TensorBoard, and a line in
 `train.log` (in every step, where training writes one in 10). What each step predicts by itself is timed apart, because
-it is a collective of all ranks, and counted as training does it, once in 10 steps. Medians.
+it is a collective of all ranks, and counted as training does it, once in 100 steps. Medians.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from megatron_ponder.training.validation import measure_each_step
 from megatron_ponder.training.watch import StepWatch
 
 BATCH, LENGTH, REFINEMENTS, PASSES = 4, 256, 2, 4
-INTERVAL = 10  # of `logging.interval` unless set
+INTERVAL = 100  # of `logging.own_losses_interval` unless set
 
 
 class Stopwatch:

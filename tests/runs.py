@@ -49,7 +49,7 @@ def tiny_arguments(corpus, run_dir: Path, **overrides) -> list[str]:
         "training.eval_interval": 4,
         "training.eval_samples": 6,
         "checkpoint.interval": 4,
-        "logging.interval": 1,
+        "logging.own_losses_interval": 1,
         "logging.tensorboard": "false",
     } | {key.replace("__", "."): value for key, value in overrides.items()}
     return [f"--{key}={value}" for key, value in values.items()]

@@ -337,6 +337,7 @@ def test_wrong_types(key, value, got):
         ({"checkpoint__keep": 0}, "checkpoint.keep is 0; it must be at least 1"),
         ({"logging__interval": 0}, "logging.interval is 0; it must be at least 1"),
         ({"logging__straggler_interval": -1}, "logging.straggler_interval must be 0 (never) or a number of steps"),
+        ({"logging__own_losses_interval": -1}, "logging.own_losses_interval must be 0 (never) or a number of steps"),
         ({"logging__straggler_factor": 1}, "logging.straggler_factor is 1.0; it is a multiple of the median, above 1"),
         ({"data__num_workers": -1}, "data.num_workers is -1; it must be 0 or more"),
         ({"training__eval_interval": -1}, "training.eval_interval must be 0 (never) or a number of steps"),

@@ -311,8 +311,9 @@ class LoggingConfig:
     """What a run writes about itself.
 
     Attributes:
-        interval: optimiser steps between plain progress lines, in `train.log` and where there is no terminal for a bar,
-            and between measurements of what every step of a routed model predicts by itself.
+        interval: optimiser steps between plain progress lines, in `train.log` and where there is no terminal for a bar.
+        own_losses_interval: optimiser steps between measurements of what each latent step of a routed model predicts by
+            itself; 0 = never.
         tensorboard: write TensorBoard events into the run folder.
         wandb_project: also log to this Weights & Biases project (needs the extra `wandb`).
         spike_threshold: say so, with its samples, when a loss lies so many standard deviations above the median of the
@@ -322,6 +323,7 @@ class LoggingConfig:
     """
 
     interval: int = 10
+    own_losses_interval: int = 100
     tensorboard: bool = True
     wandb_project: str | None = None
     spike_threshold: float = 10.0

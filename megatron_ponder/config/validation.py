@@ -301,9 +301,8 @@ def _validate_run(config: Config) -> None:
         training.time_limit is None or parse_duration(training.time_limit) > 0,
         "training.time_limit is 0; give it some minutes, or leave it out",
     )
-    _require(
-        config.logging.straggler_interval >= 0, "logging.straggler_interval must be 0 (never) or a number of steps"
-    )
+    for name in ("straggler_interval", "own_losses_interval"):
+        _require(getattr(config.logging, name) >= 0, f"logging.{name} must be 0 (never) or a number of steps")
     _require(
         config.logging.straggler_factor > 1,
         f"logging.straggler_factor is {config.logging.straggler_factor}; it is a multiple of the median, above 1",

@@ -126,7 +126,8 @@ class TrainingLoop:
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
         self._watch.mark()
         pruning, own = rule(step, ponder), {}
-        if self._routed and (step + 1) % self._config.logging.interval == 0:
+        interval = self._config.logging.own_losses_interval
+        if self._routed and interval > 0 and (step + 1) % interval == 0:
             with self._watch.aside():
                 own = _own(measure_each_step(self._mesh, self._engine, micro_batches, r, pruning))
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length

@@ -231,5 +231,5 @@ def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     _, sums = objective(tokens[:1], refinements(0, 7, config.ponder), objective.model.pruning(False), each_step=True)
     tally = Tally.of(sums.sum(0))
     assert records[0]["own_losses"] == pytest.approx([nats / tally.tokens for nats in tally.own_losses], rel=1e-5)
-    assert records[0]["steps_follow_loss"] == pytest.approx(tally.steps_follow_loss, rel=1e-4)
+    assert records[0]["steps_follow_loss"] is tally.steps_follow_loss is None  # all tokens take all steps so far
     assert records[0]["below_threshold"] == pytest.approx(1 - records[0]["mean_steps"] / 2)
