@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper")}
 SIZES["diagnostic"] = REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml"
-VOCABULARY = {"cpu": 2048, "gpu": 8192}
+# Of the sizes whose corpus is made here: words of the tokenizer, and what more than the standard library is read.
+VOCABULARY = {"cpu": 512, "gpu": 8192}
+CORPUS = {"cpu": (), "gpu": ("--packages",)}
 DIAGNOSTIC = ("--kinds", "follow", "--max-depth", "2", "--documents", "150000", "--questions", "1")
 
 
@@ -75,7 +77,7 @@ def prepare_data(size: str, folder: Path) -> None:
         raise UserError(f"{folder} has no corpus_text_document.idx; a corpus for size {size} is yours to make")
     folder.mkdir(parents=True, exist_ok=True)
     text = str(folder / "corpus.jsonl")
-    _command("examples/quickstart/make_corpus.py", "--output", text)
+    _command("examples/quickstart/make_corpus.py", "--output", text, *CORPUS[size])
     tokenizer = ("--output-prefix", str(folder / "tokenizer"), "--vocab-size", str(VOCABULARY[size]))
     _command("tools/train_tokenizer.py", "--input", text, *tokenizer)
     _preprocess(Path(text), folder / "tokenizer.model", folder)

@@ -4,7 +4,7 @@ import csv
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 
 from megatron_ponder.evaluation.figures import COLOURS, MARKERS
 
-# Points of a mode's curve, by compute; between two of them the loss is taken to be linear.
-CURVES = {"fixed": ("vanilla", "fixed-1", "fixed"), "loop": ("vanilla", "loop-1", "loop")}
 HEADINGS = (
     "variant", "loss", "steps", "MFLOPs/token", "− fixed at these FLOPs", "− loop at these FLOPs",
     "− random K̂", "ρ(K̂, step-0)", "soft–hard", "Jacobi(3)", "contraction",
@@ -101,8 +99,8 @@ def _row(variant: str, seeds: Sequence[dict[str, Point]]) -> list[str]:
     points = [points[variant] for points in seeds]
     cells = [variant, spread([point.loss for point in points])]
     cells += [f"{statistics.fmean(values):.2f}" for values in zip(*((p.steps, p.mflops) for p in points), strict=True)]
-    for names in CURVES.values():
-        if variant in names or not all(name in seeds[0] for name in names):
+    for names in _curves(seeds[0]):
+        if variant in names or len(names) < 2:
             cells.append("")
         else:
             cells.append(spread([points[variant].loss - at_equal_compute(points, variant, names) for points in seeds]))
@@ -116,6 +114,12 @@ def _row(variant: str, seeds: Sequence[dict[str, Point]]) -> list[str]:
     factors = [point.summary["contraction"]["factor"] for point in points if "contraction" in point.summary]
     cells.append(spread(factors, 2) if factors else "")
     return cells
+
+
+def _curves(variants: Container[str]) -> list[list[str]]:
+    """Points of the curves of `fixed` and `loop`; between two of them the loss is taken to be linear in FLOPs."""
+    wanted = [("vanilla", f"{mode}-1", mode, f"{mode}-2") for mode in ("fixed", "loop")]
+    return [[name for name in names if name in variants] for names in wanted]
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -142,9 +146,8 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
         turns, place = divmod(len(means), len(COLOURS))  # of more variants than colours, each has a marker of its own
         look = {"fmt": MARKERS[(place + 3 * turns) % len(MARKERS)], "color": COLOURS[place]}
         axes.errorbar(*means[variant], yerr=error, capsize=3, markersize=5, label=variant, **look)
-    for names in CURVES.values():
-        if all(name in means for name in names):
-            axes.plot(*zip(*sorted(means[name] for name in names), strict=True), linewidth=0.8, alpha=0.6)
+    for names in _curves(means):
+        axes.plot(*zip(*sorted(means[name] for name in names), strict=True), linewidth=0.8, alpha=0.6)
     axes.set_xlabel("FLOPs of inference per token [M]")
     axes.set_ylabel("validation loss [nats per token]")
     best, worst = min(loss for _, loss in means.values()), max(means[name][1] for name in ("vanilla",) if name in means)
