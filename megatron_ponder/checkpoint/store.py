@@ -38,6 +38,7 @@ class Manifest:
         skipped: steps among them that changed nothing, because their loss or gradients were not finite.
         validated: false if the validation that was due after this step has been cut off.
         penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
+        penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.
         layout: of the ranks that wrote it, for people to read; loading does not look at it.
     """
 
@@ -50,6 +51,7 @@ class Manifest:
     skipped: list[int] = field(default_factory=list)
     validated: bool = True
     penalty_factor: float = 1.0
+    penalty_steps: float | None = None
     layout: dict[str, int | str] = field(default_factory=dict)
     format: int = 1
 

@@ -36,6 +36,7 @@ from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.penalty import UNSTEERED, PenaltyState
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Checkpointer:
         samples: int,
         validated: bool = True,
         skipped: Sequence[int] = (),
-        penalty_factor: float = 1.0,
+        penalty: PenaltyState = UNSTEERED,
     ) -> Path:
         """Write the checkpoint after `step` steps, or begin to; a collective.
 
@@ -123,7 +124,7 @@ class Checkpointer:
             samples: consumed.
             validated: false if the validation that was due after this step has been cut off.
             skipped: steps among them that changed nothing.
-            penalty_factor: of `Penalty`.
+            penalty: of `Penalty`.
 
         Returns:
             The checkpoint's folder, which an asynchronous save has yet to make.
@@ -141,7 +142,8 @@ class Checkpointer:
             *self._fingerprints,
             skipped=list(skipped),
             validated=validated,
-            penalty_factor=penalty_factor,
+            penalty_factor=penalty.factor,
+            penalty_steps=penalty.mean_steps,
             layout=self._layout(),
         )
         begun = time.monotonic()

@@ -18,7 +18,7 @@ from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
 from megatron_ponder.training.metrics import MetricsLog, RunProgress, Value
 from megatron_ponder.training.objective import Tally
-from megatron_ponder.training.penalty import Penalty
+from megatron_ponder.training.penalty import Penalty, PenaltyState
 from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.schedules import learning_rate, refinements, rule
 from megatron_ponder.training.setup import RunParts
@@ -66,7 +66,7 @@ class TrainingLoop:
         self._validated = start.validated or "valid" not in parts.datasets
         self._skipped = SkippedSteps(start.skipped, config.training)
         losses = [] if log is None else [record["loss"] for record in log.kept[-WINDOW:]]
-        self._penalty = Penalty(config.ponder, start.penalty_factor)
+        self._penalty = Penalty(config.ponder, PenaltyState(start.penalty_factor, start.penalty_steps))
         self._spikes = LossSpikes(config.logging.spike_threshold, losses)
         self._unsaved: UserError | None = None
         self._routed = passes_of(config.ponder).routed
@@ -229,7 +229,7 @@ class TrainingLoop:
                     self._samples,
                     self._validated,
                     self._skipped.steps,
-                    self._penalty.factor,
+                    self._penalty.state,
                 )
             except UserError as error:
                 self._unsaved = error

@@ -1,41 +1,64 @@
 """The weight λ of additional steps in the loss: scheduled, and steered towards a number of steps if one is wanted."""
 
 import math
+from typing import NamedTuple
 
 from megatron_ponder.config import PonderConfig
 
-LARGEST_FACTOR = 1e3
+LARGEST_FACTOR = 1e6
+# While λ is steered it goes with this power of mean K̂; no K̂ counts as less than this share of K.
+DAMPING, LEAST = 2, 0.01
+
+
+class PenaltyState(NamedTuple):
+    """All that steering has to remember.
+
+    Attributes:
+        factor: what the schedule is multiplied by.
+        mean_steps: mean K̂ of the optimiser step before, or the least that counts; None if none was looked at.
+    """
+
+    factor: float = 1.0
+    mean_steps: float | None = None
+
+
+UNSTEERED = PenaltyState()
 
 
 class Penalty:
     """λ from step to step.
 
     Without `ponder.target_steps` it is the schedule: 0 until `penalty_start`, linear up to `penalty_end`, full from
-    there. With it, the schedule is multiplied by a factor that follows an integral controller from `penalty_end` on,
-    or from `router_start` if that is later, because before it λ moves nothing: every step log(factor) grows by
-    `target_rate` times what mean K̂ at τ exceeds the target by. On a logarithmic scale no λ that suits the task has to
-    be known beforehand, and λ stays positive.
+    there. With it, the schedule is multiplied by a factor that follows a controller from `penalty_end` on, or from
+    `router_start` if that is later, because before it λ moves nothing. Every optimiser step log(factor) grows by
+
+        target_rate · (mean K̂ − target) + DAMPING · (growth of log mean K̂ since the step before).
+
+    The first term alone would swing: λ moves the router's weights and they move K̂, which goes on falling when it has
+    passed the target; and a router whose tokens take no step at all learns nothing that would bring one back. By the
+    second, λ falls with K̂ at once. On a logarithmic scale no λ that suits the task has to be known beforehand, and λ
+    stays positive.
 
     Attributes:
-        factor: what the schedule is multiplied by; all there is to save.
+        state: what has to be saved.
     """
 
-    def __init__(self, config: PonderConfig, factor: float = 1.0) -> None:
+    def __init__(self, config: PonderConfig, state: PenaltyState = UNSTEERED) -> None:
         """Prepare.
 
         Args:
             config: of the model.
-            factor: as it was when the run that goes on was saved.
+            state: as it was when the run that goes on was saved.
         """
         self._config = config
-        self.factor = factor
+        self.state = state
 
     def weight(self, step: int) -> float:
         """λ of the optimiser step after `step` of them."""
         config = self._config
         if step < config.penalty_start:
             return 0.0
-        full = config.penalty_weight * self.factor
+        full = config.penalty_weight * self.state.factor
         if step >= config.penalty_end:
             return full
         return full * (step - config.penalty_start) / (config.penalty_end - config.penalty_start)
@@ -50,5 +73,8 @@ class Penalty:
         config = self._config
         if config.target_steps is None or step < max(config.penalty_end, config.router_start):
             return
-        factor = self.factor * math.exp(config.target_rate * (mean_steps - config.target_steps))
-        self.factor = min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+        now = max(mean_steps, LEAST * config.max_steps)
+        before = now if self.state.mean_steps is None else self.state.mean_steps
+        growth = config.target_rate * (mean_steps - config.target_steps) + DAMPING * math.log(now / before)
+        factor = self.state.factor * math.exp(growth)
+        self.state = PenaltyState(min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR), now)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.config import PonderConfig
-from megatron_ponder.training.penalty import LARGEST_FACTOR, Penalty
+from megatron_ponder.training.penalty import LARGEST_FACTOR, UNSTEERED, Penalty, PenaltyState
 
 
 def test_penalty_is_warmed_up_linearly():
@@ -19,26 +19,30 @@ def test_penalty_is_warmed_up_linearly():
 def test_without_a_target_nothing_is_steered():
     penalty = Penalty(PonderConfig(penalty_weight=0.4))
     penalty.observe(100, 3.0)
-    assert penalty.factor == 1.0
+    assert penalty.state == UNSTEERED
 
 
 def test_it_is_steered_from_the_end_of_the_warm_up_on():
     config = PonderConfig(penalty_weight=0.4, penalty_start=10, penalty_end=20, target_steps=1.0, target_rate=0.1)
     penalty = Penalty(config)
     penalty.observe(19, 3.0)
-    assert penalty.factor == 1.0
+    assert penalty.state == UNSTEERED
     penalty.observe(20, 1.5)
-    assert penalty.factor == pytest.approx(math.exp(0.05))
+    assert penalty.state == pytest.approx((math.exp(0.05), 1.5))
     assert penalty.weight(21) == pytest.approx(0.4 * math.exp(0.05))
     assert penalty.weight(15) == pytest.approx(0.2 * math.exp(0.05))
+    penalty.observe(21, 0.75)  # half the steps, a quarter of λ at once
+    assert penalty.state == pytest.approx((math.exp(0.025) / 4, 0.75))
+    penalty.observe(22, 0.0)  # counts as 0.03, or λ would be 0 for ever
+    assert penalty.state == pytest.approx((math.exp(-0.075) / 4 * 0.04**2, 0.03))
 
 
 def test_nothing_is_steered_before_there_is_a_router():
     penalty = Penalty(PonderConfig(penalty_weight=0.4, router_start=10, target_steps=1.0, target_rate=0.1))
     penalty.observe(9, 3.0)
-    assert penalty.factor == 1.0
+    assert penalty.state == UNSTEERED
     penalty.observe(10, 3.0)
-    assert penalty.factor > 1.0
+    assert penalty.state.factor > 1.0
 
 
 @pytest.mark.parametrize("needed", [0.001, 0.02, 0.5])
@@ -54,13 +58,28 @@ def test_a_router_that_answers_slowly_is_led_to_the_target(needed):
     assert max(abs(steps - 1.0) for steps in late) < 0.02
 
 
+@pytest.mark.parametrize("target", [0.3, 1.0, 2.0])
+def test_a_router_whose_weights_add_up_what_lambda_says_does_not_swing_far(target):
+    """As Adam moves them: by what λ is above or below what a step brings, at most so far an optimiser step."""
+    penalty = Penalty(PonderConfig(penalty_weight=0.02, target_steps=target))
+    logit, course = 5.0, []
+    for step in range(3000):
+        mean_steps = 3 / (1 + math.exp(-logit))
+        push = math.log(0.05 / penalty.weight(step)) + 1.5 - mean_steps  # what steps bring falls with their number
+        logit += 0.03 * max(-1.0, min(1.0, push))
+        penalty.observe(step, mean_steps)
+        course.append(mean_steps)
+    assert min(course) > target / 2
+    assert max(abs(steps - target) for steps in course[-500:]) < 0.05 * target
+
+
 @given(st.lists(st.floats(0, 10), max_size=50), st.floats(0.001, 1))
-def test_lambda_stays_within_bounds_and_resumes_from_its_factor_alone(mean_steps, rate):
+def test_lambda_stays_within_bounds_and_resumes_from_its_state_alone(mean_steps, rate):
     config = PonderConfig(penalty_weight=0.01, target_steps=2.0, target_rate=rate)
     whole, half = Penalty(config), Penalty(config)
     for step, value in enumerate(mean_steps):
         whole.observe(step, value)
-        half = Penalty(config, half.factor)
+        half = Penalty(config, PenaltyState(*half.state))
         half.observe(step, value)
-    assert 1 / LARGEST_FACTOR <= whole.factor <= LARGEST_FACTOR
-    assert half.factor == whole.factor
+    assert 1 / LARGEST_FACTOR <= whole.state.factor <= LARGEST_FACTOR
+    assert half.state == whole.state
