@@ -99,7 +99,7 @@ def _row(variant: str, seeds: Sequence[dict[str, Point]]) -> list[str]:
     points = [points[variant] for points in seeds]
     cells = [variant, spread([point.loss for point in points])]
     cells += [f"{statistics.fmean(values):.2f}" for values in zip(*((p.steps, p.mflops) for p in points), strict=True)]
-    for names in _curves(seeds[0]):
+    for names in _curves(seeds[0]).values():
         if variant in names or len(names) < 2:
             cells.append("")
         else:
@@ -116,10 +116,10 @@ def _row(variant: str, seeds: Sequence[dict[str, Point]]) -> list[str]:
     return cells
 
 
-def _curves(variants: Container[str]) -> list[list[str]]:
+def _curves(variants: Container[str]) -> dict[str, list[str]]:
     """Points of the curves of `fixed` and `loop`; between two of them the loss is taken to be linear in FLOPs."""
-    wanted = [("vanilla", f"{mode}-1", mode, f"{mode}-2") for mode in ("fixed", "loop")]
-    return [[name for name in names if name in variants] for names in wanted]
+    wanted = {mode: ("vanilla", f"{mode}-1", mode, f"{mode}-2") for mode in ("fixed", "loop")}
+    return {mode: [name for name in names if name in variants] for mode, names in wanted.items()}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -138,7 +138,7 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    means = {}
+    means, colours = {}, {}
     for variant in seeds[0]:
         losses = [points[variant].loss for points in seeds]
         means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), statistics.fmean(losses))
@@ -146,13 +146,15 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
         turns, place = divmod(len(means), len(COLOURS))  # of more variants than colours, each has a marker of its own
         look = {"fmt": MARKERS[(place + 3 * turns) % len(MARKERS)], "color": COLOURS[place]}
         axes.errorbar(*means[variant], yerr=error, capsize=3, markersize=5, label=variant, **look)
-    for names in _curves(means):
-        axes.plot(*zip(*sorted(means[name] for name in names), strict=True), linewidth=0.8, alpha=0.6)
+        colours[variant] = COLOURS[place]
+    for mode, names in _curves(means).items():
+        line = zip(*sorted(means[name] for name in names), strict=True)
+        axes.plot(*line, linewidth=0.8, alpha=0.6, color=colours.get(mode))
     axes.set_xlabel("FLOPs of inference per token [M]")
     axes.set_ylabel("validation loss [nats per token]")
-    best, worst = min(loss for _, loss in means.values()), max(means[name][1] for name in ("vanilla",) if name in means)
+    best, worst = min(loss for _, loss in means.values()), max(points["vanilla"].loss for points in seeds)
     axes.set_ylim(best - 0.15 * (worst - best), worst + 0.15 * (worst - best))
-    axes.set_title("mean and range over seeds; what lies above the frame is in the table")
+    axes.set_title("mean and range over seeds; what lies above the frame is in the table", fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
