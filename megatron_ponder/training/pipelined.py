@@ -60,14 +60,13 @@ class PipelinedObjective:
     def evaluate(self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, each_step: bool) -> Tensor:
         """As `Engine.evaluate`, the same on all pipeline ranks; some micro-batches may be smaller."""
         part, ranks = self._objective.model.part, self._mesh.pipeline.size
-        total = None
+        self._each_step, total = each_step, None
         size = max((len(tokens) for tokens in micro_batches), default=0)
         for start in range(0, len(micro_batches), ranks):
             group = list(micro_batches[start : start + ranks])
             # the schedule's shapes are fixed, so that what is missing is filled up and not counted
             full = [torch.cat([tokens, tokens[:1].expand(size - len(tokens), -1)]) for tokens in group]
             full += [full[0]] * (ranks - len(group))
-            self._each_step = each_step
             schedule = self._schedule(full, refinements, pruning, training=False)
             tokens = torch.cat(full)
             sums = run_step(schedule, *([tokens] if part.first else []), tokens=tokens)
