@@ -42,8 +42,10 @@ END_OF_DOCUMENT, UNKNOWN = "</s>", "<unk>"
 SIGNS = (*DIGITS, *LETTERS, *ARRANGEMENTS, *CLOSING, *CLOSING.values(), *ARROWS, *HOPS)
 VOCABULARY = [END_OF_DOCUMENT, UNKNOWN, ";", "=", *KINDS, *SIGNS]
 OUTER_BRACKETS = 2
-# Of a `follow`: letters asked for. Its arrows make one circle of all letters, so that no two answers are the same.
-FOLLOWED = 8
+# Of a `follow`: letters asked for, and the least in its circle of arrows. One circle of all its letters, so that no
+# shorter way leads to an answer, and a small one, because following is learnt several times as soon in it.
+FOLLOWED = 12
+CIRCLE = 6
 MAX_DEPTH = len(LETTERS) - 2
 
 
@@ -104,7 +106,8 @@ def question(kind: str, depth: int, generator: random.Random) -> Passage:
 
 
 def _follow(max_depth: int, generator: random.Random) -> Passage:
-    circle = generator.sample(LETTERS, len(LETTERS))
+    letters = LETTERS[: max(CIRCLE, max_depth + 2)]
+    circle = generator.sample(letters, len(letters))
     arrows = [f"{start}>{end}" for start, end in zip(circle, circle[1:] + circle[:1], strict=True)]
     words = ["follow", *generator.sample(arrows, len(arrows)), "="]
     depths = [NO_DEPTH] * len(words)
