@@ -6,7 +6,7 @@ A document is a row of questions, each with its answer:
     sum 3 1 4 = 3 ;           the sum modulo 5
     compose yxz zyx = zxy ;   permutations applied to xyz, one after another
     match ( [ { } = ] ;       what closes the innermost bracket that is open
-    follow b>c a>d c>a d>b = 2> a b 1> c a ;      where so many arrows lead from a letter, for several letters
+    follow b>c a>d c>a d>c = 2> a c 1> c a ;      where so many arrows lead from a letter, for several letters
 
 The depth of an answer is the number of state updates between what the question shows and the answer: 0 for copies, one
 less than there are terms for sums and permutations, the pairs that open and close after the bracket in question for
@@ -16,9 +16,9 @@ drawn at random, so that no number of steps predicts them, and the rest is punct
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations, zip_longest
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ END_OF_DOCUMENT, UNKNOWN = "</s>", "<unk>"
 SIGNS = (*DIGITS, *LETTERS, *ARRANGEMENTS, *CLOSING, *CLOSING.values(), *ARROWS, *HOPS)
 VOCABULARY = [END_OF_DOCUMENT, UNKNOWN, ";", "=", *KINDS, *SIGNS]
 OUTER_BRACKETS = 2
-# Of a `follow`: ways asked for, and the least number of letters. Many ways and few letters, because following is learnt
+# Of a `follow`: answers, and the least number of letters. Many of those and few of these, because following is learnt
 # several times as soon then.
 FOLLOWED = 12
 FEWEST_LETTERS = 6
@@ -105,43 +105,22 @@ def question(kind: str, depth: int, generator: random.Random) -> Passage:
     return Passage(words, [*before, *[depth] * len(answer), NO_DEPTH])
 
 
-class _Way(NamedTuple):
-    """Along so many arrows more than one, from a letter to another."""
-
-    depth: int
-    start: str
-    end: str
-
-
 def _follow(max_depth: int, generator: random.Random) -> Passage:
-    """One arrow from every letter to any other; asked are ways on which no letter is met twice, each once.
-
-    Did the arrows make a circle, two lookups each way would do for three hops among six letters, because the one that
-    is not met then is the answer. Was something asked twice, its answer could be copied.
-    """
+    """One arrow from every letter to any other. Did they make a circle, three hops among six letters would take no more
+    than two lookups in either direction: the letter that they do not meet is the answer."""
     letters = LETTERS[: max(FEWEST_LETTERS, max_depth + 2)]
-    asked = min(FOLLOWED, len(letters) * (max_depth + 1))
-    ways = []
-    while len(ways) < asked or max(way.depth for way in ways) < max_depth:
-        leads = {start: generator.choice([end for end in letters if end != start]) for start in letters}
-        ways = [way for start in letters for way in _ways(start, leads, max_depth)]
+    leads = {start: generator.choice([end for end in letters if end != start]) for start in letters}
     arrows = [f"{start}>{end}" for start, end in leads.items()]
     words = ["follow", *generator.sample(arrows, len(arrows)), "="]
     depths = [NO_DEPTH] * len(words)
-    of_depth = [[way for way in ways if way.depth == depth] for depth in range(max_depth + 1)]
-    in_turn = zip_longest(*(generator.sample(same, len(same)) for same in reversed(of_depth)))
-    chosen = [way for turn in in_turn for way in turn if way is not None][:asked]  # as many of each depth as there are
-    for way in generator.sample(chosen, asked):
-        words += [HOPS[way.depth], way.start, way.end]
-        depths += [NO_DEPTH, NO_DEPTH, way.depth]
+    for _ in range(FOLLOWED):  # independently: what is asked next cannot be told from what was asked before
+        depth, start = generator.randint(0, max_depth), generator.choice(letters)
+        end = start
+        for _ in range(depth + 1):
+            end = leads[end]
+        words += [HOPS[depth], start, end]
+        depths += [NO_DEPTH, NO_DEPTH, depth]
     return Passage([*words, ";"], [*depths, NO_DEPTH])
-
-
-def _ways(start: str, leads: Mapping[str, str], max_depth: int) -> Iterator[_Way]:
-    path = [start]
-    while len(path) < max_depth + 2 and (end := leads[path[-1]]) not in path:
-        path.append(end)
-        yield _Way(len(path) - 2, start, end)
 
 
 def _composed(arrangements: list[str]) -> str:
