@@ -120,9 +120,9 @@ def quality_compute(rows: Sequence[Row]) -> Figure:
                 chosen = [_where(control, threshold=threshold) for threshold in at]
                 middle = [[sum(_column(group, name)) / len(group) for group in chosen] for name in (x, "loss")]
                 losses = [_column(group, "loss") for group in chosen]
-                spread = [
-                    [mean - min(group) for mean, group in zip(middle[1], losses, strict=True)],
-                    [max(group) - mean for mean, group in zip(middle[1], losses, strict=True)],
+                spread = [  # where all draws are the same, their mean is, but for rounding
+                    [max(0.0, mean - min(group)) for mean, group in zip(middle[1], losses, strict=True)],
+                    [max(0.0, max(group) - mean) for mean, group in zip(middle[1], losses, strict=True)],
                 ]
                 axes.errorbar(
                     *middle, yerr=spread, linestyle=":", linewidth=1.2, capsize=2, alpha=0.7,

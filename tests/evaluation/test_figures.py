@@ -88,3 +88,10 @@ def test_rows_of_different_columns(tmp_path):
     with (tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows == [{"a": "1", "b": "x,y", "c": ""}, {"a": "2", "b": "", "c": "0.1"}]
+
+
+def test_random_draws_that_are_all_the_same(tables):
+    """1.1 three times has a mean of more than 1.1 in floating point, and a bar has no negative length."""
+    rows = [row | ({"loss": 1.1} if row["sweep"] == "random" else {}) for row in tables["quality_compute"]]
+    assert any(row["sweep"] == "random" for row in rows)
+    FIGURES["quality_compute"][1](rows)
