@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_ponder.evaluation.figures import COLOURS, MARKERS
+from megatron_ponder.evaluation.statistics import mean_and_range
 
 HEADINGS = (
     "variant", "loss", "steps", "MFLOPs/token", "− fixed at these FLOPs", "− loop at these FLOPs",
@@ -140,12 +141,11 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
     axes = figure.subplots()
     means, colours = {}, {}
     for variant in seeds[0]:
-        losses = [points[variant].loss for points in seeds]
-        means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), statistics.fmean(losses))
-        error = [[means[variant][1] - min(losses)], [max(losses) - means[variant][1]]]
+        loss, below, above = mean_and_range([points[variant].loss for points in seeds])
+        means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), loss)
         turns, place = divmod(len(means), len(COLOURS))  # of more variants than colours, each has a marker of its own
         look = {"fmt": MARKERS[(place + 3 * turns) % len(MARKERS)], "color": COLOURS[place]}
-        axes.errorbar(*means[variant], yerr=error, capsize=3, markersize=5, label=variant, **look)
+        axes.errorbar(*means[variant], yerr=[[below], [above]], capsize=3, markersize=5, label=variant, **look)
         colours[variant] = COLOURS[place]
     for mode, names in _curves(means).items():
         line = zip(*sorted(means[name] for name in names), strict=True)

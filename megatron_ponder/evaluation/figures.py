@@ -1,6 +1,7 @@
 """Figures of an analysis, each with the rows that it is drawn from, in one style."""
 
 import csv
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_ponder.evaluation.analysis import HALVES, PAPER_FACTOR, Row
+from megatron_ponder.evaluation.statistics import mean_and_range
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers do it in greyscale.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -118,14 +120,10 @@ def quality_compute(rows: Sequence[Row]) -> Figure:
             if control:
                 at = list(dict.fromkeys(_column(control, "threshold")))
                 chosen = [_where(control, threshold=threshold) for threshold in at]
-                middle = [[sum(_column(group, name)) / len(group) for group in chosen] for name in (x, "loss")]
-                losses = [_column(group, "loss") for group in chosen]
-                spread = [  # where all draws are the same, their mean is, but for rounding
-                    [max(0.0, mean - min(group)) for mean, group in zip(middle[1], losses, strict=True)],
-                    [max(0.0, max(group) - mean) for mean, group in zip(middle[1], losses, strict=True)],
-                ]
+                places = [statistics.fmean(_column(group, x)) for group in chosen]
+                means, *bars = zip(*(mean_and_range(_column(group, "loss")) for group in chosen), strict=True)
                 axes.errorbar(
-                    *middle, yerr=spread, linestyle=":", linewidth=1.2, capsize=2, alpha=0.7,
+                    places, means, yerr=bars, linestyle=":", linewidth=1.2, capsize=2, alpha=0.7,
                     **look | {"marker": "x"}, label=f"{model}: as many steps for tokens drawn at random",
                 )  # fmt: skip
     _finish(panels[0], STEPS_LABEL, LOSS_LABEL)

@@ -1,5 +1,8 @@
 """Ranks, groups and their means."""
 
+import statistics
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -43,6 +46,13 @@ def explained_by_groups(values: np.ndarray, groups: np.ndarray) -> float | None:
 def standard_error(values: np.ndarray) -> float:
     """Of the mean of independent values; 0 for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and how far below it the least value lies and above it the largest: never negative, rounded or not."""
+    least, largest = min(values), max(values)
+    mean = min(max(statistics.fmean(values), least), largest)
+    return mean, mean - least, largest - mean
 
 
 def equal_parts(values: np.ndarray, parts: int) -> np.ndarray:

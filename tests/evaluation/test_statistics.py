@@ -9,6 +9,7 @@ from megatron_ponder.evaluation.statistics import (
     equal_parts,
     explained_by_groups,
     group_means,
+    mean_and_range,
     rank_correlation,
     ranks,
     standard_error,
@@ -72,3 +73,13 @@ def test_equal_parts(values, parts):
 def test_standard_error():
     assert standard_error(np.array([1.0, 3.0])) == pytest.approx(1.0)
     assert standard_error(np.array([5.0])) == 0
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9))
+def test_a_mean_lies_in_its_range(values):
+    for some in (values, values[:1] * 7):
+        mean, below, above = mean_and_range(some)
+        assert below >= 0
+        assert above >= 0
+        assert mean == pytest.approx(sum(some) / len(some), rel=1e-9, abs=1e-6)
+        assert (mean - below, mean + above) == pytest.approx((min(some), max(some)), rel=1e-9, abs=1e-9)
