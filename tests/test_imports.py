@@ -13,6 +13,7 @@ PACKAGE = ROOT / "megatron_ponder"
 FLOORS = {
     "ending": 1,
     "errors": 1,
+    "files": 1,
     "cluster": 1,
     "config": 1,
     "launch": 1,
@@ -33,6 +34,7 @@ LIGHT = [
     "cluster",
     "config",
     "errors",
+    "files",
     "launch",
     "signals",
     "parallel",

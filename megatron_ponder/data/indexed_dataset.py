@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ponder.data.atomic_files import make_folder, partial_path, publish, sync, sync_folder
 from megatron_ponder.data.token_streams import BLOCK_ENTRIES, END, LENGTH, TokenStreams, blocks_of_array, blocks_of_file
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import make_folder, partial_path, publish, sync, sync_folder
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"

@@ -7,10 +7,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_ponder.data.atomic_files import write_atomically
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.stamps import Stamps
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import write_atomically
 
 MEBIBYTE = 1 << 20
 

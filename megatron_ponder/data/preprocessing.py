@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ponder.data.atomic_files import make_folder
 from megatron_ponder.data.corpus import cut_inputs, describe_skipped, no_documents, read_range
 from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter, dtype_for_vocabulary
 from megatron_ponder.data.manifest import Manifest, fingerprint, write_manifest
@@ -35,6 +34,7 @@ from megatron_ponder.data.shards import Shard, ShardWriter, append_shard, make_s
 from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import make_folder
 
 # Small enough to lose little of in a crash, large enough for its own files to cost nothing.
 SHARD_BYTES = 1 << 28

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ponder.data.atomic_files import make_folder, write_atomically
 from megatron_ponder.data.corpus import read_corpus
 from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.data.tokenizer import SentencePieceTokenizer
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import make_folder, write_atomically
 
 EXCERPT_CHARACTERS = 4096
 SPECIAL_AND_BYTES = 3 + 256

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_ponder.data.atomic_files import make_folder, partial_path, publish, sync, sync_folder, write_atomically
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import make_folder, partial_path, publish, sync, sync_folder, write_atomically
 from megatron_ponder.inference.prompts import Task
 from megatron_ponder.inference.request import Generation
 

@@ -1,6 +1,8 @@
 """Files that are either whole or absent: written aside, made durable, and renamed into place."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,11 +33,32 @@ def publish(path: Path) -> None:
     os.replace(partial_path(path), path)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`; a crash at any moment leaves either the old file or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the block a path to write to; when it ends without an exception, what it wrote replaces `path`.
+
+    For what a library writes by itself (a figure, a CSV file); `write_atomically` is for content that is at hand. A
+    crash at any moment, or a full disk, leaves either the old file or the new one.
+
+    Args:
+        path: of the file, in an existing folder. What the block is given has the same ending.
+    """
+    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            sync(file)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write `content`, text as UTF-8, to `path`; a crash at any moment leaves either the old file or the new one."""
     try:
         with open(partial_path(path), "wb") as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
             sync(file)
         publish(path)
     finally:

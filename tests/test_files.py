@@ -1,8 +1,8 @@
 import pytest
 
-from megatron_ponder.data import atomic_files
-from megatron_ponder.data.atomic_files import make_folder, write_atomically
+from megatron_ponder import files
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import make_folder, replacing, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -18,11 +18,28 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_files, "sync", fail)
+    monkeypatch.setattr(files, "sync", fail)
     with pytest.raises(OSError, match="No space"):
         write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_text_is_written_as_utf_8(tmp_path):
+    write_atomically(tmp_path / "file", "größer")
+    assert (tmp_path / "file").read_bytes() == "größer".encode()
+
+
+def test_a_file_that_somebody_else_writes_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "figure.png"
+    with replacing(path) as aside:
+        assert aside.suffix == ".png"
+        aside.write_text("old")
+    with pytest.raises(OSError, match="No space"), replacing(path) as aside:
+        aside.write_text("ne")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_is_made_unless_a_file_is_in_the_way(tmp_path):
