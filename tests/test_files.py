@@ -35,9 +35,14 @@ def test_a_file_that_somebody_else_writes_is_replaced_whole_or_not_at_all(tmp_pa
     with replacing(path) as aside:
         assert aside.suffix == ".png"
         aside.write_text("old")
-    with pytest.raises(OSError, match="No space"), replacing(path) as aside:
-        aside.write_text("ne")
-        raise OSError(28, "No space left on device")
+
+    def write_and_fail() -> None:
+        with replacing(path) as aside:
+            aside.write_text("ne")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_and_fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
