@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_ponder"
 FLOORS = {
+    "claims": 1,
     "ending": 1,
     "errors": 1,
     "files": 1,
@@ -31,6 +32,7 @@ FLOORS = {
 # Copied into every export, where the package is not installed.
 SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
 LIGHT = [
+    "claims",
     "cluster",
     "config",
     "errors",
