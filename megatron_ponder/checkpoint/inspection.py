@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ponder.checkpoint.files import problem_of
+from megatron_ponder.checkpoint.finite import not_finite
 from megatron_ponder.checkpoint.store import (
     CONFIG,
     FIRST_MOMENT,
@@ -180,11 +181,7 @@ def _tensors(folder: Path, name: str, keys: list[str], contents: bool) -> Iterat
         for key in keys:
             kind, _, parameter = key.partition("/")
             view = file.get_slice(key)
-            nan, infinite = 0, 0
-            if contents:
-                values = file.get_tensor(key)
-                if not values.isfinite().all():
-                    nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+            nan, infinite = not_finite(file.get_tensor(key)) if contents else (0, 0)
             yield TensorReport(kind, parameter, name, view.get_dtype(), tuple(view.get_shape()), nan, infinite)
 
 

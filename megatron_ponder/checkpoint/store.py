@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ponder.checkpoint.files import problem_of, seal, sync, write_tensors
+from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.config import Config, load_config, to_yaml
 from megatron_ponder.errors import UserError
 
@@ -152,7 +153,7 @@ def open_tensors(folder: Path, verified: bool = False) -> Iterator["TensorReader
                 files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
             except SafetensorError as error:
                 raise UserError(f"{folder / name} is no safetensors file ({error}); use another checkpoint") from error
-        yield TensorReader(manifest, files)
+        yield TensorReader(folder, manifest, files)
 
 
 class TensorReader:
@@ -162,8 +163,8 @@ class TensorReader:
         manifest: of the checkpoint.
     """
 
-    def __init__(self, manifest: Manifest, files: dict[str, safe_open]) -> None:
-        self.manifest, self._files = manifest, files
+    def __init__(self, folder: Path, manifest: Manifest, files: dict[str, safe_open]) -> None:
+        self.manifest, self._folder, self._files = manifest, folder, files
 
     def names(self, kind: str) -> list[str]:
         """Parameters that have a tensor of this kind."""
@@ -173,12 +174,14 @@ class TensorReader:
         """The whole tensor of this kind for one parameter, fp32.
 
         Raises:
-            UserError: if the checkpoint lacks it.
+            UserError: if the checkpoint lacks it, or a value of it is not finite.
         """
         key = f"{kind}/{name}"
         if key not in self.manifest.tensors:
             raise UserError(f"the checkpoint has no {kind} of {name}; it was made for another model configuration")
-        return self._files[self.manifest.tensors[key]].get_tensor(key)
+        tensor = self._files[self.manifest.tensors[key]].get_tensor(key)
+        require_finite(tensor, f"{self._folder}: the {kind} of {name}", "use an older checkpoint")
+        return tensor
 
     def of_kind(self, kind: str) -> Mapping[str, Tensor]:
         """All tensors of this kind by parameter name, each read when it is asked for."""
@@ -211,7 +214,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a checkpoint, whole and in fp32, by parameter name.
 
     Raises:
-        UserError: if a file is missing or damaged.
+        UserError: if a file is missing or damaged, or a value is not finite.
     """
     with open_tensors(folder) as tensors:
         return dict(tensors.of_kind(WEIGHT))

@@ -202,6 +202,17 @@ def test_a_full_disk_is_the_users_to_mend(checkpoint):
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
+def test_tensors_that_are_not_finite_are_refused_by_name(checkpoint):
+    weights = WEIGHTS | {"b": torch.tensor([float("nan"), 1.0])}
+    following = checkpoint.with_name(checkpoint_name(5))
+    write_weights_checkpoint(following, weights, small_config(), None)
+    said = rf"{following}: the weight of b holds 1 NaN and 0 infinite values; use an older checkpoint"
+    with pytest.raises(UserError, match=said):
+        read_weights(following)
+    with open_tensors(following) as tensors:
+        assert torch.equal(tensors.get("weight", "a.weight"), WEIGHTS["a.weight"]), "the others can be read"
+
+
 # Damage -----------------------------------------------------------------------------------------------------------
 
 FILES = ["weights-00000.safetensors", "config.yaml", "tokenizer/tokenizer.json"]
