@@ -1,12 +1,14 @@
 """Files that are either whole or absent: written aside, made durable, and renamed into place."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_ponder.errors import UserError
+
+SUGGESTED = 3  # folders that an error names at most
 
 
 def partial_path(path: Path) -> Path:
@@ -26,6 +28,24 @@ def make_folder(folder: Path) -> None:
         raise UserError(
             f"cannot make the folder {folder} ({error.strerror}): choose another place to write to"
         ) from None
+
+
+def did_you_mean(folder: Path, wanted: Callable[[Path], bool]) -> str:
+    """The end of an error about a folder that is not what a command needs, where folders one level below are.
+
+    Args:
+        folder: that was named.
+        wanted: whether a folder is what the command needs.
+
+    Returns:
+        Such as `; did you mean runs/a?`; nothing where no folder below is wanted.
+    """
+    below = sorted(path for path in folder.iterdir() if path.is_dir() and wanted(path)) if folder.is_dir() else []
+    if not below:
+        return ""
+    named = ", ".join(map(str, below[:SUGGESTED]))
+    more = f" or one of {len(below) - SUGGESTED} others" if len(below) > SUGGESTED else ""
+    return f"; did you mean {named}{more}?"
 
 
 def publish(path: Path) -> None:

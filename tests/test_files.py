@@ -2,7 +2,7 @@ import pytest
 
 from megatron_ponder import files
 from megatron_ponder.errors import UserError
-from megatron_ponder.files import make_folder, replacing, write_atomically
+from megatron_ponder.files import did_you_mean, make_folder, replacing, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -55,3 +55,17 @@ def test_a_folder_is_made_unless_a_file_is_in_the_way(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"cannot make the folder {folder}"):
             make_folder(folder)
+
+
+def test_folders_below_that_could_be_meant(tmp_path):
+    for name in ("b", "a", "c", "d", "e", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+
+    def named(*wanted: str) -> str:
+        return did_you_mean(tmp_path, lambda folder: folder.name in wanted).replace(f"{tmp_path}/", "")
+
+    assert named("a", "file") == "; did you mean a?"
+    assert named("b", "a") == "; did you mean a, b?"
+    assert named(*"abcde") == "; did you mean a, b, c or one of 2 others?"
+    assert named() == did_you_mean(tmp_path / "absent", lambda folder: True) == ""

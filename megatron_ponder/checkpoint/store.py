@@ -19,6 +19,7 @@ from megatron_ponder.checkpoint.files import problem_of, seal, sync, write_tenso
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.config import Config, load_config, to_yaml
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import did_you_mean
 
 MANIFEST, CONFIG, TOKENIZER, LATEST = "manifest.json", "config.yaml", "tokenizer", "latest"
 # What a tensor of a parameter is: the weight itself, or one of AdamW's two moments.
@@ -87,12 +88,17 @@ def resolve_checkpoint(path: Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
-    found = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+    found = _newest_of(path)
     if found is None:
-        raise UserError(
-            f"{path} holds no complete checkpoint; give a run folder, or one of the step-… folders in its checkpoints/"
-        )
+        meant = did_you_mean(path, lambda below: _newest_of(below) is not None)
+        advice = meant or "; give a run folder, or one of the step-… folders in its checkpoints/"
+        raise UserError(f"{path} holds no complete checkpoint{advice}")
     return found
+
+
+def _newest_of(folder: Path) -> Path | None:
+    """The checkpoint of a run folder or a folder of checkpoints; None if it is neither."""
+    return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import did_you_mean
 
 RECENT = 50  # records that pace and rate are taken from
 PATIENCE = 120.0  # seconds without a record that no pace makes suspicious
@@ -145,9 +146,9 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
 def _config(run_dir: Path) -> dict:
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise UserError(
-            f"{run_dir} is not a run folder: it has no config.yaml; name a folder that training writes into"
-        )
+        meant = did_you_mean(run_dir, lambda below: (below / path.name).is_file())
+        advice = meant or "; name a folder that training writes into"
+        raise UserError(f"{run_dir} is not a run folder: it has no {path.name}{advice}")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         for section, key in (("training", "steps"), ("training", "global_batch_size"), ("data", "sequence_length")):

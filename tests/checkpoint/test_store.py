@@ -316,6 +316,12 @@ def test_nothing_to_resolve(tmp_path):
             resolve_checkpoint(path)
 
 
+def test_a_run_one_level_below_is_named(checkpoint):
+    run_dir = checkpoint.parents[1]
+    with pytest.raises(UserError, match=rf"{run_dir.parent} holds no complete checkpoint; did you mean {run_dir}\?$"):
+        resolve_checkpoint(run_dir.parent)
+
+
 def test_latest_names_one_and_without_it_the_newest_counts(tmp_path):
     first, second, third = complete(tmp_path, 5, 20, 100)
     assert checkpoints_in(tmp_path) == [first, second, third]

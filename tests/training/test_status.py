@@ -31,6 +31,11 @@ def run_dir(tmp_path) -> Path:
     return folder
 
 
+def test_a_run_one_level_below_is_named(run_dir):
+    with pytest.raises(UserError, match=rf"{run_dir.parent} is not a run folder: .*; did you mean {run_dir}\?$"):
+        run_status(run_dir.parent)
+
+
 def write(run_dir: Path, records: list[dict]) -> None:
     (run_dir / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
 
