@@ -39,6 +39,8 @@ class Preempted(Exception):  # noqa: N818, it is no error
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate the main function of a command: a `UserError` or an I/O error becomes one line on stderr, exit code 2.
 
+    So does text that cannot be UTF-8, of which none is taken on the command line, before any work is done.
+
     `Preempted` becomes exit code 75, without a word, because whoever raises it has said so on rank 0.
 
     Any other exception keeps its traceback, because it is a bug and not the user's doing. Set `PONDER_TRACEBACK=1` to
@@ -48,10 +50,12 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
         try:
+            for argument in sys.argv:
+                argument.encode("utf-8")
             main(*args, **kwargs)
         except Preempted:
             sys.exit(EXIT_PREEMPTED)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, UnicodeEncodeError) as error:
             if os.environ.get("PONDER_TRACEBACK") == "1":
                 raise
             rank = _first_set("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
@@ -72,6 +76,9 @@ def _first_set(*names: str, default: int) -> int:
 
 def describe(error: Exception) -> str:
     """One line for an error, with the file's name and a hint where the operating system's own words are terse."""
+    if isinstance(error, UnicodeEncodeError):
+        part = error.object[max(0, error.start - 20) : error.end]
+        return f"{ascii(part)} cannot be written as {error.encoding}: leave out or replace {ascii(part[-1])}"
     if not isinstance(error, OSError) or error.errno is None:
         return " ".join(str(error).split())
     name = f" ({error.filename})" if error.filename else ""

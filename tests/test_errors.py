@@ -85,3 +85,18 @@ def test_errors_of_the_system_name_the_file_and_a_remedy(capsys, tmp_path):
 
 def test_the_decorated_command_keeps_its_name():
     assert (fail.__name__, fail.__doc__) == ("fail", "Raises what it is given.")
+
+
+def test_a_command_line_that_is_no_text_is_refused_before_any_work(capsys, monkeypatch):
+    """As Python gives arguments whose bytes are not UTF-8."""
+    monkeypatch.setattr("sys.argv", ["tool", "--prompt", "caf\udce9"])
+    assert printed(capsys, UserError("some work")) == (
+        "error: 'caf\\udce9' cannot be written as utf-8: leave out or replace '\\udce9'\n"
+    )
+
+
+def test_text_that_cannot_be_written_is_one_line(capsys):
+    error = UnicodeEncodeError("ascii", "x" * 50 + "é", 50, 51, "ordinal not in range")
+    assert printed(capsys, error) == (
+        f"error: '{'x' * 20}\\xe9' cannot be written as ascii: leave out or replace '\\xe9'\n"
+    )

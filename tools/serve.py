@@ -19,6 +19,7 @@ from megatron_ponder.inference.ranks import joined
 from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.launch import discover
 from megatron_ponder.parallel.collectives import from_first, together
+from megatron_ponder.texts import read_text
 
 
 @command
@@ -91,7 +92,7 @@ def main() -> None:
 
 def _api_key(file: Path | None) -> str | None:
     """From the file, or the environment; None if there is neither."""
-    return os.environ.get("PONDER_API_KEY") if file is None else file.read_text(encoding="utf-8").strip()
+    return os.environ.get("PONDER_API_KEY") if file is None else read_text(file).strip()
 
 
 if __name__ == "__main__":

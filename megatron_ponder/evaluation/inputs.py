@@ -16,6 +16,7 @@ from megatron_ponder.data.manifest import check_vocabulary
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.perplexity import windows
+from megatron_ponder.texts import read_text
 
 
 class Inputs(NamedTuple):
@@ -29,14 +30,11 @@ def text_batches(loaded: LoadedModel, path: Path) -> Inputs:
     """A file, cut into samples of the training length.
 
     Raises:
-        UserError: if the checkpoint has no tokenizer, or the file is not UTF-8 text.
+        UserError: if the checkpoint has no tokenizer, or the file is no file or not UTF-8 text.
     """
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.folder} has no tokenizer to read {path} with; evaluate on a dataset with --data")
-    try:
-        tokens = loaded.tokenizer.encode(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    tokens = loaded.tokenizer.encode(read_text(path))
     return Inputs(list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length)), path.name)
 
 

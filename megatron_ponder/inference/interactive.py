@@ -18,6 +18,7 @@ from megatron_ponder.inference.prompts import Prompt, Task, tasks_of
 from megatron_ponder.inference.shading import SHADES, ShadedPrinter
 from megatron_ponder.inference.signals import noted_signals
 from megatron_ponder.inference.totals import Totals
+from megatron_ponder.texts import decode, open_standard_input
 
 SECONDS_BETWEEN_BEATS = 60.0
 
@@ -32,7 +33,7 @@ def converse(engine: Engine, options: Options, tokenizer: Tokenizer, console: Co
         options: of every prompt.
         tokenizer: of the model.
         console: to print to.
-        ask: gives the next prompt; raises EOFError when there is none.
+        ask: gives the next prompt; raises EOFError when there is none, UserError if it is no text.
     """
     if console.is_terminal:
         console.print(_legend(), end="\n\n")
@@ -40,12 +41,11 @@ def converse(engine: Engine, options: Options, tokenizer: Tokenizer, console: Co
         try:
             with _kept_alive(engine):
                 text = ask()
+            if not text:
+                continue
+            tasks = tasks_of([Prompt(text, options, "")], tokenizer, engine.check)
         except (EOFError, KeyboardInterrupt):
             return
-        if not text:
-            continue
-        try:
-            tasks = tasks_of([Prompt(text, options, "")], tokenizer, engine.check)
         except UserError as error:
             console.print(str(error), style="red", markup=False, highlight=False)
             continue
@@ -55,13 +55,15 @@ def converse(engine: Engine, options: Options, tokenizer: Tokenizer, console: Co
 
 def line_source(console: Console) -> Callable[[], str]:
     """Asks for a line: on a terminal with a mark and line editing, elsewhere without."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
+
+        lines = open_standard_input()
 
         def read() -> str:
-            line = sys.stdin.readline()
+            line = lines.readline()
             if not line:
                 raise EOFError
-            return line.removesuffix("\n")
+            return decode(line, "the line").removesuffix("\n")
 
         return read
     with suppress(ImportError):

@@ -1,7 +1,6 @@
 """Prompts as users give them, on the command line, through a pipe or in a file, and the sequences they ask for."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.inference.options import Options
 from megatron_ponder.inference.request import Request
-
-STANDARD_INPUT = "-"
+from megatron_ponder.texts import STANDARD_INPUT, check_text, decode, name_of, read_content, read_text
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def text_prompts(texts: Sequence[str], options: Options) -> list[Prompt]:
     for index, text in enumerate(texts):
         where = "" if len(texts) == 1 else f"prompt {index}"
         if text == STANDARD_INPUT:
-            text, where = _decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n"), "standard input"
+            text, where = read_text(STANDARD_INPUT).removesuffix("\n"), name_of(STANDARD_INPUT)
             if not text:
                 raise UserError("standard input is empty; give --prompt or --prompts-file, or pipe a text in")
         prompts.append(Prompt(text, options, where))
@@ -79,14 +77,13 @@ def read_prompts(path: Path, defaults: Options) -> list[Prompt]:
     Raises:
         UserError: the file cannot be read or has no prompt; a line is wrong, with its number. All are read first.
     """
-    name = "standard input" if str(path) == STANDARD_INPUT else str(path)
-    content = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else Path(path).read_bytes()
+    name = name_of(path)
     prompts, mistakes = [], []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(read_content(path).split(b"\n"), 1):
         if line.strip():
             where = f"{name} line {number}"
             try:
-                prompts.append(_read_line(_decoded(line, where), defaults, where))
+                prompts.append(_read_line(decode(line, where), defaults, where))
             except UserError as error:
                 mistakes.append(str(error))
     _refuse(mistakes)
@@ -129,6 +126,7 @@ def _requests(prompt: Prompt, tokenizer: Tokenizer | None) -> list[Request]:
                 "the checkpoint has no tokenizer; train with tokenizer.path set to generate text, or give token ids in "
                 "--prompts-file"
             )
+        check_text(ids, "the prompt")
         ids = tokenizer.encode(ids) or [eod_id]
     return prompt.options.requests(ids, eod_id)
 
@@ -136,7 +134,10 @@ def _requests(prompt: Prompt, tokenizer: Tokenizer | None) -> list[Request]:
 def _read_line(line: str, defaults: Options, where: str) -> Prompt:
     try:
         value = json.loads(line)
-    except ValueError as error:
+        check_text(value, where)  # what it carries is written beside the results
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{where} is not JSON ({error}); write an object such as {{"prompt": "import"}}') from None
     fields = dict(value) if isinstance(value, dict) else {"prompt": value}
     content, own_id = fields.pop("prompt", None), fields.pop("id", None)
@@ -150,13 +151,6 @@ def _read_line(line: str, defaults: Options, where: str) -> Prompt:
         return Prompt(content, defaults.updated(fields), where, own_id)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _decoded(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _refuse(mistakes: Sequence[str]) -> None:

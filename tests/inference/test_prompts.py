@@ -109,21 +109,48 @@ def test_files_that_cannot_be_read(written, tmp_path, monkeypatch):
         read_prompts(file, DEFAULTS)
 
 
-class Piped:
-    def __init__(self, content: bytes) -> None:
-        self.buffer = io.BytesIO(content)
+def test_a_mark_of_byte_order_is_no_text(written, monkeypatch):
+    file = written()
+    file.write_bytes(b'\xef\xbb\xbf"good"\n"a"\n')
+    assert [prompt.content for prompt in read_prompts(file, DEFAULTS)] == ["good", "a"]
+    monkeypatch.setattr("sys.stdin", piped(b"\xef\xbb\xbfgood\n"))
+    assert text_prompts(["-"], DEFAULTS)[0].content == "good"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'"\ud800"',
+        r'{"prompt": "a", "id": "\ud800"}',
+        r'{"prompt": "a", "id": {"\ud800": 1}}',
+        r'{"prompt": "a", "stop": "\ud800"}',
+        r'{"prompt": "a", "stop": ["b", "\ud800"]}',
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_before_any_work(written, line):
+    with pytest.raises(UserError, match=r"line 2 has half a surrogate pair \(\\ud800\), which is no character"):
+        read_prompts(written('"good"', line), DEFAULTS)
+
+
+def test_a_line_that_is_nested_too_deeply(written):
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_prompts(written("[" * 100_000), DEFAULTS)
+
+
+def piped(content: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(content))
 
 
 def test_standard_input(monkeypatch):
-    monkeypatch.setattr("sys.stdin", Piped("def f():\n    ☕\n\n".encode()))
+    monkeypatch.setattr("sys.stdin", piped("def f():\n    ☕\n\n".encode()))
     first, second = text_prompts(["a", "-"], DEFAULTS)
     assert (first.content, second.content, second.where) == ("a", "def f():\n    ☕\n", "standard input")
-    monkeypatch.setattr("sys.stdin", Piped(b'"a"\n[4]\n'))
+    monkeypatch.setattr("sys.stdin", piped(b'"a"\n[4]\n'))
     assert [prompt.content for prompt in read_prompts("-", DEFAULTS)] == ["a", (4,)]
-    monkeypatch.setattr("sys.stdin", Piped(b""))
+    monkeypatch.setattr("sys.stdin", piped(b""))
     with pytest.raises(UserError, match="standard input is empty; give --prompt or --prompts-file"):
         text_prompts(["-"], DEFAULTS)
-    monkeypatch.setattr("sys.stdin", Piped(b"\xff"))
+    monkeypatch.setattr("sys.stdin", piped(b"\xff"))
     with pytest.raises(UserError, match="standard input is not UTF-8 text"):
         text_prompts(["-"], DEFAULTS)
 
@@ -176,4 +203,5 @@ def test_tasks_that_cannot_be(corpus):
         Prompt((1,), Options(max_new_tokens=4), ""), max_slots=9
     )
     assert "the checkpoint has no tokenizer; train with tokenizer.path set" in message(good, None)
+    assert "the prompt has half a surrogate pair" in message(Prompt("a\ud800", Options(max_new_tokens=1), "prompt 1"))
     assert "stop strings need a tokenizer" in message(Prompt((1,), Options(max_new_tokens=1, stop=("a",)), ""), None)

@@ -96,6 +96,13 @@ def test_a_text_file_with_settings_of_its_own(evaluated, corpus, tmp_path):
     assert all_steps["hard, exact"]["cross_entropy"] == pytest.approx(all_steps["soft, exact"]["cross_entropy"])
 
 
+def test_a_byte_order_mark_changes_nothing(evaluated, corpus, tmp_path):
+    (tmp_path / "plain.txt").write_bytes(corpus.text.read_bytes()[:300])
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + corpus.text.read_bytes()[:300])
+    rows = [evaluated("--text", tmp_path / name, "--refinements")[1] for name in ("plain.txt", "marked.txt")]
+    assert rows[0] == rows[1]
+
+
 def test_another_split_and_another_dataset(evaluated, corpus):
     _, train = evaluated("--split", "train", "--samples", "2")
     _, again = evaluated("--split", "train", "--samples", "2", "--data", corpus.dataset)
@@ -189,6 +196,8 @@ def test_text_that_is_not_utf8_and_a_dataset_that_is_too_large(tool, run_dir, co
     code, _, error = tool("--checkpoint", run_dir, "--text", tmp_path / "latin1.txt")
     assert code == 2
     assert "is not UTF-8 text" in error
+    code, _, error = tool("--checkpoint", run_dir, "--text", "/dev/zero")
+    assert (code, error) == (2, "error: /dev/zero is a device: write what it gives to a file, and give that\n")
 
     small = {name: parameter.detach() for name, parameter in small_model().named_parameters()}
     write_weights_checkpoint(tmp_path / "small", small, small_config(data__split="90,10"), None)

@@ -303,7 +303,7 @@ def test_standard_input_and_streams(tool, run_dir, monkeypatch):
 
 
 def test_conversation(tool, run_dir, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"import os\n\n{'long ' * 300}\nclass"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"import os\n\n{'long ' * 300}\nclass".encode())))
     code, out, error = tool("--checkpoint", run_dir, "--interactive", "--max-new-tokens", "5")
     assert (code, error) == (0, "")
     lines = [line for line in out.splitlines() if line]
@@ -401,7 +401,7 @@ def test_texts_of_ranks_are_printed_once(tool, run_dir):
 @pytest.mark.slow
 def test_a_conversation_with_ranks(tool, run_dir, monkeypatch):
     command, lines = ["--checkpoint", run_dir, "--interactive", "--max-new-tokens", 5], "import os\nclass\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     want = [line for line in tool(*command)[1].splitlines() if " tokens in " not in line]
     done = on_ranks(2, *command, "--tensor", 2, typed=lines)
     assert done.returncode == 0, done.stderr
