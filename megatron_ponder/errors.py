@@ -78,7 +78,7 @@ def describe(error: Exception) -> str:
     """One line for an error, with the file's name and a hint where the operating system's own words are terse."""
     if isinstance(error, UnicodeEncodeError):
         part = error.object[max(0, error.start - 20) : error.end]
-        return f"{ascii(part)} cannot be written as {error.encoding}: leave out or replace {ascii(part[-1])}"
+        return f"{part!a} cannot be written as {error.encoding}: leave out or replace {part[-1]!a}"
     if not isinstance(error, OSError) or error.errno is None:
         return " ".join(str(error).split())
     name = f" ({error.filename})" if error.filename else ""

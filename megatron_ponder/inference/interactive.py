@@ -56,7 +56,6 @@ def converse(engine: Engine, options: Options, tokenizer: Tokenizer, console: Co
 def line_source(console: Console) -> Callable[[], str]:
     """Asks for a line: on a terminal with a mark and line editing, elsewhere without."""
     if sys.stdin is None or not sys.stdin.isatty():
-
         lines = open_standard_input()
 
         def read() -> str:
