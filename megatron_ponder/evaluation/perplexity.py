@@ -82,7 +82,7 @@ def evaluate(
         count_bytes: bytes of text that a list of token ids stands for; None leaves bits per byte out.
 
     Raises:
-        UserError: if there is nothing to evaluate.
+        UserError: if there is nothing to evaluate, or a loss is not finite.
     """
     steps = model.ponder_config.steps
     device = model.embedding.weight.device
@@ -101,6 +101,7 @@ def evaluate(
             executed = torch.full_like(labels, steps)  # the soft mask runs every step
         else:
             executed = result.routing.executed
+        check_finite(losses, setting)
         loss += float(losses.double().sum())
         tokens += labels.numel()
         flops += float(inference_flops(executed, model).sum())
@@ -124,6 +125,19 @@ def evaluate(
         flops=flops / tokens,
         passes=passes,
     )
+
+
+def check_finite(numbers: Tensor, setting: Setting) -> None:
+    """Look at losses, or hidden states, before anything is made of them.
+
+    Raises:
+        UserError: if one is not finite.
+    """
+    if not numbers.isfinite().all():
+        raise UserError(
+            f"what the model computes ({setting.name}) is not finite: a weight is not a number, or activations "
+            "overflow; take an earlier checkpoint, and train on from it with a lower optimizer.learning_rate"
+        )
 
 
 def settings(model: PonderLM, threshold: float | None, bias: float | None, refinements: Sequence[int]) -> list[Setting]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.flops import inference_flops
-from megatron_ponder.evaluation.perplexity import Setting
+from megatron_ponder.evaluation.perplexity import Setting, check_finite
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
@@ -66,7 +66,7 @@ def measure(model: PonderLM, batches: Iterable[Tensor], setting: Setting) -> Tok
         setting: how. If it chooses K̂ itself, its `executed` is flat, (N,), over the tokens of all batches.
 
     Raises:
-        UserError: if there is nothing to measure.
+        UserError: if there is nothing to measure, or a loss is not finite.
     """
     steps = model.ponder_config.steps
     device = model.embedding.weight.device
@@ -89,6 +89,7 @@ def measure(model: PonderLM, batches: Iterable[Tensor], setting: Setting) -> Tok
             "loss": _cross_entropy(model, result.output_BLH, labels),
             "flops": inference_flops(executed, model),
         }
+        check_finite(found["loss"], way)
         if result.hidden_BLSH.shape[2] == steps + 1:
             found["first_loss"] = _cross_entropy(model, result.hidden_BLSH[:, :, 0], labels)
         if result.routing is not None:
@@ -148,6 +149,9 @@ def contraction(model: PonderLM, batches: Sequence[Tensor], iterations: int) -> 
 
     Returns:
         None for a model that does not iterate: its output does not depend on R.
+
+    Raises:
+        UserError: if there is nothing to measure, or it is not finite.
     """
     device = model.embedding.weight.device
     soft = model.pruning(hard=False)
@@ -155,6 +159,7 @@ def contraction(model: PonderLM, batches: Sequence[Tensor], iterations: int) -> 
     for batch in batches:
         inputs = batch[:, :-1].to(device)
         target = model.exact(inputs, soft).hidden_BLSH
+        check_finite(target, Setting(soft, None))
         for refinements in range(iterations):
             hidden = model.jacobi(inputs, refinements, soft).hidden_BLSH
             kept = target[:, :, -hidden.shape[2] :]

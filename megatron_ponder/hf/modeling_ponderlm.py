@@ -311,7 +311,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         tails = logits.flip(-1).logcumsumexp(-1).flip(-1)
         log_w = tails - tails[..., :1]
         w = log_w.exp()
-        executed = (w >= config.ponder_threshold).sum(-1) - 1  # w decreases with k and begins at 1
+        executed = (w[..., 1:] >= config.ponder_threshold).sum(-1)  # w decreases with k and begins at 1
         last = executed.unsqueeze(-1)
         # The last executed step takes all the weight that remains.
         fusion = torch.where(step < last, (logits - tails[..., :1]).exp(), w).masked_fill(step > last, 0)

@@ -256,8 +256,9 @@ class PonderLM(nn.Module):
 
 
 def _settled(before: PassState, after: PassState, tolerance: float) -> bool:
+    """Whether another pass would change nothing, or no pass can: what is not a number stays one."""
     change = (after.latents - before.latents).abs().amax()
-    settled = bool(change <= tolerance * after.latents.abs().amax())
+    settled = not bool(change > tolerance * after.latents.abs().amax())
     if settled and before.log_w is not None:
         alive = (before.log_w > -1e3) == (after.log_w > -1e3)
         settled = bool(alive.all())

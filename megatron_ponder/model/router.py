@@ -107,9 +107,12 @@ def route(logits: Tensor, pruning: Pruning) -> Routing:
 
 
 def executed_steps(log_w: Tensor, threshold: float) -> Tensor:
-    """K̂ = max{k : w_k ≥ τ}; w decreases with k and w_0 = 1, so that it is a count."""
-    w = log_w.detach().exp()
-    return (w >= threshold).sum(-1) - 1
+    """K̂ = max{k : w_k ≥ τ}; w decreases with k, so that it is a count.
+
+    w_0 = 1 is left out of it, so that K̂ is 0 and no index below that even where weights are not numbers.
+    """
+    w = log_w[..., 1:].detach().exp()
+    return (w >= threshold).sum(-1)
 
 
 def key_log_weights(routing: Routing, pruning: Pruning) -> Tensor:

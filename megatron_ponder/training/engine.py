@@ -281,8 +281,12 @@ class Engine:
         """
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
         micro_batches = [tokens] * self._accumulation
+        # Zero even where a weight is no number, because a step that is skipped creates nothing.
+        hooks = [parameter.register_hook(torch.zeros_like) for _, parameter, *_ in self._declarations()]
         self.forward_backward(micro_batches, refinements=0, pruning=self.pruning(hard=False), penalty=0.0, scale=0.0)
         self.step(learning_rate=0.0)
+        for hook in hooks:
+            hook.remove()
         optimizer = self._engine.basic_optimizer
         for state in optimizer.state.values():
             state["step"].zero_()

@@ -16,7 +16,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.checkpoint import Checkpointer
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
-from megatron_ponder.training.metrics import MetricsLog, RunProgress, Value
+from megatron_ponder.training.metrics import MetricsLog, RunProgress, Value, nats
 from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.penalty import Penalty, PenaltyState
 from megatron_ponder.training.preemption import Boundary
@@ -199,7 +199,7 @@ class TrainingLoop:
         if pruned is None:
             return {}
         loss, steps = tally.mean_loss, tally.mean_steps
-        self._progress.say(f"step {self._step}  validation loss {loss:.4f}  steps/token {steps:.2f}")
+        self._progress.say(f"step {self._step}  validation loss {nats(loss)}  steps/token {steps:.2f}")
         fields = {"validation_loss": loss, "validation_mean_steps": steps}
         if not self._routed:
             return fields

@@ -126,8 +126,12 @@ class MetricsLog:
 
 def _line(record: Mapping[str, Value]) -> str:
     """One line of JSON, which has no number for what is not finite."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite) + "\n"
+    finite = {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _finite(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _start_wandb(run_dir: Path, project: str):
@@ -218,7 +222,7 @@ class RunProgress:
             return
         self._recent.append(time.monotonic())
         words = (
-            f"loss {record['loss']:.4f}  steps/token {record['mean_steps']:.2f}  "
+            f"loss {nats(record['loss'])}  steps/token {record['mean_steps']:.2f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
         )
         if self._bar is not None:
@@ -242,6 +246,11 @@ class RunProgress:
             self._bar.console.print(message, highlight=False, markup=False)
         else:
             print(message, flush=True)
+
+
+def nats(loss: float) -> str:
+    """A loss as it is shown."""
+    return f"{loss:.4f}" if math.isfinite(loss) else "not finite"
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Every way of evaluating a model, against definitions written out by hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, evaluate, settings, windows
+from megatron_ponder.evaluation.pondering import contraction, measure
 from tests.inference.sequential import decode
 from tests.models import random_tokens, small_model
 
@@ -123,3 +125,18 @@ def test_windows_predict_every_token_but_the_first_once():
 def test_nothing_to_evaluate(model):
     with pytest.raises(UserError, match="nothing to evaluate; give a longer text"):
         evaluate(model, [], Setting(model.pruning(True), None))
+
+
+@pytest.mark.parametrize("way", [0, None], ids=["jacobi", "exact"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_model_with_a_weight_that_is_no_number_is_refused_in_words(way, hard):
+    model = small_model().eval()
+    with torch.no_grad():
+        next(model.transformer.parameters()).flatten()[5] = math.nan
+    setting = Setting(model.pruning(hard), way)
+    with pytest.raises(UserError, match=rf"{re.escape(setting.name)}\) is not finite: .*earlier checkpoint"):
+        evaluate(model, BATCHES, setting)
+    with pytest.raises(UserError, match="not finite"):
+        measure(model, BATCHES, setting)
+    with pytest.raises(UserError, match="not finite"):
+        contraction(model, BATCHES, 2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,6 +49,18 @@ def test_executed_steps_by_their_definition(logits, threshold):
     routing = route(logits, soft(threshold))
     for log_w, executed in zip(routing.log_w, routing.executed, strict=True):
         assert int(executed) == max(k for k, weight in enumerate(log_w.exp().tolist()) if weight >= threshold)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-4, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_execute_no_step_that_there_is_not(bad, threshold):
+    logits = torch.zeros(3, 4)
+    logits[0, 2] = bad
+    logits[1] = bad
+    for rule in (Pruning(False, threshold), Pruning(True, threshold), Pruning(False, threshold, all_steps=True)):
+        executed = route(logits, rule).executed
+        assert 0 <= int(executed.min()) and int(executed.max()) <= 3
+        assert F.one_hot(executed, 4).sum() == 3
 
 
 @unhurried

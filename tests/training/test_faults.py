@@ -2,9 +2,11 @@
 
 import errno
 import io
+import math
 import os
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +20,25 @@ from megatron_ponder.data import indexed_dataset
 from megatron_ponder.errors import Preempted, UserError
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpoint as saving
-from megatron_ponder.training import objective
+from megatron_ponder.training import objective, trainer
 from megatron_ponder.training.guards import LossSpikes
 from megatron_ponder.training.metrics import read_metrics
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.runs import tiny_arguments
+from tests.runs import alone, tiny_arguments
 from tests.training.test_preemption import AfterLooks
 from tests.training.test_resume import essentials, final_state
 from tests.training.test_skipped_steps import faulty
 
+MODES = {"adaptive": {}, "pruned": {"ponder__prune_start": 0}, "fixed": {"ponder__mode": "fixed"}}
+# Everything is measured that a run can measure, at every step.
+NOT_FINITE = {
+    "training__eval_interval": 1,
+    "logging__own_losses_interval": 1,
+    "logging__tensorboard": "true",
+    "training__skipped_steps_budget": 2,
+}
+FAST = NOT_FINITE | {"optimizer__learning_rate": 1e19, "optimizer__warmup_fraction": 0}
 FULL = "No space left on device (tensors.safetensors); free some space or choose another folder"
 
 
@@ -78,6 +89,24 @@ def bad_gradients(*steps: int) -> Patched:
     )
 
 
+@contextmanager
+def nan_weight() -> Iterator[None]:
+    """One of the weights that training starts from is no number, on every rank."""
+    build = trainer.build_model
+
+    def spoilt(*args):
+        model = build(*args)
+        with torch.no_grad():
+            model.embedding.weight[:, 3] = math.nan
+        return model
+
+    trainer.build_model = spoilt
+    try:
+        yield
+    finally:
+        trainer.build_model = build
+
+
 def disk_full(*saves: int) -> Patched:
     def write(call, whole, *args):
         if call in saves:
@@ -106,6 +135,10 @@ def everything(mesh: Mesh, folder: Path, commands: dict[str, list[str]]) -> dict
     seen["resumed"] = attempt(mesh, commands["resumed"])
     with bad_gradients(2, 3, 4):
         seen["too many"] = attempt(mesh, commands["too many"])
+    for name in MODES:
+        seen[f"fast {name}"] = attempt(mesh, commands[f"fast {name}"])
+    with nan_weight():
+        seen["nan weight"] = attempt(mesh, commands["nan weight"])
     with disk_full(1):
         seen["disk full"] = attempt(mesh, commands["disk full"])
     with disk_full(2):
@@ -145,6 +178,8 @@ def ranks(corpus, tmp_path_factory) -> tuple[list[dict[str, Attempt]], Path]:
         "resumed": command("resumed"),
         "too many": command("too many", training__skipped_steps_budget=2),
         "disk full": command("disk full"),
+        "nan weight": command("nan weight", **NOT_FINITE),
+        **{f"fast {name}": command(f"fast {name}", **FAST, **mode) for name, mode in MODES.items()},
         "disk full at the end": command("disk full at the end"),
         "unreadable": command("unreadable"),
         "other": command("other"),
@@ -188,6 +223,33 @@ def test_too_many_skipped_steps_end_the_run_with_its_last_good_state(ranks):
     manifest = read_manifest(resolve_checkpoint(run))
     assert (manifest.step, manifest.samples, manifest.skipped) == (4, 16, [2, 3, 4])
     assert all(tensor.isfinite().all() for tensor in final_state(run).values())
+
+
+@pytest.mark.parametrize("name", [*(f"fast {name}" for name in MODES), "nan weight"])
+def test_a_model_that_has_become_nonsense_skips_its_steps_and_ends_in_one_line(ranks, name):
+    seen, run = alike(ranks, name), ranks[1] / name
+    check_nonsense(seen, run)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_same_on_one_rank(corpus, tmp_path, name):
+    arguments = tiny_arguments(corpus, tmp_path / "run", **FAST, **MODES[name])
+    with alone() as device:
+        seen = attempt(Mesh(device=device), arguments)
+    check_nonsense(seen, tmp_path / "run")
+
+
+def check_nonsense(seen: Attempt, run: Path) -> None:
+    """Of a run whose weights are good for nothing from some step on."""
+    assert re.match(r"UserError: 3 of the last \d steps were skipped, because their loss or gradients were not", seen.end)
+    records = read_metrics(run)
+    assert sum(record.get("skipped", False) for record in records) == 3
+    assert "warning: skipped, its loss not finite" in seen.printed
+    assert "validation loss not finite" in seen.printed
+    assert records[-1]["loss"] is records[-1]["validation_loss"] is None
+    assert records[-1]["step_histogram"][-1] <= sum(records[-1]["step_histogram"])
+    manifest = read_manifest(resolve_checkpoint(run))
+    assert manifest.step == len(records) and len(manifest.skipped) == 3
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(ranks):

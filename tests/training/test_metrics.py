@@ -221,8 +221,8 @@ def test_records_wait_for_space_on_a_full_disk(tmp_path, caplog):
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    write(tmp_path, [1], grad_norm=float("inf"), cross_entropy=float("nan"))
-    assert read_metrics(tmp_path) == [record(1, grad_norm=None, cross_entropy=None)]
+    write(tmp_path, [1], grad_norm=float("inf"), cross_entropy=float("nan"), own_losses=[1.5, float("nan")])
+    assert read_metrics(tmp_path) == [record(1, grad_norm=None, cross_entropy=None, own_losses=[1.5, None])]
 
 
 def test_the_record_before_a_start_can_be_completed(tmp_path):

@@ -1,9 +1,12 @@
 """A step whose loss or gradients are not finite on one rank leaves no trace on any, in every layout."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_ponder.config import TrainingConfig
 from megatron_ponder.parallel.mesh import Mesh
@@ -11,21 +14,22 @@ from megatron_ponder.training import objective
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.guards import SkippedSteps
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.schedules import rule
 from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
 
-FAULTS = ("gradient", "loss")
 LLAMA = MODELS["llama adaptive"]
+OTHERS = {"fixed": MODELS["llama fixed"], "pruned": LLAMA | {"ponder__prune_start": 0}, "all": MODELS["llama ponderlm"]}
 CASES = {
     f"zero{stage} {precision}": LLAMA | {"parallel__zero_stage": stage, "training__precision": precision}
     for stage in (0, 1, 2, 3)
     for precision in ("fp32", "bf16")
     if (stage, precision) != (0, "bf16")  # which is stage 1
-}
+} | OTHERS
 LAYOUTS = {
-    "tensor": (Layout(tensor=2), {"fp32": LLAMA}),
+    "tensor": (Layout(tensor=2), {"fp32": LLAMA} | OTHERS),
     "pipeline": (
         Layout(tensor=1, pipeline=2, data=2),
-        {name: LLAMA | {"training__precision": name} for name in ("fp32", "bf16")},
+        {name: LLAMA | {"training__precision": name} for name in ("fp32", "bf16")} | OTHERS,
     ),
     "all": (
         Layout(tensor=2, pipeline=2, sequence_parallel=True),
@@ -58,25 +62,44 @@ def faulty(fault: str, losses=objective.vocab_parallel_cross_entropy):
     return cross_entropy
 
 
+@contextmanager
+def at_fault(fault: str, engine: Engine) -> Iterator[None]:
+    """Have a fault: one activation that is not a number, or what `faulty` does."""
+    sound, hook = objective.vocab_parallel_cross_entropy, None
+    if fault == "activation":
+        transformer = engine._objective.model.transformer
+        hook = transformer.register_forward_hook(lambda module, _, x_BTH: one_is_no_number(x_BTH))
+    else:
+        objective.vocab_parallel_cross_entropy = faulty(fault)
+    try:
+        yield
+    finally:
+        objective.vocab_parallel_cross_entropy = sound
+        if hook is not None:
+            hook.remove()
+
+
+def one_is_no_number(x_BTH: Tensor) -> Tensor:
+    spoilt = torch.zeros_like(x_BTH)
+    spoilt[0, 0, 0] = math.nan
+    return x_BTH + spoilt
+
+
 def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tuple[list[float], dict]:
     """Norms of five steps, of which those with a fault have it on the last rank alone, and the state after all."""
     config = layout.config(case)
     engine = Engine(Objective(model_for(config, mesh)), config, mesh)
-    norms, sound = [], objective.vocab_parallel_cross_entropy
+    norms, last = [], torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     for step in range(5):
         fault = faults.get(step)
         if fault == "none":
             continue
         tokens = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
-        if fault is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            objective.vocab_parallel_cross_entropy = faulty(fault)
-        try:
+        with at_fault(fault, engine) if fault is not None and last else nullcontext():
             scale = 1 / (config.training.global_batch_size * LENGTH)
             micro_batches = tokens.split(config.training.micro_batch_size)
-            engine.forward_backward(micro_batches, 1, engine.pruning(hard=False), 0.05, scale)
+            engine.forward_backward(micro_batches, 1, rule(step, config.ponder), 0.05, scale)
             norms.append(engine.step(RATE))
-        finally:
-            objective.vocab_parallel_cross_entropy = sound
     return norms, {(item.kind, item.name): item.tensor.clone() for item in engine.state()}
 
 
@@ -84,7 +107,7 @@ def compare(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, lis
     """Norms with faults, and what differs in the end from a run that never took the steps with faults."""
     seen = {}
     for name, case in cases.items():
-        norms, got = steps(mesh, layout, case, {0: FAULTS[1], 2: FAULTS[0], 3: FAULTS[1]})
+        norms, got = steps(mesh, layout, case, {0: "loss", 2: "gradient", 3: "activation"})
         norms_without, want = steps(mesh, layout, case, dict.fromkeys((0, 2, 3), "none"))
         differing = [key for key, tensor in want.items() if not torch.equal(got[key], tensor)]
         finite = all(tensor.isfinite().all() for tensor in want.values())
