@@ -1,6 +1,6 @@
 """All contact with DeepSpeed: ZeRO, mixed precision and the optimiser step.
 
-DeepSpeed's configuration is generated here from ours. What the rest of the package sees is a module to call, a step
+What the rest of the package sees is a module to call, a step
 that returns the gradient norm, and whole fp32 tensors by parameter name.
 """
 
@@ -22,6 +22,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import ParameterSpec, declarations
+from megatron_ponder.training.deepspeed_config import deepspeed_config, effective_stage
 from megatron_ponder.training.objective import Objective, Tally
 from megatron_ponder.training.pipelined import PipelinedObjective
 
@@ -86,7 +87,7 @@ class Engine:
         self._accumulation = config.training.global_batch_size // (config.training.micro_batch_size * mesh.data.size)
         self._clipping = config.optimizer.gradient_clipping
         self._low_precision = config.training.precision == "bf16"
-        self._stage = _effective_stage(config)
+        self._stage = effective_stage(config)
         self._pipelined = None
         for _, parameter, spec, _ in self._declarations():
             # These count in the gradient norm on every model-parallel rank, others on the first alone.
@@ -319,50 +320,6 @@ class Engine:
             safe_set_full_fp32_param(parameter, whole)
         else:
             safe_set_full_optimizer_state(parameter, whole, kind)
-
-
-def deepspeed_config(config: Config, data_size: int) -> dict:
-    """DeepSpeed's JSON for a run.
-
-    Args:
-        config: resolved.
-        data_size: data-parallel ranks.
-    """
-    training, parallel = config.training, config.parallel
-    stage, pipelined = _effective_stage(config), parallel.pipeline > 1
-    # A pipeline runs all micro-batches of a step before DeepSpeed sees anything of it.
-    micro_batch = training.global_batch_size // data_size if pipelined else training.micro_batch_size
-    offload = {"device": parallel.offload_optimizer, "pin_memory": parallel.offload_pin_memory}
-    if parallel.offload_nvme_path is not None:
-        offload["nvme_path"] = parallel.offload_nvme_path
-    return {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": training.global_batch_size // (micro_batch * data_size),
-        "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,
-        "steps_per_print": None,
-        # under a pipeline gradients must go into the fp32 ones at once, since nobody tells DeepSpeed of micro-batches
-        "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": pipelined},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",  # else sums over data ranks would be rounded to bf16 again
-        "zero_optimization": {
-            "stage": stage,
-            # its buffer for them would be as large as a bucket, in every step anew under a pipeline
-            "contiguous_gradients": not pipelined,
-            "overlap_comm": torch.cuda.is_available() and not pipelined,
-            # ours are small and used in every pass; gathering each of them anew would be all latency
-            "stage3_param_persistence_threshold": 10_000,
-        }
-        | ({} if parallel.offload_optimizer == "none" else {"offload_optimizer": offload}),
-        "zero_force_ds_cpu_optimizer": False,  # its AdamW is compiled at first use; PyTorch's has a fused one too
-        "zero_allow_untested_optimizer": True,
-    }
-
-
-def _effective_stage(config: Config) -> int:
-    """DeepSpeed keeps fp32 master weights for bf16 from stage 1 on only; stage 1 computes what stage 0 would."""
-    stage = config.parallel.zero_stage
-    return 1 if stage == 0 and config.training.precision == "bf16" else stage
 
 
 def _parameter_groups(objective: Objective, weight_decay: float) -> list[dict]:

@@ -59,7 +59,7 @@ def test_logits_that_are_not_finite_execute_no_step_that_there_is_not(bad, thres
     logits[1] = bad
     for rule in (Pruning(False, threshold), Pruning(True, threshold), Pruning(False, threshold, all_steps=True)):
         executed = route(logits, rule).executed
-        assert 0 <= int(executed.min()) and int(executed.max()) <= 3
+        assert set(executed.tolist()) <= {0, 1, 2, 3}
         assert F.one_hot(executed, 4).sum() == 3
 
 
