@@ -8,6 +8,7 @@ The same command runs as one process, under torchrun, srun or mpirun. `--help` l
 import sys
 
 from megatron_ponder.ending import run_to_the_end
+from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import command
 from megatron_ponder.signals import StopSignals
 
@@ -18,7 +19,7 @@ def main() -> None:
     with StopSignals() as signals:  # first of all, since imports take seconds, in which a job may be told to leave
         from megatron_ponder.config import check_layout, read_config
 
-        config = read_config(sys.argv[1:])
+        config = read_config(without_local_rank(sys.argv[1:]))
         # Imported when the configuration is right, so that a wrong one is answered at once.
         from megatron_ponder.launch import discover, process_group
         from megatron_ponder.training.trainer import train

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -58,20 +59,21 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except (UserError, OSError, UnicodeEncodeError) as error:
             if os.environ.get("PONDER_TRACEBACK") == "1":
                 raise
-            rank = _first_set("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
+            rank = _first_number("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
             if rank == 0 or not getattr(error, "shared", False):
                 who = f"rank {rank}: " if rank else ""
                 print(f"{who}error: {describe(error)}", file=sys.stderr, flush=True)
-            elif _first_set("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1) > 1:
+            elif _first_number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1) > 1:
                 time.sleep(SECONDS_FOR_THE_REPORT)
             sys.exit(2)
 
     return run
 
 
-def _first_set(*names: str, default: int) -> int:
-    """The number in the first of these environment variables that is set."""
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+def _first_number(*names: str, default: int) -> int:
+    """The number in the first of these environment variables that has one; `environment.py` refuses what is none."""
+    values = (os.environ.get(name, "").strip() for name in names)
+    return next((int(value) for value in values if re.fullmatch(r"[0-9]{1,10}", value)), default)
 
 
 def describe(error: Exception) -> str:

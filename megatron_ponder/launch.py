@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_ponder.environment import read_host, read_number, read_port, read_threads, read_word
 from megatron_ponder.errors import UserError
 
 # Until ranks give up waiting for one that does not come to a collective, unless told otherwise.
@@ -55,19 +56,19 @@ def discover(environ: Mapping[str, str] = os.environ) -> Launch:
     inside a job step, so that a plain `python` in a batch script is one process and does not wait for others.
 
     Raises:
-        UserError: when a launcher's variables are incomplete.
+        UserError: when a launcher's variables are incomplete, or say what cannot be.
     """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return _from_torchrun(environ)
-    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        try:
-            return _from_slurm(environ)
-        except KeyError as error:
-            raise UserError(
-                f"in a SLURM job step, but {error.args[0]} is not set; start with srun or torchrun"
-            ) from error
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", environ.get("PMI_SIZE", "1"))) > 1:
+    rank, world_size = read_number(environ, "RANK"), read_number(environ, "WORLD_SIZE", 1)
+    if rank is not None and world_size is not None:
+        return _checked(_from_torchrun(environ, rank, world_size))
+    if read_word(environ, "SLURM_STEP_ID") and (read_number(environ, "SLURM_STEP_NUM_TASKS", 1) or 1) > 1:
+        return _checked(_from_slurm(environ))
+    sizes = (read_number(environ, name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    if next((size for size in sizes if size is not None), 1) > 1:
         return _from_mpi(environ)
+    if rank is not None or world_size is not None:  # each of several processes would take itself for the only one
+        have, lack = ("WORLD_SIZE", "RANK") if rank is None else ("RANK", "WORLD_SIZE")
+        raise UserError(f"{have} is set and {lack} is not; use a launcher, set both, or unset {have} for one process")
     return Launch(port=_free_port())
 
 
@@ -97,8 +98,7 @@ def process_group(
             )
         torch.cuda.set_device(device)
     else:
-        share = max(1, (os.cpu_count() or 1) // launch.local_size)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_size))
     prepare_cpu()
     os.environ.update(
         RANK=str(launch.rank),
@@ -202,10 +202,15 @@ def _given_up_after(seconds: float, message: str) -> Iterator[None]:
 def prepare_cpu() -> None:
     """Settings that make CPU training several times faster; call once in every process that computes.
 
+    There are as many threads as OMP_NUM_THREADS says, or as many as there were if it says nothing.
+
     Small gradients of pondering passes become denormal numbers, on which CPUs are slow, so they are flushed to zero.
     glibc gives large freed blocks back to the system at once, and a training step then spends its time in page faults;
     keeping them makes element-wise operations on activations about four times faster.
     """
+    threads = read_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     if os.uname().sysname == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of <malloc.h>
@@ -213,42 +218,72 @@ def prepare_cpu() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
-def _from_torchrun(environ: Mapping[str, str]) -> Launch:
-    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+def _from_torchrun(environ: Mapping[str, str], rank: int, world_size: int) -> Launch:
+    address, port = read_host(environ, "MASTER_ADDR"), read_port(environ, "MASTER_PORT")
+    if world_size > 1 and (address is None or port is None):
         raise UserError("RANK and WORLD_SIZE are set without MASTER_ADDR and MASTER_PORT; use torchrun or set all four")
+    local_rank = read_number(environ, "LOCAL_RANK")
+    local_sizes = (read_number(environ, name, 1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     return Launch(
         rank=rank,
         world_size=world_size,
-        local_rank=int(environ.get("LOCAL_RANK", rank)),
-        local_size=int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", world_size))),
-        address=environ.get("MASTER_ADDR", "127.0.0.1"),
-        port=int(environ.get("MASTER_PORT", "0")) or _free_port(),
+        local_rank=rank if local_rank is None else local_rank,
+        local_size=next((size for size in local_sizes if size is not None), world_size),
+        address=address or "127.0.0.1",
+        port=port or _free_port(),
         source="torchrun",
     )
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch:
-    rank = int(environ["SLURM_PROCID"])
+    numbers = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
+    for name in (*numbers, "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
+        if read_word(environ, name) is None:
+            raise UserError(f"in a SLURM job step, but {name} is not set; start with srun or torchrun")
+    rank, tasks, local_rank, node, job = (read_number(environ, name) for name in numbers)
     return Launch(
         rank=rank,
-        world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        local_size=_slurm_tasks_on_node(environ),
-        address=environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"]),
+        world_size=tasks,
+        local_rank=local_rank,
+        local_size=_slurm_tasks_on_node(environ["SLURM_STEP_TASKS_PER_NODE"], node),
+        address=read_host(environ, "MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"].strip()),
         # jobs that share a node must not share a port; ids that follow each other give ports that do
-        port=int(environ.get("MASTER_PORT") or 20000 + int(environ["SLURM_JOB_ID"]) % 20000),
+        port=read_port(environ, "MASTER_PORT") or 20000 + job % 20000,
         source="slurm",
     )
 
 
-def _slurm_tasks_on_node(environ: Mapping[str, str]) -> int:
+def _slurm_tasks_on_node(compressed: str, node: int) -> int:
     """SLURM_STEP_TASKS_PER_NODE is compressed: `4(x2),3` means 4, 4 and 3."""
-    counts: list[int] = []
-    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
-        count, times = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()
-        counts += [int(count)] * int(times or 1)
-    return counts[int(environ["SLURM_NODEID"])]
+    first = 0  # node of a part
+    for part in compressed.strip().split(","):
+        found = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
+        if found is None:
+            break
+        first += int(found.group(2) or 1)
+        if node < first:
+            return int(found.group(1))
+    raise UserError(
+        f'SLURM_STEP_TASKS_PER_NODE is "{compressed}", which says nothing of node {node} (SLURM_NODEID); leave '
+        "both to srun, or start with torchrun"
+    )
+
+
+def _checked(launch: Launch) -> Launch:
+    """Refuse a place that is not among the ranks."""
+    if launch.rank >= launch.world_size:
+        problem = f"rank {launch.rank} is not one of {launch.world_size} ranks, which count from 0"
+    elif launch.local_size > launch.world_size:
+        problem = f"{launch.local_size} ranks on this node are more than the {launch.world_size} in all"
+    elif launch.local_rank >= launch.local_size:
+        problem = f"local rank {launch.local_rank} is not one of the {launch.local_size} on this node, counted from 0"
+    else:
+        return launch
+    names = {
+        "torchrun": "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE",
+        "slurm": "SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID and SLURM_STEP_TASKS_PER_NODE",
+    }
+    raise UserError(f"{problem}; leave {names[launch.source]} to the launcher, or set all of them")
 
 
 def first_host(node_list: str) -> str:
@@ -259,8 +294,10 @@ def first_host(node_list: str) -> str:
         ).stdout.split()
         if found:
             return found[0]
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", node_list).group()
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:\[[^\]]+\]|[^,\[\]])+", node_list)
+    if first is None:
+        raise UserError(f'SLURM_STEP_NODELIST is "{node_list}", which names no host; leave it to srun')
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Launch:
@@ -274,14 +311,15 @@ def _from_mpi(environ: Mapping[str, str]) -> Launch:
         ) from error
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address, port = world.bcast((environ.get("MASTER_ADDR") or socket.gethostname(), _free_port()), root=0)
+    address, port = read_host(environ, "MASTER_ADDR"), read_port(environ, "MASTER_PORT")
+    address, port = world.bcast((address or socket.gethostname(), port or _free_port()), root=0)
     return Launch(
         rank=world.Get_rank(),
         world_size=world.Get_size(),
         local_rank=node.Get_rank(),
         local_size=node.Get_size(),
         address=address,
-        port=int(environ.get("MASTER_PORT") or port),
+        port=port,
         source="mpi",
     )
 

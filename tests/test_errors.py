@@ -68,6 +68,14 @@ def test_only_the_first_rank_reports_a_shared_error(capsys, monkeypatch, variabl
     assert printed(capsys, shared("everyone's")) == "error: everyone's\n"
 
 
+@pytest.mark.parametrize("value", ["", " ", "five", "-1", "tcp://10.0.0.1:1", "²", "9" * 5000])
+def test_a_rank_that_is_no_number_does_not_hide_the_error(capsys, monkeypatch, value):
+    monkeypatch.setenv("RANK", value)
+    assert printed(capsys, UserError("the cause")) == "error: the cause\n"
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    assert printed(capsys, UserError("the cause")) == "rank 2: error: the cause\n"
+
+
 def test_errors_of_the_system_name_the_file_and_a_remedy(capsys, tmp_path):
     with pytest.raises(FileNotFoundError) as missing:
         (tmp_path / "absent").read_text()

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "megatron_ponder"
 FLOORS = {
     "claims": 1,
     "ending": 1,
+    "environment": 1,
     "errors": 1,
     "files": 1,
     "cluster": 1,
@@ -36,6 +37,7 @@ LIGHT = [
     "claims",
     "cluster",
     "config",
+    "environment",
     "errors",
     "files",
     "launch",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.errors import UserError
-from megatron_ponder.launch import Launch, discover, first_host, process_group
+from megatron_ponder.launch import Launch, discover, first_host, prepare_cpu, process_group
 from tests.distributed import RankError, free_port, run_distributed
 
 TORCHRUN = {
@@ -82,7 +82,8 @@ def test_slurm():
 )
 def test_slurm_tasks_on_each_node(compressed, counts):
     for node, count in enumerate(counts):
-        environ = SLURM | {"SLURM_STEP_TASKS_PER_NODE": compressed, "SLURM_NODEID": str(node)}
+        environ = SLURM | {"SLURM_STEP_TASKS_PER_NODE": compressed, "SLURM_NODEID": str(node), "SLURM_LOCALID": "0"}
+        environ |= {"SLURM_STEP_NUM_TASKS": str(sum(counts)), "SLURM_PROCID": "0"}
         assert discover(environ).local_size == count
 
 
@@ -90,6 +91,58 @@ def test_slurm_tasks_on_each_node(compressed, counts):
 def test_slurm_takes_a_given_meeting_point():
     launch = discover(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4321"})
     assert (launch.address, launch.port) == ("10.0.0.1", 4321)
+
+
+TASKS = r'SLURM_STEP_TASKS_PER_NODE is ".*", which says nothing of node 2 \(SLURM_NODEID\); leave both to srun'
+
+
+@pytest.mark.usefixtures("no_scontrol")
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        # in a pod of Kubernetes beside a service called "master"
+        (TORCHRUN | {"MASTER_PORT": "tcp://10.0.0.1:29500"}, r'MASTER_PORT is "tcp://10.*", not a number.*Kubernetes'),
+        (
+            TORCHRUN | {"MASTER_ADDR": "tcp://10.0.0.1"},
+            r'MASTER_ADDR is "tcp://10\.0\.0\.1", not a host name or',
+        ),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, 'MASTER_PORT is "70000", not a number from 0 to 65535; set it to one'),
+        (TORCHRUN | {"RANK": "five"}, 'RANK is "five", not a number from 0'),
+        (TORCHRUN | {"RANK": "-1"}, 'RANK is "-1", not a number from 0'),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, 'WORLD_SIZE is "0", not a number from 1'),
+        (TORCHRUN | {"WORLD_SIZE": "4"}, "rank 5 is not one of 4 ranks, which count from 0; leave RANK, WORLD_SIZE"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 is not one of the 4 on this node, counted from 0; leave RANK"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "9 ranks on this node are more than the 8 in all; leave RANK"),
+        (TORCHRUN | {"LOCAL_RANK": "1.0"}, 'LOCAL_RANK is "1.0", not a number'),
+        ({"RANK": "1"}, "RANK is set and WORLD_SIZE is not; use a launcher, set both, or unset RANK for one process"),
+        ({"RANK": " ", "WORLD_SIZE": "2"}, "WORLD_SIZE is set and RANK is not"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "many"}, 'SLURM_STEP_NUM_TASKS is "many", not a number from 1'),
+        (SLURM | {"SLURM_PROCID": "x"}, 'SLURM_PROCID is "x", not a number'),
+        (SLURM | {"SLURM_PROCID": "11"}, "rank 11 is not one of 11 ranks, which count from 0; leave SLURM_PROCID"),
+        (SLURM | {"SLURM_JOB_ID": "4_1"}, 'SLURM_JOB_ID is "4_1", not a number'),
+        (SLURM | {"SLURM_STEP_NODELIST": " "}, "in a SLURM job step, but SLURM_STEP_NODELIST is not set"),
+        (SLURM | {"SLURM_STEP_NODELIST": "[]"}, r'SLURM_STEP_NODELIST is "\[\]", which names no host'),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2"}, TASKS),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, TASKS),  # two nodes, and this is the third
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4,x,3"}, TASKS),
+        ({"OMPI_COMM_WORLD_SIZE": "2x"}, 'OMPI_COMM_WORLD_SIZE is "2x", not a number from 1'),
+        ({"PMI_SIZE": "-2"}, 'PMI_SIZE is "-2", not a number from 1'),
+    ],
+)
+def test_what_no_launcher_means_is_refused_in_one_line(environ, message):
+    with pytest.raises(UserError, match=message) as caught:
+        discover(environ)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_variable_is_not_set():
+    empty = {"RANK": "", "WORLD_SIZE": " ", "SLURM_STEP_ID": "", "OMPI_COMM_WORLD_SIZE": "", "MASTER_PORT": ""}
+    assert discover(empty).source == "single"
+    launch = discover({"RANK": "0 ", "WORLD_SIZE": "1", "LOCAL_RANK": "", "MASTER_ADDR": "", "MASTER_PORT": " "})
+    assert (launch.source, launch.local_rank, launch.address) == ("torchrun", 0, "127.0.0.1")
+    assert 0 < launch.port < 65536
+    with pytest.raises(UserError, match="without MASTER_ADDR and MASTER_PORT"):
+        discover(TORCHRUN | {"MASTER_PORT": ""})
 
 
 @pytest.mark.usefixtures("no_scontrol")
@@ -196,6 +249,28 @@ def test_a_port_in_use_is_named():
         assert "is in use by another program" in message
 
 
+@pytest.mark.parametrize(("variable", "threads"), [("2,1", 2), (" 3 ", 3), ("", None), (",4", None)])
+def test_threads_are_the_first_number_of_a_list(monkeypatch, variable, threads):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    try:
+        prepare_cpu()
+        assert torch.get_num_threads() == (threads or before)
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("variable", ["all", "0", "-2", "1.5", "9999999999"])
+def test_threads_that_are_no_number_are_refused_before_ranks_meet(monkeypatch, variable):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    try:
+        assert f'OMP_NUM_THREADS is "{variable}", not a number from 1 to 4096; set it to one' in join(Launch(), 1.0)
+    finally:
+        torch.set_num_threads(before)
+
+
 FOREIGN = """
 from megatron_ponder.launch import Launch, process_group
 import sys
@@ -229,6 +304,7 @@ def describe_group(mesh):
         "tensor": (mesh.tensor.rank, mesh.tensor.size),
         "environ": [os.environ[name] for name in names],
         "denormal": (torch.tensor([1e-30]) * 1e-10).item(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -243,6 +319,7 @@ def test_process_group_of_two_ranks():
             "tensor": (0, 1),
             "environ": [str(rank), "2", str(rank), "2", "127.0.0.1"],
             "denormal": 0.0,
+            "threads": 1,
         }
 
 

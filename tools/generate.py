@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.inference.interactive import converse, line_source
 from megatron_ponder.inference.jobs import Summary, begin_file, print_results, write_results
@@ -75,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     work.add_argument("--precision", choices=PRECISIONS, help="that of training on a GPU, fp32 on a CPU unless given")
     work.add_argument("--tensor", type=int, default=1, help="ranks that share each layer")
     work.add_argument("--pipeline", type=int, default=1, help="ranks that share the stack of layers")
-    return parser.parse_args()
+    return parser.parse_args(without_local_rank(sys.argv[1:]))
 
 
 @command

@@ -11,8 +11,10 @@ Example:
 """
 
 import argparse
+import sys
 
 from megatron_ponder.data.preprocessing import Team, preprocess
+from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import command
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--key", default="text", help="field of a .jsonl line or column that holds the text (default: text)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(without_local_rank(sys.argv[1:]))
     # Here, because every worker imports this file again and has no use for PyTorch, which this one imports.
     from megatron_ponder.launch import discover
 

@@ -9,9 +9,11 @@ Also under srun and mpirun. The key may stand in the environment variable PONDER
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
+from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_engine
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=limits.seconds, help="seconds for a request")
     parser.add_argument("--max-body-bytes", type=int, default=limits.body_bytes, help="of a request")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for requests to finish after SIGTERM")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(without_local_rank(sys.argv[1:]))
 
     def settle() -> tuple[Setup, Limits]:
         if arguments.queue_limit < 0 or arguments.grace < 0:

@@ -8,6 +8,14 @@ SIGUSR1 and SIGTERM are passed on to the ranks, which save and end; the exit cod
 import sys
 
 from megatron_ponder.cluster.torchrun import torchrun
+from megatron_ponder.errors import command
+
+
+@command
+def main() -> None:
+    """Start the ranks, and end with their exit code."""
+    sys.exit(torchrun(sys.argv[1:]))
+
 
 if __name__ == "__main__":
-    sys.exit(torchrun(sys.argv[1:]))
+    main()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import psutil
 
+from megatron_ponder.environment import read_number
 from megatron_ponder.errors import EXIT_PREEMPTED
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
@@ -34,7 +35,7 @@ def torchrun(arguments: Sequence[str]) -> int:
 
     options = parse_args(list(arguments))
     if options.nnodes != "1" and options.node_rank == 0:
-        options.node_rank = int(os.environ.get("SLURM_NODEID", "0"))
+        options.node_rank = read_number(os.environ, "SLURM_NODEID") or 0
     # torchrun installs handlers for these when it has started the ranks; not for those that are forwarded
     options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     try:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.config import Config, parse_duration
+from megatron_ponder.environment import read_number
 from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
@@ -129,10 +130,14 @@ def seconds_left(config: Config, signals: StopSignals, environ: Mapping[str, str
 
     Returns:
         None if neither is known.
+
+    Raises:
+        UserError: SLURM_JOB_END_TIME is no time.
     """
     known = []
     if config.training.time_limit is not None:
         known.append(parse_duration(config.training.time_limit) - (time.monotonic() - signals.created))
-    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        known.append(int(environ["SLURM_JOB_END_TIME"]) - time.time())
+    end = read_number(environ, "SLURM_JOB_END_TIME", 1)
+    if end is not None:
+        known.append(end - time.time())
     return min(known, default=None)

@@ -50,6 +50,9 @@ def test_the_sooner_of_two_ends_counts():
     assert 90 < seconds_left(small_config(), signals, slurm) <= 101
     assert 90 < seconds_left(small_config(training__time_limit="3"), signals, slurm) <= 101
     assert 50 < seconds_left(small_config(training__time_limit="1"), signals, slurm) <= 60
+    assert seconds_left(small_config(), signals, {"SLURM_JOB_END_TIME": " "}) is None
+    with pytest.raises(UserError, match='SLURM_JOB_END_TIME is "tomorrow", not a number from 1'):
+        seconds_left(small_config(), signals, {"SLURM_JOB_END_TIME": "tomorrow"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
