@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ponder.config import LoggingConfig
-from megatron_ponder.errors import UserError, describe
+from megatron_ponder.errors import describe
+from megatron_ponder.training.weights_and_biases import WandbRun
 
 METRICS, RUN_LOG = "metrics.jsonl", "train.log"
 Value = float | int | list | str | bool | None
@@ -44,13 +45,17 @@ class MetricsLog:
         kept: the records of the run before, up to the step that it goes on from.
     """
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, first_step: int) -> None:
+    def __init__(self, run_dir: Path, config: LoggingConfig, first_step: int, settings: Mapping | None = None) -> None:
         """Open for appending; what an interrupted run wrote after its last checkpoint is dropped.
 
         Args:
             run_dir: the run's folder.
             config: what to write.
             first_step: steps done; later records are dropped.
+            settings: the whole configuration, for Weights & Biases.
+
+        Raises:
+            UserError: Weights & Biases is wanted and cannot be logged to.
         """
         path = run_dir / METRICS
         records = read_metrics(run_dir) if path.exists() else []
@@ -68,7 +73,7 @@ class MetricsLog:
 
             self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1)
         if config.wandb_project is not None:
-            self._wandb = _start_wandb(run_dir, config.wandb_project)
+            self._wandb = WandbRun(run_dir, config.wandb_project, settings or {})
 
     def write(self, record: Mapping[str, Value]) -> None:
         """Append one record; `step` says which step it belongs to."""
@@ -132,16 +137,6 @@ def _line(record: Mapping[str, Value]) -> str:
 
 def _finite(value: Value) -> Value:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _start_wandb(run_dir: Path, project: str):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "logging.wandb_project is set, but wandb is missing; pip install 'megatron_ponder[wandb]'"
-        ) from error
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume="allow", id=run_dir.name)
 
 
 class RunLog:

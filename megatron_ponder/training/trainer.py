@@ -1,6 +1,7 @@
 """Training, from a configuration to a trained run folder."""
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         phases.mark("restoring")
     tokenizer = Path(config.tokenizer.path) if parts.tokenizer else None
     together(lambda: parts.datasets["train"].prepare(start.samples))
-    log = together(lambda: MetricsLog(run_dir, config.logging, start.step) if leader else None)
+    log = together(lambda: MetricsLog(run_dir, config.logging, start.step, asdict(config)) if leader else None)
     lines = together(lambda: RunLog(run_dir) if leader else None)
     with ExitStack() as stack:
         if leader:

@@ -86,12 +86,6 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert [(event.step, event.value) for event in losses] == [(1, 6.0), (2, 5.0), (3, 4.0), (4, 3.0)]
 
 
-def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'megatron_ponder\[wandb\]'"):
-        MetricsLog(tmp_path, LoggingConfig(tensorboard=False, wandb_project="p"), 0)
-
-
 def test_plain_lines_where_there_is_no_terminal(capsys):
     with RunProgress(total_steps=25, first_step=0, interval=10, shown=True) as progress:
         progress.say("starting")
@@ -160,23 +154,6 @@ def test_a_full_disk_costs_lines_of_the_log_and_not_the_run():
     log._file = open("/dev/full", "w")  # noqa: SIM115
     log.write("lost")
     log.close()
-
-
-@pytest.mark.slow
-def test_wandb_gets_the_numbers_without_a_network(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    log = MetricsLog(run_dir, LoggingConfig(tensorboard=False, wandb_project="p"), 0)
-    for step in (1, 2, 3):
-        log.write(record(step, step_histogram=[1, 2]))
-    kept = dict(log._wandb.summary)
-    log.close()
-    assert kept.items() >= {"mean_steps": 1.5, "tokens_per_second": 1234.0}.items()
-    assert kept["loss"] in (4.0, 5.0)  # a step is sent when the next one begins
-    assert "step_histogram" not in kept
-    (stored,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    assert stored.stat().st_size > 0
 
 
 def test_the_configuration_is_replaced_whole(tmp_path):
