@@ -1,18 +1,20 @@
 """Load an export with transformers alone and continue a prompt; prints one JSON object.
 
-python examples/quickstart/use_export.py --model runs/quickstart/export --prompt "import"
+python examples/quickstart/use_export.py --model runs/export --prompt "import"
 """
 
 import argparse
 import json
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True)
 parser.add_argument("--prompt", required=True)
 parser.add_argument("--max-new-tokens", type=int, default=40)
 arguments = parser.parse_args()
+disable_progress_bar()
 
 tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True).eval()

@@ -1,0 +1,122 @@
+"""Run what pages show, and put what it prints now in the place of what they say it prints.
+
+    python docs/refresh.py                               # README.md, which makes the run, then all pages
+    python docs/refresh.py docs/inference.md --folder /tmp/pages
+
+Two kinds of blocks are run: ```console blocks, in which lines with `$ ` are commands and the others their output, and
+```python blocks that a ```text block follows at once, which is their output. Where an output is cut short by a line
+`…`, as many lines are kept before and after it as before.
+
+Commands run in a folder that has the repository's files, and the data and runs that earlier pages have made there.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ponder.errors import UserError, command
+from megatron_ponder.files import make_folder, write_atomically
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CUT = "…"
+CONSOLE = re.compile(r"(?ms)(?<=^```console\n).*?(?=^```$)")
+PYTHON = re.compile(r"(?ms)^```python\n(?P<code>(?:(?!^```).)*)^```\n\n```text\n(?P<output>.*?)^```$")
+# A command, to the last line that it is continued on, and what it prints.
+EXCHANGE = re.compile(r"(?m)^\$ (?P<command>(?:.*\\\n)*.*\n)(?P<output>(?:(?!\$ ).*\n)*)")
+Run = Callable[[list[str], str | None], str]
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs, in the order in which they build on each other."""
+    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def exchanges(page: str) -> list[tuple[str, str]]:
+    """Every command of a page's console blocks, with the output that the page shows."""
+    found = (exchange for block in CONSOLE.findall(page) for exchange in EXCHANGE.finditer(block))
+    return [(exchange["command"], exchange["output"]) for exchange in found]
+
+
+def scripts(page: str) -> list[tuple[str, str]]:
+    """Every Python block of a page that has its output below it, with that output."""
+    return [(found["code"], found["output"]) for found in PYTHON.finditer(page)]
+
+
+def refreshed(page: str, run: Run) -> str:
+    """A page with its outputs replaced.
+
+    Args:
+        page: its text.
+        run: gives what a process prints, of its command line and its standard input.
+    """
+
+    def answer(exchange: re.Match) -> str:
+        said = run(["bash", "-c", exchange["command"]], None)
+        return f"$ {exchange['command']}{shortened(said, exchange['output'])}"
+
+    def follow(script: re.Match) -> str:
+        said = shortened(run(["python", "-"], script["code"]), script["output"])
+        return f"```python\n{script['code']}```\n\n```text\n{said}```"
+
+    page = CONSOLE.sub(lambda block: EXCHANGE.sub(answer, block[0]), page)
+    return PYTHON.sub(follow, page)
+
+
+def shortened(said: str, before: str) -> str:
+    """What was said, cut where the output in the page is."""
+    lines, shown = [line.rstrip() for line in said.rstrip().splitlines()], before.splitlines()
+    if CUT in shown:
+        first, last = shown.index(CUT), len(shown) - shown.index(CUT) - 1
+        lines = [*lines[:first], CUT, *lines[len(lines) - last :]]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def runner(folder: Path) -> Run:
+    """Runs processes in a folder, on one thread and with this Python."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    search = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PATH": path, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+    def run(words: list[str], given: str | None) -> str:
+        done = subprocess.run(
+            words, cwd=folder, env=environment, input=given or "", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, check=False,
+        )  # fmt: skip
+        return done.stdout
+
+    return run
+
+
+def link_repository(folder: Path) -> None:
+    """Make the repository's files appear in a folder, but for the data and runs that are in it."""
+    make_folder(folder)
+    for path in REPOSITORY.iterdir():
+        if path.name not in ("data", "runs") and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+
+
+@command
+def main() -> None:
+    """Refresh pages in place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, default=pages(), help="those to refresh; all unless given")
+    parser.add_argument("--folder", type=Path, help="where commands run; a temporary one unless given")
+    arguments = parser.parse_args()
+    for page in arguments.pages:
+        if not page.is_file():
+            raise UserError(f"there is no page {page}; name pages as docs/inference.md")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (arguments.folder or Path(scratch)).resolve()
+        link_repository(folder)
+        for page in arguments.pages:
+            print(page)
+            write_atomically(page, refreshed(page.read_text(encoding="utf-8"), runner(folder)))
+
+
+if __name__ == "__main__":
+    main()
