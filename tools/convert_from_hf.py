@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn a Hugging Face model into a checkpoint: a plain llama or gpt_neox model, or an export of this package.
+"""Turn a Hugging Face model into a checkpoint: a plain llama or gpt_neox, a PonderLM-2, or an export of this package.
 
 Any configuration key may follow as --section.key value; --ponder.embedding_scale is 1 for a plain model unless given,
 so that without additional steps it computes what it computed before.
@@ -25,8 +25,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder; must not exist or be empty")
     arguments, overrides = parser.parse_known_args()
     weights, config = import_pretrained(arguments.model, overrides)
-    write_weights_checkpoint(arguments.output, weights, config, tokenizer_of(arguments.model))
-    print(f"{arguments.output}: {sum(tensor.numel() for tensor in weights.values()):,} weights, {config.ponder.mode}")
+    tokenizer = tokenizer_of(arguments.model, config)
+    write_weights_checkpoint(arguments.output, weights, config, tokenizer)
+    count = sum(tensor.numel() for tensor in weights.values())
+    without = "" if tokenizer else ", without a tokenizer, because the folder has no tokenizer.model or tokenizer.json"
+    print(f"{arguments.output}: {count:,} weights, {config.ponder.mode}{without}")
 
 
 if __name__ == "__main__":

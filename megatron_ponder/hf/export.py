@@ -10,6 +10,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import GenerationConfig
 
+from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.store import staged
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer import Tokenizer
@@ -17,15 +18,12 @@ from megatron_ponder.errors import UserError
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.model_card import model_card
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from megatron_ponder.hf.pretrained_config import AUTO_MAP
 from megatron_ponder.hf.tokenizer import export_tokenizer
 from megatron_ponder.hf.weights import to_export
 
 # The files that define the model for transformers; they import each other and nothing else of ours.
 MODEL_FILES = tuple(f"{part}_ponderlm.py" for part in ("configuration", "cache", "layers", "methods", "modeling"))
-AUTO_MAP = {
-    "AutoConfig": "configuration_ponderlm.PonderLMConfig",
-    "AutoModelForCausalLM": "modeling_ponderlm.PonderLMForCausalLM",
-}
 DataType = Literal["float32", "bfloat16"]
 
 
@@ -50,7 +48,8 @@ def export(
         max_shard_size: of one file of weights, such as "5GB" or "200KB".
 
     Raises:
-        UserError: if the folder is taken, the tokenizer cannot be converted, or weights and configuration differ.
+        UserError: if the folder is taken, the tokenizer cannot be converted, weights and configuration differ, or a
+            weight is not finite.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; choose another output folder or remove it")
@@ -71,6 +70,8 @@ def export(
         exported.dtype = getattr(torch, dtype)
         renamed = {name: tensor.to(exported.dtype) for name, tensor in to_export(weights).items()}
         _check(renamed, exported)
+        for name, tensor in renamed.items():
+            require_finite(tensor, f"as {dtype}, {name}", "export an older checkpoint, or as float32")
         exported.architectures, exported.auto_map = [PonderLMForCausalLM.__name__], AUTO_MAP
         exported.save_pretrained(folder)
         GenerationConfig(

@@ -1,28 +1,32 @@
-"""Import of Hugging Face folders: plain llama and gpt_neox models, and our own exports."""
+"""Import of Hugging Face folders: plain llama and gpt_neox models, PonderLM-2 checkpoints, and our own exports."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.config import Config, read_config
+from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.hf.pretrained_config import settings
+from megatron_ponder.hf.weight_files import describe, read, read_json, weight_files
 from megatron_ponder.hf.weights import from_export, from_gpt_neox, from_llama
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import initialize
+
+# Parts of a model that are initialised as for training where a folder lacks them or has them in other sizes.
+_FRESH = ("router.", "pauses.")
 
 
 def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Tensor], Config]:
     """A Hugging Face model as PonderLM's weights and configuration.
 
-    A plain model gets embedding scale 1, so that without additional steps it computes what it computed before. A router
-    or pause embeddings that the folder lacks, or has in other sizes, are initialised as for training.
+    A plain model gets embedding scale 1, so that without additional steps it computes what it computed before; a
+    PonderLM-2 checkpoint the mode, K, R and scale that it was trained with. A router or pause embeddings that the
+    folder lacks, or has in other sizes, are initialised as for training. Sizes are compared with the files' headers
+    before anything is allocated.
 
     Args:
         model_dir: folder of a `LlamaForCausalLM`, a `GPTNeoXForCausalLM` or an export, with safetensors.
@@ -36,74 +40,76 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
     """
     theirs = read_json(model_dir / "config.json")
     config = read_config([*settings(theirs), *overrides])
-    weights = read_safetensors(model_dir)
-    if theirs["model_type"] == "gpt_neox":
-        weights = from_gpt_neox(weights, config.model.num_heads)
-    else:
-        weights = (from_llama if theirs["model_type"] == "llama" else from_export)(weights)
-    if config.model.tie_embeddings:
-        weights.pop("head.weight", None)
+    files = weight_files(model_dir)
+    _require_fit(_renamed(describe(files), theirs["model_type"], config), config)
+    weights = _renamed(read(files), theirs["model_type"], config)
+    if config.model.tie_embeddings and not torch.equal(
+        weights.pop("head.weight", weights["embedding.weight"]), weights["embedding.weight"]
+    ):
+        raise UserError(
+            f"{model_dir} has an output head of its own, but tie_word_embeddings in config.json says that it is the "
+            "embedding; correct config.json, or remove the head from the weights"
+        )
     model = PonderLM(config.model, config.ponder)
     initialize(model, config.training.seed)
-    for part in ("router.", "pauses."):
-        fresh = {name: tensor.detach() for name, tensor in model.named_parameters() if name.startswith(part)}
-        trained = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
-        if _shapes(fresh) != _shapes(trained):
-            weights = {name: tensor for name, tensor in weights.items() if name not in trained} | fresh
-    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    weights = {name: tensor.contiguous() for name, tensor in _completed(weights, model).items()}
     load_weights(model, weights)
     return weights, config
 
 
-def tokenizer_of(model_dir: Path) -> Path | None:
-    """The folder, if it holds a tokenizer that this package reads; else None."""
-    return model_dir if any((model_dir / f"tokenizer.{ending}").is_file() for ending in ("model", "json")) else None
-
-
-def read_json(path: Path) -> dict:
-    """The object that a JSON file holds.
+def tokenizer_of(model_dir: Path, config: Config) -> Path | None:
+    """The folder, if it holds a tokenizer that fits the model; None if it holds none.
 
     Raises:
-        UserError: if there is none.
+        UserError: if it holds one that cannot be read, or has more tokens than the model.
     """
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}; give the folder of a downloaded Hugging Face model")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; download it again")
-    return content
-
-
-def read_safetensors(model_dir: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
-
-    Raises:
-        UserError: if there are none, or a file is missing or damaged.
-    """
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
-    elif (model_dir / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif any(model_dir.glob("*.bin")):
+    if not any((model_dir / f"tokenizer.{ending}").is_file() for ending in ("model", "json")):
+        return None
+    tokenizer = load_tokenizer(model_dir)
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{model_dir} has its weights in pickled .bin files, and loads never execute pickled code; load it with "
-            "transformers where you trust it and save it again, which writes safetensors"
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model {config.model.vocab_size}; put the "
+            "model's own tokenizer there, or move this one away to convert without"
         )
-    else:
-        raise UserError(f"{model_dir} has no model.safetensors; give the folder of a downloaded Hugging Face model")
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        if Path(name).name != name or not (model_dir / name).is_file():
-            raise UserError(f"{index} names {name}, which is not in {model_dir}; download the model again")
-        try:
-            tensors |= load_file(model_dir / name)
-        except SafetensorError as error:
-            raise UserError(f"{model_dir / name} is damaged ({error}); download it again") from None
-    return tensors
+    return model_dir
+
+
+def _renamed(weights: dict[str, Tensor], model_type: str, config: Config) -> dict[str, Tensor]:
+    if model_type == "gpt_neox":
+        return from_gpt_neox(weights, config.model.num_heads)
+    return (from_llama if model_type == "llama" else from_export)(weights)
+
+
+def _require_fit(described: dict[str, Tensor], config: Config) -> None:
+    """Refuse sizes that are not those of the tensors, without allocating anything.
+
+    Args:
+        described: tensors on the `meta` device by PonderLM's parameter names.
+        config: resolved.
+    """
+    layers = len({name.split(".")[2] for name in described if name.startswith("transformer.blocks.")})
+    if layers != config.model.num_layers:
+        raise UserError(f"config.json says {config.model.num_layers} layers, but the weights have {layers}")
+    sizes = {size for tensor in described.values() for size in tensor.shape}
+    for name in ("vocab_size", "hidden_size", "ffn_hidden_size"):
+        size = getattr(config.model, name)
+        if size not in sizes:
+            raise UserError(f"model.{name} is {size} by config.json, but no tensor of the weights has that size")
+    with torch.device("meta"):
+        model = PonderLM(config.model, config.ponder)
+    if config.model.tie_embeddings:
+        described = {name: tensor for name, tensor in described.items() if name != "head.weight"}
+    load_weights(model, _completed(described, model))
+
+
+def _completed(weights: dict[str, Tensor], model: PonderLM) -> dict[str, Tensor]:
+    """The weights, with the model's own router and pause embeddings where theirs are missing or of other sizes."""
+    for part in _FRESH:
+        fresh = {name: tensor.detach() for name, tensor in model.named_parameters() if name.startswith(part)}
+        trained = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
+        if _shapes(fresh) != _shapes(trained):
+            weights = {name: tensor for name, tensor in weights.items() if name not in trained} | fresh
+    return weights
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -1,135 +1,220 @@
 """What a Hugging Face config.json says, in the words of our configuration; what PonderLM does not have is refused."""
 
+import math
+import re
+from typing import get_args
+
+from megatron_ponder.config.sections import Family, Mode
 from megatron_ponder.errors import UserError
+from megatron_ponder.hf.fields import Fields
+
+# Files of an export that define the model, and what in them transformers is to use.
+AUTO_MAP = {
+    "AutoConfig": "configuration_ponderlm.PonderLMConfig",
+    "AutoModelForCausalLM": "modeling_ponderlm.PonderLMForCausalLM",
+}
+# What transformers has written into configurations of any version, and on which no logit of a decoder depends.
+_HARMLESS = (
+    # Where the file comes from, and how it is to be loaded.
+    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation"),
+    *("dtype", "torch_dtype", "transformers_version", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
+    # What a call returns, remembers, or saves memory by; in how many slices a matrix is multiplied.
+    *("cache_implementation", "chunk_size_feed_forward", "gradient_checkpointing", "output_attentions"),
+    *("output_hidden_states", "output_scores", "pretraining_tp", "return_dict", "return_dict_in_generate"),
+    *("tf_legacy_loss", "torchscript", "use_bfloat16", "use_cache"),
+    # Heads for other tasks, and the longest text that somebody meant.
+    *("classifier_dropout", "finetuning_task", "id2label", "label2id", "max_sequence_length", "num_labels"),
+    *("problem_type", "task_specific_params"),
+    # Special tokens, which our tokenizer names.
+    *("bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+    *("pad_token_id", "prefix", "sep_token_id", "tokenizer_class"),
+    # Settings of `generate`, which our commands have options for.
+    *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty", "max_length", "min_length"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "remove_invalid_values"),
+    *("repetition_penalty", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+    # A decoder's attention is causal either way.
+    "is_decoder",
+)
+# Fields of released PonderLM-2 checkpoints that matter only in training, or only with `interpolation`.
+_PONDERLM_2_HARMLESS = ("interpolation_use_topk", "random_jacobi_iterations", "softmax_temperature")
+# In names of that project's code for the methods that it compares itself with, whose config.json looks the same.
+_PONDERLM_2_BASELINES = re.compile(r"(?<![a-z])(addhidden|addpausetoken|loop|orin|pause|weightshare)(?![a-z])")
+_DROPOUTS = ("attention_dropout", "hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
 
 
 def settings(theirs: dict) -> list[str]:
     """`--section.key value ...` that describe a model.
 
     Args:
-        theirs: the content of config.json, of a `LlamaForCausalLM`, a `GPTNeoXForCausalLM` or an export.
+        theirs: the content of config.json, of a `LlamaForCausalLM`, a `GPTNeoXForCausalLM`, a PonderLM-2 checkpoint of
+            either, or an export.
 
     Raises:
-        UserError: for another model, or for a feature that PonderLM does not have.
+        UserError: for another model, a feature that PonderLM does not have, or a field that is not known or holds what
+            it cannot.
     """
     readers = {"llama": _llama, "gpt_neox": _gpt_neox, "ponderlm": _ponderlm}
-    kind = theirs.get("model_type")
-    if kind not in readers:
+    fields = Fields(theirs)
+    kind = fields.anything("model_type")
+    if kind not in list(readers):
         raise UserError(
             f"model_type {kind} in config.json cannot be converted; give a LlamaForCausalLM, a GPTNeoXForCausalLM or "
             "an export of this package"
         )
-    try:
-        values = readers[kind](theirs)
-    except KeyError as error:
-        raise UserError(f"config.json lacks {error.args[0]}; download the model's own config.json again") from None
+    values = _common(fields) | readers[kind](fields)
+    fields.harmless(_HARMLESS)
+    fields.end()
     values["data.sequence_length"] = min(2048, values["model.max_position_embeddings"])
     return [part for key, value in values.items() for part in (f"--{key}", _text(value))]
 
 
-def _llama(theirs: dict) -> dict[str, object]:
-    _only(theirs, attention_bias=(False,), mlp_bias=(False,), hidden_act=("silu",))
-    rope = _rope(theirs)
-    _refuse(rope.get("partial_rotary_factor", 1.0) != 1, "partial_rotary_factor", rope.get("partial_rotary_factor"))
-    return _plain(theirs) | _llama_fields(theirs) | {"model.rope_theta": _theta(rope, theirs, "rope_theta")}
-
-
-def _gpt_neox(theirs: dict) -> dict[str, object]:
-    _only(theirs, attention_bias=(True,), hidden_act=("gelu",))
-    rope = _rope(theirs)
-    fraction = rope.get("partial_rotary_factor", theirs.get("rotary_pct", theirs.get("partial_rotary_factor", 0.25)))
-    return (
-        _plain(theirs)
-        | _gpt_neox_fields(theirs)
-        | {
-            "model.rope_theta": _theta(rope, theirs, "rotary_emb_base"),
-            "model.rotary_fraction": fraction,
-        }
-    )
-
-
-def _ponderlm(theirs: dict) -> dict[str, object]:
-    if theirs["base_family"] == "llama":
-        family = _llama_fields(theirs) | {"model.rope_theta": theirs["rope_theta"]}
-    else:
-        family = _gpt_neox_fields(theirs) | {
-            "model.rope_theta": theirs["rotary_emb_base"],
-            "model.rotary_fraction": theirs["rotary_pct"],
-        }
-    names = ("mode", "max_steps", "jacobi_iterations", "threshold", "router_bias", "router_hidden_size")
-    ponder = {f"ponder.{name}": theirs[f"ponder_{name}"] for name in names}
-    return (
-        _common(theirs)
-        | family
-        | ponder
-        | {
-            "ponder.embedding_scale": theirs["embedding_scale"],
-            "data.reset_at_eod": theirs.get("ponder_eod_id") is not None,
-        }
-    )
-
-
-def _plain(theirs: dict) -> dict[str, object]:
-    """Fields of a model that knows nothing of pondering, after a look for what we do not have."""
-    for name in ("quantization_config", "sliding_window"):
-        _refuse(theirs.get(name) is not None, name, theirs.get(name))
-    head_dim = theirs.get("head_dim")
-    own = theirs["hidden_size"] // theirs["num_attention_heads"]
-    _refuse(head_dim not in (None, own), "head_dim", head_dim)
-    layers = set(theirs.get("layer_types") or ["full_attention"])
-    _refuse(layers != {"full_attention"}, "layer_types", sorted(layers))
-    return _common(theirs) | {"ponder.embedding_scale": 1.0}
-
-
-def _common(theirs: dict) -> dict[str, object]:
+def _common(fields: Fields) -> dict[str, object]:
+    """What every kind of model has, after a look for what none of ours has."""
+    for name in ("quantization_config", "sliding_window", "compression_config", "cross_attention_hidden_size"):
+        fields.only(name, None)
+    for name in ("add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder", "use_sliding_window"):
+        fields.only(name, False)
+    fields.only("pruned_heads", {})
+    for name in _DROPOUTS:
+        if fields.number(name, 0.0) != 0:
+            raise UserError(f"{name} in config.json is not 0, but PonderLM trains without dropout; set it to 0 there")
     return {
-        "model.vocab_size": theirs["vocab_size"],
-        "model.hidden_size": theirs["hidden_size"],
-        "model.ffn_hidden_size": theirs["intermediate_size"],
-        "model.num_layers": theirs["num_hidden_layers"],
-        "model.num_heads": theirs["num_attention_heads"],
-        "model.max_position_embeddings": theirs["max_position_embeddings"],
-        "model.tie_embeddings": theirs.get("tie_word_embeddings", False),
-        "model.init_std": theirs.get("initializer_range", 0.02),
+        "model.vocab_size": fields.whole("vocab_size", least=2),
+        "model.hidden_size": fields.whole("hidden_size"),
+        "model.ffn_hidden_size": fields.whole("intermediate_size"),
+        "model.num_layers": fields.whole("num_hidden_layers"),
+        "model.num_heads": fields.whole("num_attention_heads"),
+        "model.max_position_embeddings": fields.whole("max_position_embeddings"),
+        "model.tie_embeddings": fields.flag("tie_word_embeddings", False),
+        "model.init_std": fields.number("initializer_range", 0.02),
     }
 
 
-def _llama_fields(theirs: dict) -> dict[str, object]:
+def _llama(fields: Fields) -> dict[str, object]:
+    for name in ("attention_bias", "mlp_bias", "rope_interleaved"):
+        fields.only(name, False)
+    fields.only("is_llama_config", True)
+    fields.only("hidden_act", "silu")
+    fields.only("partial_rotary_factor", 1.0, 1)
+    theta, fraction = _rope(fields, fields.number("rope_theta", 10000.0), 1.0)
+    if fraction != 1:
+        raise UserError(
+            f"partial_rotary_factor {fraction} in config.json is something PonderLM does not have in this family; "
+            "convert another model"
+        )
+    return _llama_fields(fields) | {"model.rope_theta": theta} | _plain(fields, "LlamaForCausalLM")
+
+
+def _gpt_neox(fields: Fields) -> dict[str, object]:
+    fields.only("attention_bias", True)
+    fields.only("hidden_act", "gelu")
+    # The newest name of each is the one that counts, as in transformers.
+    theta = fields.number("rotary_emb_base", fields.number("rope_theta", 10000.0))
+    fraction = fields.number("rotary_pct", fields.number("partial_rotary_factor", 0.25))
+    theta, fraction = _rope(fields, theta, fraction)
+    family = {"model.rope_theta": theta, "model.rotary_fraction": fraction}
+    return _gpt_neox_fields(fields) | family | _plain(fields, "GPTNeoXForCausalLM")
+
+
+def _ponderlm(fields: Fields) -> dict[str, object]:
+    fields.only("architectures", ["PonderLMForCausalLM"])
+    auto_map = fields.part("auto_map")
+    for name, code in AUTO_MAP.items():
+        # transformers may put the name of a repository before that of the file.
+        if str(auto_map.anything(name) or code).rpartition("--")[2] != code:
+            raise auto_map.foreign(name)
+    auto_map.end()
+    if fields.choice("base_family", *get_args(Family)) == "llama":
+        fields.only("hidden_act", "silu")
+        family = _llama_fields(fields) | {"model.rope_theta": fields.number("rope_theta")}
+    else:
+        fields.only("hidden_act", "gelu")
+        family = _gpt_neox_fields(fields) | {
+            "model.rope_theta": fields.number("rotary_emb_base"),
+            "model.rotary_fraction": fields.number("rotary_pct"),
+        }
+    return family | {
+        "ponder.mode": fields.choice("ponder_mode", *get_args(Mode)),
+        "ponder.max_steps": fields.whole("ponder_max_steps", least=0),
+        "ponder.jacobi_iterations": fields.whole("ponder_jacobi_iterations", least=0),
+        "ponder.threshold": fields.number("ponder_threshold"),
+        "ponder.router_bias": fields.number("ponder_router_bias"),
+        "ponder.router_hidden_size": fields.whole("ponder_router_hidden_size", least=0),
+        "ponder.embedding_scale": fields.number("embedding_scale"),
+        "data.reset_at_eod": fields.anything("ponder_eod_id") is not None,
+    }
+
+
+def _plain(fields: Fields, architecture: str) -> dict[str, object]:
+    """What a model of another package says of pondering: nothing, or what PonderLM-2 does."""
+    heads, size = fields.whole("num_attention_heads"), fields.whole("hidden_size")
+    fields.only("head_dim", size // heads)
+    if set(fields.texts("layer_types")) - {"full_attention"}:
+        raise fields.foreign("layer_types")
+    if fields.flag("recurrent_model", False):
+        return _ponderlm_2(fields, size)
+    # Without `recurrent_model` that project's code computes what the plain model does, whatever these say.
+    fields.harmless(["interpolation", "num_jacobi_iterations", "num_latent_thoughts", "scale_embeds"])
+    fields.harmless(_PONDERLM_2_HARMLESS)
+    fields.only("auto_map", None)
+    # LLaMA's first conversions wrote the name in another way.
+    fields.only("architectures", [architecture], [architecture.replace("Llama", "LLaMA")])
+    return {"ponder.embedding_scale": 1.0}
+
+
+def _ponderlm_2(fields: Fields, hidden_size: int) -> dict[str, object]:
+    """A released PonderLM-2 model: every token takes K latent steps, evaluated by R refinements."""
+    for name in ("auto_map", "architectures"):
+        baseline = _PONDERLM_2_BASELINES.search(str(fields.anything(name)).lower())
+        if baseline is not None:
+            raise UserError(
+                f"{name} in config.json is that of {baseline[0]}, which is not PonderLM-2 but a method that it is "
+                "compared with; convert another model"
+            )
+    if fields.flag("interpolation"):
+        raise fields.foreign("interpolation")
+    fields.only("use_all_logits", False)
+    fields.harmless(_PONDERLM_2_HARMLESS)
+    steps = fields.whole("num_latent_thoughts", least=0)
+    values = {
+        "ponder.mode": "fixed" if steps else "vanilla",
+        # Evaluation runs this many there, also where training drew the number (`random_jacobi_iterations`).
+        "ponder.jacobi_iterations": fields.whole("num_jacobi_iterations", least=0),
+        "ponder.embedding_scale": math.sqrt(2.5 * hidden_size) if fields.flag("scale_embeds") else 1.0,
+    }
+    return values | ({"ponder.max_steps": steps} if steps else {})
+
+
+def _llama_fields(fields: Fields) -> dict[str, object]:
     return {
         "model.family": "llama",
-        "model.num_kv_heads": theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
-        "model.norm_epsilon": theirs.get("rms_norm_eps", 1e-6),
+        "model.num_kv_heads": fields.whole("num_key_value_heads", fields.whole("num_attention_heads")),
+        "model.norm_epsilon": fields.number("rms_norm_eps", 1e-6),
     }
 
 
-def _gpt_neox_fields(theirs: dict) -> dict[str, object]:
+def _gpt_neox_fields(fields: Fields) -> dict[str, object]:
     return {
         "model.family": "gpt_neox",
-        "model.norm_epsilon": theirs.get("layer_norm_eps", 1e-5),
-        "model.parallel_residual": theirs.get("use_parallel_residual", True),
+        "model.norm_epsilon": fields.number("layer_norm_eps", 1e-5),
+        "model.parallel_residual": fields.flag("use_parallel_residual", True),
     }
 
 
-def _rope(theirs: dict) -> dict:
-    """Rotary parameters: `rope_parameters` since transformers 5, before that `rope_scaling` and fields of their own."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _refuse(kind != "default", "rope_type", kind)
-    return rope
+def _rope(fields: Fields, theta: float, fraction: float) -> tuple[float, float]:
+    """Base of the rotary frequencies and rotated share of a head, which are as given unless an object of them differs.
 
-
-def _theta(rope: dict, theirs: dict, name: str) -> float:
-    return rope.get("rope_theta", theirs.get(name, theirs.get("rope_theta", 10000.0)))
-
-
-def _only(theirs: dict, **allowed: tuple[object, ...]) -> None:
-    for name, values in allowed.items():
-        _refuse(theirs.get(name, values[0]) not in values, name, theirs.get(name))
-
-
-def _refuse(condition: bool, name: str, value: object) -> None:
-    if condition:
-        raise UserError(f"{name} {value} in config.json is something PonderLM does not have; convert another model")
+    That object is `rope_parameters` since transformers 5, and was `rope_scaling` before.
+    """
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.part(name)
+        rope.only("rope_type", "default")
+        rope.only("type", "default")
+        theta = rope.number("rope_theta", theta)
+        fraction = rope.number("partial_rotary_factor", fraction)
+        rope.end()
+    return theta, fraction
 
 
 def _text(value: object) -> str:

@@ -93,6 +93,11 @@ def from_gpt_neox(weights: Weights, num_heads: int) -> Weights:
         weights, _inverse(_GPT_NEOX) | {"lm_head": "head"}
     ).items():  # some versions say lm_head
         if ".attention.qkv_proj." in name:
+            if tensor.dim() == 0 or tensor.shape[0] % (3 * num_heads):
+                raise UserError(
+                    f"{name} has shape {tuple(tensor.shape)}, which is not 3 parts of {num_heads} heads; convert a "
+                    "plain, unmodified model"
+                )
             by_head = tensor.unflatten(0, (num_heads, 3, -1))
             for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
                 split[name.replace("qkv_proj", part)] = by_head[:, index].flatten(0, 1)

@@ -248,6 +248,13 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     weights["router.output.bias"] = torch.ones(9)
     with pytest.raises(UserError, match=r"router\.output\.bias has shape \(9,\), but the configuration says \(3,\)"):
         export(weights, small_config(), None, output)
+    weights = weights_of(small_model())
+    weights["head.weight"][3, 4] = 3.4e38  # a number in fp32, and none in bf16
+    with pytest.raises(UserError, match=r"as bfloat16, lm_head\.weight holds 0 NaN and 1 infinite values"):
+        export(weights, small_config(), None, output, dtype="bfloat16")
+    weights["head.weight"][3, 4] = torch.nan
+    with pytest.raises(UserError, match=r"as float32, lm_head\.weight holds 1 NaN and 0 infinite values"):
+        export(weights, small_config(), None, output)
     (tmp_path / "tokenizer.model").write_text("none")
     with pytest.raises(UserError, match="is not a SentencePiece model"):
         export(weights_of(small_model()), Config(), tmp_path / "tokenizer.model", output)

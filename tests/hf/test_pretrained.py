@@ -1,4 +1,6 @@
 import json
+import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from megatron_ponder.hf.weights import to_gpt_neox, to_llama
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import initialize
 from tests.hf.exported import weights_of
+from tests.hf.test_pretrained_config import PONDERLM_2
 from tests.models import random_tokens, small_config, small_model
 
 SIZES = {
@@ -153,7 +156,7 @@ def test_an_export_in_another_mode(tmp_path, sentencepiece_model):
     fresh = PonderLM(config.model, config.ponder)
     initialize(fresh, config.training.seed)
     assert torch.equal(paused["pauses.weight"], fresh.pauses.weight)
-    assert tokenizer_of(tmp_path / "exported") == tmp_path / "exported"
+    assert tokenizer_of(tmp_path / "exported", config) == tmp_path / "exported"
 
 
 @pytest.mark.parametrize(
@@ -168,11 +171,11 @@ def test_an_export_in_another_mode(tmp_path, sentencepiece_model):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type linear"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "type linear in rope_scaling"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"hidden_size": None}, "config.json lacks hidden_size"),
-        ({"intermediate_size": 64}, "but the configuration says"),
-        ({"num_hidden_layers": 3}, "differ in transformer.blocks.2"),
+        ({"intermediate_size": 61}, "but the configuration says"),
+        ({"num_hidden_layers": 3}, "config.json says 3 layers, but the weights have 2"),
     ],
 )
 def test_what_ponderlm_does_not_have_is_refused(tmp_path, changes, message):
@@ -218,6 +221,89 @@ def test_damaged_folders_are_refused(tmp_path):
         import_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has no config\.json"):
         import_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"])
+def test_sizes_that_no_tensor_has_are_refused_before_they_are_allocated(tmp_path, name):
+    for theirs, size in ((llama(), 10**9), (gpt_neox(), 4 * 10**6)):
+        theirs.save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: size, "head_dim": None}))
+        with pytest.raises(UserError, match=r"by config\.json, but no tensor|layers, but the weights have 2"):
+            import_pretrained(tmp_path)
+
+
+def test_heads_that_the_weights_do_not_have(tmp_path):
+    gpt_neox().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 160, "num_attention_heads": 20}))
+    with pytest.raises(UserError, match=r"qkv_proj\.bias has shape \(96,\), which is not 3 parts of 20 heads"):
+        import_pretrained(tmp_path)
+
+
+def test_a_head_of_its_own_that_is_said_to_be_the_embedding(tmp_path):
+    llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match=r"has an output head of its own, but tie_word_embeddings in config\.json"):
+        import_pretrained(tmp_path)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    theirs = llama()
+    with torch.no_grad():
+        theirs.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 0 NaN and 1 infinite"):
+        import_pretrained(tmp_path)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, sentencepiece_model):
+    assert tokenizer_of(tmp_path, small_config()) is None
+    shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model")
+    assert tokenizer_of(tmp_path, small_config(model__vocab_size=1024)) == tmp_path
+    with pytest.raises(UserError, match=r"tokenizer\.model has 1024 tokens, but the model 1023"):
+        tokenizer_of(tmp_path, small_config(model__vocab_size=1023))
+    for name, content in (("tokenizer.model", b"garbage"), ("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff" * 99)):
+        (tmp_path / "tokenizer.model").unlink(missing_ok=True)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"is not a (SentencePiece model|Hugging Face tokenizer)") as caught:
+            tokenizer_of(tmp_path, small_config())
+        assert "\n" not in str(caught.value)
+
+
+def jacobi_of_ponderlm_2(theirs, tokens, steps: int, refinements: int, scale: float) -> torch.Tensor:
+    """Logits of a PonderLM-2 checkpoint, computed with transformers' own model of the family.
+
+    Slots of all tokens are interleaved; every latent reads the last hidden state of the slot before it in the pass
+    before, all slots of a token have its position, and the last slot predicts.
+    """
+    embedded = theirs.get_input_embeddings()(tokens) * scale
+    latents: list[torch.Tensor] = []
+    for slots in [*range(1, steps + 1), *[steps + 1] * (refinements + 1)]:
+        stacked = torch.stack([embedded, *latents[: slots - 1]], 2).flatten(1, 2)
+        positions = torch.arange(tokens.shape[1]).repeat_interleave(slots).expand(len(tokens), -1)
+        mask = torch.ones(stacked.shape[1], stacked.shape[1], dtype=torch.bool).tril()[None, None]
+        hidden = theirs.base_model(
+            inputs_embeds=stacked, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state.unflatten(1, (-1, slots))
+        latents = [hidden[:, :, slot] for slot in range(slots)]
+    return theirs.get_output_embeddings()(latents[-1])
+
+
+@pytest.mark.parametrize("theirs", [llama, gpt_neox])
+@torch.no_grad()
+def test_a_ponderlm_2_checkpoint_computes_what_it_computed(tmp_path, theirs):
+    theirs = theirs().eval()
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | PONDERLM_2))
+    weights, config = import_pretrained(tmp_path)
+    ours, tokens = built(weights, config), random_tokens(2, 10)
+    got = ours.head(ours.jacobi(tokens, config.ponder.evaluation_refinements, ours.pruning(hard=True)).output_BLH)
+    expected = jacobi_of_ponderlm_2(theirs, tokens, 3, 4, math.sqrt(2.5 * 32))
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (got - jacobi_of_ponderlm_2(theirs, tokens, 3, 4, 1.0)).abs().max() > 0.1 * expected.abs().max()
 
 
 def test_overrides_are_checked(tmp_path):

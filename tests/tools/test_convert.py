@@ -75,6 +75,22 @@ def test_a_plain_model_without_a_tokenizer(run, tmp_path):
     assert (exported.float()(tokens).logits - theirs(tokens).logits).abs().max() < 0.01
 
 
+def test_a_tokenizer_that_is_none_leaves_no_checkpoint(run, tmp_path, capsys):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    LlamaForCausalLM(LlamaConfig(vocab_size=61, max_position_embeddings=64, **sizes)).save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "model" / "tokenizer.model").write_bytes(b"garbage")
+    capsys.readouterr()
+    arguments = ["--model", tmp_path / "model", "--ponder.jacobi_iterations", "[2, 3, 4, 5]"]
+    assert run("convert_from_hf.py", *arguments, "--output", tmp_path / "out") == 2
+    assert "tokenizer.model is not a SentencePiece model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    assert run("convert_from_hf.py", *arguments, "--output", tmp_path / "out") == 0
+    assert "without a tokenizer, because the folder has no" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("tool", "argument", "message"),
     [
