@@ -14,11 +14,12 @@ import yaml
 
 import pretrain_ponder
 from megatron_ponder.checkpoint.store import read_manifest, resolve_checkpoint
-from megatron_ponder.config import Config
+from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.training.metrics import read_metrics
 from tests.distributed import free_port
+from tests.pages import calls
 from tests.runs import LATEST, contents, finished_runs, refused, tiny_arguments
 
 REPOSITORY = Path(__file__).parents[1]
@@ -262,6 +263,14 @@ def test_other_data_if_the_user_says_so(run, corpus):
 
 
 # The documentation
+
+TRAINING = ("pretrain_ponder.py", "examples/single_node/train.sh", "examples/mpi/train.sh")
+
+
+@pytest.mark.parametrize("call", [call for program in TRAINING for call in calls(program)], ids=str)
+def test_what_the_pages_train_is_a_configuration(monkeypatch, call):
+    monkeypatch.chdir(REPOSITORY)
+    read_config(call.filled_in())
 
 
 def test_every_key_is_documented_with_its_default():

@@ -14,24 +14,23 @@ from tests.runs import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-# A run of the page's configuration that takes seconds.
-SMALL = {
-    "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_hidden_size": 32},
+# A run of the page's configuration that takes seconds; its batch and layout are those of the page.
+SHORT = {
     "data": {"sequence_length": 16, "num_workers": 0},
-    "training": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "eval_interval": 0, "eval_samples": 4},
+    "training": {"steps": 4, "eval_interval": 0, "eval_samples": 8},
 }
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A copy of the repository, as a user has it, with a smaller model and the description of the virtual cluster."""
+    """A copy of the repository, as a user has it, with shorter runs and the description of the virtual cluster."""
     for part in ("megatron_ponder", "tools", "examples", "docs"):
         shutil.copytree(REPOSITORY / part, tmp_path / "checkout" / part, ignore=shutil.ignore_patterns("__pycache__"))
     folder = tmp_path / "checkout"
     shutil.copy(REPOSITORY / "pretrain_ponder.py", folder)
     configuration = folder / "examples" / "quickstart" / "adaptive.yaml"
     content = yaml.safe_load(configuration.read_text())
-    for section, values in SMALL.items():
+    for section, values in SHORT.items():
         content[section] |= values
     configuration.write_text(yaml.safe_dump(content))
     description = folder / "examples" / "slurm" / "cluster.yaml"
@@ -43,9 +42,9 @@ def checkout(tmp_path) -> Path:
 
 def test_from_the_login_node_to_a_trained_model(cluster, checkout):
     page = (checkout / "docs" / "clusters.md").read_text()
-    commands = re.findall(r"(?ms)^```bash\n(.*?)^```", page)
+    blocks = re.findall(r"(?ms)^```bash\n(.*?)^```", page)
     kept = 'for number in "$data" "$job"; do echo "submitted job $number"; done'
-    script = "\n".join(["set -euo pipefail", *commands, kept]).replace("python ", f"{sys.executable} ")
+    script = "\n".join(["set -euo pipefail", *blocks, kept]).replace("python ", f"{sys.executable} ")
     said = cluster.run("bash", "-c", script, folder=checkout, timeout=300, environment={"PYTHONPATH": str(checkout)})
     submitted = re.findall(r"submitted job (\d+)", said)
     assert len(submitted) == 5, said

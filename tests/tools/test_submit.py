@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.cluster.jobs import JOBS
+from tests.pages import calls
 from tests.runs import REPOSITORY
 
 TOOL = REPOSITORY / "tools" / "submit.py"
@@ -95,6 +96,16 @@ def test_what_sbatch_says_is_passed_on(command, sbatch, tmp_path):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho sbatch: error: invalid partition >&2\nexit 1\n")
     code, _, errors = command("--submit", "--log_folder", str(tmp_path), *TRAINING)
     assert (code, errors) == (2, "error: sbatch refuses: sbatch: error: invalid partition\n")
+
+
+@pytest.mark.parametrize("call", calls("python tools/submit.py"), ids=str)
+def test_what_the_pages_submit_is_accepted_with_the_example_of_a_cluster(command, sbatch, call):
+    known = {"$data": "41", "$job": "42", "--submit": None}
+    words = [known.get(word, word) for word in call.filled_in()]
+    code, output, errors = command(*[word for word in words if word is not None])
+    assert (code, errors) == (0, "")
+    assert output.startswith("#!/bin/bash\n#SBATCH --job-name=")
+    assert not sbatch.exists()
 
 
 def test_paths_mean_the_same_to_command_and_job(command, tmp_path):
