@@ -40,6 +40,8 @@ class Owner:
         pid: its number there.
         started: when it did, in seconds since 1970.
         nonce: drawn for this claim, so that no other is like it.
+        job: its SLURM job; empty without one.
+        restart: how often SLURM had started that job before.
     """
 
     host: str
@@ -47,6 +49,8 @@ class Owner:
     pid: int
     started: float
     nonce: str
+    job: str = ""
+    restart: int = 0
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.started).strftime("%Y-%m-%d %H:%M:%S")
@@ -59,7 +63,10 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process is known to be no more."""
+        """Whether the process is known to be no more; SLURM starts a job again when none of its processes is left."""
+        job, restart = _job()
+        if self.job and self.job == job and self.restart < restart:
+            return True
         if not self.is_seen:
             return False
         try:
@@ -86,7 +93,7 @@ class Claim:
         self.path = Path(path)
         self._what, self._remedy, self._patience = what, remedy, patience
         started = psutil.Process().create_time()
-        self._own = Owner(socket.gethostname(), _place(), os.getpid(), started, secrets.token_hex(16))
+        self._own = Owner(socket.gethostname(), _place(), os.getpid(), started, secrets.token_hex(16), *_job())
         self._ended = threading.Event()
         self._signs = threading.Thread(target=self._show_life, name="claim", daemon=True)
 
@@ -214,3 +221,10 @@ def _place() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
+
+
+def _job() -> tuple[str, int]:
+    """The SLURM job that this process belongs to, if any, and how often it has been started before."""
+    number, times = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    return f"{cluster}/{number}" if number else "", int(times) if times.isdigit() else 0

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -47,6 +47,24 @@ def written_elsewhere(path, **others):
     """A claim of a process that cannot be seen from here."""
     about = {"host": "node-7", "place": "another boot", "pid": 12, "started": 1.7e9, "nonce": "abc"} | others
     path.write_text(json.dumps(about))
+
+
+@contextmanager
+def kept_alive(path):
+    """Its owner gives signs of life."""
+    ended = threading.Event()
+
+    def show_life():
+        while not ended.wait(0.1):
+            os.utime(path)
+
+    signs = threading.Thread(target=show_life)
+    signs.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signs.join()
 
 
 def test_a_claim_is_taken_and_given_back(path):
@@ -99,20 +117,8 @@ def test_another_process_of_the_same_number_is_another(path, owner):
 
 def test_an_owner_elsewhere_that_shows_life_is_respected(path):
     written_elsewhere(path)
-    ended = threading.Event()
-
-    def show_life():
-        while not ended.wait(0.1):
-            os.utime(path)
-
-    signs = threading.Thread(target=show_life)
-    signs.start()
-    try:
-        with pytest.raises(UserError, match="in use by process 12 on node-7, which started"):
-            Claim(path, *REMEDY).take()
-    finally:
-        ended.set()
-        signs.join()
+    with kept_alive(path), pytest.raises(UserError, match="in use by process 12 on node-7, which started"):
+        Claim(path, *REMEDY).take()
 
 
 def test_an_owner_elsewhere_without_a_sign_of_life_is_waited_for_and_then_dead(path):
@@ -121,6 +127,20 @@ def test_an_owner_elsewhere_without_a_sign_of_life_is_waited_for_and_then_dead(p
     with Claim(path, *REMEDY, patience=1.5) as claim:
         assert time.monotonic() - begun > 1.5
         claim.verify()
+
+
+def test_an_owner_of_a_slurm_job_that_has_been_started_again_is_gone_wherever_it_was(path, monkeypatch):
+    written_elsewhere(path, job="cluster/7", restart=1)
+    for name, value in {"CLUSTER_NAME": "cluster", "JOB_ID": "7", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    begun = time.monotonic()
+    with kept_alive(path), pytest.raises(UserError, match="process 12 on node-7"):
+        Claim(path, *REMEDY).take()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with Claim(path, *REMEDY) as claim:
+        assert json.loads(path.read_text())["restart"] == 2
+        claim.verify()
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("content", ["node", "", "\0\0", "[]"], ids=["of another host", "empty", "zeros", "no object"])

@@ -20,6 +20,7 @@ from megatron_ponder.training.metrics import MetricsLog, RunProgress, Value, nat
 from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.penalty import Penalty, PenaltyState
 from megatron_ponder.training.preemption import Boundary
+from megatron_ponder.training.run_folder import RunFolder
 from megatron_ponder.training.schedules import learning_rate, refinements, rule
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.validation import measure_each_step, validate
@@ -40,6 +41,7 @@ class TrainingLoop:
         boundary: Boundary,
         watchdog: Watchdog,
         watch: StepWatch,
+        folder: RunFolder | None,
         log: MetricsLog | None,
         progress: RunProgress,
         start: Manifest,
@@ -55,13 +57,14 @@ class TrainingLoop:
             boundary: where ranks agree on whether to stop.
             watchdog: told of every step.
             watch: takes the time of every step.
+            folder: of the run, on the first rank alone.
             log: on the first rank alone.
             progress: says what happens.
             start: of the checkpoint to go on from, or an empty one.
         """
         self._config, self._mesh, self._parts, self._engine = config, mesh, parts, engine
         self._checkpointer, self._boundary, self._watchdog = checkpointer, boundary, watchdog
-        self._watch, self._log, self._progress = watch, log, progress
+        self._watch, self._folder, self._log, self._progress = watch, folder, log, progress
         self._step, self._samples = start.step, start.samples
         self._validated = start.validated or "valid" not in parts.datasets
         self._skipped = SkippedSteps(start.skipped, config.training)
@@ -219,7 +222,12 @@ class TrainingLoop:
         return validate(self._config, *parts, pruning, self._boundary, self._watchdog, each_step)
 
     def _save(self) -> None:
-        """Save, or begin to; if that fails, training goes on all the same."""
+        """Save, or begin to; if that fails, training goes on all the same.
+
+        Raises:
+            UserError: on every rank, if the run's folder is another run's by now.
+        """
+        together(lambda: self._folder.check() if self._folder is not None else None)
         self._unsaved = None
         with self._watchdog.paused():
             try:

@@ -1,11 +1,8 @@
 """What a run writes about itself: one JSON object a step, TensorBoard events, lines on a terminal and in a file."""
 
-import contextlib
-import errno
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -17,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ponder.config import LoggingConfig
-from megatron_ponder.errors import describe
+from megatron_ponder.errors import UserError, describe
+from megatron_ponder.training.lasting_file import LastingFile
 from megatron_ponder.training.weights_and_biases import WandbRun
 
 METRICS, RUN_LOG = "metrics.jsonl", "train.log"
@@ -64,14 +62,11 @@ class MetricsLog:
         aside = path.with_suffix(".partial")
         aside.write_text("".join(_line(record) for record in self.kept), encoding="utf-8")
         aside.rename(path)
-        self._file = path.open("ab", buffering=0)
-        self._end = os.fstat(self._file.fileno()).st_size
+        self._file = LastingFile(path)
         self._waiting: list[bytes] = []
-        self._board, self._wandb = None, None
+        self._run_dir, self._board, self._wandb = run_dir, None, None
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1)
+            self._open_board(first_step)
         if config.wandb_project is not None:
             self._wandb = WandbRun(run_dir, config.wandb_project, settings or {})
 
@@ -85,8 +80,7 @@ class MetricsLog:
     def complete(self, step: int, fields: Mapping[str, Value]) -> None:
         """Add fields to the record of a step, the last one before this start."""
         if self._last.get("step") == step:
-            self._end -= len(_line(self._last).encode())
-            self._file.truncate(self._end)
+            self._file.shorten(len(_line(self._last).encode()))
         self._last = {"step": step} | self._last | fields
         self._waiting.append(_line(self._last).encode())
         self._flush()
@@ -103,18 +97,20 @@ class MetricsLog:
             self._wandb.finish()
 
     def _flush(self) -> None:
-        waiting = b"".join(self._waiting)
         try:
-            written = self._file.write(waiting)
-            if written < len(waiting):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._file.truncate(self._end)  # no part of a record may stay
+            removed = self._file.append(b"".join(self._waiting))
+        except (OSError, UserError) as error:
             if len(self._waiting) == 1:
-                logger.warning("%s cannot be written, and is kept in memory: %s", self._file.name, error.strerror)
+                logger.warning("%s cannot be written, and is kept in memory: %s", self._file.path, describe(error))
             return
-        self._end += written
         self._waiting.clear()
+        if removed and self._board is not None:
+            self._open_board(self._last["step"] - 1)
+
+    def _open_board(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._run_dir), purge_step=step + 1)
 
     def _publish(self, record: Mapping[str, Value]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
@@ -148,19 +144,17 @@ class RunLog:
         Raises:
             OSError: if it cannot be written.
         """
-        self._file = (run_dir / RUN_LOG).open("a", encoding="utf-8")
+        self._file = LastingFile(run_dir / RUN_LOG)
 
     def write(self, message: str) -> None:
         """Append one line or more. A disk that is full meanwhile costs lines, and not the run."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError):
-            self._file.write("".join(f"{now}  {line}".rstrip() + "\n" for line in message.splitlines()))
-            self._file.flush()
+        with suppress(OSError, UserError):
+            self._file.append("".join(f"{now}  {line}".rstrip() + "\n" for line in message.splitlines()).encode())
 
     def close(self) -> None:
         """Close the file."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._file.close()
 
 
 class RunProgress:
@@ -253,15 +247,3 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def prepare_run_dir(run_dir: Path, config_yaml: str) -> None:
-    """Create the run folder and store the resolved configuration in it.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    aside = run_dir / ".config.yaml.partial"
-    aside.write_text(config_yaml, encoding="utf-8")
-    os.replace(aside, run_dir / "config.yaml")

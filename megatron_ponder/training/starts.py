@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ponder.errors import Preempted
+from megatron_ponder.training.run_folder import RunFolder
 
 STARTS, END = "starts.jsonl", "end.json"
 
@@ -52,14 +53,15 @@ def read_end(run_dir: Path) -> dict | None:
 
 
 @contextmanager
-def recorded(run_dir: Path, step: int, ranks: int) -> Iterator[None]:
+def recorded(folder: RunFolder, step: int, ranks: int) -> Iterator[None]:
     """Append a start to the run's record, and note how the block ends; on one rank alone.
 
     Args:
-        run_dir: the run's folder.
+        folder: of the run.
         step: steps done before.
         ranks: of the job.
     """
+    run_dir = folder.path
     last = read_end(run_dir)
     previous = last["reason"] if last else ("killed" if read_starts(run_dir) else None)
     start = {"time": time.time(), "step": step, "host": socket.gethostname(), "ranks": ranks, "previous": previous}
@@ -71,7 +73,8 @@ def recorded(run_dir: Path, step: int, ranks: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _note_end(run_dir, error.reason if isinstance(error, Preempted) else f"{type(error).__name__}: {error}")
+        if folder.is_ours():
+            _note_end(run_dir, error.reason if isinstance(error, Preempted) else f"{type(error).__name__}: {error}")
         raise
     _note_end(run_dir, "finished")
 

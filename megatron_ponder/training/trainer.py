@@ -25,9 +25,10 @@ from megatron_ponder.training.checkpoint import (
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.layout import describe_layout
 from megatron_ponder.training.loop import TrainingLoop
-from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress, prepare_run_dir
+from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.preemption import Boundary, seconds_left
+from megatron_ponder.training.run_folder import RunFolder
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.starts import Phases, recorded
 from megatron_ponder.training.watch import StepWatch
@@ -52,6 +53,22 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
     check_same(config)
     data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
+    with ExitStack() as stack:
+        folder = RunFolder(Path(config.training.run_dir), to_yaml(config)) if dist.get_rank() == 0 else None
+        together(lambda: stack.enter_context(folder) if folder is not None else None)
+        _train_in(folder, config, parts, data_size, device, signals, phases)
+
+
+def _train_in(
+    folder: RunFolder | None,
+    config: Config,
+    parts: RunParts,
+    data_size: int,
+    device: torch.device,
+    signals: StopSignals,
+    phases: Phases,
+) -> None:
+    """Train in a folder that is this run's alone; it is None on all ranks but the first."""
     resumed, damage = find_resume(config)
     source = resumed or together(lambda: initial_weights(config))
     if resumed is None and source is not None:
@@ -62,9 +79,8 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
     parallel = config.parallel
     mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data_size, parallel.sequence_parallel)
     model = together(lambda: build_model(config, parts, mesh, source))
-    run_dir, leader = Path(config.training.run_dir), dist.get_rank() == 0
-    together(lambda: prepare_run_dir(run_dir, to_yaml(config)) if leader else None)
-
+    run_dir, leader = Path(config.training.run_dir), folder is not None
+    together(lambda: folder.write_config() if leader else None)
     phases.mark("model")
     engine = Engine(Objective(model), config, mesh)
     phases.mark("DeepSpeed")
@@ -79,7 +95,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
     with ExitStack() as stack:
         if leader:
             stack.callback(log.close)
-            stack.enter_context(recorded(run_dir, start.step, dist.get_world_size()))
+            stack.enter_context(recorded(folder, start.step, dist.get_world_size()))
         progress = stack.enter_context(
             RunProgress(config.training.steps, start.step, config.logging.interval, shown=leader, log=lines)
         )
@@ -92,7 +108,9 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         checkpointer = stack.enter_context(Checkpointer(config, tokenizer, fingerprints, mesh))
         watchdog = stack.enter_context(Watchdog(config.training.step_timeout))
         watch = StepWatch(config, mesh, model.transformer)
-        loop = TrainingLoop(config, mesh, parts, engine, checkpointer, boundary, watchdog, watch, log, progress, start)
+        loop = TrainingLoop(
+            config, mesh, parts, engine, checkpointer, boundary, watchdog, watch, folder, log, progress, start
+        )
         loop.run()
     if leader:
         try:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from megatron_ponder.training import checkpoint as saving
 from megatron_ponder.training import objective, trainer
 from megatron_ponder.training.guards import LossSpikes
 from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.training.run_folder import RunFolder
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
 from tests.runs import alone, tiny_arguments
@@ -145,6 +146,8 @@ def everything(mesh: Mesh, folder: Path, commands: dict[str, list[str]]) -> dict
         seen["disk full at the end"] = attempt(mesh, commands["disk full at the end"])
     with unreadable(4):
         seen["unreadable"] = attempt(mesh, commands["unreadable"])
+    with RunFolder(folder / "other", "") if mesh.data.rank == 0 else nullcontext():
+        seen["held"] = attempt(mesh, commands["other"])
     other = ["--training.seed=7"] if mesh.data.rank == 1 else []
     seen["another configuration"] = attempt(mesh, [*commands["other"], *other])
 
@@ -286,6 +289,10 @@ def test_a_rank_with_another_configuration_is_refused_by_all(ranks):
     end = alike(ranks, "another configuration").end
     assert "training.seed is 1234 on rank 0 and 7 on rank 1; start all ranks with the same" in end
     assert not (ranks[1] / "other").exists()
+
+
+def test_a_folder_that_another_run_holds_is_refused_by_all(ranks):
+    assert f"UserError: the run folder {ranks[1]}/other is in use by process " in alike(ranks, "held").end
 
 
 def test_a_damaged_latest_checkpoint_is_passed_over(ranks):

@@ -19,6 +19,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.signals import StopSignals
 from megatron_ponder.training.metrics import read_metrics
 from megatron_ponder.training.preemption import Boundary, seconds_left
+from megatron_ponder.training.run_folder import RunFolder
 from megatron_ponder.training.starts import read_end, read_starts, recorded
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
@@ -99,22 +100,23 @@ def test_a_run_stops_when_another_step_and_a_checkpoint_would_not_fit():
 
 
 def test_starts_say_how_the_one_before_ended(tmp_path):
-    with recorded(tmp_path, 0, ranks=2):
-        assert read_end(tmp_path) is None
-    with pytest.raises(KeyError), recorded(tmp_path, 4, ranks=2):
-        raise KeyError("a bug")
-    assert read_end(tmp_path)["reason"] == "KeyError: 'a bug'"
-    (tmp_path / "end.json").unlink()  # as a kill leaves it
-    with (tmp_path / "starts.jsonl").open("a") as file:
-        file.write('{"time": 1')
-    with recorded(tmp_path, 6, ranks=1):
-        pass
-    with recorded(tmp_path, 8, ranks=1):
-        pass
-    starts = read_starts(tmp_path)
-    assert [start["step"] for start in starts] == [0, 4, 6, 8]
-    assert [start["ranks"] for start in starts] == [2, 2, 1, 1]
-    assert [start["previous"] for start in starts] == [None, "finished", "killed", "finished"]
+    with RunFolder(tmp_path, "") as folder:
+        with recorded(folder, 0, ranks=2):
+            assert read_end(tmp_path) is None
+        with pytest.raises(KeyError), recorded(folder, 4, ranks=2):
+            raise KeyError("a bug")
+        assert read_end(tmp_path)["reason"] == "KeyError: 'a bug'"
+        (tmp_path / "end.json").unlink()  # as a kill leaves it
+        with (tmp_path / "starts.jsonl").open("a") as file:
+            file.write('{"time": 1')
+        with recorded(folder, 6, ranks=1):
+            pass
+        with recorded(folder, 8, ranks=1):
+            pass
+        starts = read_starts(tmp_path)
+        assert [start["step"] for start in starts] == [0, 4, 6, 8]
+        assert [start["ranks"] for start in starts] == [2, 2, 1, 1]
+        assert [start["previous"] for start in starts] == [None, "finished", "killed", "finished"]
 
 
 def preempt(arguments, ranks, folder, number, rank, line="step 3/", again=False) -> tuple[str, str]:
