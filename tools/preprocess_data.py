@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Tokenise text, JSON Lines, Parquet and saved datasets into Megatron's .bin/.idx format.
 
-Writes PREFIX_KEY_document.bin, .idx and .json. A line of a .jsonl file and a row of a table are one document each, and
-so is any other file. Files may be compressed (.gz, .zst). Started by mpirun, srun or torchrun, the ranks share the
-work. A run that was interrupted goes on from its finished shards when started again.
+Writes PREFIX_KEY_document.bin, .idx and .json. A JSON line (.jsonl, .ndjson, .json) and a row of a table (.parquet) are
+one document each, and so is any other file. Files may be compressed (.gz, .bz2, .xz, .zst). Started by mpirun, srun or
+torchrun, the ranks share the work. A run that was interrupted goes on from its finished shards when started again.
 
 Example:
     python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
@@ -13,6 +13,7 @@ Example:
 import argparse
 import sys
 
+from megatron_ponder.data.formats import AUTO, DECLARED
 from megatron_ponder.data.preprocessing import Team, preprocess
 from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import command
@@ -32,7 +33,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes per rank that tokenise (default: 1)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end token")
     parser.add_argument(
-        "--key", default="text", help="field of a .jsonl line or column that holds the text (default: text)"
+        "--key", default="text", help="field of a JSON line or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=DECLARED,
+        default=AUTO,
+        help="what all files are: lines (JSON, one object each), parquet or text; default: as their endings say",
     )
     arguments = parser.parse_args(without_local_rank(sys.argv[1:]))
     # Here, because every worker imports this file again and has no use for PyTorch, which this one imports.
@@ -48,6 +55,7 @@ def main() -> None:
         workers=arguments.workers,
         append_eod=arguments.append_eod,
         key=arguments.key,
+        declared=arguments.format,
         team=team,
     )
     if report is not None:

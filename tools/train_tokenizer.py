@@ -7,6 +7,7 @@ Example:
 
 import argparse
 
+from megatron_ponder.data.formats import AUTO, DECLARED
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.errors import command
 
@@ -18,7 +19,13 @@ def main() -> None:
     parser.add_argument("--output-prefix", required=True, help="path of the tokenizer without .model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
     parser.add_argument(
-        "--key", default="text", help="field of a .jsonl line or column that holds the text (default: text)"
+        "--key", default="text", help="field of a JSON line or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=DECLARED,
+        default=AUTO,
+        help="what all files are: lines (JSON, one object each), parquet or text; default: as their endings say",
     )
     parser.add_argument(
         "--sample-bytes",
@@ -32,6 +39,7 @@ def main() -> None:
         arguments.output_prefix,
         arguments.vocab_size,
         key=arguments.key,
+        declared=arguments.format,
         sample_bytes=arguments.sample_bytes,
     )
     print(f"{tokenizer.path}: {tokenizer.vocab_size:,} tokens")

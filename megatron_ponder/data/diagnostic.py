@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.errors import UserError
 
 NO_DEPTH = -1

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ponder.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_paths
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
+from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.manifest import Manifest, changed, fingerprint, manifest_path, read_manifest, write_manifest
 from megatron_ponder.errors import UserError
 

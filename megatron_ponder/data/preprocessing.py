@@ -24,10 +24,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ponder.data.corpus import cut_inputs, describe_skipped, no_documents, read_range
-from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter, dtype_for_vocabulary
+from megatron_ponder.claims import Claim
+from megatron_ponder.data.corpus import cut_inputs, no_documents, read_range
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter, writing_claim
+from megatron_ponder.data.formats import AUTO
+from megatron_ponder.data.indexed_dataset import dtype_for_vocabulary
+from megatron_ponder.data.inputs import Inputs, describe_counts, find_inputs
 from megatron_ponder.data.manifest import Manifest, fingerprint, write_manifest
-from megatron_ponder.data.progress import ThroughputDisplay
+from megatron_ponder.data.progress import ThroughputDisplay, warn
 from megatron_ponder.data.segment_cache import CachedEncoder
 from megatron_ponder.data.segments import cut_segments, cuts_at_word_ends, group_chunks
 from megatron_ponder.data.shards import Shard, ShardWriter, append_shard, make_shards
@@ -110,7 +114,7 @@ class PreprocessingReport:
         if self.reused_shards:
             lines.append(f"{self.reused_shards} of {self.shards} shards were finished by an earlier run")
         if self.skipped:
-            lines.append(f"skipped: {describe_skipped(self.skipped)}")
+            lines.append(f"skipped: {describe_counts(self.skipped)}")
         return "\n".join(lines)
 
 
@@ -121,6 +125,7 @@ def preprocess(
     workers: int = 1,
     append_eod: bool = True,
     key: str = "text",
+    declared: str = AUTO,
     team: Team | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> PreprocessingReport | None:
@@ -132,7 +137,7 @@ def preprocess(
     table, and a few chunks per worker.
 
     Args:
-        inputs, key: the corpus, see `find_inputs` and `read_range`.
+        inputs, key, declared: the corpus, see `find_inputs` and `read_range`.
         tokenizer_path: see `load_tokenizer`.
         workers: processes that tokenise; 1 does it in this one.
         append_eod: end each document with the tokenizer's end token.
@@ -143,7 +148,7 @@ def preprocess(
         What was done by all ranks, on the first of them; None on the others.
 
     Raises:
-        UserError: no documents, no tokenizer, or a worker that died.
+        UserError: no documents, no tokenizer, a worker that died, or another process that makes this dataset.
         OSError: the output cannot be written.
     """
     started = time.perf_counter()
@@ -153,23 +158,27 @@ def preprocess(
     tokenizer = load_tokenizer(tokenizer_path)
     prefix = Path(f"{output_prefix}_{key}_document")
     work = Path(f"{prefix}.shards")
-    shards = make_shards(
-        cut_inputs(inputs, shard_bytes), shard_bytes, work, f"{tokenizer.fingerprint} {append_eod} {key}"
-    )
+    found = find_inputs(inputs, declared)
+    options = f"{tokenizer.fingerprint} {append_eod} {key}"
+    shards = make_shards(cut_inputs(found, shard_bytes), shard_bytes, work, options)
     make_folder(prefix.parent)
-    make_folder(work)
-    if team.size > 1:
-        _attendance(work, team, team.rank).touch()
-    try:
-        _tokenise(_order(shards, team), tokenizer, append_eod, key, workers, team, shards)
-        if team.rank > 0:
-            return None
-        report = _join(shards, team, prefix, tokenizer, started)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            work.rmdir()  # only where there is nothing in it to go on from
-        raise
-    _clear(work, team)
+    # The other ranks only make shards, which may well be of use to whoever has the claim.
+    with writing_claim(prefix) if team.rank == 0 else contextlib.nullcontext() as claim:
+        if team.rank == 0 and found.left_out:
+            warn(found.describe_left_out())
+        make_folder(work)
+        if team.size > 1:
+            _attendance(work, team, team.rank).touch()
+        try:
+            _tokenise(_order(shards, team), tokenizer, append_eod, key, workers, team, shards)
+            if team.rank > 0:
+                return None
+            report = _join(shards, team, prefix, tokenizer, started, found, claim)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                work.rmdir()  # only where there is nothing in it to go on from
+            raise
+        _clear(work, team)
     return report
 
 
@@ -308,12 +317,18 @@ def _result(chunk: Chunk, future: Future[Encoded] | None) -> tuple[Chunk, Encode
 
 
 def _join(
-    shards: Sequence[Shard], team: Team, prefix: Path, tokenizer: Tokenizer, started: float
+    shards: Sequence[Shard],
+    team: Team,
+    prefix: Path,
+    tokenizer: Tokenizer,
+    started: float,
+    inputs: Inputs,
+    claim: Claim,
 ) -> PreprocessingReport:
     """Make the dataset of its finished shards."""
     skipped: Counter[str] = Counter()
     text_bytes = new_text_bytes = reused = 0
-    with IndexedDatasetWriter(prefix, dtype_for_vocabulary(tokenizer.vocab_size)) as writer:
+    with IndexedDatasetWriter(prefix, dtype_for_vocabulary(tokenizer.vocab_size), claim) as writer:
         for shard in shards:
             report = append_shard(writer.streams, shard)
             skipped.update(report.skipped)
@@ -326,7 +341,7 @@ def _join(
         if documents == 0:
             for shard in shards:
                 shutil.rmtree(shard.folder)
-            raise no_documents(skipped)
+            raise no_documents(skipped, inputs)
     manifest = Manifest(
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,

@@ -3,12 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_ponder.data.shards import Shard
+from megatron_ponder.data.text_files import Segment, Tally
 
 SECONDS_BETWEEN_LINES = 60.0
 SECONDS_BETWEEN_LOOKS = 5.0
@@ -78,6 +79,59 @@ class ThroughputDisplay:
         self._looked_at = time.monotonic()
         self._finished = {name for name in os.listdir(self._work) if name in self._sizes} if self._work else set()
         self._finished_bytes = sum(self._sizes[name] for name in self._finished)
+
+
+class StageDisplay:
+    """Context manager that shows one stage of a work after another, the first of which reads a corpus.
+
+    Args:
+        total: bytes of the corpus as it lies there.
+    """
+
+    def __init__(self, total: int):
+        self._total = total
+        console = Console(stderr=True)
+        self._terminal = console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> "StageDisplay":
+        self._begun = self._line_at = time.monotonic()
+        self._progress.start()
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        self._progress.stop()
+
+    def following(self, segments: Iterable[Segment], tally: Tally) -> Iterator[Segment]:
+        """What is read of the corpus, shown as it comes."""
+        for segment in segments:
+            line = f"reading  {100 * tally.input_bytes / max(1, self._total):.1f} % of {self._total / 1e6:,.1f} MB"
+            if self._terminal:
+                self._progress.update(self._task, description=line)
+            elif time.monotonic() - self._line_at > SECONDS_BETWEEN_LINES:
+                self._line_at = time.monotonic()
+                print(line, file=sys.stderr, flush=True)
+            yield segment
+
+    def stage(self, what: str) -> None:
+        """Show what is done next, which may take long and does not say how far it is."""
+        if self._terminal:
+            self._progress.update(self._task, description=what)
+        elif time.monotonic() - self._begun > SECONDS_BETWEEN_LINES:
+            print(what, file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Say on stderr, before the work, what somebody may want to stop it for."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -1,10 +1,12 @@
 """Documents from plain, JSON Lines and compressed files, read as streams however large they are."""
 
+import bz2
 import codecs
 import gzip
 import io
 import itertools
 import json
+import lzma
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +17,9 @@ from typing import BinaryIO, NamedTuple
 
 from megatron_ponder.errors import UserError
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+READING_FAILS = (*DAMAGE, OSError)
 BLOCK_BYTES = 1 << 22
 # A line has to be in memory as a whole to be parsed.
 LONGEST_LINE = 1 << 28
@@ -44,10 +48,11 @@ class Tally:
 
 
 def split_name(path: Path) -> tuple[str, str]:
-    """Suffix of the format and suffix of the compression, such as (".jsonl", ".gz"); either may be empty."""
-    if path.suffix in COMPRESSIONS:
-        return path.with_suffix("").suffix, path.suffix
-    return path.suffix, ""
+    """Suffix of the format and suffix of the compression in small letters, such as (".jsonl", ".gz"), or empty."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        return path.with_suffix("").suffix.lower(), suffix
+    return suffix, ""
 
 
 class Input:
@@ -63,6 +68,10 @@ class Input:
         self._counted = 0
         if compression == ".gz":
             self.stream: BinaryIO = gzip.GzipFile(fileobj=raw)
+        elif compression == ".bz2":
+            self.stream = bz2.BZ2File(raw)
+        elif compression == ".xz":
+            self.stream = lzma.LZMAFile(raw)  # noqa: SIM115, it is raw that has to be closed
         elif compression == ".zst":
             self.stream = io.BufferedReader(_ZstandardStream(raw, path), BLOCK_BYTES)
         else:
@@ -92,10 +101,11 @@ def counting_failures(skipped: Counter[str]) -> Iterator[None]:
     """Count what keeps the rest of a file from being read, instead of raising it."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile):
+    except DAMAGE:
         skipped["damaged compressed file"] += 1
-    except OSError:
-        skipped["unreadable file"] += 1
+    except OSError as error:
+        # The system gives numbers to its errors, and bzip2 none to its own.
+        skipped["damaged compressed file" if error.errno is None else "unreadable file"] += 1
 
 
 def whole_text(path: Path, tally: Tally) -> Iterator[Segment]:
@@ -115,7 +125,7 @@ def whole_text(path: Path, tally: Tally) -> Iterator[Segment]:
     if is_large:
         try:
             yield from _large_text(path, tally)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        except (*READING_FAILS, UnicodeDecodeError):
             raise UserError(f"{path} changed while it was read: start again when nothing writes to it") from None
 
 

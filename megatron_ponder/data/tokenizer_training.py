@@ -11,7 +11,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ponder.data.corpus import read_corpus
+from megatron_ponder.data.corpus import cut_inputs, read_corpus
+from megatron_ponder.data.formats import AUTO
+from megatron_ponder.data.inputs import describe_counts, find_inputs
+from megatron_ponder.data.progress import StageDisplay, warn
 from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.data.tokenizer import SentencePieceTokenizer
 from megatron_ponder.errors import UserError
@@ -30,6 +33,7 @@ def train_tokenizer(
     output_prefix: str | Path,
     vocab_size: int,
     key: str = "text",
+    declared: str = AUTO,
     sample_bytes: int = 256 << 20,
     seed: int = 0,
 ) -> SentencePieceTokenizer:
@@ -40,7 +44,7 @@ def train_tokenizer(
     line ends merge into tokens like letters do. The same input, sizes and seed give the same files.
 
     Args:
-        inputs, key: the corpus, see `find_inputs` and `read_range`.
+        inputs, key, declared: the corpus, see `find_inputs` and `read_range`.
         vocab_size: tokens in all.
         sample_bytes: text to train on, at most; also what is held in memory.
 
@@ -52,9 +56,19 @@ def train_tokenizer(
         raise UserError(
             f"--vocab-size is {vocab_size}: set it above {SPECIAL_AND_BYTES}, which special tokens and bytes take"
         )
-    sample = _sample(_excerpts(read_corpus(inputs, key, Tally())), sample_bytes, random.Random(seed))
-    model = _train(sample, vocab_size)
-    _check_round_trip(model, sample)
+    found, tally = find_inputs(inputs, declared), Tally()
+    if found.left_out:
+        warn(found.describe_left_out())
+    ranges = cut_inputs(found, range_bytes=1 << 62)
+    with StageDisplay(sum(part.input_bytes for part in ranges)) as show:
+        segments = show.following(read_corpus(found, key, tally), tally)
+        sample = _sample(_excerpts(segments), sample_bytes, random.Random(seed))
+        size = sum(len(excerpt.encode()) for excerpt in sample)
+        show.stage(f"training {vocab_size:,} tokens on {size / 1e6:,.1f} MB of text")
+        model = _train(sample, vocab_size)
+        _check_round_trip(model, sample)
+    if tally.skipped:
+        warn(f"skipped: {describe_counts(tally.skipped)}")
 
     model_path, vocab_path = Path(f"{output_prefix}.model"), Path(f"{output_prefix}.vocab")
     make_folder(model_path.parent)

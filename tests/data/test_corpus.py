@@ -1,16 +1,17 @@
 import json
-from pathlib import Path
 
 import pytest
 
-from megatron_ponder.data.corpus import find_inputs, read_corpus
-from megatron_ponder.data.text_files import Segment, Tally
+from megatron_ponder.data.corpus import read_corpus
+from megatron_ponder.data.inputs import find_inputs
+from megatron_ponder.data.text_files import Segment, Tally, split_name
 from megatron_ponder.errors import UserError
+from tests.data.test_text_files import COMPRESS
 
 
 def read(*inputs, key="text"):
     tally = Tally()
-    segments = list(read_corpus(inputs, key, tally))
+    segments = list(read_corpus(find_inputs(inputs), key, tally))
     assert all(segment.ends_document for segment in segments)
     return [segment.text for segment in segments], tally.skipped
 
@@ -55,30 +56,11 @@ def test_a_file_that_vanishes_is_counted(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     tally = Tally()
-    documents = read_corpus([tmp_path], "text", tally)
+    documents = read_corpus(find_inputs([tmp_path]), "text", tally)
     assert next(documents) == Segment("a", ends_document=True)
     (tmp_path / "b.txt").unlink()
     assert list(documents) == []
     assert tally.skipped == {"unreadable file": 1}
-
-
-def test_folders_and_patterns_are_sorted_and_files_come_once(tmp_path):
-    for name in ("b.txt", "a.md", "deep/er/c.py", "deep/d.rst", "e.jsonl", "ignored.bin", "deep/no_suffix"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
-    names = lambda *inputs: [Path(path).relative_to(tmp_path).as_posix() for path in find_inputs(inputs)]
-    everything = ["a.md", "b.txt", "deep/d.rst", "deep/er/c.py", "e.jsonl"]
-    assert names(tmp_path) == everything
-    assert names(tmp_path / "b.txt", tmp_path) == ["b.txt", "a.md", *everything[2:]]
-    assert names(str(tmp_path / "*.[tm]*")) == ["a.md", "b.txt"]
-    assert names(str(tmp_path / "dee*")) == ["deep/d.rst", "deep/er/c.py"]
-    assert names(tmp_path / "ignored.bin") == ["ignored.bin"]
-
-
-@pytest.mark.parametrize("name", ["missing", "*.txt"])
-def test_input_that_does_not_exist(tmp_path, name):
-    with pytest.raises(UserError, match="matches no file: check --input"):
-        read(tmp_path / name)
 
 
 def test_no_documents_at_all(tmp_path):
@@ -87,3 +69,31 @@ def test_no_documents_at_all(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n\n{"body": "y"}\n')
     with pytest.raises(UserError, match=r"skipped: 2 × no text in 'text'"):
         read(tmp_path)
+    (tmp_path / "b.csv").write_text("text\nx\n")
+    with pytest.raises(UserError, match=r"skipped: 2 × no text in 'text'; left out of folders: 1 × \.csv\): give"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.JSONL", "a.ndjson", "c4.json.gz", "a.Json.Bz2", "a.jsonl.XZ", "a.json.zst"]
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_json_lines_by_any_name_are_a_document_each(tmp_path, name, beside):
+    """Beside a file that is text, in whose place nothing else may be read either."""
+    content = "".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(20)).encode()
+    (tmp_path / name).write_bytes(COMPRESS[split_name(tmp_path / name)[1]](content))
+    if beside:
+        (tmp_path / "README.md").write_text("about")
+    documents, skipped = read(tmp_path)
+    assert (sorted(documents), skipped) == (
+        sorted([f"document {number}" for number in range(20)] + ["about"] * beside),
+        {},
+    )
+    assert len(read(tmp_path / name)[0]) == 20
+
+
+def test_what_is_declared_goes_before_what_a_name_says(tmp_path):
+    (tmp_path / "a.csv").write_text('{"text": "a"}\n{"text": "b"}\n')
+    for declared, expected in (("lines", ["a", "b"]), ("text", ['{"text": "a"}\n{"text": "b"}\n'])):
+        found = find_inputs([tmp_path], declared)
+        assert [segment.text for segment in read_corpus(found, "text", Tally())] == expected

@@ -6,7 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_ponder.data.indexed_dataset import HEADER, IndexedDataset, IndexedDatasetWriter, dataset_paths
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
+from megatron_ponder.data.indexed_dataset import HEADER, IndexedDataset, dataset_paths
 from megatron_ponder.data.inspection import verify
 from megatron_ponder.data.manifest import Manifest, check_vocabulary, fingerprint, manifest_path, write_manifest
 from megatron_ponder.errors import UserError

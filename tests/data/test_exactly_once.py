@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ponder.config import BlendPart, DataConfig, PhaseConfig
-from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.loader import batches
 from megatron_ponder.data.mixture import open_mixture
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import (
     DTYPES,
     HEADER,
     IndexedDataset,
-    IndexedDatasetWriter,
     dataset_paths,
     dtype_for_vocabulary,
 )

@@ -6,7 +6,7 @@ import torch
 
 from megatron_ponder.config import DataConfig
 from megatron_ponder.data.dataset import TokenDataset
-from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.loader import batches, validation_batches
 from megatron_ponder.data.mixture import open_mixture
 

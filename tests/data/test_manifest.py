@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ponder.data import stamps
-from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.manifest import (
     MEBIBYTE,
     Manifest,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ponder.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_paths
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
+from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer import load_tokenizer
 

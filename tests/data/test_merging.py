@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_ponder.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_paths
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
+from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.inspection import length_histogram, verify
 from megatron_ponder.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_ponder.data.merging import merge_datasets

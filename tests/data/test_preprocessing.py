@@ -1,17 +1,24 @@
 import json
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_ponder.data import indexed_dataset, preprocessing, segments
+from megatron_ponder.data import dataset_writer, preprocessing, segments
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.manifest import check_vocabulary, read_manifest
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -103,7 +110,7 @@ def test_a_full_disk_at_the_end_leaves_the_older_dataset(source_files, tokenizer
     def fail(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(indexed_dataset, "sync", fail)
+    monkeypatch.setattr(dataset_writer, "sync", fail)
     with pytest.raises(OSError, match="No space"):
         preprocess(source_files, tmp_path / "out" / "data", tokenizer_path)
     assert contents(tmp_path / "out") == before
@@ -114,6 +121,48 @@ def test_a_worker_that_dies_is_reported(source_files, tokenizer_path, tmp_path, 
     with pytest.raises(UserError, match=r"a worker process died, .* set --workers lower"):
         preprocess(source_files, tmp_path / "out" / "data", tokenizer_path, 2)
     assert contents(tmp_path / "out") == {}
+
+
+def test_of_two_at_a_time_the_second_is_told_and_harms_nothing(source_files, tokenizer_path, tmp_path, monkeypatch):
+    """The second is a process of its own, which comes while the first one tokenises."""
+    second = []
+
+    def interrupted(*arguments):
+        if not second:
+            program = [sys.executable, "tools/preprocess_data.py", "--input", source_files[-1]]
+            program += ["--output-prefix", tmp_path / "data", "--tokenizer", tokenizer_path]
+            second.append(subprocess.run([*map(str, program)], capture_output=True, text=True, cwd=ROOT, check=False))
+        return _encode(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preprocessing, "_encode", interrupted)
+        report = preprocess(source_files[:3], tmp_path / "data", tokenizer_path)
+    assert second[0].returncode == 2
+    assert re.fullmatch(
+        rf"error: the dataset {report.prefix} is in use by process {os.getpid()} on {re.escape(socket.gethostname())}, "
+        rf"which started .*: wait until it has ended, or choose another --output-prefix; if it runs no more, remove "
+        rf"{report.prefix}\.claim\n",
+        second[0].stderr,
+    )
+    tokenizer = load_tokenizer(tokenizer_path)
+    assert texts(report.prefix, tokenizer) == [path.read_text() for path in source_files[:3]]
+    assert read_manifest(report.prefix).tokenizer == tokenizer.fingerprint
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".idx", ".json"]
+
+
+def test_the_right_to_write_is_asked_for_again_before_anything_is_replaced(source_files, tokenizer_path, tmp_path):
+    preprocess(source_files[:1], tmp_path / "data", tokenizer_path)
+    before = contents(tmp_path)
+    prefix = tmp_path / "data_text_document"
+
+    def write_without_the_right() -> None:
+        with IndexedDatasetWriter(prefix, np.dtype("<u2")) as writer:
+            writer.add_document([1])
+            Path(f"{prefix}.claim").unlink()
+
+    with pytest.raises(UserError, match=r"not held by this process any more: .*\.claim is gone"):
+        write_without_the_right()
+    assert contents(tmp_path) == before
 
 
 def test_user_mistakes(source_files, tokenizer_path, tmp_path):

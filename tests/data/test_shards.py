@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ponder.data.corpus import cut_inputs
+from megatron_ponder.data.inputs import find_inputs
 from megatron_ponder.data.shards import ShardWriter, append_shard, make_shards, read_report
 from megatron_ponder.data.token_streams import TokenStreams
 from megatron_ponder.errors import UserError
@@ -24,7 +25,7 @@ def corpus(tmp_path):
 
 
 def cut(corpus, tmp_path, size=30, options=""):
-    return make_shards(cut_inputs([corpus], size), size, tmp_path / "work", options)
+    return make_shards(cut_inputs(find_inputs([corpus]), size), size, tmp_path / "work", options)
 
 
 def write(shard, tokens, counts):

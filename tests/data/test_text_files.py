@@ -1,6 +1,8 @@
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 
 import pytest
 import zstandard
@@ -11,7 +13,13 @@ from megatron_ponder.data import text_files
 from megatron_ponder.data.text_files import Tally, json_lines, open_input, split_name, whole_text
 from megatron_ponder.errors import UserError
 
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
 
 
 def text_of(path):
@@ -51,7 +59,7 @@ def test_nothing_of_a_file_that_is_not_utf8_is_used(tmp_path, monkeypatch, compr
     assert (found, tally.skipped) == ("", {reason: 1})
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("block", [1 << 22, 64])
 def test_every_truncation_of_a_compressed_file_is_counted(tmp_path, monkeypatch, compression, block):
     monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
@@ -70,7 +78,7 @@ def test_every_truncation_of_a_compressed_file_is_counted(tmp_path, monkeypatch,
     assert tally.skipped == {"damaged compressed file": 1}
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 def test_damage_inside_never_passes_for_other_text(tmp_path, compression):
     text = "".join(f"{number * 7919 % 1000} " for number in range(100))
     # Zstandard has a checksum only where its writer asked for one.
@@ -84,7 +92,7 @@ def test_damage_inside_never_passes_for_other_text(tmp_path, compression):
         assert bool(found) != bool(tally.skipped)
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 def test_files_that_were_joined(tmp_path, compression):
     parts = [json.dumps({"text": f"part {number}"}).encode() + b"\n" for number in range(3)]
     path = tmp_path / f"a.jsonl{compression}"
@@ -145,7 +153,7 @@ def test_without_zstandard(tmp_path, monkeypatch):
 
 
 def test_names(tmp_path):
-    assert [split_name(tmp_path / name) for name in ("a.jsonl.gz", "a.txt", "b.c.parquet.zst", "gz", "x.gz")] == [
+    assert [split_name(tmp_path / name) for name in ("a.jsonl.gz", "A.TXT", "b.c.parquet.ZST", "gz", "x.gz")] == [
         (".jsonl", ".gz"),
         (".txt", ""),
         (".parquet", ".zst"),

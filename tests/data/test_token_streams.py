@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ponder.data import token_streams
-from megatron_ponder.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
+from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.token_streams import END, LENGTH, TokenStreams, blocks_of_array, blocks_of_file
 
 

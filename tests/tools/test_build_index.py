@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_ponder.config import DataConfig, read_config
-from megatron_ponder.data.indexed_dataset import IndexedDatasetWriter
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.mixture import open_mixture
 
 ROOT = Path(__file__).parents[2]

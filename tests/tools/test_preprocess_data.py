@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,11 +31,13 @@ def tokenizer_path(tmp_path_factory):
 
 def test_the_tool_preprocesses(tokenizer_path, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"body": "two"}) + "\n")
+    shutil.copytree(SOURCES / "json", tmp_path / "json", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "json" / "table.csv").touch()
     result = run(
-        *("--input", tmp_path / "*.jsonl", SOURCES / "json", "--output-prefix", tmp_path / "new" / "data"),
+        *("--input", tmp_path / "*.jsonl", tmp_path / "json", "--output-prefix", tmp_path / "new" / "data"),
         *("--tokenizer", tokenizer_path.parent, "--workers", 2, "--append-eod"),
     )
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, "warning: left out of folders: 1 × .csv\n")
     prefix = tmp_path / "new" / "data_text_document"
     dataset, tokenizer = IndexedDataset(prefix), load_tokenizer(tokenizer_path)
     assert dataset.read(0).tolist() == [*tokenizer.encode("one"), tokenizer.eod_id]
@@ -52,6 +55,8 @@ def test_the_tool_preprocesses(tokenizer_path, tmp_path):
     [
         ({"--tokenizer": "nowhere.model"}, "error: nowhere.model does not exist: give a tokenizer, or make one with"),
         ({"--input": "nowhere"}, "error: nowhere does not exist and matches no file: check --input"),
+        ({"--input": "/dev/zero"}, "error: /dev/zero is a device: write what it gives to a file, and give that"),
+        ({"--input": ROOT / "Makefile"}, f"error: {ROOT}/Makefile has no ending that says what it is (.txt, "),
         ({"--workers": "0"}, "error: --workers is 0: set it to 1 or more"),
         (
             {"--output-prefix": ROOT / "pyproject.toml" / "data"},

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,11 +19,15 @@ def run(*arguments):
 
 def test_the_tool_trains(tmp_path):
     prefix = tmp_path / "new" / "tokenizer"
+    shutil.copytree(SOURCES / "json", tmp_path / "json", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "json" / "table.csv").touch()
+    (tmp_path / "json" / "empty.txt").touch()
     result = run(
-        *("--input", SOURCES / "json", SOURCES / "argparse.py", "--output-prefix", prefix),
+        *("--input", tmp_path / "json", SOURCES / "argparse.py", "--output-prefix", prefix),
         *("--vocab-size", 500, "--sample-bytes", 100_000),
     )
-    assert (result.returncode, result.stderr) == (0, "")
+    told = ["warning: left out of folders: 1 × .csv", "warning: skipped: 1 × empty document"]
+    assert (result.returncode, result.stderr.splitlines()) == (0, told)
     assert result.stdout == f"{prefix}.model: 500 tokens\n"
     tokenizer = load_tokenizer(f"{prefix}.model")
     text = (SOURCES / "abc.py").read_text()
