@@ -266,6 +266,7 @@ class TrainingConfig:
         eval_samples: validation sequences, at most what the split holds.
         time_limit: minutes or H:MM:SS from the start on, before whose end the run saves and stops by itself; under
             SLURM the end of the job counts as well.
+        allow_memory_overcommit: start although the expected peak of a rank is more than three times its memory.
     """
 
     run_dir: str = "runs/default"
@@ -282,6 +283,7 @@ class TrainingConfig:
     step_timeout: int = 600
     skipped_steps_budget: int = 10
     skipped_steps_window: int = 1000
+    allow_memory_overcommit: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megatron_ponder.training.checkpoint import (
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.layout import describe_layout
 from megatron_ponder.training.loop import TrainingLoop
+from megatron_ponder.training.memory_check import check_memory
 from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.preemption import Boundary, seconds_left
@@ -53,10 +54,11 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
     check_same(config)
     data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
+    doubt = check_memory(config, data_size, device)
     with ExitStack() as stack:
         folder = RunFolder(Path(config.training.run_dir), to_yaml(config)) if dist.get_rank() == 0 else None
         together(lambda: stack.enter_context(folder) if folder is not None else None)
-        _train_in(folder, config, parts, data_size, device, signals, phases)
+        _train_in(folder, config, parts, data_size, device, signals, phases, doubt)
 
 
 def _train_in(
@@ -67,6 +69,7 @@ def _train_in(
     device: torch.device,
     signals: StopSignals,
     phases: Phases,
+    doubt: str | None,
 ) -> None:
     """Train in a folder that is this run's alone; it is None on all ranks but the first."""
     resumed, damage = find_resume(config)
@@ -99,8 +102,8 @@ def _train_in(
         progress = stack.enter_context(
             RunProgress(config.training.steps, start.step, config.logging.interval, shown=leader, log=lines)
         )
-        for problem in damage:
-            progress.say(f"warning: {problem}; it is passed over")
+        for warning in [*(f"{problem}; it is passed over" for problem in damage), *([doubt] if doubt else [])]:
+            progress.say(f"warning: {warning}")
         progress.say(_headline(config, mesh, parts, start.step))
         progress.say(describe_layout(config, mesh))
         progress.say(f"ready after {phases}")

@@ -1,0 +1,57 @@
+"""A run that cannot fit into the memory there is does not start, unless told to."""
+
+import math
+
+import psutil
+import pytest
+import torch
+
+from megatron_ponder.config import read_config
+from megatron_ponder.errors import UserError
+from megatron_ponder.training import memory_check
+from megatron_ponder.training.memory import memory_estimate
+from megatron_ponder.training.memory_check import check_memory, memory_of_a_rank
+from megatron_ponder.training.rank import Rank
+from tests.runs import refused, tiny_arguments
+
+CPU = torch.device("cpu")
+
+
+def test_a_hopeless_run_is_refused_before_it_takes_anything(corpus, tmp_path):
+    sizes = {"training__micro_batch_size": 2**32, "training__global_batch_size": 2**32}
+    message = refused(tiny_arguments(corpus, tmp_path / "run", **sizes))
+    assert "the expected peak of a rank is " in message
+    assert f"has {memory_of_a_rank(CPU) / 2**30:,.1f}" in message
+    for remedy in ("training.micro_batch_size", "training.recompute", "training.allow_memory_overcommit true"):
+        assert remedy in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("share", "end"), [(0.8, "fits"), (1.0, "doubtful"), (2.9, "doubtful"), (3.1, "refused")])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_what_is_done_at_which_share_of_the_memory(corpus, tmp_path, monkeypatch, share, end, allowed):
+    arguments = tiny_arguments(
+        corpus, tmp_path / "run", model__vocab_size=512, training__allow_memory_overcommit=str(allowed).lower()
+    )
+    config = read_config(arguments)
+    peak = memory_estimate(Rank(config, 1, 0, "cpu")).total
+    monkeypatch.setattr(memory_check, "memory_of_a_rank", lambda device: peak / share)
+    if end == "refused" and not allowed:
+        with pytest.raises(UserError):
+            check_memory(config, 1, CPU)
+    else:
+        warning = check_memory(config, 1, CPU)
+        assert (warning is None) == (end == "fits")
+        assert warning is None or warning.endswith("it may end for want of memory")
+
+
+def test_ranks_of_a_host_share_what_its_control_group_allows(tmp_path, monkeypatch):
+    whole = memory_of_a_rank(CPU)
+    assert 0 < whole <= psutil.virtual_memory().total
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert memory_of_a_rank(CPU) == whole / 4
+    monkeypatch.setattr(memory_check, "_CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert math.isclose(memory_of_a_rank(CPU) * 4, psutil.virtual_memory().total)
+    (tmp_path / "memory.max").write_text(f"{2**20}\n")
+    assert memory_of_a_rank(CPU) * 4 == 2**20
