@@ -29,6 +29,8 @@ class PonderLMConfig(PretrainedConfig):
         ponder_router_hidden_size: width of a hidden layer in the router; 0 for a linear router.
         ponder_eod_id: token that ends a document: attention does not reach across it and positions restart after it.
             None if documents are not told apart.
+        ponder_pieces: ids from this on have no piece in the tokenizer, and `generate` never gives them; None if all
+            have one. `resize_token_embeddings` sets it.
         embedding_scale: c, factor on token embeddings.
     """
 
@@ -63,6 +65,7 @@ class PonderLMConfig(PretrainedConfig):
         ponder_router_bias: float = 0.0,
         ponder_router_hidden_size: int = 0,
         ponder_eod_id: int | None = None,
+        ponder_pieces: int | None = None,
         embedding_scale: float = 1.0,
         **kwargs,
     ) -> None:
@@ -98,6 +101,7 @@ class PonderLMConfig(PretrainedConfig):
         self.ponder_router_bias = ponder_router_bias
         self.ponder_router_hidden_size = ponder_router_hidden_size
         self.ponder_eod_id = ponder_eod_id
+        self.ponder_pieces = ponder_pieces
         self.embedding_scale = embedding_scale
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id

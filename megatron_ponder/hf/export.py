@@ -13,13 +13,12 @@ from transformers import GenerationConfig
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.store import staged
 from megatron_ponder.config import Config
-from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.model_card import model_card
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from megatron_ponder.hf.pretrained_config import AUTO_MAP
-from megatron_ponder.hf.tokenizer import export_tokenizer
+from megatron_ponder.hf.tokenizer import ExportedTokenizer, export_tokenizer
 from megatron_ponder.hf.weights import to_export
 
 # The files that define the model for transformers; they import each other and nothing else of ours.
@@ -77,7 +76,7 @@ def export(
         GenerationConfig(
             bos_token_id=exported.bos_token_id,
             eos_token_id=exported.eos_token_id,
-            pad_token_id=exported.eos_token_id,
+            pad_token_id=exported.eos_token_id if exported.pad_token_id is None else exported.pad_token_id,
         ).save_pretrained(folder)
         for name in MODEL_FILES:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
@@ -88,8 +87,10 @@ def export(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def export_config(config: Config, tokenizer: Tokenizer | None) -> PonderLMConfig:
+def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> PonderLMConfig:
     """The Hugging Face configuration of a model.
+
+    Without a prompt `generate` begins with `bos_token_id`: as training does, with the token that ends documents.
 
     Args:
         config: what it was trained with, resolved.
@@ -120,8 +121,9 @@ def export_config(config: Config, tokenizer: Tokenizer | None) -> PonderLMConfig
         max_position_embeddings=model.max_position_embeddings,
         initializer_range=model.init_std,
         tie_word_embeddings=model.tie_embeddings,
-        bos_token_id=None if tokenizer is None else tokenizer.bos_id,
+        bos_token_id=eod_id,
         eos_token_id=eod_id,
+        pad_token_id=None if tokenizer is None else tokenizer.pad_id,
         ponder_mode=ponder.mode,
         ponder_max_steps=ponder.max_steps,
         ponder_jacobi_iterations=ponder.evaluation_refinements,
@@ -129,6 +131,7 @@ def export_config(config: Config, tokenizer: Tokenizer | None) -> PonderLMConfig
         ponder_router_bias=ponder.router_bias,
         ponder_router_hidden_size=ponder.router_hidden_size,
         ponder_eod_id=eod_id if config.data.reset_at_eod else None,
+        ponder_pieces=None if tokenizer is None else tokenizer.pieces,
         embedding_scale=ponder.embedding_scale,
         **family,
     )

@@ -147,6 +147,13 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in every model; from then on `generate` may give all of these tokens."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.ponder_pieces = new_num_tokens
+        return embeddings
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -157,6 +164,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         cache: PonderLMCache | None = None,
+        pieces_alone: bool = False,
         **kwargs,
     ) -> PonderLMOutput:
         """Next-token logits.
@@ -175,6 +183,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits of the last so many tokens only; 0 for all.
             return_dict: return a `PonderLMOutput` rather than a tuple; `config.return_dict` unless given.
             cache: `past_key_values` under the name that newer versions of transformers give it.
+            pieces_alone: give ids without a piece in the tokenizer no probability, as `generate` does.
             kwargs: for the loss function.
 
         Raises:
@@ -199,6 +208,8 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         else:
             fused, executed = self._run_passes(input_ids, present)
         logits = self.lm_head(fused[:, -logits_to_keep:])  # of -0, all
+        if pieces_alone and self.config.ponder_pieces is not None:
+            logits[..., self.config.ponder_pieces :] = -math.inf
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -350,6 +361,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             CACHE: cache,
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
+            "pieces_alone": True,
         }
 
 

@@ -134,6 +134,7 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
             "model.rope_theta": fields.number("rotary_emb_base"),
             "model.rotary_fraction": fields.number("rotary_pct"),
         }
+    fields.harmless(["ponder_pieces"])  # which is the tokenizer's
     return family | {
         "ponder.mode": fields.choice("ponder_mode", *get_args(Mode)),
         "ponder.max_steps": fields.whole("ponder_max_steps", least=0),

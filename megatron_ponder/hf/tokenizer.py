@@ -1,6 +1,7 @@
 """Tokenizers as Hugging Face loads them: a `tokenizer.json` that needs no SentencePiece."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -15,18 +16,35 @@ from megatron_ponder.errors import UserError
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 _KNOWN_TYPES = (_NORMAL, _UNKNOWN, _CONTROL, _BYTE)
 _BPE = 2
+# Names that padding has in tokenizers with a piece for it.
+_PADDING = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
 
-def export_tokenizer(source: Path, folder: Path, max_length: int) -> Tokenizer:
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """What the model's own configuration has to know of an exported tokenizer.
+
+    Attributes:
+        pieces: one more than the largest id.
+        eod_id: the token that ends a document, after which training begins the next.
+        pad_id: padding, a token that no text of the training has; None if every piece is in use.
+    """
+
+    pieces: int
+    eod_id: int
+    pad_id: int | None
+
+
+def export_tokenizer(source: Path, folder: Path, max_length: int) -> ExportedTokenizer:
     """Write what `AutoTokenizer.from_pretrained` needs, and the original.
+
+    A `tokenizer_config.json` beside a `tokenizer.json` is kept, but for a padding token that is the end of documents:
+    collators leave padding out of the loss, so that the model would not learn to end.
 
     Args:
         source: `tokenizer.json`, a SentencePiece `.model`, or a folder that holds one of them.
         folder: an existing folder.
         max_length: tokens of the longest text that the model is meant for.
-
-    Returns:
-        The tokenizer.
 
     Raises:
         UserError: if there is no tokenizer, or a SentencePiece model that cannot be converted exactly.
@@ -34,12 +52,17 @@ def export_tokenizer(source: Path, folder: Path, max_length: int) -> Tokenizer:
     tokenizer = load_tokenizer(source)
     copy_tokenizer(source, folder)
     target, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    copied = target.is_file() and config.is_file()
     if not target.is_file():
         convert_sentencepiece(folder / "tokenizer.model").save(str(target))
-    elif config.is_file():
-        return tokenizer
-    config.write_text(json.dumps(_config(target, tokenizer, max_length), indent=2) + "\n", encoding="utf-8")
-    return tokenizer
+    converted = tokenizers.Tokenizer.from_file(str(target))
+    written = json.loads(config.read_bytes()) if copied else _config(converted, tokenizer, max_length)
+    pad = _padding(converted, tokenizer, _named(written, "pad_token"))
+    _write(config, written, pad)
+    if (folder / "special_tokens_map.json").is_file():
+        _write(folder / "special_tokens_map.json", json.loads((folder / "special_tokens_map.json").read_bytes()), pad)
+    pad_id = None if pad is None else converted.token_to_id(pad)
+    return ExportedTokenizer(tokenizer.vocab_size, tokenizer.eod_id, pad_id)
 
 
 def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
@@ -94,13 +117,13 @@ def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _config(path: Path, tokenizer: Tokenizer, max_length: int) -> dict:
-    converted = tokenizers.Tokenizer.from_file(str(path))
+def _config(converted: tokenizers.Tokenizer, tokenizer: Tokenizer, max_length: int) -> dict:
+    end = converted.id_to_token(tokenizer.eod_id)
     special = {
         "unk_token": getattr(converted.model, "unk_token", None),
-        "bos_token": None if tokenizer.bos_id is None else converted.id_to_token(tokenizer.bos_id),
-        "eos_token": converted.id_to_token(tokenizer.eod_id),
-        "pad_token": converted.id_to_token(tokenizer.eod_id),
+        # Documents of the training begin after the end of the one before, and with nothing else.
+        "bos_token": end,
+        "eos_token": end,
     }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -109,6 +132,28 @@ def _config(path: Path, tokenizer: Tokenizer, max_length: int) -> dict:
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        # As in training: "</s>" in a text is text, not the end of a document.
-        "split_special_tokens": True,
     }
+
+
+def _padding(converted: tokenizers.Tokenizer, tokenizer: Tokenizer, named: str | None) -> str | None:
+    """The token to pad with: the one that is named, else one that no text is encoded to; None if there is none."""
+    end, model = converted.id_to_token(tokenizer.eod_id), converted.model
+    candidates = [named, *_PADDING]
+    candidates += [model.unk_token] if getattr(model, "byte_fallback", False) else []
+    candidates += [] if tokenizer.bos_id is None else [converted.id_to_token(tokenizer.bos_id)]
+    fitting = (name for name in candidates if name not in (None, end) and converted.token_to_id(name) is not None)
+    return next(fitting, None)
+
+
+def _named(config: dict, role: str) -> str | None:
+    token = config.get(role)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _write(path: Path, content: dict, pad: str | None) -> None:
+    """Write a file of special tokens with this padding token; one that holds it already is left as it is."""
+    if path.is_file() and _named(content, "pad_token") == pad:
+        return
+    others = {role: name for role, name in content.items() if role != "pad_token"}
+    whole = others | ({} if pad is None else {"pad_token": pad})
+    path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

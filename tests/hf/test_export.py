@@ -37,6 +37,8 @@ print(json.dumps({
     "text": tokenizer.decode(generated.sequences[0]),
     "ours": sorted(name for name in sys.modules if name.startswith("megatron_ponder")),
     "pad": model.generation_config.pad_token_id,
+    "without_prompt": model.generate(max_new_tokens=3, do_sample=False).tolist(),
+    "after_an_end": model.generate(torch.tensor([[2]]), max_new_tokens=3, do_sample=False).tolist(),
 }))
 """
 
@@ -118,7 +120,8 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
     got = json.loads(done.stdout.splitlines()[-1])
     assert got["ours"] == []
     assert got["model_type"] == "ponderlm"
-    assert got["pad"] == 2
+    assert got["pad"] == 0
+    assert got["without_prompt"] == got["after_an_end"]  # as documents of the training begin
 
     tokens = torch.tensor([got["ids"]])
     pruning = model.pruning(hard=True)

@@ -107,6 +107,27 @@ def test_sampling_from_padded_prompts(side, use_cache):
     assert len({tuple(row) for row in got.tolist()}) == 6
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 0, "temperature": 5.0}, {"num_beams": 3}])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_ids_without_a_piece_are_never_generated(options, use_cache):
+    twin = hugging_face(varied_model(ponder__threshold=0.3))
+    tokens = random_tokens(2, 5, vocab_size=40)
+    options = options | {"max_new_tokens": 30, "use_cache": use_cache}
+    assert int(twin.generate(tokens, **options).max()) > 39
+    expected = twin(tokens).logits
+    twin.config.ponder_pieces = 40
+    assert torch.equal(twin(tokens).logits, expected)
+    torch.manual_seed(0)
+    details = twin.generate(tokens, return_dict_in_generate=True, output_logits=True, **options)
+    assert int(details.sequences.max()) <= 39
+    assert all(
+        bool(step[:, 40:].eq(-torch.inf).all()) and bool(step[:, :40].isfinite().all()) for step in details.logits
+    )
+    twin.resize_token_embeddings(64)  # whoever adds tokens wants them generated
+    assert twin.config.ponder_pieces == 64
+    assert int(twin.generate(tokens, do_sample=True, temperature=5.0, max_new_tokens=60, top_k=0).max()) > 39
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_beams_of_padded_prompts(side):
     twin = hugging_face(varied_model(ponder__threshold=0.3))
