@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from tests.hf.exported import weights_of
 from tests.models import random_tokens, small_config, small_model
+from tests.runs import REPOSITORY
 
 INSTALLED = str(Path(transformers.__file__).parents[1])
 LOAD = """
@@ -95,6 +97,20 @@ print(json.dumps({
 """
 
 
+# What the blocks of the page leave behind.
+TUNED = """
+import json
+batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+print(json.dumps({
+    "ends": batch["labels"][:, -1].tolist(),
+    "masked": int((batch["labels"] == -100).sum()),
+    "special": [[made.bos_token_id, made.eos_token_id, made.pad_token_id] for made in (model.config, tokenizer)],
+    "vocabulary": model.lm_head.out_features,
+    "pieces": model.config.ponder_pieces,
+}))
+"""
+
+
 @pytest.fixture
 def offline(tmp_path):
     """Environment in which transformers loads nothing from the network and keeps its copies to itself."""
@@ -170,6 +186,32 @@ def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
     assert (tmp_path / "again" / "modeling_ponderlm.py").read_bytes() == expected
     unwanted = [text for text in got["messages"] if not any(known in text for known in PIPELINES)]
     assert unwanted == []
+
+
+def test_the_page_says_how_to_use_and_tune_it(tmp_path, offline, sentencepiece_model):
+    """All of its Python, one block after another, on an export of another model."""
+    page = (REPOSITORY / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", page)
+    options = {"model__vocab_size": 1024, "ponder__threshold": 0.1}
+    export(
+        weights_of(small_model(**options)), small_config(**options), sentencepiece_model, tmp_path / "runs" / "export"
+    )
+    start = "import sys\nsys.path.insert(0, sys.argv[1])\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", "".join([start, *blocks, TUNED]), INSTALLED],
+        cwd=tmp_path,
+        env=offline,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    written, last = done.stdout.splitlines()[-2:]
+    assert (written.startswith("['<|user|>', "), written.endswith("'<|answer|>', '</s>']")) == (True, True)
+    got = json.loads(last)
+    assert got["ends"] == [2, 2]
+    assert got["masked"] > 0
+    assert got["special"] == [[2, 2, 0]] * 2
+    assert (got["vocabulary"], got["pieces"]) == (1026, 1026)
 
 
 def test_bfloat16_in_several_files(tmp_path):
