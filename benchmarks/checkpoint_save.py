@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_ponder.checkpoint.store import FIRST_MOMENT, SECOND_MOMENT, WEIGHT
+from megatron_ponder.checkpoint.manifest import FIRST_MOMENT, SECOND_MOMENT, WEIGHT
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.launch import Launch, discover, process_group
 from megatron_ponder.model.ponder import PonderLM

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 import pretrain_ponder
-from megatron_ponder.checkpoint.store import read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
@@ -218,7 +219,7 @@ def test_a_damaged_manifest(run, corpus):
     manifest.write_text(manifest.read_text()[:100])
     before = contents(run)
     message = refused(resumed(corpus, run))
-    assert f"{manifest} is damaged; resume from another checkpoint in {run / 'checkpoints'}" in message
+    assert f"{manifest} is damaged (it is no JSON); resume from another checkpoint in {run / 'checkpoints'}" in message
     assert contents(run) == before
 
 

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from megatron_ponder.checkpoint.inspection import FolderEntry, Inspection, folder_entries, inspect
-from megatron_ponder.checkpoint.store import read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.errors import command
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from megatron_ponder.checkpoint.store import checkpoint_name, latest_checkpoint
+from megatron_ponder.checkpoint.manifest import checkpoint_name, latest_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.errors import UserError
 

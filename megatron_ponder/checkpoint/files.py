@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ponder.errors import UserError
@@ -79,6 +80,24 @@ def problem_of(path: Path, size: int, digest: str | None, advance: Callable[[int
     if digest is not None and sha256(path, advance) != digest:
         return "is damaged (its checksum differs)"
     return None
+
+
+def tensors_problem(path: Path, keys: Collection[str]) -> str | None:
+    """What is wrong with the header of a file of tensors, as `problem_of` says it; None if nothing is.
+
+    Args:
+        path: of a safetensors file.
+        keys: of the tensors that it should hold, all of them fp32, and no others.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:  # which refuses shapes and offsets that do not fit the file
+            different = set(keys) ^ set(file.keys())
+            if different:
+                return f"and the manifest differ in {min(different)} and {len(different) - 1} more tensors"
+            odd = next((key for key in keys if file.get_slice(key).get_dtype() != "F32"), None)
+            return None if odd is None else f"holds {odd} as {file.get_slice(odd).get_dtype()} where F32 was written"
+    except SafetensorError as error:
+        return f"is no safetensors file ({error})"
 
 
 def seal(path: Path) -> tuple[int, str]:

@@ -5,28 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from megatron_ponder.checkpoint.files import problem_of
+from megatron_ponder.checkpoint.completeness import expected_tensors, kinds_of
+from megatron_ponder.checkpoint.files import problem_of, tensors_problem
 from megatron_ponder.checkpoint.finite import not_finite
-from megatron_ponder.checkpoint.store import (
+from megatron_ponder.checkpoint.manifest import (
     CONFIG,
-    FIRST_MOMENT,
-    MANIFEST,
-    SECOND_MOMENT,
     WEIGHT,
     Manifest,
     checkpoints_in,
-    damaged,
     latest_checkpoint,
-    partial_folders_in,
-    read_config_of,
     read_manifest,
 )
+from megatron_ponder.checkpoint.store import damaged, partial_folders_in, read_config_of
 from megatron_ponder.config import Config
 from megatron_ponder.errors import UserError
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.sharding import declarations
 
 
 @dataclass(frozen=True)
@@ -156,18 +150,15 @@ def inspect(folder: Path, contents: bool = True, advance: Callable[[int], None] 
         UserError: if there is no manifest, or it is damaged.
     """
     manifest = read_manifest(folder)
-    files, tensors = [], []
+    held, files, tensors = manifest.tensors_by_file(), [], []
     for name, (size, digest) in manifest.files.items():
         problem = problem_of(folder / name, size, digest if contents else None, advance)
-        keys = [key for key, file in manifest.tensors.items() if file == name]
-        if problem is None and keys:
-            try:
-                tensors += _tensors(folder, name, keys, contents)
-            except SafetensorError as error:
-                problem = f"is no safetensors file, or lacks a tensor that {MANIFEST} names ({error})"
+        keys = held.get(name)
+        if problem is None and keys is not None:
+            problem = tensors_problem(folder / name, keys)
+        if problem is None and keys is not None:
+            tensors += _tensors(folder, name, keys, contents)
         files.append(FileReport(name, size, problem))
-    unlisted = set(manifest.tensors.values()) - manifest.files.keys()
-    files += [FileReport(name, 0, f"is not among the files of {MANIFEST}") for name in sorted(unlisted)]
     readable = all(file.problem is None for file in files if file.name == CONFIG)
     config = read_config_of(folder) if readable else None
     wanted = {key: place for place, key in enumerate(_wanted(manifest, config))}
@@ -187,10 +178,7 @@ def _tensors(folder: Path, name: str, keys: list[str], contents: bool) -> Iterat
 
 def _wanted(manifest: Manifest, config: Config | None) -> list[str]:
     """What a checkpoint should hold, in the model's order; without a configuration, what belongs to its weights."""
-    weights = [key.partition("/")[2] for key in manifest.tensors if key.startswith(f"{WEIGHT}/")]
     if config is not None:
-        with torch.device("meta"):  # names alone, without memory for the values
-            weights = [name for name, *_ in declarations(PonderLM(config.model, config.ponder))]
-    weights_only = manifest.step == 0 and all(key.startswith(f"{WEIGHT}/") for key in manifest.tensors)
-    kinds = (WEIGHT,) if weights_only else (WEIGHT, FIRST_MOMENT, SECOND_MOMENT)
-    return [f"{kind}/{name}" for name in weights for kind in kinds]
+        return list(expected_tensors(manifest, config))
+    weights = [key.partition("/")[2] for key in manifest.tensors if key.startswith(f"{WEIGHT}/")]
+    return [f"{kind}/{name}" for name in weights for kind in kinds_of(manifest)]

@@ -5,78 +5,33 @@ which. Nothing in it is executed when it is read. A folder is complete if and on
 written last, in a folder that gets its final name only then.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ponder.checkpoint.files import problem_of, seal, sync, write_tensors
+from megatron_ponder.checkpoint.files import problem_of, seal, sync, tensors_problem, write_tensors
 from megatron_ponder.checkpoint.finite import require_finite
+from megatron_ponder.checkpoint.manifest import (
+    CONFIG,
+    LATEST,
+    MANIFEST,
+    WEIGHT,
+    Manifest,
+    checkpoints_in,
+    latest_checkpoint,
+    read_manifest,
+    write_manifest,
+)
 from megatron_ponder.config import Config, load_config, to_yaml
 from megatron_ponder.errors import UserError
-from megatron_ponder.files import did_you_mean
+from megatron_ponder.files import did_you_mean, write_atomically
 
-MANIFEST, CONFIG, TOKENIZER, LATEST = "manifest.json", "config.yaml", "tokenizer", "latest"
-# What a tensor of a parameter is: the weight itself, or one of AdamW's two moments.
-WEIGHT, FIRST_MOMENT, SECOND_MOMENT = "weight", "exp_avg", "exp_avg_sq"
-
-
-@dataclass
-class Manifest:
-    """What is in a checkpoint.
-
-    Attributes:
-        step: optimiser steps done.
-        samples: training samples consumed, which is the whole state of the data order.
-        data_fingerprint: of the dataset that they came from; None if there was none.
-        tokenizer_fingerprint: of the tokenizer; None if the checkpoint has none.
-        tensors: file that holds each tensor, by `kind/parameter name`.
-        files: size in bytes and sha256 of each other file.
-        skipped: steps among them that changed nothing, because their loss or gradients were not finite.
-        validated: false if the validation that was due after this step has been cut off.
-        penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
-        penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.
-        layout: of the ranks that wrote it, for people to read; loading does not look at it.
-    """
-
-    step: int = 0
-    samples: int = 0
-    data_fingerprint: str | None = None
-    tokenizer_fingerprint: str | None = None
-    tensors: dict[str, str] = field(default_factory=dict)
-    files: dict[str, tuple[int, str]] = field(default_factory=dict)
-    skipped: list[int] = field(default_factory=list)
-    validated: bool = True
-    penalty_factor: float = 1.0
-    penalty_steps: float | None = None
-    layout: dict[str, int | str] = field(default_factory=dict)
-    format: int = 1
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
-    return f"step-{step:08d}"
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder of checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names in a folder of checkpoints, else the newest complete one, else None."""
-    pointer = folder / LATEST
-    if pointer.is_file():
-        named = folder / pointer.read_text(encoding="utf-8").strip()
-        if (named / MANIFEST).is_file():
-            return named
-    complete = checkpoints_in(folder)
-    return complete[-1] if complete else None
+TOKENIZER = "tokenizer"
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -101,32 +56,21 @@ def _newest_of(folder: Path) -> Path | None:
     return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
-    try:
-        fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest = Manifest(**{**fields, "files": {name: tuple(entry) for name, entry in fields["files"].items()}})
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {MANIFEST}, so it is no complete checkpoint; use another one") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged; resume from another checkpoint in {folder.parent}") from error
-    if manifest.format != 1:
-        raise UserError(f"{folder} has checkpoint format {manifest.format}, this version reads 1; update the package")
-    return manifest
-
-
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file's size and checksum with the manifest.
+    """Compare every file with the manifest: size, checksum, and the tensors that files of tensors should hold.
+
+    Args:
+        folder: of the checkpoint.
+        manifest: its manifest; one that names some of the files alone has only these compared.
 
     Raises:
         UserError: naming the first file that is missing or damaged.
     """
+    held = manifest.tensors_by_file()
     for name, entry in manifest.files.items():
         problem = problem_of(folder / name, *entry)
+        if problem is None and name in held:
+            problem = tensors_problem(folder / name, held[name])
         if problem is not None:
             raise damaged(folder, name, problem)
 
@@ -264,15 +208,14 @@ def publish(aside: Path, folder: Path) -> None:
 
 def write_description(folder: Path, manifest: Manifest, config: Config, tokenizer: Path | None) -> None:
     """Write what describes the tensors: configuration, a copy of the tokenizer, and last the manifest of all files."""
-    (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    write_atomically(folder / CONFIG, to_yaml(config))
     described = [folder / CONFIG]
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder / TOKENIZER)
         described += sorted((folder / TOKENIZER).iterdir())
         sync(folder / TOKENIZER)
     files = manifest.files | {path.relative_to(folder).as_posix(): seal(path) for path in described}
-    (folder / MANIFEST).write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1), encoding="utf-8")
-    sync(folder / MANIFEST)
+    write_manifest(folder, replace(manifest, files=files))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -288,11 +231,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def point_latest(folder: Path, name: str) -> None:
     """Let `latest` in a folder of checkpoints name one of them."""
-    aside = folder / f".{LATEST}.partial"
-    aside.write_text(name + "\n", encoding="utf-8")
-    sync(aside)
-    aside.rename(folder / LATEST)
-    sync(folder)
+    write_atomically(folder / LATEST, name + "\n")
 
 
 def retain(folder: Path, keep: int) -> None:

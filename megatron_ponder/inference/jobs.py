@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron_ponder.checkpoint.store import MANIFEST
+from megatron_ponder.checkpoint.manifest import MANIFEST
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.generate import complete
 from megatron_ponder.inference.loading import CheckedSetup

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.checkpoint.store import read_config_of, read_manifest, resolve_checkpoint, tokenizer_path, verify
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import read_config_of, resolve_checkpoint, tokenizer_path, verify
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.inference.engine import Engine

@@ -14,17 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ponder.checkpoint.completeness import check_state
 from megatron_ponder.checkpoint.files import write_tensors
-from megatron_ponder.checkpoint.store import (
+from megatron_ponder.checkpoint.manifest import (
     Manifest,
     checkpoint_name,
     checkpoints_in,
     latest_checkpoint,
+    latest_problem,
+    read_manifest,
+)
+from megatron_ponder.checkpoint.store import (
     partial_folder,
     partial_folders_in,
     point_latest,
     publish,
-    read_manifest,
     resolve_checkpoint,
     retain,
     verify,
@@ -256,19 +260,27 @@ def shared_out(items: Iterable[Item], size: Callable[[Item], int], ranks: int) -
         yield rank, item
 
 
-def verify_together(folder: Path) -> None:
+def verify_together(folder: Path, resumable: bool = False) -> None:
     """Verify a checkpoint, each rank a share of its files, so that each is read once in the whole job; a collective.
 
+    Args:
+        folder: of the checkpoint.
+        resumable: whether it must have the whole state of a run, all of it finite.
+
     Raises:
-        UserError: on every rank, naming a file that is missing or damaged.
+        UserError: on every rank, naming what is missing, damaged or not finite.
     """
 
-    def verify_share() -> None:
+    def verify_share() -> tuple[Manifest, dict[str, tuple[int, str]]]:
         manifest = read_manifest(folder)
         shares = shared_out(manifest.files.items(), lambda file: file[1][0], dist.get_world_size())
-        verify(folder, replace(manifest, files=dict(file for rank, file in shares if rank == dist.get_rank())))
+        own = dict(file for rank, file in shares if rank == dist.get_rank())
+        verify(folder, replace(manifest, files=own))
+        return manifest, own
 
-    together(verify_share)
+    manifest, own = together(verify_share)
+    if resumable:
+        together(lambda: check_state(folder, manifest, own))
 
 
 def find_resume(config: Config) -> tuple[Path | None, list[str]]:
@@ -284,12 +296,12 @@ def find_resume(config: Config) -> tuple[Path | None, list[str]]:
             resume, or none is whole.
     """
     resume = config.checkpoint.resume
-    candidates = together(lambda: _candidates(config))
+    candidates, pointer = together(lambda: (_candidates(config), _pointer_problem(config)))
     damage: list[str] = []
     for folder in candidates:
         try:
-            verify_together(folder)
-            return folder, damage
+            verify_together(folder, resumable=True)
+            return folder, [*pointer, *damage]
         except UserError as error:
             if resume != "auto":
                 raise
@@ -319,6 +331,12 @@ def _candidates(config: Config) -> list[Path]:
         f"{run_dir} already holds checkpoints, the last one {latest.name}; add --checkpoint.resume auto to go on "
         "from it, or choose another --training.run_dir"
     )
+
+
+def _pointer_problem(config: Config) -> list[str]:
+    """What is wrong with `latest` of the run folder, where it is to say which checkpoint counts."""
+    problem = latest_problem(Path(config.training.run_dir) / "checkpoints")
+    return [problem] if problem is not None and config.checkpoint.resume == "auto" else []
 
 
 def initial_weights(config: Config) -> Path | None:

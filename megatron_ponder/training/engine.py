@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ponder.checkpoint.store import FIRST_MOMENT, SECOND_MOMENT, WEIGHT, open_tensors
+from megatron_ponder.checkpoint.manifest import FIRST_MOMENT, SECOND_MOMENT, WEIGHT
+from megatron_ponder.checkpoint.store import open_tensors
 from megatron_ponder.config import Config
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from megatron_ponder.checkpoint.store import Manifest, checkpoint_name
+from megatron_ponder.checkpoint.manifest import Manifest, checkpoint_name
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import batches
 from megatron_ponder.errors import Preempted, UserError

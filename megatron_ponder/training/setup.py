@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ponder.checkpoint.load import load_weights
-from megatron_ponder.checkpoint.store import WEIGHT, open_tensors, read_config_of
+from megatron_ponder.checkpoint.manifest import WEIGHT
+from megatron_ponder.checkpoint.store import open_tensors, read_config_of
 from megatron_ponder.config import Config, DataConfig, stage_layers
 from megatron_ponder.data.manifest import Manifest, check_vocabulary, read_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes

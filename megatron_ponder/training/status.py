@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
 from megatron_ponder.errors import UserError
 from megatron_ponder.files import did_you_mean
 
@@ -215,22 +216,16 @@ def _pace(records: list[dict]) -> float | None:
 
 
 def _newest_checkpoint(folder: Path, now: float) -> SavedState | None:
-    """The checkpoint that `latest` names, or the newest with a manifest."""
-    pointer = folder / "latest"
-    named = [folder / pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else []
-    complete = sorted((path.parent for path in folder.glob("step-*/manifest.json")), reverse=True)
-    for path in (*named, *complete):
-        manifest = path / "manifest.json"
-        if not manifest.is_file():
-            continue
-        age = max(0.0, now - manifest.stat().st_mtime)
-        try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            step, files = int(content["step"]), content["files"]
-            whole = all((path / name).stat().st_size == size for name, (size, _) in files.items())
-        except FileNotFoundError:
-            whole = False
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return SavedState(path.name, int(path.name.rpartition("-")[2] or 0), age, complete=False)
-        return SavedState(path.name, step, age, whole)
-    return None
+    """The checkpoint that a run would go on from, unless it turns out to be damaged."""
+    path = latest_checkpoint(folder)
+    if path is None:
+        return None
+    age = max(0.0, now - (path / MANIFEST).stat().st_mtime)
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        number = path.name.rpartition("-")[2]
+        return SavedState(path.name, int(number) if number.isdecimal() else 0, age, complete=False)
+    files = [(path / name, size) for name, (size, _) in manifest.files.items()]
+    whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
+    return SavedState(path.name, manifest.step, age, whole)

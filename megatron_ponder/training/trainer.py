@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.checkpoint.store import Manifest
+from megatron_ponder.checkpoint.manifest import Manifest
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
 from megatron_ponder.errors import describe
 from megatron_ponder.evaluation.plots import plot_training

@@ -1,7 +1,6 @@
 """Checkpoints on disk: whole or not there, damage is found and named, nothing in them is executed."""
 
 import hashlib
-import json
 import os
 import pickle
 import subprocess
@@ -12,17 +11,19 @@ import pytest
 import torch
 
 from megatron_ponder.checkpoint.files import write_tensors
-from megatron_ponder.checkpoint.store import (
+from megatron_ponder.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     checkpoint_name,
     checkpoints_in,
     latest_checkpoint,
+    read_manifest,
+)
+from megatron_ponder.checkpoint.store import (
     open_tensors,
     partial_folders_in,
     point_latest,
     read_config_of,
-    read_manifest,
     read_weights,
     resolve_checkpoint,
     retain,
@@ -32,6 +33,7 @@ from megatron_ponder.checkpoint.store import (
     write_weights_checkpoint,
 )
 from megatron_ponder.errors import UserError
+from tests.checkpoint.saved import fields_of, put
 from tests.models import small_config
 
 WEIGHTS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([0.1, -0.2]), "scalar": torch.tensor(3.0)}
@@ -166,6 +168,7 @@ import resource, signal, sys, torch
 from pathlib import Path
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
 from megatron_ponder.errors import UserError
+from tests.checkpoint.saved import fields_of, put
 from tests.models import small_config
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -265,21 +268,6 @@ def test_no_manifest_is_no_checkpoint(checkpoint):
         resolve_checkpoint(checkpoint)
 
 
-def test_a_manifest_from_before_layouts_were_recorded(checkpoint):
-    fields = json.loads((checkpoint / MANIFEST).read_text())
-    assert fields.pop("layout") == {}
-    (checkpoint / MANIFEST).write_text(json.dumps(fields))
-    assert read_manifest(checkpoint).layout == {}
-    assert read_weights(checkpoint).keys() == WEIGHTS.keys()
-
-
-def test_another_format_is_refused(checkpoint):
-    fields = json.loads((checkpoint / MANIFEST).read_text())
-    (checkpoint / MANIFEST).write_text(json.dumps(fields | {"format": 2}))
-    with pytest.raises(UserError, match="has checkpoint format 2, this version reads 1; update the package"):
-        read_manifest(checkpoint)
-
-
 class Payload:
     """Would leave a file behind if it were unpickled."""
 
@@ -293,10 +281,9 @@ class Payload:
 def test_pickled_code_is_not_executed(checkpoint, tmp_path):
     weights = checkpoint / FILES[0]
     weights.write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
-    fields = json.loads((checkpoint / MANIFEST).read_text())
-    content = weights.read_bytes()
+    fields, content = fields_of(checkpoint), weights.read_bytes()
     fields["files"][weights.name] = [len(content), hashlib.sha256(content).hexdigest()]
-    (checkpoint / MANIFEST).write_text(json.dumps(fields))
+    put(checkpoint, fields)
     with pytest.raises(UserError, match=f"{weights} is no safetensors file"):
         read_weights(checkpoint)
     assert not (tmp_path / "executed").exists()
@@ -364,6 +351,7 @@ KILLED_WHILE_REPLACING = """
 import os, sys, torch
 from pathlib import Path
 from megatron_ponder.checkpoint import store
+from tests.checkpoint.saved import fields_of, put
 from tests.models import small_config
 def die(path, **_):
     if path.exists():

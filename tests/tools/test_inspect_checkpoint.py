@@ -1,31 +1,18 @@
 """The report on a checkpoint says what is in it, and its exit code whether it is sound."""
 
-import json
 import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_ponder.checkpoint.files import write_tensors
-from megatron_ponder.checkpoint.store import (
-    MANIFEST,
-    Manifest,
-    checkpoint_name,
-    point_latest,
-    staged,
-    write_description,
-    write_weights_checkpoint,
-)
+from megatron_ponder.checkpoint.manifest import MANIFEST, checkpoint_name
+from megatron_ponder.checkpoint.store import point_latest, write_weights_checkpoint
 from megatron_ponder.parallel.sharding import declarations
+from tests.checkpoint.saved import FILES, fields_of, put, save, tensors_of_a_run
 from tests.models import small_config, small_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
-FILES = ("tensors-00000-of-00002.safetensors", "tensors-00001-of-00002.safetensors")
-LAYOUT = {"tensor": 2, "pipeline": 1, "data": 3, "zero_stage": 1, "precision": "bf16"}
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 @pytest.fixture
@@ -44,27 +31,6 @@ def inspect(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return inspect
-
-
-def tensors_of_a_run() -> dict[str, torch.Tensor]:
-    """Weights and moments of a small model."""
-    model = small_model().float()
-    return {
-        f"{kind}/{name}": parameter.detach().clone() for name, parameter, *_ in declarations(model) for kind in KINDS
-    }
-
-
-def save(folder: Path, tensors: dict[str, torch.Tensor], step: int = 7) -> Path:
-    """A complete checkpoint of two files, as training writes it."""
-    keys = list(tensors)
-    parts = dict(zip(FILES, (keys[::2], keys[1::2]), strict=True))
-    manifest = Manifest(
-        step, 8 * step, "datafingerprint", None, {k: file for file in parts for k in parts[file]}, layout=LAYOUT
-    )
-    with staged(folder) as aside:
-        files = {file: write_tensors(aside, file, {key: tensors[key] for key in part}) for file, part in parts.items()}
-        write_description(aside, replace(manifest, files=files), small_config(training__precision="bf16"), None)
-    return folder
 
 
 def row(output: str, first: str) -> list[str]:
@@ -179,18 +145,17 @@ def test_missing_tensors(inspect, tmp_path, gone):
 
 def test_a_manifest_that_names_what_is_not_there(inspect, tmp_path):
     folder = save(tmp_path / "c", tensors_of_a_run())
-    manifest = folder / MANIFEST
-    fields = json.loads(manifest.read_text())
+    fields = fields_of(folder)
     key = next(key for key, file in fields["tensors"].items() if file == FILES[0])
-    manifest.write_text(json.dumps(fields | {"tensors": fields["tensors"] | {key: FILES[1]}}))
+    put(folder, fields | {"tensors": fields["tensors"] | {key: FILES[1]}})
     code, output, error = inspect(folder)
-    assert (code, row(output, FILES[0])[-1]) == (2, "whole")
-    assert "lacks a tensor that manifest.json names" in row(output, FILES[1])[-1]
-    assert f"{folder / FILES[1]} " in error
-    manifest.write_text(json.dumps(fields | {"tensors": fields["tensors"] | {key: "other.safetensors"}}))
-    assert "other.safetensors is not among the files of manifest.json" in inspect(folder)[2]
-    manifest.write_text("{")
-    assert f"{manifest} is damaged" in inspect(folder)[2]
+    for file in FILES:
+        assert (code, row(output, file)[-1]) == (2, f"and the manifest differ in {key} and 0 more tensors")
+    assert f"{folder / FILES[0]} and the manifest differ" in error
+    put(folder, fields | {"tensors": fields["tensors"] | {key: "other.safetensors"}})
+    assert "other.safetensors is not among its files" in inspect(folder)[2]
+    (folder / MANIFEST).write_text("{")
+    assert f"{folder / MANIFEST} is damaged (it is no JSON)" in inspect(folder)[2]
 
 
 def test_a_run_folder_shows_all_its_checkpoints(inspect, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.store import open_tensors, read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.errors import UserError

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.checkpoint import files, store
-from megatron_ponder.checkpoint.store import checkpoints_in, open_tensors, read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import checkpoints_in, read_manifest
+from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.mesh import Mesh

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_ponder.checkpoint.store import read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer

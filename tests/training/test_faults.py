@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.checkpoint.store import MANIFEST, latest_checkpoint, read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
+from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.data import indexed_dataset
 from megatron_ponder.errors import Preempted, UserError

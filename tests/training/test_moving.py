@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from megatron_ponder.checkpoint.store import read_manifest
+from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.training.metrics import read_metrics
 from tests.distributed import run_distributed
 from tests.runs import tiny_arguments, train_in_turn

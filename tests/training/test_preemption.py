@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.checkpoint.store import read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import parse_duration, read_config
 from megatron_ponder.errors import EXIT_PREEMPTED, Preempted, UserError
 from megatron_ponder.parallel.mesh import Mesh

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ponder.checkpoint.store import open_tensors, read_manifest, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.training.metrics import read_metrics
 from megatron_ponder.training.watch import MEASURED
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.checkpoint.store import LATEST, MANIFEST
+from megatron_ponder.checkpoint.manifest import LATEST, MANIFEST
 from megatron_ponder.errors import UserError
 from megatron_ponder.training.metrics import METRICS
 from megatron_ponder.training.status import END, PATIENCE, RECENT, STARTS, run_status
@@ -136,6 +136,7 @@ def test_a_damaged_checkpoint(corpus, tmp_path, damage):
     victim = next(checkpoint.glob("**/*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1]) if damage == "shorter" else victim.unlink()
     assert not run_status(run_dir).checkpoint.complete
+    (run_dir / "checkpoints" / "latest").write_bytes(b"\xff\0")
     (checkpoint / MANIFEST).write_text("{")
     assert not run_status(run_dir).checkpoint.complete
     shutil.rmtree(checkpoint)  # `latest` still names it

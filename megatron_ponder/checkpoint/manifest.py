@@ -1,0 +1,235 @@
+"""The manifest of a checkpoint, which says what belongs to it and what each of its files was; read without PyTorch.
+
+It has a checksum of itself, so that a changed bit of it is found like one of any file that it names. Checkpoints of
+format 1 were written without one and go on being read; what can be told of them, types and ranges, is checked alike.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+
+from megatron_ponder.errors import UserError
+from megatron_ponder.files import write_atomically
+
+MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
+# What a tensor of a parameter is: the weight itself, or one of AdamW's two moments.
+WEIGHT, FIRST_MOMENT, SECOND_MOMENT = KINDS = "weight", "exp_avg", "exp_avg_sq"
+FORMAT = 2
+FORMAT_WITHOUT_CHECKSUM = 1
+_LARGEST = 2**63  # no count of a run comes near
+
+
+@dataclass
+class Manifest:
+    """What is in a checkpoint.
+
+    Attributes:
+        step: optimiser steps done.
+        samples: training samples consumed, which is the whole state of the data order.
+        data_fingerprint: of the dataset that they came from; None if there was none.
+        tokenizer_fingerprint: of the tokenizer; None if the checkpoint has none.
+        tensors: file that holds each tensor, by `kind/parameter name`.
+        files: size in bytes and sha256 of each other file, by its path within the folder.
+        skipped: steps among them that changed nothing, because their loss or gradients were not finite.
+        validated: false if the validation that was due after this step has been cut off.
+        penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
+        penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.
+        layout: of the ranks that wrote it, for people to read; loading does not look at it.
+    """
+
+    step: int = 0
+    samples: int = 0
+    data_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    tensors: dict[str, str] = field(default_factory=dict)
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    validated: bool = True
+    penalty_factor: float = 1.0
+    penalty_steps: float | None = None
+    layout: dict[str, int | str] = field(default_factory=dict)
+
+    def tensors_by_file(self) -> dict[str, list[str]]:
+        """The `kind/parameter name` of the tensors that each file of tensors holds."""
+        held: dict[str, list[str]] = {}
+        for key, file in self.tensors.items():
+            held.setdefault(file, []).append(key)
+        return held
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder of checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names in a folder of checkpoints, else the newest complete one, else None."""
+    complete, named = checkpoints_in(folder), _latest_name(folder)
+    return next((path for path in complete if path.name == named), complete[-1] if complete else None)
+
+
+def latest_problem(folder: Path) -> str | None:
+    """What is wrong with `latest` in a folder of checkpoints, so that the newest counts; None if nothing is."""
+    named = _latest_name(folder)
+    if named is None or any(path.name == named for path in checkpoints_in(folder)):
+        return None
+    return f"{folder / LATEST} names no complete checkpoint beside it"
+
+
+def _latest_name(folder: Path) -> str | None:
+    """What `latest` says, whatever it may be; None if there is no such thing."""
+    pointer = folder / LATEST
+    if pointer.is_file():
+        return pointer.read_text(encoding="utf-8", errors="replace").strip()
+    return "" if pointer.exists() else None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a checkpoint durably, with its own checksum; last, because it makes the folder complete."""
+    content = {"format": FORMAT, **asdict(manifest)}
+    write_atomically(folder / MANIFEST, json.dumps(content | {"checksum": checksum(content)}, indent=1))
+
+
+def checksum(content: dict) -> str:
+    """Checksum of what a manifest says, however it is laid out; of all but the checksum itself."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        UserError: if it is missing or damaged, or holds what no manifest can.
+    """
+    path = folder / MANIFEST
+    try:
+        return _checked(folder, json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{folder} has no {MANIFEST}, so it is no complete checkpoint; use another one") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(path, "it is no JSON") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _checked(folder: Path, content: object) -> Manifest:
+    """A manifest of what was read.
+
+    Raises:
+        UserError: it is of a later format.
+        ValueError: it cannot be.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    told = content.pop("format", FORMAT_WITHOUT_CHECKSUM)
+    if type(told) is not int or told < FORMAT_WITHOUT_CHECKSUM:
+        raise ValueError(f"its format cannot be {_shown(told)}")
+    if told > FORMAT:
+        raise UserError(f"{folder} has checkpoint format {told}, this version reads up to {FORMAT}; update the package")
+    if told == FORMAT and content.pop("checksum", None) != checksum({"format": told, **content}):
+        raise ValueError("its checksum differs")
+    return _from_fields(content)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged ({reason}); resume from another checkpoint in {path.parent.parent}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _from_fields(content: dict) -> Manifest:
+    """A manifest of its fields, each of which is looked at.
+
+    Raises:
+        ValueError: saying which cannot be.
+    """
+    needed, known = ("step", "samples", "tensors", "files"), {of.name for of in fields(Manifest)}
+    for name in (*needed, *content):
+        if name not in known:
+            raise ValueError(f"{_shown(name)} is no part of a manifest")
+        if name not in content:
+            raise ValueError(f"it lacks {name}")
+        if not _VALID[name](content[name]):
+            raise ValueError(f"its {name} cannot be {_shown(content[name])}")
+    manifest = Manifest(**content)
+    manifest.files = {name: tuple(entry) for name, entry in manifest.files.items()}
+    for name in (CONFIG, *manifest.tensors.values()):
+        if name not in manifest.files:
+            raise ValueError(f"{name} is not among its files")
+    if any(step > manifest.step for step in manifest.skipped):
+        raise ValueError(f"it has skipped step {manifest.skipped[-1]} of {manifest.step}")
+    return manifest
+
+
+def _shown(value: object) -> str:
+    """A value in a message, on one line and not too long."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < _LARGEST
+
+
+def _is_inside(name: object) -> bool:
+    """Whether it is the path of a file that lies in the folder."""
+    if not _is_text(name) or name in ("", ".", MANIFEST):
+        return False
+    path = PurePosixPath(name)
+    return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts
+
+
+def _is_tensor(key: str) -> bool:
+    kind, _, name = key.partition("/")
+    return kind in KINDS and _is_text(name) and name != ""
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it is the size and the sha256 of a file."""
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    size, digest = entry
+    return _is_count(size) and _is_text(digest) and len(digest) == 64
+
+
+def _is_mapping(of_key: Callable[[str], bool], of_value: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(of_key(k) and of_value(v) for k, v in value.items())
+
+
+def _are_steps(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value)) and value == sorted({*value} - {0})
+
+
+_VALID: dict[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "samples": _is_count,
+    "data_fingerprint": lambda value: value is None or _is_text(value),
+    "tokenizer_fingerprint": lambda value: value is None or _is_text(value),
+    "tensors": _is_mapping(_is_tensor, _is_inside),
+    "files": _is_mapping(_is_inside, _is_entry),
+    "skipped": _are_steps,
+    "validated": lambda value: isinstance(value, bool),
+    "penalty_factor": _is_number,
+    "penalty_steps": lambda value: value is None or _is_number(value),
+    "layout": _is_mapping(_is_text, lambda value: _is_count(value) or _is_text(value)),
+}
