@@ -26,7 +26,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the folder {folder} ({error.strerror}): choose another place to write to"
+            f"cannot make the folder {folder} ({error.strerror}): choose another folder to write to"
         ) from None
 
 
