@@ -6,11 +6,16 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+
+from megatron_ponder import streams
 
 # A run that has saved its state and can go on from it (EX_TEMPFAIL of sysexits.h); the same command resumes it.
 EXIT_PREEMPTED = 75
 # A rank in which nothing has happened for too long.
 EXIT_HUNG = 76
+# Nobody reads what a command prints: 128 + SIGPIPE.
+EXIT_NOT_READ = 141
 # Launchers end the other ranks as soon as one ends; the one that reports must come first.
 SECONDS_FOR_THE_REPORT = 5.0
 
@@ -42,7 +47,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     So does text that cannot be UTF-8, of which none is taken on the command line, before any work is done.
 
-    `Preempted` becomes exit code 75, without a word, because whoever raises it has said so on rank 0.
+    `Preempted` becomes exit code 75, without a word, because whoever raises it has said so on rank 0. A reader of
+    standard output that has gone, such as `head`, ends the command without a word too, with the code that shells give.
 
     Any other exception keeps its traceback, because it is a bug and not the user's doing. Set `PONDER_TRACEBACK=1` to
     see the traceback of a `UserError` too.
@@ -50,24 +56,40 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
+        streams.prepare()
         try:
             for argument in sys.argv:
                 argument.encode("utf-8")
             main(*args, **kwargs)
+            sys.stdout.flush()
         except Preempted:
             sys.exit(EXIT_PREEMPTED)
         except (UserError, OSError, UnicodeEncodeError) as error:
             if os.environ.get("PONDER_TRACEBACK") == "1":
                 raise
+            if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
+                streams.give_up_output()
+                sys.exit(EXIT_NOT_READ)
             rank = _first_number("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
             if rank == 0 or not getattr(error, "shared", False):
                 who = f"rank {rank}: " if rank else ""
-                print(f"{who}error: {describe(error)}", file=sys.stderr, flush=True)
+                with suppress(OSError):  # what cannot be said is no other error
+                    print(f"{who}error: {describe(error)}", file=sys.stderr, flush=True)
             elif _first_number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1) > 1:
                 time.sleep(SECONDS_FOR_THE_REPORT)
+            if isinstance(error, OSError):
+                _try_output()
             sys.exit(2)
 
     return run
+
+
+def _try_output() -> None:
+    """Write what is left for standard output, or let it go if that was what went wrong."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        streams.give_up_output()
 
 
 def _first_number(*names: str, default: int) -> int:

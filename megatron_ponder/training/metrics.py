@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -160,6 +160,9 @@ class RunLog:
 class RunProgress:
     """A bar on a terminal, plain lines elsewhere and in the run's log; the same words on all.
 
+    Standard output that cannot be written, because nobody reads it any more or its disk is full, costs its lines; the
+    log says so once.
+
     Use as a context manager around the loop.
     """
 
@@ -177,7 +180,7 @@ class RunProgress:
         """
         self._log = log
         self._total, self._interval, self._shown = total_steps, interval, shown
-        self._bar = None
+        self._bar, self._mute = None, False
         self._recent: deque[float] = deque([time.monotonic()], maxlen=50)
         if shown and sys.stdout.isatty():
             self._bar = Progress(
@@ -199,7 +202,7 @@ class RunProgress:
 
     def __exit__(self, kind, error, _) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._try(self._bar.stop)
         if self._log is not None:
             if error is not None:
                 self._log.write(f"stopped: {kind.__name__}: {describe(error)}")
@@ -221,7 +224,7 @@ class RunProgress:
             left = duration(pace * (self._total - record["step"]))
             line = f"step {record['step']}/{self._total}  {words}  left {left}"
             if self._bar is None:
-                print(line, flush=True)
+                self._try(print, line, flush=True)
             if self._log is not None:
                 self._log.write(line)
 
@@ -232,9 +235,17 @@ class RunProgress:
         if self._log is not None:
             self._log.write(message)
         if self._bar is not None:
-            self._bar.console.print(message, highlight=False, markup=False)
+            self._try(self._bar.console.print, message, highlight=False, markup=False)
         else:
-            print(message, flush=True)
+            self._try(print, message, flush=True)
+
+    def _try(self, show: Callable[..., None], *args, **kwargs) -> None:
+        try:
+            show(*args, **kwargs)
+        except (OSError, ValueError) as error:  # a file that has been closed is a ValueError
+            if self._log is not None and not self._mute:
+                self._log.write(f"standard output cannot be written, training goes on: {describe(error)}")
+            self._mute = True
 
 
 def nats(loss: float) -> str:

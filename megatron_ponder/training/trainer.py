@@ -115,11 +115,11 @@ def _train_in(
             config, mesh, parts, engine, checkpointer, boundary, watchdog, watch, folder, log, progress, start
         )
         loop.run()
-    if leader:
-        try:
-            print(f"loss plot in {plot_training(run_dir)}", flush=True)
-        except OSError as error:  # a picture is not worth an error
-            print(f"warning: no loss plot: {describe(error)}", flush=True)
+        if leader:
+            try:
+                progress.say(f"loss plot in {plot_training(run_dir)}")
+            except OSError as error:  # a picture is not worth an error
+                progress.say(f"warning: no loss plot: {describe(error)}")
 
 
 def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:

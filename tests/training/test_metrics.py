@@ -1,5 +1,6 @@
 """What a run writes about itself."""
 
+import io
 import json
 import re
 import sys
@@ -199,3 +200,25 @@ def test_the_record_before_a_start_can_be_completed(tmp_path):
     log.write(record(3))
     log.close()
     assert read_metrics(tmp_path) == [record(1), record(2, validation_loss=3.0), record(3)]
+
+
+class Unwritable(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_standard_output_that_cannot_be_written_costs_lines_and_not_the_run(tmp_path, monkeypatch, closed):
+    stream = Unwritable()
+    if closed:
+        stream.close()
+        monkeypatch.setattr(Unwritable, "isatty", lambda _: False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with RunProgress(4, 0, interval=1, shown=True, log=RunLog(tmp_path)) as progress:
+        progress.say("starting")
+        for step in (1, 2):
+            progress.update(record(step))
+    lines = [line.split("  ", 1)[1] for line in (tmp_path / RUN_LOG).read_text().splitlines()]
+    assert lines[0] == "starting"
+    assert lines[1].startswith("standard output cannot be written, training goes on: ")
+    assert [line[:8] for line in lines[2:]] == ["step 1/4", "step 2/4"]
