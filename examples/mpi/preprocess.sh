@@ -4,6 +4,9 @@
 #     HOSTS=node1,node2 RANKS=2 examples/mpi/preprocess.sh --input corpus/ --output-prefix data/corpus \
 #         --tokenizer data/tokenizer.model --workers 32 --append-eod
 
-options=(-np "${RANKS:?how many ranks? set RANKS}" ${MPIRUN_OPTIONS:-})
+source examples/words.sh
+words python "${PYTHON:-python}"
+words options "${MPIRUN_OPTIONS:-}"
+options+=(-np "${RANKS:?how many ranks? set RANKS}")
 [ -n "${HOSTS:-}" ] && options+=(-host "$HOSTS")
-exec mpirun "${options[@]}" ${PYTHON:-python} tools/preprocess_data.py "$@"
+exec mpirun "${options[@]}" "${python[@]}" tools/preprocess_data.py "$@"

@@ -9,5 +9,8 @@
 #
 #     sbatch --dependency=afterok:JOB examples/slurm/evaluate.sh --checkpoint runs/x --output runs/x/evaluation.json
 
+source examples/words.sh
+words srun_options "${SRUN_OPTIONS:-}"
+words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-srun ${SRUN_OPTIONS:-} ${PYTHON:-python} tools/evaluate.py "$@"
+srun "${srun_options[@]}" "${python[@]}" tools/evaluate.py "$@"

@@ -12,13 +12,21 @@
 #
 # `cat runs/texts/*.jsonl` has one JSON object for each prompt, in the order of the file.
 
+source examples/words.sh
+words srun_options "${SRUN_OPTIONS:-}"
+words python "${PYTHON:-python}"
+: "${PROMPTS:?of which file? set PROMPTS}" "${OUTPUT:?into which folder? set OUTPUT}"
 parts=$((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1))
 part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
-mapfile -t prompts < <(split --number="l/$part/$parts" "$PROMPTS")
-if [ ${#prompts[@]} -eq 0 ]; then exit 0; fi # more parts than prompts
+
+# Each line becomes a text in JSON, so that no prompt is taken for an option, however it begins, and any number fits.
+set -o pipefail
+prompts=$(split --number="l/$part/$parts" -- "$PROMPTS" |
+    LC_ALL=C sed 's/\r$//; s/[\\"]/\\&/g; s/\t/\\t/g; s/.*/"&"/') || exit 2
+if [ -z "$prompts" ]; then exit 0; fi # more parts than prompts
 
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-mkdir -p "$OUTPUT"
+mkdir -p -- "$OUTPUT" || exit 2
 file=$(printf '%s/part-%05d.jsonl' "$OUTPUT" "$part")
-srun ${SRUN_OPTIONS:-} ${PYTHON:-python} tools/generate.py "$@" --json --prompt "${prompts[@]}" > "$file.partial" &&
-    mv "$file.partial" "$file"
+srun "${srun_options[@]}" "${python[@]}" tools/generate.py "$@" --prompts-file - <<< "$prompts" > "$file.partial" &&
+    mv -- "$file.partial" "$file"

@@ -15,6 +15,9 @@
 #
 # The files are those of one process, byte for byte. The same command goes on from what is finished.
 
+source examples/words.sh
+words srun_options "${SRUN_OPTIONS:-}"
+words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-srun ${SRUN_OPTIONS:-} --label \
-    ${PYTHON:-python} tools/preprocess_data.py --workers "$SRUN_CPUS_PER_TASK" "$@"
+srun "${srun_options[@]}" --label \
+    "${python[@]}" tools/preprocess_data.py --workers "$SRUN_CPUS_PER_TASK" "$@"

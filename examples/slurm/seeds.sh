@@ -14,10 +14,13 @@
 #
 #     RUNS=runs/seeds sbatch --array=0-9 examples/slurm/seeds.sh --config FILE.yaml
 
+source examples/words.sh
 source examples/slurm/step.sh
+words srun_options "${SRUN_OPTIONS:-}"
+words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 seed=$SLURM_ARRAY_TASK_ID
 
-run_and_requeue srun ${SRUN_OPTIONS:-} --distribution=block --wait=60 --label \
-    ${PYTHON:-python} pretrain_ponder.py "$@" --checkpoint.resume auto \
-    --training.seed "$seed" --training.run_dir "${RUNS:-runs/seeds}/seed-$seed"
+run_and_requeue srun "${srun_options[@]}" --distribution=block --wait=60 --label \
+    "${python[@]}" pretrain_ponder.py "$@" --checkpoint.resume auto \
+    --training.seed "$seed" --training.run_dir="${RUNS:-runs/seeds}/seed-$seed"

@@ -12,6 +12,9 @@
 #
 # The same command goes on from the latest checkpoint.
 
+source examples/words.sh
+words srun_options "${SRUN_OPTIONS:-}"
+words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-srun ${SRUN_OPTIONS:-} --wait=60 --label \
-    ${PYTHON:-python} pretrain_ponder.py "$@" --checkpoint.resume auto
+srun "${srun_options[@]}" --wait=60 --label \
+    "${python[@]}" pretrain_ponder.py "$@" --checkpoint.resume auto

@@ -15,13 +15,16 @@
 #
 # RANKS_PER_NODE is the number of GPUs of a node unless it is set.
 
+source examples/words.sh
 source examples/slurm/step.sh
+words srun_options "${SRUN_OPTIONS:-}"
+words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 # tools/torchrun.py is torchrun that passes signals on and keeps the exit code of its ranks.
-run_and_requeue srun ${SRUN_OPTIONS:-} --wait=60 --label \
-    ${PYTHON:-python} tools/torchrun.py --nnodes="$SLURM_NNODES" --nproc-per-node="${RANKS_PER_NODE:-$SLURM_GPUS_PER_NODE}" \
+run_and_requeue srun "${srun_options[@]}" --wait=60 --label \
+    "${python[@]}" tools/torchrun.py --nnodes="$SLURM_NNODES" --nproc-per-node="${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE##*:}}" \
     --master-addr="$first" --master-port="$port" \
     pretrain_ponder.py "$@" --checkpoint.resume auto

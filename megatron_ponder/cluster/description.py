@@ -127,10 +127,26 @@ def _checked(cluster: Cluster) -> Cluster:
         raise UserError("venv and container are two ways to the same end; give one of them")
     if cluster.venv is not None and not Path(cluster.venv, "bin", "activate").is_file():
         raise UserError(f"venv {cluster.venv} is no virtual environment: it has no bin/activate")
-    for word in [cluster.container or "", *cluster.container_mounts]:
-        if re.search(r"\s", word):
-            raise UserError(f'"{word}" has a space, which container options cannot have; give it another name')
-    for option in cluster.sbatch:
-        if not option.startswith("--"):
-            raise UserError(f'"{option}" is no long option of sbatch; write --name=value')
+    _check_words(cluster)
     return cluster
+
+
+def _check_words(cluster: Cluster) -> None:
+    """Refuse what would not stand in a script for what it is; all else is quoted there."""
+    header = [cluster.account or "", cluster.partition or "", cluster.time, cluster.log_folder, *cluster.sbatch]
+    arguments = [cluster.container or "", *cluster.container_mounts, *cluster.modules]
+    for word in [*header, *arguments, cluster.venv or "", *cluster.environment, *cluster.environment.values()]:
+        if re.search(r"[\x00-\x1f\x7f]", word):
+            raise UserError(f"{word!r} has a line break or another control character; leave it out")
+    for word in header:
+        if "\\" in word:
+            raise UserError(f'"{word}" has a backslash, which sbatch reads in its own way; leave it out')
+    for word in arguments:
+        if word.startswith("-"):
+            raise UserError(f'"{word}" would be taken for an option; write the name of a module, an image or a folder')
+    for name in cluster.environment:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f'environment has "{name}", which is no name of a variable')
+    for option in cluster.sbatch:
+        if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", option):
+            raise UserError(f'"{option}" is no long option of sbatch; write --name=value')

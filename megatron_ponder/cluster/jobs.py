@@ -12,6 +12,11 @@ from megatron_ponder.config import check_layout, read_config
 from megatron_ponder.errors import UserError
 from megatron_ponder.launch import Launch
 
+# What the folder of a job may not have in its name: sbatch reads a backslash in its own way, and a container's options
+# divide mounts at commas and colons.
+UNQUOTABLE = "\\\n\r\t"
+UNQUOTABLE_IN_MOUNTS = UNQUOTABLE + ",:"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,7 +80,11 @@ def render(job: Job, cluster: Cluster, arguments: Sequence[str], repository: Pat
         arguments: of the job.
         repository: the folder with `pretrain_ponder.py`, in which the job runs.
         after: number of a job that has to succeed first.
+
+    Raises:
+        UserError: the repository is in a folder whose name a job cannot use.
     """
+    _check_folder(repository, cluster)
     lines = (repository / "examples" / "slurm" / job.script).read_text(encoding="utf-8").splitlines()
     options = _options([line.split()[1] for line in lines if line.startswith("#SBATCH ")])
     options |= _options(_asked(job, cluster, options, repository))
@@ -107,6 +116,15 @@ def submit(script: str) -> int:
     return int(done.stdout.split(";")[0])
 
 
+def _check_folder(repository: Path, cluster: Cluster) -> None:
+    """Refuse a folder that options of sbatch, or mounts of a container, cannot name."""
+    for character in UNQUOTABLE_IN_MOUNTS if cluster.container is not None else UNQUOTABLE:
+        if character in str(repository):
+            raise UserError(
+                f"the repository is in {str(repository)!r}, and options of jobs cannot have {character!r}; move it"
+            )
+
+
 def _options(words: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in (word.partition("=") for word in words)}
 
@@ -120,7 +138,8 @@ def _asked(job: Job, cluster: Cluster, own: dict[str, str], repository: Path) ->
         f"--ntasks-per-node={tasks}",
         f"--gpus-per-node={cluster.gpus_per_node}",
         f"--time={cluster.time}",
-        f"--output={repository / cluster.log_folder / pattern}",
+        # in a file's name a % begins a pattern; two of them are one
+        f"--output={str(repository / cluster.log_folder).replace('%', '%%')}/{pattern}",
     ]
     if cluster.account is not None:
         asked.append(f"--account={cluster.account}")
@@ -140,15 +159,21 @@ def _environment(cluster: Cluster, repository: Path) -> list[str]:
         lines.append(f"source {shlex.quote(str(Path(cluster.venv).absolute() / 'bin' / 'activate'))}")
     lines.append(f"export RANKS_PER_NODE={cluster.ranks}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    if cluster.container is not None and cluster.container_runtime == "pyxis":
-        mounts = ",".join([f"{repository}:{repository}", *cluster.container_mounts])
-        image = f"--container-image={cluster.container} --container-mounts={mounts}"
-        lines.append(f'export SRUN_OPTIONS="{image} --container-workdir={repository}"')
-    elif cluster.container is not None:
-        binds = " ".join(f"--bind {mount}" for mount in [str(repository), *cluster.container_mounts])
-        graphics = "--nv " if cluster.gpus_per_node else ""
-        lines.append(f'export PYTHON="apptainer exec {graphics}{binds} {cluster.container} python"')
-    return lines
+    if cluster.container is None:
+        return lines
+    folder = str(repository)
+    if cluster.container_runtime == "pyxis":
+        mounts = ",".join([f"{folder}:{folder}", *cluster.container_mounts])
+        words = [f"--container-image={cluster.container}", f"--container-mounts={mounts}"]
+        return [*lines, _export("SRUN_OPTIONS", [*words, f"--container-workdir={folder}"])]
+    binds = [word for mount in [folder, *cluster.container_mounts] for word in ("--bind", mount)]
+    graphics = ["--nv"] if cluster.gpus_per_node else []
+    return [*lines, _export("PYTHON", ["apptainer", "exec", *graphics, *binds, cluster.container, "python"])]
+
+
+def _export(name: str, words: Sequence[str]) -> str:
+    """The line that gives words to `examples/words.sh`, which takes them apart again."""
+    return f"export {name}={shlex.quote(shlex.join(words))}"
 
 
 def _set(arguments: Sequence[str]) -> str:

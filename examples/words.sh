@@ -1,0 +1,10 @@
+# Sourced by the scripts of the folders beside it.
+
+# words NAME TEXT
+#
+# Makes an array of the words of a text, such as PYTHON or SRUN_OPTIONS. Words with spaces are in quotes there, as they
+# would be on a command line; but nothing in them is expanded or executed.
+words() {
+    mapfile -d '' -t "$1" < <(xargs -r printf '%s\0' <<< "$2")
+    wait "$!" || exit 2 # xargs has said what is wrong
+}
