@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from megatron_ponder.evaluation.figures import COLOURS, MARKERS
-from megatron_ponder.evaluation.statistics import mean_and_range
+from megatron_ponder.evaluation.style import COLOURS, look
 
 HEADINGS = (
     "variant", "loss", "steps", "MFLOPs/token", "− fixed at these FLOPs", "− loop at these FLOPs",
     "− random K̂", "ρ(K̂, step-0)", "soft–hard", "Jacobi(3)", "contraction",
+)  # fmt: skip
+# Variants from which something is taken away, so that they are no points of their mode's curve.
+CONTROLS = ("adaptive-identity",)
+# Where the label of a point may stand, in points from it, the best place first.
+LABEL_PLACES = (
+    (7, 3, "left"), (-7, 3, "right"), (7, -9, "left"), (-7, -9, "right"), (0, 14, "center"), (0, -20, "center"),
 )  # fmt: skip
 
 
@@ -136,25 +143,57 @@ def at_equal_compute(points: Mapping[str, Point], variant: str, names: Sequence[
 
 
 def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    """Every variant with its label, in the colour of its mode, and a line through the variants of each mode.
+
+    The lines of `fixed` and `loop` begin at vanilla, as the comparison at equal compute takes them.
+    """
+    figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    means, colours = {}, {}
-    for variant in seeds[0]:
-        loss, below, above = mean_and_range([points[variant].loss for points in seeds])
-        means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), loss)
-        turns, place = divmod(len(means), len(COLOURS))  # of more variants than colours, each has a marker of its own
-        look = {"fmt": MARKERS[(place + 3 * turns) % len(MARKERS)], "color": COLOURS[place]}
-        axes.errorbar(*means[variant], yerr=[[below], [above]], capsize=3, markersize=5, label=variant, **look)
-        colours[variant] = COLOURS[place]
-    for mode, names in _curves(means).items():
-        line = zip(*sorted(means[name] for name in names), strict=True)
-        axes.plot(*line, linewidth=0.8, alpha=0.6, color=colours.get(mode))
+    means, variants_of = {}, defaultdict(list)
+    for variant, point in seeds[0].items():
+        losses = [points[variant].loss for points in seeds]
+        means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), statistics.fmean(losses))
+        mode = point.summary["mode"]
+        style = look(mode, len(variants_of[mode]))
+        bar = statistics.stdev(losses) if len(losses) > 1 else None
+        axes.errorbar(*means[variant], yerr=bar, capsize=3, linestyle="none", **style)
+        variants_of[mode].append(variant)
+    for mode, variants in variants_of.items():
+        on_line = [*_curves(means).get(mode, ()), *(variant for variant in variants if variant not in CONTROLS)]
+        line = zip(*sorted({means[variant] for variant in on_line}), strict=True)
+        axes.plot(*line, linewidth=0.8, alpha=0.6, color=COLOURS[mode], label=mode)
     axes.set_xlabel("FLOPs of inference per token [M]")
     axes.set_ylabel("validation loss [nats per token]")
     best, worst = min(loss for _, loss in means.values()), max(points["vanilla"].loss for points in seeds)
     axes.set_ylim(best - 0.15 * (worst - best), worst + 0.15 * (worst - best))
-    axes.set_title("mean and range over seeds; what lies above the frame is in the table", fontsize=10)
+    axes.margins(x=0.2)
+    axes.set_title("mean ± standard deviation over seeds; what lies above the frame is in the table", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=150)
+    _label(axes, means, {variant: mode for mode, variants in variants_of.items() for variant in variants})
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _label(axes: Axes, places: Mapping[str, tuple[float, float]], modes: Mapping[str, str]) -> list[Text]:
+    """Write its name beside every point inside the frame, where no other name or point is."""
+    axes.figure.canvas.draw()
+    points = axes.transData.transform(list(places.values()))
+    written = []
+    for name, place in places.items():
+        if not axes.get_ylim()[0] <= place[1] <= axes.get_ylim()[1]:
+            continue
+        tried = []
+        for across, up, side in LABEL_PLACES:
+            text = axes.annotate(
+                name, place, (across, up), textcoords="offset points", ha=side, fontsize=8, color=COLOURS[modes[name]]
+            )  # fmt: skip
+            box = text.get_window_extent()
+            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+            covered = sum(box.overlaps(other.get_window_extent()) for other in written) + box.count_contains(points)
+            tried.append((covered + (not inside), len(tried), text))
+        best = min(tried, key=lambda attempt: attempt[:2])[2]
+        for _, _, text in tried:
+            if text is not best:
+                text.remove()
+        written.append(best)
+    return written

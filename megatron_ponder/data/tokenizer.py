@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
 
     def piece(self, token: int) -> str:
-        """One token in printable form: spaces as "▁", line ends and the like as escapes such as "\\n"."""
+        """One token in printable form: spaces as "▁", line ends, backslashes and the like as escapes such as "\\n"."""
 
 
 class SentencePieceTokenizer:
@@ -154,7 +154,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _printable(text: str) -> str:
     text = text.replace(" ", SPACE_SYMBOL)
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    # A backslash of the text is escaped as well, so that it looks like the beginning of nothing else.
+    shown = (char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode() for char in text)
+    return "".join(shown)
 
 
 def _printable_byte(byte: int) -> str:

@@ -25,7 +25,7 @@ PAPER_THRESHOLD = 1e-4
 HALVES = ("easy", "hard")
 PARTS = 10
 
-Row = dict[str, str | int | float | None]
+Row = dict[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _SubjectAnalysis:
         return measure(self.model, self.batches, setting)
 
     def add(self, table: str, **row) -> None:
-        self.analysis.add(table, model=self.subject.label, **row)
+        self.analysis.add(table, model=self.subject.label, mode=self.model.ponder_config.mode, **row)
 
     def sweeps(self, own: TokenMeasurements, halves: np.ndarray) -> None:
         """Loss against mean K̂ over τ and over α, random choices of K̂, and what α does to each half of the tokens."""
@@ -211,6 +211,7 @@ class _SubjectAnalysis:
                     half=name,
                     threshold=measured.setting.pruning.threshold,
                     bias=bias,
+                    own=measured.setting == self.own,
                     mean_steps=float(measured.executed.mean()),
                     half_mean_steps=float(measured.executed[halves == half].mean()),
                     loss=float(loss),
@@ -225,11 +226,11 @@ class _SubjectAnalysis:
         decides, pruning = self.subject.decides, measured.setting.pruning
         self.add(
             "quality_compute",
-            mode=self.model.ponder_config.mode,
             evaluation=measured.setting.name,
             sweep=sweep,
             threshold=pruning.threshold if decides else None,
             bias=pruning.bias if decides else None,
+            own=measured.setting == self.own,
             seed=seed,
             mean_steps=float(measured.executed.mean()),
             loss=float(measured.loss.mean()),
@@ -364,7 +365,6 @@ class _SubjectAnalysis:
             first = None if own.first_loss is None else float(own.first_loss[chosen].mean())
             self.add(
                 "depth",
-                mode=self.model.ponder_config.mode,
                 evaluation=self.own.name,
                 depth=None if depth < 0 else int(depth),
                 tokens=int(chosen.sum()),

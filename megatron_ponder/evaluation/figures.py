@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,14 +14,12 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_ponder.evaluation.analysis import HALVES, PAPER_FACTOR, Row
 from megatron_ponder.evaluation.statistics import mean_and_range
+from megatron_ponder.evaluation.style import STYLE, look, merged_labels
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers do it in greyscale.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STEPS_LABEL = "mean additional steps per token (K̂)"
 LOSS_LABEL = "loss [nats per token]"
 PANELS_PER_ROW = 3
-STYLE = {"svg.hashsalt": "megatron_ponder", "svg.fonttype": "none", "axes.axisbelow": True, "font.size": 9}
+CHARACTER = 0.021  # width of a character of a small label, as a share of the width of a panel
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
@@ -63,20 +62,27 @@ def _column(rows: Sequence[Row], name: str) -> list:
     return [row[name] for row in rows]
 
 
-def _look(index: int) -> dict:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+def _looks(rows: Sequence[Row]) -> dict[str, dict]:
+    """Colour and marker of every model, by its name; models of one mode share the colour."""
+    modes = {row["model"]: row["mode"] for row in rows}
+    earlier = Counter()
+    looks = {}
+    for model, mode in modes.items():
+        looks[model] = look(mode, earlier[mode])
+        earlier[mode] += 1
+    return looks
 
 
 def _settings(rows: Sequence[Row]) -> str:
     return ", ".join(dict.fromkeys(row["evaluation"] for row in rows))
 
 
-def _error_bars(panels: Sequence[Axes], rows: Sequence[Row], x: str, names: Sequence[str], index: int) -> None:
+def _error_bars(panels: Sequence[Axes], rows: Sequence[Row], x: str, names: Sequence[str], style: dict) -> None:
     """One model's mean and standard error of a quantity in each panel."""
     for axes, name in zip(panels, names, strict=True):
         axes.errorbar(
             _column(rows, x), _column(rows, name), yerr=_column(rows, f"{name}_standard_error"), linestyle="-",
-            linewidth=1.2, capsize=3, label=rows[0]["model"], **_look(index),
+            linewidth=1.2, capsize=3, label=rows[0]["model"], **style,
         )  # fmt: skip
 
 
@@ -102,30 +108,13 @@ def quality_compute(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, x in zip(panels, ("mean_steps", "mflops"), strict=True):
-        for index, model in enumerate(_models(rows)):
-            look = _look(index)
+        for model, style in _looks(rows).items():
             of_model = _where(rows, model=model)
             for point in _where(of_model, sweep="trained"):
                 label = model if point["mode"] in model else f"{model} ({point['mode']})"
-                axes.plot(point[x], point["loss"], linestyle="none", label=label, **look | {"markersize": 8})
-            for sweep, line, symbol in (("threshold", "-", "τ"), ("bias", "--", "α")):
-                curve = sorted(_where(of_model, sweep=sweep), key=lambda row: row[x])
-                face = look["color"] if sweep == "threshold" else "white"
-                axes.plot(
-                    *(_column(curve, name) for name in (x, "loss")),
-                    linestyle=line, markerfacecolor=face, linewidth=1.2, **look,
-                    label=f"{model}: {symbol} from {curve[-1][sweep]:g} to {curve[0][sweep]:g}" if curve else None,
-                )  # fmt: skip
-            control = _where(of_model, sweep="random")
-            if control:
-                at = list(dict.fromkeys(_column(control, "threshold")))
-                chosen = [_where(control, threshold=threshold) for threshold in at]
-                places = [statistics.fmean(_column(group, x)) for group in chosen]
-                means, *bars = zip(*(mean_and_range(_column(group, "loss")) for group in chosen), strict=True)
-                axes.errorbar(
-                    places, means, yerr=bars, linestyle=":", linewidth=1.2, capsize=2, alpha=0.7,
-                    **look | {"marker": "x"}, label=f"{model}: as many steps for tokens drawn at random",
-                )  # fmt: skip
+                axes.plot(point[x], point["loss"], linestyle="none", label=label, **style | {"markersize": 8})
+            _sweeps(axes, of_model, x, style)
+            _random_control(axes, of_model, x, style)
     _finish(panels[0], STEPS_LABEL, LOSS_LABEL)
     _finish(panels[1], "MFLOPs of inference per token", "")
     panels[0].set_xlim(left=-0.05)
@@ -134,12 +123,45 @@ def quality_compute(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def _sweeps(axes: Axes, rows: Sequence[Row], x: str, style: dict) -> None:
+    """One model's curves over τ (filled) and α (open), and a ring around its own τ and α."""
+    for sweep, line, symbol in (("threshold", "-", "τ"), ("bias", "--", "α")):
+        curve = sorted(_where(rows, sweep=sweep), key=lambda row: row[x])
+        if curve:
+            face = style["color"] if sweep == "threshold" else "white"
+            label = f"{curve[0]['model']}: {symbol} from {curve[-1][sweep]:g} to {curve[0][sweep]:g}"
+            axes.plot(
+                *(_column(curve, name) for name in (x, "loss")),
+                linestyle=line, markerfacecolor=face, linewidth=1.2, label=label, **style,
+            )  # fmt: skip
+    for own in _where(rows, sweep="threshold", own=True):
+        label = f"{own['model']}: its own τ = {own['threshold']:g}, α = {own['bias']:g}"
+        axes.plot(
+            own[x], own["loss"], "o", markersize=12, markerfacecolor="none", color=style["color"], label=label
+        )  # fmt: skip
+
+
+def _random_control(axes: Axes, rows: Sequence[Row], x: str, style: dict) -> None:
+    """As many steps as one model takes at each τ, for tokens drawn at random: mean and range over the draws."""
+    control = _where(rows, sweep="random")
+    if not control:
+        return
+    at = list(dict.fromkeys(_column(control, "threshold")))
+    chosen = [_where(control, threshold=threshold) for threshold in at]
+    places = [statistics.fmean(_column(group, x)) for group in chosen]
+    means, *bars = zip(*(mean_and_range(_column(group, "loss")) for group in chosen), strict=True)
+    axes.errorbar(
+        places, means, yerr=bars, linestyle=":", linewidth=1.2, capsize=2, alpha=0.7,
+        **style | {"marker": "x"}, label=f"{control[0]['model']}: as many steps for tokens drawn at random",
+    )  # fmt: skip
+
+
 def benefit(rows: Sequence[Row]) -> Figure:
     """What additional steps gain, by K̂, and how hard those tokens were before them."""
     figure, panels = _panels(2, shared_y=False)
-    for index, model in enumerate(_models(rows)):
+    for model, style in _looks(rows).items():
         of_model = _where(rows, model=model)
-        _error_bars(panels, of_model, "steps", ("gain", "first_loss"), index)
+        _error_bars(panels, of_model, "steps", ("gain", "first_loss"), style)
         for row in of_model if len(_models(rows)) == 1 else []:
             axes = panels[0]
             axes.annotate(
@@ -160,12 +182,12 @@ def benefit(rows: Sequence[Row]) -> Figure:
 def difficulty(rows: Sequence[Row]) -> Figure:
     """Mean K̂ of tokens from easy to hard, beside what the identity of the token alone says."""
     figure, panels = _panels(len(_models(rows)))
-    for index, (axes, model) in enumerate(zip(panels, _models(rows), strict=True)):
+    for axes, (model, style) in zip(panels, _looks(rows).items(), strict=True):
         of_model = _where(rows, model=model)
         x = _column(of_model, "first_loss")
         axes.errorbar(
             x, _column(of_model, "mean_steps"), yerr=_column(of_model, "mean_steps_standard_error"), linewidth=1.2,
-            capsize=3, label="router", **_look(index),
+            capsize=3, label="router", **style,
         )  # fmt: skip
         axes.plot(
             x, _column(of_model, "mean_steps_by_identity"), linestyle=":", color="black", marker="x", markersize=5,
@@ -173,7 +195,7 @@ def difficulty(rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
         axes.set_title(model, fontsize=9)
         axes.legend(fontsize=8)
-        _finish(axes, "step-0 loss, mean of each tenth of the tokens [nats]", STEPS_LABEL if index == 0 else "")
+        _finish(axes, "step-0 loss, mean of each tenth of the tokens [nats]", STEPS_LABEL if axes is panels[0] else "")
     figure.suptitle(f"Steps and difficulty ({_settings(rows)})")
     return figure
 
@@ -181,32 +203,52 @@ def difficulty(rows: Sequence[Row]) -> Figure:
 def shifting(rows: Sequence[Row]) -> Figure:
     """What more and fewer steps than the router's choice do to easy and to hard tokens."""
     figure, panels = _panels(len(_models(rows)))
-    for number, (axes, model) in enumerate(zip(panels, _models(rows), strict=True)):
-        for index, (half, line) in enumerate(zip(HALVES, ("--", "-"), strict=True)):
+    for axes, (model, style) in zip(panels, _looks(rows).items(), strict=True):
+        for half, line, face in zip(HALVES, ("--", "-"), ("white", style["color"]), strict=True):
             curve = _where(rows, model=model, half=half)
             steps, change = _column(curve, "mean_steps"), _column(curve, "loss_change")
-            axes.plot(steps, change, linestyle=line, linewidth=1.2, label=f"{half} half", **_look(index))
-        for row in curve:
-            at = (row["mean_steps"], row["loss_change"])
-            axes.annotate(f"α={row['bias']:g}", at, textcoords="offset points", xytext=(3, 6), fontsize=7)
+            axes.plot(
+                steps, change, linestyle=line, linewidth=1.2, label=f"{half} half", markerfacecolor=face, **style
+            )  # fmt: skip
+        for row in _where(curve, own=True):
+            axes.axvline(row["mean_steps"], color="black", linewidth=0.8, linestyle=":", label="its own α")
+        _label_biases(axes, curve)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(model, fontsize=9)
+        axes.set_title(model, fontsize=9, pad=18)
         axes.legend(fontsize=8, title="by step-0 loss", title_fontsize=8)
-        _finish(axes, STEPS_LABEL, "change of the loss [nats per token]" if number == 0 else "")
+        _finish(axes, STEPS_LABEL, "change of the loss [nats per token]" if axes is panels[0] else "")
     figure.suptitle(f"The router's choice shifted by α ({_settings(rows)})")
     return figure
+
+
+def _label_biases(axes: Axes, curve: Sequence[Row]) -> None:
+    """α of every point, above the panel; of points that lie too close together, in one label."""
+    left, right = axes.get_xlim()
+    places = [((row["mean_steps"] - left) / (right - left), f"{row['bias']:g}") for row in curve]
+    for number, (place, label) in enumerate(merged_labels(places, CHARACTER)):
+        shown = label.replace("-", "\N{MINUS SIGN}")
+        axes.annotate(
+            f"α = {shown}" if number == 0 else shown, (place, 1), xycoords="axes fraction", textcoords="offset points",
+            xytext=(0, 4), ha="center", fontsize=7,
+        )  # fmt: skip
 
 
 def contraction(rows: Sequence[Row]) -> Figure:
     """Distance to the fixed point after each Jacobi iteration."""
     figure, (axes,) = _panels(1)
-    for index, model in enumerate(_models(rows)):
-        # A distance of 0 has no place on a logarithmic axis.
-        curve = [row for row in _where(rows, model=model) if row["rmse"] > 0]
+    for index, (model, style) in enumerate(_looks(rows).items()):
+        of_model = _where(rows, model=model)
+        # A distance of 0 has no place on a logarithmic axis: it is shown on its edge, and said.
+        curve = [row for row in of_model if row["rmse"] > 0]
         axes.plot(
-            _column(curve, "refinements"), _column(curve, "rmse"), linestyle="-", linewidth=1.2, label=model,
-            **_look(index),
+            _column(curve, "refinements"), _column(curve, "rmse"), linestyle="-", linewidth=1.2, label=model, **style
         )  # fmt: skip
+        reached = [row["refinements"] for row in of_model if row["rmse"] == 0]
+        if reached:
+            axes.plot(
+                reached, [0] * len(reached), linestyle="none", markerfacecolor="white", clip_on=False,
+                transform=axes.get_xaxis_transform(), label=f"{model}: 0, the fixed point itself", **style,
+            )  # fmt: skip
         if index == 0 and curve:
             x = _column([row for row in curve if row["used"]] or curve, "refinements")
             paper = [curve[0]["rmse"] * PAPER_FACTOR**step for step in x]
@@ -223,8 +265,8 @@ def depth(rows: Sequence[Row]) -> Figure:
     """Loss and mean K̂ of answers by their true depth."""
     rows = [row for row in rows if row["depth"] is not None]
     figure, panels = _panels(2, shared_y=False)
-    for index, model in enumerate(_models(rows)):
-        _error_bars(panels, _where(rows, model=model), "depth", ("loss", "mean_steps"), index)
+    for model, style in _looks(rows).items():
+        _error_bars(panels, _where(rows, model=model), "depth", ("loss", "mean_steps"), style)
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
@@ -238,8 +280,8 @@ def depth(rows: Sequence[Row]) -> Figure:
 FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
     "quality_compute": (
         "Loss against compute. Filled markers: sweep of the threshold τ. Open markers: sweep of the router bias α. "
-        "Crosses: the same numbers of steps given to tokens drawn at random, with the range over the draws. Single "
-        "markers: models without a router.",
+        "Ring: the model's own τ and α. Crosses: the same numbers of steps given to tokens drawn at random, with the "
+        "range over the draws. Single markers: models without a router.",
         quality_compute,
     ),
     "benefit": (

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,6 +11,9 @@ from megatron_ponder.evaluation.analysis import Analysis, Row
 
 STRINGS_SHOWN = 12
 RARE = 5
+# What stands in a token for a line end, a tab and a backslash, and how running text shows it.
+ESCAPE = re.compile(r"\\(.)")
+VISIBLE = {"n": "⏎\n", "t": "\t", "\\": "\\"}
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -21,12 +25,12 @@ table { border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 2rem 1rem 0
 th, td { text-align: right; padding: 0.15rem 0.7rem; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 .side { display: flex; flex-wrap: wrap; }
-.text { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.text { font: 14px/1.9 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere; tab-size: 8; }
 .text span, .key span { padding: 0.15em 0; border-right: 2px solid #fff; cursor: default; }
 .key span { padding: 0.15em 0.6em; }
 .text span:hover, .text span.shown { outline: 2px solid #d55e00; }
 #tip { position: absolute; display: none; background: #fff; border: 1px solid #888; border-radius: 4px;
-  box-shadow: 0 2px 8px #0003; padding: 0.5rem 0.7rem; font-size: 0.85rem; max-width: 22rem; }
+  box-shadow: 0 2px 8px #0003; padding: 0.5rem 0.7rem; font-size: 0.85rem; width: max-content; max-width: 22rem; }
 #tip code { background: #eee; white-space: pre; }
 #tip .bar { display: inline-block; height: 0.7em; background: #0072b2; vertical-align: middle; }
 #tip td { border: 0; padding: 0 0.4rem 0 0; }
@@ -57,7 +61,8 @@ function show(span) {
     bar.style.width = `${100 * share}px`;
   });
   span.classList.add("shown");
-  const box = span.getBoundingClientRect();
+  const box = span.getClientRects()[0];
+  tip.style.left = "0";
   tip.style.display = "block";
   const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
   tip.style.left = `${Math.max(8, left) + window.scrollX}px`;
@@ -213,8 +218,8 @@ def _shade(steps: int, largest: int) -> str:
 
 def _visible(piece: str) -> str:
     """A token as it stands in running text."""
-    text = piece.replace("▁", " ")
-    return escape("⏎\n" if text == "\\n" else text) or "␣"
+    text = ESCAPE.sub(lambda found: VISIBLE.get(found[1], found[0]), piece.replace("▁", " "))
+    return escape(text) or "␣"
 
 
 def _hover(row: Row) -> dict:

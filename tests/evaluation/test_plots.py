@@ -36,18 +36,32 @@ def test_a_picture_is_written(tmp_path, steps, validation):
     assert len(set(map(tuple, pixels[::7, ::7, :3].reshape(-1, 3).tolist()))) > 4  # more than a white sheet
 
 
-def test_a_router_adds_what_each_step_predicts(tmp_path):
-    pictures = []
-    for routed in (False, True):
-        folder = tmp_path / "run"  # the picture has its name
-        folder.mkdir(exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        log = MetricsLog(folder, LoggingConfig(tensorboard=False), 0)
-        for step in (1, 2, 3):
-            losses = {"validation_own_losses": [9 / step, 8 / step], "validation_pruned_loss": 10 / step}
-            log.write(record(step, True) | (losses if routed else {}))
-        log.close()
-        pictures.append(matplotlib.image.imread(plot_training(folder)))
-    differing = (pictures[0] != pictures[1]).any(-1)
-    assert differing[:360, :600].any(), "in the panel of losses"
-    assert not differing[:, 600:].any()
+def test_what_each_step_predicts_is_told_apart_and_not_under_the_validation_curve(tmp_path):
+    log = MetricsLog(tmp_path, LoggingConfig(tensorboard=False), 0)
+    for step in (1, 2, 3):
+        validation = 7 / step
+        own = [validation + 1e-3 * (k + 1) for k in range(3)]  # on the scale of the losses they would be one line
+        losses = {"validation_own_losses": own, "validation_pruned_loss": validation, "step_histogram": [1, 2, 1]}
+        log.write(record(step, True) | losses)
+    log.close()
+    pixels = matplotlib.image.imread(plot_training(tmp_path))
+    assert pixels.shape[:2] == (720, 1800)
+    panel = (pixels[:360, 1250:, :3] * 255).round()
+    rows = []
+    for k in range(3):
+        shade = [255 * value for value in matplotlib.colormaps["viridis"](0.45 * k)[:3]]
+        drawn = (abs(panel - shade).max(-1) <= 2).nonzero()[0]
+        assert len(drawn) > 200, k
+        rows.append(sorted(drawn)[len(drawn) // 2])
+    assert rows == sorted(rows, reverse=True), "a larger loss lies higher"
+    assert min(rows[0] - rows[1], rows[1] - rows[2]) > 50
+
+
+def test_what_is_not_finite_leaves_a_gap(tmp_path):
+    log = MetricsLog(tmp_path, LoggingConfig(tensorboard=False), 0)
+    for step in (1, 2, 3):
+        lost = {"validation_loss": None, "cross_entropy": None, "step_histogram": [0, 0, 0]} if step == 2 else {}
+        losses = {"validation_own_losses": [9.0, None], "validation_pruned_loss": 8.0, "step_histogram": [1, 2, 1]}
+        log.write(record(step, True) | losses | lost)
+    log.close()
+    assert plot_training(tmp_path).is_file()

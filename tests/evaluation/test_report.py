@@ -45,7 +45,7 @@ def test_the_page_holds_everything(page):
     shades = {}
     for (_, shade, text), row in zip(spans, rows, strict=True):
         shades.setdefault(row["steps"], set()).add(shade)
-        shown = row["token"].replace("▁", " ") if row["token"] != "\\n" else "⏎\n"
+        shown = row["token"].replace("▁", " ").replace("\\n", "⏎\n")
         assert html.unescape(text) == shown
     assert shades == {0: {"255,255,255"}, 1: {"132,162,202"}, 2: {"8,69,148"}}
     texts = json.loads(re.search(r"const texts = (.*);\n", content).group(1))

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
+
+from megatron_ponder.evaluation.style import COLOURS
 
 PARETO = Path(__file__).parents[2] / "examples" / "pareto"
 
@@ -45,7 +48,9 @@ def write_analysis(folder: Path, seed: int, shift: float) -> None:
     }
     folder.mkdir()
     (folder / "analysis.json").write_text(
-        json.dumps({"models": {f"{name}-seed{seed}": model for name, model in models.items()}})
+        json.dumps(
+            {"models": {f"{name}-seed{seed}": model | {"mode": name.split("-")[0]} for name, model in models.items()}}
+        )
     )
     rows = ["model,sweep,threshold,loss,mflops"]
     rows += [
@@ -90,3 +95,33 @@ def test_the_table_compares_at_equal_compute_over_seeds(tmp_path, monkeypatch):
     assert (tmp_path / "table.md").read_text() == table
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 9
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mode_has_one_colour_and_a_line_through_its_variants_and_no_name_covers_another(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(PARETO)
+    import tables
+
+    drawn = []
+    monkeypatch.setattr(tables, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
+    places = {
+        "vanilla": (2.9, 0.5), "fixed": (2.7, 1.0), "fixed-2": (2.6, 1.5), "adaptive": (2.71, 1.0),
+        "adaptive-lambda-0.05": (2.7, 1.01), "adaptive-identity": (2.75, 0.9), "pause": (9.0, 1.0),
+    }  # fmt: skip
+    points = {
+        name: tables.Point(loss, 1.0, mflops, None, {"mode": name.split("-")[0]})
+        for name, (loss, mflops) in places.items()
+    }
+    tables._draw([points], tmp_path / "pareto.png")
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    through = {
+        mode: list(zip(line.get_ydata(), line.get_xdata(), strict=True))
+        for mode, line in lines.items()
+        if mode in COLOURS
+    }
+    assert through["fixed"] == [places[name] for name in ("vanilla", "fixed", "fixed-2")]
+    assert through["adaptive"] == [places[name] for name in ("adaptive", "adaptive-lambda-0.05")]
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colours == {name: COLOURS[name.split("-")[0]] for name in places if name != "pause"}
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
