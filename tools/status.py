@@ -4,8 +4,9 @@
     python tools/status.py runs/* --watch 10
     python tools/status.py runs/quickstart --json
 
-Reads run folders and nothing else, so that it works from any machine that sees them, during a run and after it. The
-exit code is 1 if a run is silent: it should have written something and has not.
+Reads run folders and nothing else, so that it works from any machine that sees them, during a run and after it. What
+is no run is left out, with a line on stderr. The exit code is 1 if a run is silent: it should have written something
+and has not.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from megatron_ponder.errors import UserError, command
+from megatron_ponder.errors import UserError, command, describe
 from megatron_ponder.training.status import RunStatus, run_status
 
 
@@ -36,9 +37,10 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 160  # as wide as the table needs, whatever the reader of a pipe takes
     if arguments.watch is not None:
+        read_runs(arguments.run_dirs)  # says once what is left out
         watch(arguments.run_dirs, arguments.watch, console)
         return
-    found = [run_status(run_dir) for run_dir in arguments.run_dirs]
+    found = read_runs(arguments.run_dirs)
     if arguments.json:
         for status in found:
             print(json.dumps(status.as_dict()))
@@ -47,12 +49,36 @@ def main() -> None:
     sys.exit(any(status.state == "silent" for status in found))
 
 
+def read_runs(run_dirs: list[Path], say: bool = True) -> list[RunStatus]:
+    """How those of the folders are doing that are runs; the others are left out.
+
+    Args:
+        run_dirs: folders, among which there may be other things, as in `runs/*`.
+        say: on stderr what is left out and why.
+
+    Raises:
+        UserError: none of them is a run.
+    """
+    found, others = [], []
+    for run_dir in run_dirs:
+        try:
+            found.append(run_status(run_dir))
+        except (UserError, OSError) as error:
+            others.append(describe(error))
+    if not found:
+        more = f" (and {len(others) - 1} more that are none)" if len(others) > 1 else ""
+        raise UserError(others[0] + more)
+    for other in others if say else ():
+        print(f"left out: {other}", file=sys.stderr)
+    return found
+
+
 def watch(run_dirs: list[Path], seconds: float, console: Console) -> None:
     """Show the table until interrupted, or until every run has finished."""
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                found = [run_status(run_dir) for run_dir in run_dirs]
+                found = read_runs(run_dirs, say=False)
                 live.update(table_of(found), refresh=True)
                 if all(status.state == "finished" for status in found):
                     return

@@ -60,6 +60,25 @@ def test_watching_ends_with_the_runs(corpus):
     assert "finished" in done.stdout
 
 
+def test_what_is_no_run_is_left_out_and_said(corpus, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_bytes(b"\xff")
+    names = [tmp_path / "damaged", tmp_path / "empty", finished_runs(corpus).whole, tmp_path / "notes.txt"]
+    for option in ([], ["--watch", "1"]):
+        done = status(*names, *option)
+        assert done.returncode == 0
+        assert "finished" in done.stdout
+        lines = done.stderr.splitlines()
+        assert len(lines) == 3
+        assert all(line.startswith("left out: ") and str(tmp_path) in line for line in lines)
+    assert len(status(*names, "--json").stdout.splitlines()) == 1
+    done = status(*names[:2])
+    assert done.returncode == 2
+    assert done.stderr.endswith("copy it anew from a checkpoint (and 1 more that are none)\n")
+
+
 def test_what_cannot_be_read(tmp_path):
     for arguments, message in (
         ([tmp_path], "is not a run folder"),
