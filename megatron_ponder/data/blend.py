@@ -72,6 +72,11 @@ class BlendedDataset:
         dataset, position = self.locate(position)
         return self.datasets[dataset][position]
 
+    def describe(self, position: int) -> str:
+        """Where the sample at a position is from."""
+        dataset, position = self.locate(position)
+        return self.datasets[dataset].describe(position)
+
     def prepare(self, position: int) -> None:
         """Have the order around a position ready before processes that read are started."""
         number = self._phase(position)

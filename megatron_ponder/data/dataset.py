@@ -4,7 +4,7 @@ import numpy as np
 
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import IndexedDataset
-from megatron_ponder.data.sample_index import SampleIndex
+from megatron_ponder.data.sample_index import Piece, SampleIndex
 from megatron_ponder.data.splits import split_documents
 from megatron_ponder.errors import UserError
 
@@ -52,16 +52,26 @@ class TokenDataset:
         """int64 (S + 1,): the sample at a position counted over all epochs.
 
         Raises:
-            UserError: the dataset is damaged there, or is not the one that the order was made for.
+            UserError: the dataset is damaged there, was written to, or is not the one that the order was made for.
         """
+        pieces = [
+            self.indexed.read_document(self.documents[piece.document], piece.offset, piece.length)
+            for piece in self._locate(position)
+        ]
+        self.indexed.check_unwritten()
+        return np.concatenate(pieces, dtype=np.int64)
+
+    def describe(self, position: int) -> str:
+        """Where the sample at a position is from."""
+        first, *others = [self.documents[piece.document] for piece in self._locate(position)]
+        more = f" and {len(others)} more" if others else ""
+        return f"document {first}{more} of {self.indexed.prefix}"
+
+    def _locate(self, position: int) -> list[Piece]:
         try:
-            located = self.index.locate(position)
+            return self.index.locate(position)
         except UserError as error:
             raise UserError(f"{self.indexed.prefix}: {error}") from None
-        pieces = [
-            self.indexed.read_document(self.documents[piece.document], piece.offset, piece.length) for piece in located
-        ]
-        return np.concatenate(pieces, dtype=np.int64)
 
     def streams(self, samples: int) -> list[tuple["TokenDataset", int]]:
         """The datasets that the first `samples` samples are of, with how many of each: here this one alone."""

@@ -15,6 +15,7 @@
 import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -66,7 +67,12 @@ class IndexedDataset:
                     "or make one with tools/preprocess_data.py"
                 )
         self.dtype, num_sequences, num_boundaries = _read_header(idx_path)
-        self._index = np.memmap(idx_path, np.uint8, mode="r")
+        # Samples are read and not mapped, because a file that has become shorter, or a disk that fails, would kill a
+        # process that maps it.
+        self._files = [path.open("rb", buffering=0) for path in (bin_path, idx_path)]  # for as long as this exists
+        self._states = [_state(file) for file in self._files]
+        self._file, idx_file = self._files
+        self._index = np.memmap(idx_file, np.uint8, mode="r")
         lengths_at = HEADER.size
         offsets_at = lengths_at + 4 * num_sequences
         documents_at = offsets_at + 8 * num_sequences
@@ -83,9 +89,6 @@ class IndexedDataset:
         if actual == 0:
             raise _damaged(bin_path, "holds no tokens")
         self._tokens = np.memmap(bin_path, self.dtype, mode="r")
-        # Samples are read and not mapped, because a file that has become shorter, or a disk that fails, would kill a
-        # process that maps it.
-        self._file = open(bin_path, "rb", buffering=0)  # noqa: SIM115, open as long as the dataset is
 
     def __reduce__(self):
         # A loader worker opens the files again; a memory map cannot travel, and its contents should not.
@@ -200,6 +203,18 @@ class IndexedDataset:
         blocks = [self._tokens[at : at + block] for at in range(0, self.num_tokens, block)]
         return min(int(part.min()) for part in blocks), max(int(part.max()) for part in blocks)
 
+    def check_unwritten(self) -> None:
+        """Raise a `UserError` if somebody has written to the files since they were opened.
+
+        One that is replaced, as commands of this package do, stays open as it was.
+        """
+        for file, state in zip(self._files, self._states, strict=True):
+            if _state(file) != state:
+                raise UserError(
+                    f"{file.name} has been written to since it was opened; put back what it was, or begin anew with "
+                    "what it is"
+                )
+
     def _read(self, start: int, offset: int, length: int, available: int) -> np.ndarray:
         if offset < 0 or not 0 <= length <= available:
             raise IndexError(f"tokens {offset} to {offset + length} of {offset + available}")
@@ -274,6 +289,11 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     if actual != expected:
         raise _damaged(path, f"has {actual} bytes where its header says {expected}")
     return DTYPES[code], num_sequences, num_boundaries
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -23,6 +23,7 @@ def batches(
     data_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    vocab_size: int | None = None,
 ) -> Generator[list[Tensor], None, None]:
     """Endless: for each optimiser step the micro-batches of this rank, int64 (micro_batch_size, S + 1) each.
 
@@ -35,9 +36,10 @@ def batches(
         num_workers: processes that read ahead; 0 reads in this one. They end when the iterator is closed, and ignore
             the signals of which Python's exit would have them die, so that whoever leaves it open waits for ever.
         pin_memory: put batches in page-locked memory, from which copies to a GPU are asynchronous.
+        vocab_size: every id has to be below it; None for any ids.
 
     Raises:
-        UserError: a sample cannot be read.
+        UserError: a sample cannot be read, or has an id that the model does not know.
     """
     assert global_batch_size % (micro_batch_size * data_size) == 0
     block = global_batch_size // data_size
@@ -45,23 +47,31 @@ def batches(
     positions = (
         range(at, at + micro_batch_size) for start in starts for at in range(start, start + block, micro_batch_size)
     )
-    with closing(_read(_loader(dataset, positions, num_workers, pin_memory))) as micro_batches:
+    with closing(_read(_loader(dataset, positions, vocab_size, num_workers, pin_memory))) as micro_batches:
         while True:
             yield list(islice(micro_batches, block // micro_batch_size))
 
 
 def validation_batches(
-    dataset: Samples, samples: int, micro_batch_size: int, data_rank: int, data_size: int
+    dataset: Samples,
+    samples: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Micro-batches of this rank's part of the first `samples` samples, int64 (at most micro_batch_size, S + 1) each.
 
     Together the ranks read each position exactly once. Where the division leaves a rest, a rank's last micro-batch is
     smaller, and a rank may have one less than another, or none.
+
+    Raises:
+        UserError: see `batches`.
     """
     stop = samples * (data_rank + 1) // data_size
     starts = range(samples * data_rank // data_size, stop, micro_batch_size)
     positions = (range(at, min(at + micro_batch_size, stop)) for at in starts)
-    return _read(_loader(dataset, positions, num_workers=0, pin_memory=False))
+    return _read(_loader(dataset, positions, vocab_size, num_workers=0, pin_memory=False))
 
 
 def _read(loader: DataLoader) -> Generator[Tensor, None, None]:
@@ -71,9 +81,11 @@ def _read(loader: DataLoader) -> Generator[Tensor, None, None]:
         yield content
 
 
-def _loader(dataset: Samples, positions: Iterable[range], num_workers: int, pin_memory: bool) -> DataLoader:
+def _loader(
+    dataset: Samples, positions: Iterable[range], vocab_size: int | None, num_workers: int, pin_memory: bool
+) -> DataLoader:
     return DataLoader(
-        _Careful(dataset),
+        _Careful(dataset, vocab_size),
         batch_sampler=positions,
         num_workers=num_workers,
         collate_fn=_stack,
@@ -87,14 +99,33 @@ def _loader(dataset: Samples, positions: Iterable[range], num_workers: int, pin_
 class _Careful(Dataset):
     """Gives what has gone wrong in place of samples, as text, because errors of workers arrive as tracebacks."""
 
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
+    def __init__(self, samples: Samples, vocab_size: int | None) -> None:
+        self._samples, self._vocab_size = samples, vocab_size
 
     def __getitems__(self, positions: range) -> list[np.ndarray] | str:
         try:
-            return [self._samples[position] for position in positions]
+            content = [self._samples[position] for position in positions]
+            if self._vocab_size is not None:
+                self._check_ids(positions, content)
+            return content
         except (UserError, OSError) as error:
             return describe(error)
+
+    def _check_ids(self, positions: range, content: list[np.ndarray]) -> None:
+        """Refuse samples with ids that the model cannot embed, which a dataset gets when its file is damaged."""
+        bad = [
+            (position, int(tokens.min() if tokens.min() < 0 else tokens.max()))
+            for position, tokens in zip(positions, content, strict=True)
+            if tokens.min() < 0 or tokens.max() >= self._vocab_size
+        ]
+        if bad:
+            (first, token), *others = bad
+            named = "".join(f", {position:,}" for position, _ in others)
+            raise UserError(
+                f"sample {first:,} ({self._samples.describe(first)}) has the token id {token}, and the model knows 0 "
+                f"to {self._vocab_size - 1}{f'; so have samples{named[1:]}' if named else ''}: the dataset is damaged; "
+                "look at it with tools/inspect_dataset.py --verify, and make it again"
+            )
 
 
 def _stack(samples: list[np.ndarray] | str) -> Tensor | str:

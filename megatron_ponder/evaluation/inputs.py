@@ -55,7 +55,8 @@ def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples:
     for prefix in prefixes(data):
         check_vocabulary(prefix, loaded.config.model.vocab_size)
     names = ", ".join(Path(prefix).name for prefix in prefixes(data))
-    return Inputs(_batches(loaded, opened, samples), f"the {split} part of {names}")
+    vocab_size = loaded.config.model.vocab_size
+    return Inputs(_batches(loaded, opened, samples, vocab_size), f"the {split} part of {names}")
 
 
 def depth_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int, depths: str) -> list[Tensor]:
@@ -80,7 +81,7 @@ def depth_batches(loaded: LoadedModel, dataset: str | None, split: str, samples:
             f"{text.num_tokens}, or they are cut differently; give the depths that were made with that dataset"
         )
     data = replace(data, path=depths, valid_path=None, test_path=None, phases=[])
-    return _batches(loaded, _open(loaded, data, split), samples)
+    return _batches(loaded, _open(loaded, data, split), samples, vocab_size=None)
 
 
 def _data(loaded: LoadedModel, dataset: str | None) -> DataConfig:
@@ -99,9 +100,9 @@ def _open(loaded: LoadedModel, data: DataConfig, split: str) -> Samples:
     return datasets[split]
 
 
-def _batches(loaded: LoadedModel, opened: Samples, samples: int) -> list[Tensor]:
+def _batches(loaded: LoadedModel, opened: Samples, samples: int, vocab_size: int | None) -> list[Tensor]:
     count = min(samples, opened.samples_per_epoch)
-    return list(validation_batches(opened, count, loaded.config.training.micro_batch_size, 0, 1))
+    return list(validation_batches(opened, count, loaded.config.training.micro_batch_size, 0, 1, vocab_size))
 
 
 def flat_labels(batches: Sequence[Tensor]) -> np.ndarray:

@@ -83,6 +83,7 @@ class TrainingLoop:
             mesh.data.size,
             config.data.num_workers,
             pin_memory=mesh.device.type == "cuda",
+            vocab_size=config.model.vocab_size,
         )
         self._reader = CarefulReader((training.micro_batch_size, config.data.sequence_length + 1))
         self._micro_batches = training.global_batch_size // (training.micro_batch_size * mesh.data.size)

@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -76,3 +77,25 @@ def test_a_split_without_documents(prefix):
 def test_a_split_with_too_few_tokens(prefix):
     with pytest.raises(UserError, match=r"valid part of .*data: sequence longer than the data: 6 .* at most 5"):
         build(prefix, "9,1", 6, 0)
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+@pytest.mark.parametrize("how", ["written", "longer"])
+def test_files_that_somebody_writes_to_are_noticed(prefix, ending, how):
+    path = f"{prefix}.{ending}"
+    os.utime(path, (1e9, 1e9))
+    train = build(prefix, "1", sequence_length=4, seed=0)["train"]
+    train[0]
+    with open(path, "rb+") as file:
+        file.seek(0, os.SEEK_END if how == "longer" else os.SEEK_SET)
+        file.write(b"\1\0")
+    with pytest.raises(UserError, match=rf"data\.{ending} has been written to since it was opened; put back"):
+        train[3]
+
+
+def test_a_dataset_that_is_replaced_stays_open_as_it_was(prefix):
+    train = build(prefix, "1", sequence_length=4, seed=0)["train"]
+    before = [train[position].tolist() for position in range(10)]
+    with IndexedDatasetWriter(prefix, np.dtype("<u2")) as writer:
+        writer.add_document(np.zeros(100, int))
+    assert [train[position].tolist() for position in range(10)] == before

@@ -1,3 +1,4 @@
+import re
 from itertools import islice
 
 import numpy as np
@@ -9,6 +10,7 @@ from megatron_ponder.data.dataset import TokenDataset
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.loader import batches, validation_batches
 from megatron_ponder.data.mixture import open_mixture
+from megatron_ponder.errors import UserError
 
 
 @pytest.fixture
@@ -51,6 +53,34 @@ def test_a_resumed_run_goes_on_where_the_first_stopped(dataset):
     resumed = [torch.cat(step) for step in islice(batches(dataset, 12, 4, 4, 0, 1), 3)]
     for step, same in zip(whole[3:], resumed, strict=True):
         torch.testing.assert_close(step, same, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_with_ids_that_the_model_does_not_know_are_named(dataset, num_workers):
+    """Whatever a manifest says: the file itself may be damaged, or be another by now."""
+    tokens = torch.cat([torch.cat(step) for step in islice(batches(dataset, 0, 2, 2, 0, 1), 7)])
+    bad = [position for position, sample in enumerate(tokens) if sample.max() >= 60]
+    assert 1 < len(bad) < 14
+    loader = batches(dataset, 0, 14, 14, 0, 1, num_workers=num_workers, vocab_size=60)
+    place = dataset.describe(bad[0])
+    assert re.fullmatch(rf"document \d( and \d more)? of {dataset.indexed.prefix}", place)
+    message = (
+        f"sample {bad[0]} ({place}) has the token id {tokens[bad[0]].max()}, and the model knows 0 to 59; so have "
+        f"samples {', '.join(map(str, bad[1:]))}: the dataset is damaged"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        next(loader)
+    next(batches(dataset, 0, 14, 14, 0, 1, vocab_size=87))
+    with pytest.raises(UserError, match=rf"^sample {bad[0]} \(.*, and the model knows 0 to 59: the dataset is damaged"):
+        list(validation_batches(dataset, 14, 1, 0, 1, vocab_size=60))
+
+
+def test_negative_ids_are_named(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "data", np.dtype("<i4")) as writer:
+        writer.add_document([1, 2, -3, 4, 5])
+    samples = open_mixture(DataConfig(str(tmp_path / "data"), split="1", sequence_length=4), seed=0).samples["train"]
+    with pytest.raises(UserError, match="has the token id -3, and the model knows 0 to 9"):
+        next(batches(samples, 0, 1, 1, 0, 1, vocab_size=10))
 
 
 class ReportsItsProcess:

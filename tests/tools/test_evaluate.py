@@ -1,7 +1,9 @@
 import itertools
 import json
 import math
+import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -204,3 +206,13 @@ def test_text_that_is_not_utf8_and_a_dataset_that_is_too_large(tool, run_dir, co
     code, _, error = tool("--checkpoint", tmp_path / "small", "--data", corpus.dataset)
     assert code == 2
     assert "has token ids up to 511" in error
+
+    prefix = tmp_path / "damaged"
+    for ending in (".bin", ".idx"):
+        shutil.copyfile(f"{corpus.dataset}{ending}", f"{prefix}{ending}")
+    about = json.loads(Path(f"{corpus.dataset}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(about | {"bin_sha256": "", "fingerprint": ""}))
+    Path(f"{prefix}.bin").write_bytes(b"\xff" * Path(f"{prefix}.bin").stat().st_size)
+    code, _, error = tool("--checkpoint", run_dir, "--data", prefix)
+    assert (code, error.count("\n")) == (2, 1)
+    assert re.match(rf"error: sample 0 \(document .* of {prefix}\) has the token id 65535, and the model knows", error)

@@ -2,9 +2,11 @@
 
 import errno
 import io
+import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -16,8 +18,9 @@ import torch.distributed as dist
 
 from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
-from megatron_ponder.config import read_config
+from megatron_ponder.config import Config, read_config
 from megatron_ponder.data import indexed_dataset
+from megatron_ponder.data.mixture import open_mixture
 from megatron_ponder.errors import Preempted, UserError
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpoint as saving
@@ -127,6 +130,40 @@ def unreadable(first: int) -> Patched:
     return Patched(indexed_dataset.os, "pread", pread)
 
 
+def overwritten(first: int, path: Path) -> Patched:
+    """Somebody writes to the tokens while they are read, even if only what was there."""
+
+    def pread(call, whole, *args):
+        if call == first:
+            with open(path, "rb+") as file:
+                token = file.read(2)
+                file.seek(0)
+                file.write(token)
+        return whole(*args)
+
+    return Patched(indexed_dataset.os, "pread", pread)
+
+
+def write_unknown_id(config: Config, sample: int) -> None:
+    """An id that the model does not know, in one of the samples that a run trains on."""
+    dataset = open_mixture(config.data, config.training.seed).samples["train"]
+    piece = dataset.index.locate(sample)[0]
+    with open(f"{config.data.path}.bin", "rb+") as file:
+        file.seek(2 * (dataset.indexed.span(dataset.documents[piece.document])[0] + piece.offset + 1))
+        file.write(b"\xff\xff")
+
+
+def copied(dataset: Path, folder: Path) -> Path:
+    """A dataset whose manifest, as those of earlier versions, has no checksums."""
+    folder.mkdir()
+    for ending in (".bin", ".idx"):
+        shutil.copyfile(f"{dataset}{ending}", folder / f"data{ending}")
+        os.utime(folder / f"data{ending}", (1e9, 1e9))
+    about = json.loads(Path(f"{dataset}.json").read_text())
+    (folder / "data.json").write_text(json.dumps(about | {"bin_sha256": "", "fingerprint": ""}))
+    return folder / "data"
+
+
 def everything(mesh: Mesh, folder: Path, commands: dict[str, list[str]]) -> dict[str, Attempt]:
     """All faults, one after another, because a start of ranks takes longer than the rest."""
     seen = {}
@@ -147,6 +184,12 @@ def everything(mesh: Mesh, folder: Path, commands: dict[str, list[str]]) -> dict
         seen["disk full at the end"] = attempt(mesh, commands["disk full at the end"])
     with unreadable(4):
         seen["unreadable"] = attempt(mesh, commands["unreadable"])
+    with overwritten(4, folder / "copy" / "data.bin"):
+        seen["overwritten"] = attempt(mesh, commands["overwritten"])
+    if mesh.data.rank == 0:
+        write_unknown_id(read_config(commands["unknown ids"]), sample=18)
+    dist.barrier()
+    seen["unknown ids"] = attempt(mesh, commands["unknown ids"])
     with RunFolder(folder / "other", "") if mesh.data.rank == 0 else nullcontext():
         seen["held"] = attempt(mesh, commands["other"])
     other = ["--training.seed=7"] if mesh.data.rank == 1 else []
@@ -171,6 +214,7 @@ def everything(mesh: Mesh, folder: Path, commands: dict[str, list[str]]) -> dict
 @pytest.fixture(scope="module")
 def ranks(corpus, tmp_path_factory) -> tuple[list[dict[str, Attempt]], Path]:
     folder = tmp_path_factory.mktemp("faults")
+    copy = copied(corpus.dataset, folder / "copy")
 
     def command(name: str, **settings) -> list[str]:
         # what each step predicts is not measured, because faults are counted by calls of the loss
@@ -186,6 +230,8 @@ def ranks(corpus, tmp_path_factory) -> tuple[list[dict[str, Attempt]], Path]:
         **{f"fast {name}": command(f"fast {name}", **FAST, **mode) for name, mode in MODES.items()},
         "disk full at the end": command("disk full at the end"),
         "unreadable": command("unreadable"),
+        "overwritten": command("overwritten", data__path=copy),
+        "unknown ids": command("unknown ids", data__path=copy),
         "other": command("other"),
         "damaged": command("damaged"),
     }
@@ -283,6 +329,27 @@ def test_data_that_cannot_be_read_end_all_ranks_with_one_line_and_a_checkpoint(r
     manifest, records = read_manifest(resolve_checkpoint(run)), read_metrics(run)
     assert manifest.step == records[-1]["step"] < 8
     assert manifest.samples == records[-1]["samples"]
+    assert not any("skipped" in record for record in records)
+
+
+def test_data_that_are_written_to_while_training_end_all_ranks_alike(ranks):
+    run = ranks[1] / "overwritten"
+    end = alike(ranks, "overwritten").end
+    assert end == (
+        f"UserError: {ranks[1]}/copy/data.bin has been written to since it was opened; put back what it was, or begin "
+        "anew with what it is"
+    )
+    manifest, records = read_manifest(resolve_checkpoint(run)), read_metrics(run)
+    assert 0 < manifest.step == records[-1]["step"] < 8
+
+
+def test_ids_that_the_model_does_not_know_end_all_ranks_with_the_sample_and_a_checkpoint(ranks):
+    run = ranks[1] / "unknown ids"
+    end = alike(ranks, "unknown ids").end
+    where = rf"document \d+( and \d+ more)? of {ranks[1]}/copy/data"
+    assert re.match(rf"UserError: sample 18 \({where}\) has the token id 65535, and the model knows 0 to 511: the", end)
+    manifest, records = read_manifest(resolve_checkpoint(run)), read_metrics(run)
+    assert manifest.step == records[-1]["step"] == 4
     assert not any("skipped" in record for record in records)
 
 
