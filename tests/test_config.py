@@ -149,8 +149,8 @@ def test_help_lists_every_key(capsys):
         (["--logging.keep", "1"], "did you mean checkpoint.keep?"),
         (["--hidden_size", "64"], "did you mean model.hidden_size?"),
         (["--qqqq.zzzz", "1"], "sections are model, ponder, parallel, data, tokenizer, optimizer"),
-        (["model.hidden_size", "64"], "unrecognized arguments: model.hidden_size 64"),
-        (["--config"], "--config: expected one argument"),
+        (["model.hidden_size", "64"], '"model.hidden_size" is no option; write --key value'),
+        (["--config"], "--config has no value; write --config VALUE"),
         (["--config", "missing.yaml"], "no configuration file missing.yaml; check the path given with --config"),
         (["--config=missing.yaml"], "no configuration file missing.yaml"),
     ],
@@ -173,7 +173,7 @@ def test_unknown_arguments(arguments, said):
         ("# nothing\n", "{path} must hold sections such as `model:`"),
         ("- model\n", "{path} must hold sections such as `model:`"),
         ("model: [\n", "{path} is not valid YAML"),
-        ("model:\n  hidden_size: wide\n", "key \"model.hidden_size\": Expected a <class 'int'>. Got value: wide"),
+        ("model:\n  hidden_size: wide\n", "model.hidden_size is wide; write a whole number"),
     ],
 )
 def test_faulty_files(write, text, said):
@@ -192,7 +192,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     [
         ("model.hidden_size", "wide", "wide"),
         ("model.hidden_size", "1.5", "1.5"),
-        ("model.hidden_size", "true", "True"),
+        ("model.hidden_size", "true", "true; write a whole number"),
         ("model.family", "gpt2", "gpt2"),
         ("ponder.mode", "slow", "slow"),
         ("ponder.jacobi_iterations", "[1, x]", "x"),
@@ -214,49 +214,22 @@ def test_wrong_types(key, value, got):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"model__hidden_size": 0}, "model.hidden_size is 0; it must be at least 1"),
-        ({"model__num_layers": -1}, "model.num_layers is -1; it must be at least 1"),
-        ({"model__num_heads": 0}, "model.num_heads is 0; it must be at least 1"),
-        ({"model__num_kv_heads": 0}, "model.num_kv_heads is 0; it must be at least 1"),
-        ({"model__ffn_hidden_size": 0}, "model.ffn_hidden_size is 0; it must be at least 1"),
         ({"model__hidden_size": 100}, "100 is not divisible by model.num_heads 12; choose a multiple, for example 108"),
         ({"model__num_kv_heads": 5}, "model.num_heads 12 is not divisible by model.num_kv_heads 5"),
         ({"model__family": "gpt_neox", "model__num_kv_heads": 4}, "gpt_neox family has no grouped-query heads"),
         ({"model__family": "gpt_neox", "model__rotary_fraction": 0.3}, "head of 64 channels is 19.2; it must be a pos"),
-        ({"model__family": "gpt_neox", "model__rotary_fraction": 0}, "it must be a positive even number of them"),
-        ({"model__family": "gpt_neox", "model__rotary_fraction": 1.5}, "it must be a positive even number of them"),
         ({"model__hidden_size": 36}, "model.rotary_fraction 1.0 of a head of 3 channels is 3"),
         ({"model__rotary_fraction": 0.5}, "the llama family rotates whole heads"),
-        ({"model__vocab_size": 1}, "model.vocab_size is 1; leave it out to take the tokenizer's"),
         ({"ponder__max_steps": 0}, "ponder.mode adaptive needs ponder.max_steps of at least 1, not 0"),
         ({"ponder__mode": "fixed", "ponder__max_steps": 0}, "ponder.mode fixed needs ponder.max_steps"),
         ({"ponder__mode": "loop", "ponder__max_steps": 0}, "ponder.mode loop needs ponder.max_steps"),
-        ({"ponder__jacobi_iterations": -1}, "ponder.jacobi_iterations is -1; give a number from 0 up"),
         ({"ponder__jacobi_iterations": "[]"}, "ponder.jacobi_iterations is []; give a number from 0 up"),
-        ({"ponder__jacobi_iterations": "[2,-1]"}, "ponder.jacobi_iterations is [2, -1]"),
-        ({"ponder__threshold": 1.5}, "ponder.threshold 1.5 is not a weight"),
-        ({"ponder__threshold": -0.1}, "ponder.threshold -0.1 is not a weight"),
-        ({"ponder__router_hidden_size": -1}, "ponder.router_hidden_size must be 0 (a linear router) or positive"),
-        ({"ponder__penalty_weight": -1}, "ponder.penalty_weight must not be negative"),
-        ({"optimizer__betas": "[0.9, 1.0]"}, "optimizer.betas must lie between 0 and 1"),
-        ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay and optimizer.gradient_clipping must not be"),
-        ({"ponder__router_start": -1}, "ponder.router_start must be 0 (from the beginning) or an optimiser step"),
         ({"ponder__target_steps": 0.5}, "needs a ponder.penalty_weight above 0 to begin with"),
         (
             {"ponder__target_steps": 9, "ponder__penalty_weight": 0.1},
             "ponder.target_steps 9.0 must lie between 0 and ponder.max_steps 3",
         ),
-        ({"ponder__target_rate": 0}, "ponder.target_rate 0.0 must lie between 0 and 1, such as 0.01"),
-        ({"ponder__prune_start": -1}, "ponder.prune_start -1 is not an optimiser step"),
         ({"ponder__penalty_start": 5}, "ponder.penalty_start 5 must lie between 0 and ponder.penalty_end 0"),
-        ({"ponder__penalty_start": -5}, "ponder.penalty_start -5 must lie between 0 and ponder.penalty_end 0"),
-        ({"ponder__gradient_passes": 0}, "ponder.gradient_passes must be at least 1"),
-        ({"ponder__embedding_scale": 0}, "ponder.embedding_scale is 0.0; it must be positive"),
-        ({"parallel__zero_stage": 4}, "parallel.zero_stage is 4; DeepSpeed has stages 0, 1, 2 and 3"),
-        ({"parallel__tensor": 0}, "parallel.tensor is 0; it must be at least 1"),
-        ({"parallel__pipeline": 0}, "parallel.pipeline is 0; it must be at least 1"),
-        ({"parallel__vocab_multiple": 0}, "parallel.vocab_multiple is 0; it must be at least 1"),
-        ({"parallel__replica_check_interval": -1}, "parallel.replica_check_interval must be 0 (never) or a number of"),
         ({"parallel__tensor": 8}, "8 does not divide model.num_heads 12; the largest that works is parallel.tensor 4"),
         (
             {"parallel__tensor": 6, "model__num_kv_heads": 4},
@@ -282,7 +255,6 @@ def test_wrong_types(key, value, got):
             "is model.num_layers 12; [4, 4, 4] is",
         ),
         ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[6,5]"}, "num_layers 12; [6, 6] is"),
-        ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[12,0]"}, "must be 2 numbers from 1 up"),
         ({"parallel__pipeline": 2, "parallel__pipeline_layers": "[]"}, "must be 2 numbers from 1 up"),
         ({"parallel__pipeline_layers": "[4,4,4]"}, "set parallel.pipeline to 3 or leave parallel.pipeline_layers out"),
         (
@@ -325,26 +297,7 @@ def test_wrong_types(key, value, got):
         ({"parallel__offload_optimizer": "nvme", "parallel__zero_stage": 3}, "set parallel.offload_nvme_path"),
         ({"parallel__offload_nvme_path": "/scratch"}, "not used with parallel.offload_optimizer none; leave it out"),
         ({"training__recompute_passes": 2}, "recomputes nothing while training.recompute is none; set training.recom"),
-        (
-            {"training__recompute": "block", "training__recompute_passes": 0},
-            "training.recompute_passes is 0; it must be at least 1, or left out to recompute in every pass",
-        ),
-        ({"data__sequence_length": 0}, "data.sequence_length is 0; it must be at least 1"),
-        ({"training__steps": 0}, "training.steps is 0; it must be at least 1"),
-        ({"training__global_batch_size": 0}, "training.global_batch_size is 0; it must be at least 1"),
-        ({"training__micro_batch_size": 0}, "training.micro_batch_size is 0; it must be at least 1"),
-        ({"checkpoint__interval": 0}, "checkpoint.interval is 0; it must be at least 1"),
-        ({"checkpoint__keep": 0}, "checkpoint.keep is 0; it must be at least 1"),
-        ({"logging__interval": 0}, "logging.interval is 0; it must be at least 1"),
-        ({"logging__straggler_interval": -1}, "logging.straggler_interval must be 0 (never) or a number of steps"),
-        ({"logging__own_losses_interval": -1}, "logging.own_losses_interval must be 0 (never) or a number of steps"),
-        ({"logging__straggler_factor": 1}, "logging.straggler_factor is 1.0; it is a multiple of the median, above 1"),
-        ({"data__num_workers": -1}, "data.num_workers is -1; it must be 0 or more"),
-        ({"training__eval_interval": -1}, "training.eval_interval must be 0 (never) or a number of steps"),
         ({"training__eval_samples": 0}, "training.eval_samples must be at least 1"),
-        ({"optimizer__learning_rate": 0}, "optimizer.learning_rate is 0.0; it must be positive"),
-        ({"optimizer__warmup_fraction": 1}, "are shares between 0 and 1"),
-        ({"optimizer__min_learning_rate_fraction": 1.1}, "are shares between 0 and 1"),
         ({"model__max_position_embeddings": 1024}, "data.sequence_length 2048 is longer than model.max_position_embed"),
     ],
 )
@@ -705,7 +658,7 @@ def test_examples_have_the_size_of_their_name_in_every_mode(name):
 def test_examples_follow_the_reference_recipe(name):
     path = EXAMPLES / f"{name}.yaml"
     config, default = read_config(["--config", str(path)]), read_config([])
-    assert config.optimizer == default.optimizer
+    assert replace(config.optimizer, learning_rate=default.optimizer.learning_rate) == default.optimizer
     assert (config.training.steps, config.training.precision) == (50_000, "bf16")
     assert config.data.sequence_length == config.model.max_position_embeddings == 2048
     assert (config.ponder.mode, config.ponder.max_steps, config.ponder.jacobi_iterations) == ("adaptive", 3, [2, 3])

@@ -1,17 +1,16 @@
 """What a user says about a cluster, once, and what is wrong with it."""
 
-import argparse
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
+from megatron_ponder.config.declarations import expand_paths, path_field
 from megatron_ponder.errors import UserError
+from megatron_ponder.paths import user_path
+from megatron_ponder.typed_arguments import content_of, options_of, parse, parser_of
+from megatron_ponder.yaml_files import read_mapping
 
 # Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
@@ -49,13 +48,13 @@ class Cluster:
     time: str = "24:00:00"
     signal_seconds: int = 300
     modules: list[str] = field(default_factory=list)
-    venv: str | None = None
-    container: str | None = None
+    venv: str | None = path_field(None)
+    container: str | None = path_field(None)
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    container_mounts: list[str] = field(default_factory=list)
+    container_mounts: list[str] = path_field([])
     environment: dict[str, str] = field(default_factory=dict)
     sbatch: list[str] = field(default_factory=list)
-    log_folder: str = "runs/slurm"
+    log_folder: str = path_field("runs/slurm")
 
     @property
     def ranks(self) -> int:
@@ -69,40 +68,30 @@ def read_cluster(arguments: Sequence[str]) -> Cluster:
     Raises:
         UserError: on anything unknown, mistyped or impossible.
     """
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--cluster", action="config")
-    parser.add_class_arguments(Cluster, nested_key=None, fail_untyped=True)
-    _check_names(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations that jsonargparse announces to library authors
-            parsed = parser.parse_args(list(arguments))
-    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"the description of the cluster: {' '.join(str(error).split())}") from error
-    return _checked(Cluster(**{item.name: getattr(parsed, item.name) for item in fields(Cluster)}))
+    rewritten = []
+    for name, value in options_of(arguments):
+        if name == "cluster":
+            value = content_of(_read_file(user_path(value)))
+        else:
+            _check_name(name, "among the options")
+        rewritten.append(f"--{name}={value}")
+    return _checked(expand_paths(parse(parser_of(Cluster, "--cluster"), Cluster, rewritten)))
 
 
-def _check_names(arguments: Sequence[str]) -> None:
-    """Refuse a file that is missing or has keys that are not those of a cluster, which are listed."""
+def _read_file(path: Path) -> dict:
+    """What a file says about a cluster, refused where it has keys that are not those of one."""
+    if not path.is_file():
+        raise UserError(f"there is no description of a cluster in {path}; begin with examples/slurm/cluster.yaml")
+    content = read_mapping(path, "keys such as `partition: gpu`")
+    for name in content:
+        _check_name(str(name), f"in {path}")
+    return content
+
+
+def _check_name(name: str, where: str) -> None:
     names = [item.name for item in fields(Cluster)]
-    given = {argument[2:].partition("=")[0]: "among the options" for argument in arguments if argument[:2] == "--"}
-    files = [value for key, value in pairwise(arguments) if key == "--cluster"]
-    files += [argument.partition("=")[2] for argument in arguments if argument.startswith("--cluster=")]
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"there is no description of a cluster in {file}; begin with examples/slurm/cluster.yaml")
-        try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} must hold keys such as `partition: gpu`")
-        given |= dict.fromkeys(content, f"in {file}")
-    for name, where in given.items():
-        if name != "cluster" and name.partition(".")[0] not in names:
-            raise UserError(f"a cluster has no {name} ({where}); it has {', '.join(names)}")
+    if name.partition(".")[0] not in names:
+        raise UserError(f"a cluster has no {name} ({where}); it has {', '.join(names)}")
 
 
 def _checked(cluster: Cluster) -> Cluster:

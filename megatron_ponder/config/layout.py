@@ -36,7 +36,7 @@ def even_layers(num_layers: int, pipeline: int) -> list[int]:
 def largest_tensor(model: ModelConfig, at_most: int) -> int:
     """The largest number of tensor ranks up to `at_most` that heads and feed-forward can be divided over."""
     common = math.gcd(model.num_heads, model.num_kv_heads, model.ffn_hidden_size)
-    return max(size for size in range(1, at_most + 1) if common % size == 0)
+    return max(size for size in range(1, min(at_most, common) + 1) if common % size == 0)
 
 
 def micro_batches(config: Config, world_size: int) -> int:

@@ -1,21 +1,40 @@
 """From YAML files and dotted command-line overrides to a configuration, and back."""
 
-import difflib
 import functools
-import warnings
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import yaml
-
+from megatron_ponder.config.blends import read_blend, read_phases
+from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
+from megatron_ponder.config.other_names import VALUES, nearest_key
 from megatron_ponder.config.sections import Config, resolve
 from megatron_ponder.config.validation import validate
 from megatron_ponder.errors import UserError
+from megatron_ponder.paths import user_path
+from megatron_ponder.typed_arguments import content_of, options_of, parse, parser_of
+from megatron_ponder.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
+
+SECTIONS = {section.name: [item.name for item in fields(section.default_factory)] for section in fields(Config)}
+KEYS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
+RANGES = {
+    f"{section.name}.{item.name}": range_of(item)
+    for section in fields(Config)
+    for item in fields(section.default_factory)
+    if range_of(item) is not None
+}
+# Options that stand alone: they print something in place of a run.
+PRINT_CONFIG = "--print_config"
+_ALONE = ("help", "version")
+# Keys with more than one way of writing them.
+_FORMS = {**dict.fromkeys(("data.path", "data.valid_path", "data.test_path"), read_blend), "data.phases": read_phases}
 
 
 def read_config(arguments: Sequence[str]) -> Config:
     """The resolved and validated configuration that a command line names.
+
+    `--help`, `--version` and `--print_config`, which shows that configuration, end the process.
 
     Args:
         arguments: `--config FILE.yaml` and any number of `--section.key value`; later ones win.
@@ -24,10 +43,17 @@ def read_config(arguments: Sequence[str]) -> Config:
         UserError: on anything unknown, mistyped or contradictory. Every rank raises the same.
     """
     try:
-        return validate(resolve(_parse(arguments)))
+        wanted = [argument for argument in arguments if argument != PRINT_CONFIG]
+        given = expand_paths(parse(_parser(), Config, _rewritten(wanted)))
+        check_ranges(given)  # before other fields are derived from what may be nonsense
+        config = validate(resolve(given))
     except UserError as error:
         error.shared = True
         raise
+    if len(wanted) < len(arguments):
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
 
 
 def load_config(path: Path) -> Config:
@@ -39,77 +65,78 @@ def to_yaml(config: Config) -> str:
     """The configuration as YAML that `read_config` accepts."""
     plain = asdict(config)
     plain["optimizer"]["betas"] = list(config.optimizer.betas)
-    return yaml.safe_dump(plain, sort_keys=False)
-
-
-def _parse(arguments: Sequence[str]) -> Config:
-    """Type-checked parsing by jsonargparse, after our own look at the keys, whose message names the nearest one."""
-    import argparse
-
-    import jsonargparse
-
-    arguments = list(arguments)
-    for position, argument in enumerate(arguments):
-        if argument == "--config" and position + 1 < len(arguments):
-            _check_file(Path(arguments[position + 1]))
-        elif argument.startswith("--config="):
-            _check_file(Path(argument.partition("=")[2]))
-        elif argument.startswith("--") and argument not in ("--help", "--config"):
-            _check_key(argument[2:].partition("=")[0], "on the command line")
-    parser = _parser()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations that jsonargparse announces to library authors
-            namespace = parser.parse_args(arguments)
-            sections = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(namespace)
-    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, yaml.YAMLError) as error:
-        raise UserError(_one_line(str(error))) from error
-    return Config(**{section.name: getattr(sections, section.name) for section in fields(Config)})
+    return dump_yaml(plain)
 
 
 @functools.cache
 def _parser():
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description="Sections and keys, with their defaults:")
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    parser = parser_of(Config, "--config", "Sections and keys, with their defaults:")
+    parser.add_argument(PRINT_CONFIG, action="store_true", help="Show the configuration of the other arguments.")
     return parser
 
 
-def _one_line(message: str) -> str:
-    return " ".join(message.replace("Parser key", "configuration key").split())
+def _rewritten(arguments: Sequence[str]) -> list[str]:
+    """The arguments with names and values that are known, and files by their content."""
+    rewritten = []
+    for name, value in options_of(["--help" if argument == "-h" else argument for argument in arguments], _ALONE):
+        if value is None:
+            rewritten.append(f"--{name}")
+        elif name == "config":
+            rewritten.append(f"--config={_read_file(user_path(value))}")
+        else:
+            _check_key(name, "on the command line")
+            rewritten.append(f"--{name}={_option(name, value)}")
+    return rewritten
 
 
-def _check_file(path: Path) -> None:
-    """Refuse a configuration file that is missing, is no mapping, or has a key that no section knows."""
+def _option(key: str, value: str) -> str:
+    _check_value(key, value)
+    read = _FORMS[key](key, value) if key in _FORMS else value
+    return value if isinstance(read, str) or read is None else dump_yaml(read)
+
+
+def _read_file(path: Path) -> str:
+    """What a configuration file says, refused where a key is unknown."""
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}; check the path given with --config")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold sections such as `model:` with keys below them")
+    content = read_mapping(path, "sections such as `model:` with keys below them")
     for section, keys in content.items():
         if not isinstance(keys, dict):
-            _check_key(f"{section}", f"in {path}", section_only=True)
+            _check_section(f"{section}", f"in {path}")
             raise UserError(f"section `{section}` in {path} must hold keys below it")
-        for key in keys:
-            _check_key(f"{section}.{key}", f"in {path}")
+        for key, value in keys.items():
+            name = f"{section}.{key}"
+            _check_key(name, f"in {path}")
+            _check_value(name, value)
+            if name in _FORMS:
+                keys[key] = _FORMS[name](name, value)
+    return content_of(content)
 
 
-def _check_key(key: str, where: str, section_only: bool = False) -> None:
-    """Refuse a dotted key, or a section, that does not exist, naming the nearest one that does."""
-    keys = [f"{section.name}.{item.name}" for section in fields(Config) for item in fields(section.default_factory)]
-    sections = [section.name for section in fields(Config)]
-    names = sections if section_only else keys
-    if key in names:
+def _check_key(key: str, where: str) -> None:
+    """Refuse a dotted key that does not exist, naming the one that is meant."""
+    if key in KEYS:
         return
-    elsewhere = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    nearest = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0) or difflib.get_close_matches(key, names, n=1)
-    if nearest and section_only and "." in nearest[0]:
-        hint = "put `{2}` below `{0}:`".format(*nearest[0].partition("."))
-    else:
-        hint = f"did you mean {nearest[0]}?" if nearest else f"sections are {', '.join(sections)}"
-    raise UserError(f"unknown configuration {'section' if section_only else 'key'} {key} {where}; {hint}")
+    nearest = nearest_key(key, KEYS)
+    hint = f"did you mean {nearest}?" if nearest else f"sections are {', '.join(SECTIONS)}; --help lists their keys"
+    raise UserError(f"unknown configuration key {key} {where}; {hint}")
+
+
+def _check_section(name: str, where: str) -> None:
+    """Refuse a section that does not exist, naming the one that is meant, or where the key of that name belongs."""
+    if name in SECTIONS:
+        return
+    nearest = nearest_key(name, [*SECTIONS, *KEYS])
+    hint = f"did you mean {nearest}?" if nearest else f"sections are {', '.join(SECTIONS)}"
+    if nearest and "." in nearest:
+        hint = "put `{2}` below `{0}:`".format(*nearest.partition("."))
+    raise UserError(f"unknown configuration section {name} {where}; {hint}")
+
+
+def _check_value(key: str, value: object) -> None:
+    """Refuse a value that has another name here or a reason not to be here, and a number that none can be."""
+    reason = VALUES.get(key, {}).get(str(value))
+    if reason is not None:
+        raise UserError(f"{key} is {value}: {reason}")
+    if key in RANGES and isinstance(value, str) and len(value) > LONGEST_NUMBER and value.lstrip("-+").isdigit():
+        raise UserError(f"{key} is a number of {len(value):,} digits; its range is {RANGES[key]}")

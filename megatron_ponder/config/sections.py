@@ -1,8 +1,10 @@
 """The typed sections of a configuration, and the fields that are derived from others."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Literal
+
+from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
 
 Family = Literal["llama", "gpt_neox"]
 Mode = Literal["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
@@ -31,19 +33,19 @@ class ModelConfig:
     """
 
     family: Family = "llama"
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    num_kv_heads: int | None = None
-    ffn_hidden_size: int | None = None
-    vocab_size: int | None = None
-    max_position_embeddings: int | None = None
-    norm_epsilon: float = 1e-5
-    rope_theta: float = 10000.0
-    rotary_fraction: float | None = None
+    hidden_size: int = number_field(768, 1, 2**20)
+    num_layers: int = number_field(12, 1, 10_000)
+    num_heads: int = number_field(12, 1, 2**16)
+    num_kv_heads: int | None = number_field(None, 1, 2**16)
+    ffn_hidden_size: int | None = number_field(None, 1, 2**22)
+    vocab_size: int | None = number_field(None, 2, 2**24)
+    max_position_embeddings: int | None = number_field(None, 1, 2**24)
+    norm_epsilon: float = number_field(1e-5, 1e-12, 0.1)
+    rope_theta: float = number_field(10000.0, 1, 1e12)
+    rotary_fraction: float | None = number_field(None, 0, 1, above=True)
     parallel_residual: bool = True
     tie_embeddings: bool = False
-    init_std: float = 0.02
+    init_std: float = number_field(0.02, 1e-6, 10)
 
     @property
     def head_size(self) -> int:
@@ -81,22 +83,22 @@ class PonderConfig:
     """
 
     mode: Mode = "adaptive"
-    max_steps: int = 3
-    jacobi_iterations: int | list[int] = field(default_factory=lambda: [2, 3])
-    threshold: float = 1e-4
-    router_bias: float = 0.0
+    max_steps: int = number_field(3, 0, 256)
+    jacobi_iterations: int | list[int] = number_field([2, 3], 0, 1000)
+    threshold: float = number_field(1e-4, 0, 1)
+    router_bias: float = number_field(0.0, -1000, 1000)
     router_input: Literal["hidden", "token"] = "hidden"
-    router_hidden_size: int = 0
-    router_initial_bias: float = 2.0
-    router_start: int = 0
-    penalty_weight: float = 0.0
-    penalty_start: int = 0
-    penalty_end: int = 0
-    target_steps: float | None = None
-    target_rate: float = 0.01
-    prune_start: int | None = None
-    embedding_scale: float | None = None
-    gradient_passes: int | None = None
+    router_hidden_size: int = number_field(0, 0, 2**20)
+    router_initial_bias: float = number_field(2.0, -1000, 1000)
+    router_start: int = number_field(0, 0, STEPS)
+    penalty_weight: float = number_field(0.0, 0, 1e6)
+    penalty_start: int = number_field(0, 0, STEPS)
+    penalty_end: int = number_field(0, 0, STEPS)
+    target_steps: float | None = number_field(None, 0, 256, above=True)
+    target_rate: float = number_field(0.01, 1e-6, 1)
+    prune_start: int | None = number_field(None, 0, STEPS)
+    embedding_scale: float | None = number_field(None, 1e-3, 1e5)
+    gradient_passes: int | None = number_field(None, 1, 1000)
 
     @property
     def steps(self) -> int:
@@ -143,18 +145,18 @@ class ParallelConfig:
         start_timeout: seconds that ranks wait for each other at the start.
     """
 
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = number_field(1, 1, 2**12)
+    pipeline: int = number_field(1, 1, 2**12)
     sequence_parallel: bool = False
-    zero_stage: int = 1
-    pipeline_layers: list[int] | None = None
+    zero_stage: int = number_field(1, 0, 3)
+    pipeline_layers: list[int] | None = number_field(None, 1, 10_000)
     pipeline_schedule: Literal["1f1b", "zero_bubble"] = "1f1b"
-    vocab_multiple: int = 1
+    vocab_multiple: int = number_field(1, 1, 2**16)
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    offload_nvme_path: str | None = None
+    offload_nvme_path: str | None = path_field(None)
     offload_pin_memory: bool = False
-    replica_check_interval: int = 100
-    start_timeout: int = 300
+    replica_check_interval: int = number_field(100, 0, STEPS)
+    start_timeout: int = number_field(300, 1, SECONDS)
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,8 @@ class BlendPart:
         split: weights of its train, valid and test parts, in place of `data.split`.
     """
 
-    path: str
-    weight: float = 1.0
+    path: str = path_field(MISSING)
+    weight: float = number_field(1.0, 1e-9, 1e12)
     split: str | None = None
 
 
@@ -181,8 +183,8 @@ class PhaseConfig:
         path: prefix of the dataset, or a blend.
     """
 
-    first_sample: int
-    path: list[BlendPart] | str
+    first_sample: int = number_field(MISSING, 1, STEPS)
+    path: list[BlendPart] | str = path_field(MISSING)
 
 
 @dataclass(frozen=True)
@@ -203,14 +205,14 @@ class DataConfig:
         reset_at_eod: confine attention to the document and restart positions after each end-of-document token.
     """
 
-    path: list[BlendPart] | str = ""
-    valid_path: list[BlendPart] | str | None = None
-    test_path: list[BlendPart] | str | None = None
+    path: list[BlendPart] | str = path_field("")
+    valid_path: list[BlendPart] | str | None = path_field(None)
+    test_path: list[BlendPart] | str | None = path_field(None)
     phases: list[PhaseConfig] = field(default_factory=list)
     split: str = "969,30,1"
-    sequence_length: int = 2048
-    num_workers: int = 1
-    cache_path: str | None = None
+    sequence_length: int = number_field(2048, 1, 2**24)
+    num_workers: int = number_field(1, 0, 256)
+    cache_path: str | None = path_field(None)
     reset_at_eod: bool = False
 
 
@@ -222,7 +224,7 @@ class TokenizerConfig:
         path: a SentencePiece .model file, a tokenizer.json, or a folder that holds one of them.
     """
 
-    path: str = ""
+    path: str = path_field("")
 
 
 @dataclass(frozen=True)
@@ -239,13 +241,13 @@ class OptimizerConfig:
         gradient_clipping: largest global gradient norm; 0 turns clipping off.
     """
 
-    learning_rate: float = 3e-4
-    min_learning_rate_fraction: float = 0.1
-    warmup_fraction: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    gradient_clipping: float = 1.0
+    learning_rate: float = number_field(3e-4, 1e-9, 1e30)
+    min_learning_rate_fraction: float = number_field(0.1, 0, 1)
+    warmup_fraction: float = number_field(0.02, 0, 1, below=True)
+    betas: tuple[float, float] = number_field((0.9, 0.95), 0, 1, below=True)
+    epsilon: float = number_field(1e-8, 1e-20, 1)
+    weight_decay: float = number_field(0.1, 0, 1e3)
+    gradient_clipping: float = number_field(1.0, 1e-6, 1e9, or_zero=True)
 
 
 @dataclass(frozen=True)
@@ -269,20 +271,20 @@ class TrainingConfig:
         allow_memory_overcommit: start although the expected peak of a rank is more than three times its memory.
     """
 
-    run_dir: str = "runs/default"
-    steps: int = 50_000
-    global_batch_size: int = 256
-    micro_batch_size: int = 8
+    run_dir: str = path_field("runs/default")
+    steps: int = number_field(50_000, 1, STEPS)
+    global_batch_size: int = number_field(256, 1, 2**30)
+    micro_batch_size: int = number_field(8, 1, 2**20)
     precision: Literal["bf16", "fp32"] = "bf16"
-    seed: int = 1234
+    seed: int = number_field(1234, 0, 2**63 - 1)
     recompute: Literal["none", "block", "attention"] = "none"
-    recompute_passes: int | None = None
-    eval_interval: int = 1000
-    eval_samples: int = 512
-    time_limit: str | None = None
-    step_timeout: int = 600
-    skipped_steps_budget: int = 10
-    skipped_steps_window: int = 1000
+    recompute_passes: int | None = number_field(None, 1, 1000)
+    eval_interval: int = number_field(1000, 0, STEPS)
+    eval_samples: int = number_field(512, 0, STEPS)
+    time_limit: str | int | None = number_field(None, 1, 10**6)
+    step_timeout: int = number_field(600, 0, SECONDS)
+    skipped_steps_budget: int = number_field(10, 0, STEPS)
+    skipped_steps_window: int = number_field(1000, 1, 10**6)
     allow_memory_overcommit: bool = False
 
 
@@ -300,10 +302,10 @@ class CheckpointConfig:
         asynchronous: write while training goes on, at the cost of host memory for one copy of this rank's share.
     """
 
-    interval: int = 1000
-    keep: int = 2
-    resume: str = "none"
-    initialize_from: str | None = None
+    interval: int = number_field(1000, 1, STEPS)
+    keep: int = number_field(2, 1, 10**6)
+    resume: str = path_field("none")
+    initialize_from: str | None = path_field(None)
     allow_data_change: bool = False
     asynchronous: bool = False
 
@@ -324,13 +326,13 @@ class LoggingConfig:
         straggler_factor: a rank is reported that takes this many times the median.
     """
 
-    interval: int = 10
-    own_losses_interval: int = 100
+    interval: int = number_field(10, 1, STEPS)
+    own_losses_interval: int = number_field(100, 0, STEPS)
     tensorboard: bool = True
     wandb_project: str | None = None
-    spike_threshold: float = 10.0
-    straggler_interval: int = 100
-    straggler_factor: float = 1.3
+    spike_threshold: float = number_field(10.0, 0, 1e6)
+    straggler_interval: int = number_field(100, 0, STEPS)
+    straggler_factor: float = number_field(1.3, 1, 1e6, above=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_ponder.config.declarations import check_ranges
 from megatron_ponder.config.durations import parse_duration
 from megatron_ponder.config.layout import even_layers, largest_tensor
 from megatron_ponder.config.sections import (
@@ -22,6 +23,7 @@ def validate(config: Config) -> Config:
     Raises:
         UserError: for the first contradiction found.
     """
+    check_ranges(config)
     _validate_model(config.model)
     _validate_ponder(config.ponder)
     _validate_parallel(config.parallel)
@@ -41,8 +43,6 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _validate_model(model: ModelConfig) -> None:
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_hidden_size"):
-        _require(getattr(model, name) >= 1, f"model.{name} is {getattr(model, name)}; it must be at least 1")
     _require(
         model.hidden_size % model.num_heads == 0,
         f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
@@ -59,17 +59,13 @@ def _validate_model(model: ModelConfig) -> None:
     )
     rotated = model.head_size * model.rotary_fraction
     _require(
-        0 < model.rotary_fraction <= 1 and rotated == int(rotated) and int(rotated) % 2 == 0,
+        rotated >= 2 and rotated == int(rotated) and int(rotated) % 2 == 0,
         f"model.rotary_fraction {model.rotary_fraction} of a head of {model.head_size} channels is {rotated:g}; "
         "it must be a positive even number of them",
     )
     _require(
         model.family == "gpt_neox" or model.rotary_fraction == 1,
         "the llama family rotates whole heads; leave out model.rotary_fraction or set model.family to gpt_neox",
-    )
-    _require(
-        model.vocab_size is None or model.vocab_size >= 2,
-        f"model.vocab_size is {model.vocab_size}; leave it out to take the tokenizer's",
     )
 
 
@@ -79,49 +75,22 @@ def _validate_ponder(ponder: PonderConfig) -> None:
         f"ponder.mode {ponder.mode} needs ponder.max_steps of at least 1, not {ponder.max_steps}; "
         "for a model without additional steps set ponder.mode to vanilla",
     )
-    choices = ponder.refinement_choices
     _require(
-        len(choices) > 0 and min(choices) >= 0,
+        len(ponder.refinement_choices) > 0,
         f"ponder.jacobi_iterations is {ponder.jacobi_iterations}; give a number from 0 up, or a list to draw from",
     )
     _require(
-        0 <= ponder.threshold <= 1,
-        f"ponder.threshold {ponder.threshold} is not a weight; choose it between 0 (every step runs) and 1",
-    )
-    _require(ponder.router_hidden_size >= 0, "ponder.router_hidden_size must be 0 (a linear router) or positive")
-    _require(ponder.router_start >= 0, "ponder.router_start must be 0 (from the beginning) or an optimiser step")
-    _require(ponder.penalty_weight >= 0, "ponder.penalty_weight must not be negative; 0 turns the penalty off")
-    _require(
-        0 <= ponder.penalty_start <= ponder.penalty_end,
+        ponder.penalty_start <= ponder.penalty_end,
         f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
     )
     _require(
-        ponder.target_steps is None or (0 < ponder.target_steps < ponder.max_steps and ponder.penalty_weight > 0),
+        ponder.target_steps is None or (ponder.target_steps < ponder.max_steps and ponder.penalty_weight > 0),
         f"ponder.target_steps {ponder.target_steps} must lie between 0 and ponder.max_steps {ponder.max_steps}, and "
         "needs a ponder.penalty_weight above 0 to begin with, such as 0.01",
     )
-    _require(
-        0 < ponder.target_rate <= 1, f"ponder.target_rate {ponder.target_rate} must lie between 0 and 1, such as 0.01"
-    )
-    _require(
-        ponder.prune_start is None or ponder.prune_start >= 0,
-        f"ponder.prune_start {ponder.prune_start} is not an optimiser step; leave it out to train with the soft mask",
-    )
-    _require(
-        ponder.gradient_passes is None or ponder.gradient_passes >= 1,
-        "ponder.gradient_passes must be at least 1; leave it out to let gradients flow through every pass",
-    )
-    _require(ponder.embedding_scale > 0, f"ponder.embedding_scale is {ponder.embedding_scale}; it must be positive")
 
 
 def _validate_parallel(parallel: ParallelConfig) -> None:
-    for name in ("tensor", "pipeline", "vocab_multiple"):
-        value = getattr(parallel, name)
-        _require(value >= 1, f"parallel.{name} is {value}; it must be at least 1")
-    _require(
-        0 <= parallel.zero_stage <= 3,
-        f"parallel.zero_stage is {parallel.zero_stage}; DeepSpeed has stages 0, 1, 2 and 3",
-    )
     _require(
         parallel.pipeline > 1 or parallel.pipeline_schedule == "1f1b",
         "parallel.pipeline_schedule zero_bubble needs parallel.pipeline of at least 2; "
@@ -131,10 +100,6 @@ def _validate_parallel(parallel: ParallelConfig) -> None:
         parallel.pipeline > 1 or parallel.pipeline_layers is None,
         "parallel.pipeline_layers divides blocks over parallel.pipeline ranks, but that is 1; "
         f"set parallel.pipeline to {max(2, len(parallel.pipeline_layers or []))} or leave parallel.pipeline_layers out",
-    )
-    _require(
-        parallel.replica_check_interval >= 0,
-        "parallel.replica_check_interval must be 0 (never) or a number of steps",
     )
 
 
@@ -164,7 +129,7 @@ def _validate_pipeline(config: Config) -> None:
     )
     if counts is not None:
         _require(
-            len(counts) == pipeline and sum(counts) == layers and min(counts) >= 1,
+            len(counts) == pipeline and sum(counts) == layers,
             f"parallel.pipeline_layers {counts} must be {pipeline} numbers from 1 up, one for each of "
             f"parallel.pipeline, whose sum is model.num_layers {layers}; {even_layers(layers, pipeline)} is",
         )
@@ -229,10 +194,6 @@ def _validate_recompute(training: TrainingConfig) -> None:
         f"training.recompute_passes {passes} recomputes nothing while training.recompute is none; "
         "set training.recompute to block or attention, or leave training.recompute_passes out",
     )
-    _require(
-        passes is None or passes >= 1,
-        f"training.recompute_passes is {passes}; it must be at least 1, or left out to recompute in every pass",
-    )
 
 
 def _validate_data(data: DataConfig) -> None:
@@ -261,64 +222,19 @@ def _validate_blend(name: str, blend: list[BlendPart] | str) -> None:
     paths = [part.path for part in blend]
     for part in blend:
         _require(bool(part.path), f"{name} has a dataset without a path; give it the path of a .bin file less .bin")
-        _require(
-            0 < part.weight < math.inf,
-            f"{name} gives {part.path} the weight {part.weight}; give it a positive number, or leave the dataset out",
-        )
         _require(paths.count(part.path) == 1, f"{name} names {part.path} more than once; add the weights up")
 
 
 def _validate_run(config: Config) -> None:
-    data, training, optimizer = config.data, config.training, config.optimizer
-    positive = {
-        "data.sequence_length": data.sequence_length,
-        "training.steps": training.steps,
-        "training.global_batch_size": training.global_batch_size,
-        "training.micro_batch_size": training.micro_batch_size,
-        "checkpoint.interval": config.checkpoint.interval,
-        "checkpoint.keep": config.checkpoint.keep,
-        "logging.interval": config.logging.interval,
-        "parallel.start_timeout": config.parallel.start_timeout,
-        "training.skipped_steps_window": training.skipped_steps_window,
-    }
-    for name, value in positive.items():
-        _require(value >= 1, f"{name} is {value}; it must be at least 1")
+    data, training = config.data, config.training
     _require(data.cache_path != "", "data.cache_path is empty; name a folder, or leave it out")
-    _require(data.num_workers >= 0, f"data.num_workers is {data.num_workers}; it must be 0 or more")
-    _require(training.eval_interval >= 0, "training.eval_interval must be 0 (never) or a number of steps")
     _require(
         training.eval_interval == 0 or training.eval_samples >= 1,
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
     )
-    not_negative = {
-        "training.step_timeout": training.step_timeout,
-        "training.skipped_steps_budget": training.skipped_steps_budget,
-        "logging.spike_threshold": config.logging.spike_threshold,
-    }
-    for name, value in not_negative.items():
-        _require(value >= 0, f"{name} is {value}; it must be 0 or more")
     _require(
         training.time_limit is None or parse_duration(training.time_limit) > 0,
         "training.time_limit is 0; give it some minutes, or leave it out",
-    )
-    for name in ("straggler_interval", "own_losses_interval"):
-        _require(getattr(config.logging, name) >= 0, f"logging.{name} must be 0 (never) or a number of steps")
-    _require(
-        config.logging.straggler_factor > 1,
-        f"logging.straggler_factor is {config.logging.straggler_factor}; it is a multiple of the median, above 1",
-    )
-    _require(optimizer.learning_rate > 0, f"optimizer.learning_rate is {optimizer.learning_rate}; it must be positive")
-    _require(
-        all(0 <= beta < 1 for beta in optimizer.betas) and optimizer.epsilon > 0,
-        "optimizer.betas must lie between 0 and 1, and optimizer.epsilon above 0",
-    )
-    _require(
-        optimizer.weight_decay >= 0 and optimizer.gradient_clipping >= 0,
-        "optimizer.weight_decay and optimizer.gradient_clipping must not be negative; 0 turns them off",
-    )
-    _require(
-        0 <= optimizer.warmup_fraction < 1 and 0 <= optimizer.min_learning_rate_fraction <= 1,
-        "optimizer.warmup_fraction and optimizer.min_learning_rate_fraction are shares between 0 and 1",
     )
     _require(
         config.model.max_position_embeddings >= data.sequence_length,

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from megatron_ponder.errors import UserError
 from megatron_ponder.training.devices import GIGA, GPUS, TERA
+from megatron_ponder.yaml_files import read_mapping
 
 GIB = 2**30
 
@@ -157,14 +156,8 @@ def read_description(path: Path | None, overrides: Mapping[str, object]) -> Clus
     Raises:
         UserError: if the file is not a mapping of known keys to values of their kinds.
     """
-    content = {}
-    if path is not None:
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not YAML; examples/clusters/ has files to start from") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path} must be a mapping of keys to values; examples/clusters/ has files to start from")
+    holds = "keys such as `gpu: H100-SXM`; examples/clusters/ has files to start from"
+    content = {} if path is None else read_mapping(path, holds)
     known = {field.name: field.type for field in fields(ClusterDescription)}
     for key, value in content.items():
         if key not in known:

@@ -6,11 +6,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
 from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
 from megatron_ponder.errors import UserError
 from megatron_ponder.files import did_you_mean
+from megatron_ponder.yaml_files import read_mapping
 
 RECENT = 50  # records that pace and rate are taken from
 PATIENCE = 120.0  # seconds without a record that no pace makes suspicious
@@ -150,11 +149,11 @@ def _config(run_dir: Path) -> dict:
         meant = did_you_mean(run_dir, lambda below: (below / path.name).is_file())
         advice = meant or "; name a folder that training writes into"
         raise UserError(f"{run_dir} is not a run folder: it has no {path.name}{advice}")
+    config = read_mapping(path, "the configuration of a run; copy it anew from a checkpoint")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         for section, key in (("training", "steps"), ("training", "global_batch_size"), ("data", "sequence_length")):
             int(config[section][key])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the configuration of a run; copy it anew from a checkpoint") from error
     return config
 

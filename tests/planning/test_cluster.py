@@ -69,8 +69,10 @@ def test_what_cannot_be(values, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2", "is not YAML"),
-        ("[1, 2]", "must be a mapping"),
+        ("[1, 2", "is not valid YAML: line 1: "),
+        ("[1, 2]", "must hold keys such as `gpu: H100-SXM`"),
+        ("", "must hold keys such as"),
+        ("nodes: 1\nnodes: 2", "line 2: `nodes` is there already, in line 1; keep one of them"),
         ("nods: 3", "unknown key nods; did you mean nodes?"),
         ("nodes: many", "nodes is 'many'; give a number"),
         ("gpu: 3", "gpu is 3; give a name"),

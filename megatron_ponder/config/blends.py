@@ -1,0 +1,93 @@
+"""Blends of datasets as people write them: as mappings, or as Megatron-LM's lists."""
+
+import yaml
+
+from megatron_ponder.config.sections import BlendPart
+from megatron_ponder.errors import UserError
+from megatron_ponder.yaml_files import in_words, load_yaml
+
+FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: TEXT}, ...]"
+PHASES = "a list of phases, [{first_sample: NUMBER, path: PREFIX}, ...]"
+_PART = ("path", "weight", "split")
+_PHASE = ("first_sample", "path")
+
+
+def read_blend(name: str, value: object) -> object:
+    """A blend in the one form that `DataConfig` has: a prefix, or a list of mappings.
+
+    Args:
+        name: of what is read, for messages.
+        value: as in a file or on a command line, in any of `FORMS`.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    value = _structure(name, value)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise UserError(f"{name} is {value}; write {FORMS}")
+    if all(isinstance(part, dict) for part in value):
+        return [_read_part(name, part) for part in value]
+    if any(isinstance(part, (dict, list)) or part is None for part in value):
+        raise UserError(f"{name} mixes two forms; write {FORMS}")
+    words = [str(word) for word in value]
+    weights = [_number(word) for word in words]
+    if not any(weight is not None for weight in weights):
+        return [{"path": word} for word in words]
+    if len(words) % 2 or None in weights[::2]:
+        raise UserError(f"{name} is {words}, where weights and prefixes do not take turns; write {FORMS}")
+    return [{"path": word, "weight": weight} for weight, word in zip(weights[::2], words[1::2], strict=True)]
+
+
+def read_phases(name: str, value: object) -> object:
+    """Phases, each with its blend as `read_blend` gives it."""
+    value = _structure(name, value)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(phase, dict) for phase in value):
+        raise UserError(f"{name} is {value}; write {PHASES}")
+    for phase in value:
+        _check_keys(f"a phase in {name}", phase, _PHASE, needed=_PHASE)
+    return [
+        phase | {"path": read_blend(f"the path of the phase from sample {phase['first_sample']} on", phase["path"])}
+        for phase in value
+    ]
+
+
+def _structure(name: str, value: object) -> object:
+    """What is meant by a text that looks like a list or a mapping, as one on a command line does."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return load_yaml(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is {value}, which cannot be read ({in_words(error, value)}); write {FORMS}") from None
+
+
+def _read_part(name: str, part: dict) -> dict:
+    _check_keys(f"a dataset in {name}", part, _PART, needed=("path",))
+    weight = part.get("weight", BlendPart.weight)
+    number = _number(str(weight))
+    if number is None or isinstance(weight, bool):
+        hint = "weights are shares of their sum; leave % out" if str(weight).endswith("%") else "write a number"
+        raise UserError(f"{name} gives {part['path']} the weight {weight}; {hint}")
+    return part | {"weight": number}
+
+
+def _check_keys(what: str, given: dict, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"{what} has {', '.join(known)}, and no {key}")
+    for key in needed:
+        if given.get(key) is None:
+            raise UserError(f"{what} has no {key}; give it one")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,116 @@
+"""What is declared with a key beside its type: the range of a number, and that a text is a path."""
+
+import re
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from megatron_ponder.errors import UserError
+from megatron_ponder.paths import expand_user
+
+STEPS = 10**12  # more than any run has of optimiser steps, samples, or what else is counted in them
+SECONDS = 10**7  # a third of a year, more than anything here waits
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key may have, both ends among them unless said otherwise.
+
+    Attributes:
+        low: the least.
+        high: the greatest.
+        above: `low` itself is left out.
+        below: `high` itself is left out.
+        or_zero: 0 is allowed, which lies outside.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    or_zero: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        least = self.low < value if self.above else self.low <= value
+        return (value == 0 and self.or_zero) or (least and (value < self.high if self.below else value <= self.high))
+
+    def __str__(self) -> str:
+        zero, above, below = "0, or " * self.or_zero, "above " * self.above, "below " * self.below
+        return f"{zero}{above}{written(self.low)} to {below}{written(self.high)}"
+
+
+def number_field(default: Any, low: float, high: float, **ends: bool) -> Any:
+    """A field of a dataclass for a number, or for a list of them, with their range; `ends` are those of `Range`."""
+    return _declared(default, {"range": Range(low, high, **ends)})
+
+
+def path_field(default: Any) -> Any:
+    """A field of a dataclass for a path, in which ~ is expanded when the configuration is read."""
+    return _declared(default, {"path": True})
+
+
+def range_of(item: Field) -> Range | None:
+    """The range that is declared with a field."""
+    return item.metadata.get("range")
+
+
+def is_path(item: Field) -> bool:
+    """Whether a field is declared to be a path."""
+    return item.metadata.get("path", False)
+
+
+def check_ranges(section: Any, name: str = "") -> None:
+    """Refuse a number that is not in the range declared for it, in a section and in all that it holds.
+
+    Args:
+        section: a dataclass.
+        name: its key.
+
+    Raises:
+        UserError: for the first of them.
+    """
+    for item in fields(section):
+        key = f"{name}.{item.name}" if name else item.name
+        held = getattr(section, item.name)
+        several = isinstance(held, (list, tuple))
+        for position, value in enumerate(held if several else [held]):
+            if is_dataclass(value):
+                check_ranges(value, f"{key}[{position}]" if several else key)
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                allowed = range_of(item)
+                assert allowed is not None, f"{key} is declared without a range"
+                if value not in allowed:
+                    raise UserError(f"{key} is {written(value)}; its range is {allowed}")
+
+
+def expand_paths(section: Any) -> Any:
+    """A copy of a section with ~ expanded in every path, also in those of what it holds."""
+    return replace(
+        section,
+        **{
+            item.name: _mapped(getattr(section, item.name), expand_user if is_path(item) else None)
+            for item in fields(section)
+        },
+    )
+
+
+def written(value: float) -> str:
+    """A number as people write it, shortened where it is absurd."""
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0*", lambda sign: f"e{sign[1].strip('+')}", f"{value:.12g}")
+    return f"{value:,}" if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"
+
+
+def _declared(default: Any, metadata: dict) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _mapped(value: Any, change: Callable[[str], str] | None) -> Any:
+    """A value with its texts changed, and the paths expanded in the sections that it is or holds."""
+    if is_dataclass(value):
+        return expand_paths(value)
+    if isinstance(value, list):
+        return [_mapped(one, change) for one in value]
+    return change(value) if change and isinstance(value, str) else value
