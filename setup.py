@@ -1,5 +1,6 @@
 """Package metadata. Every range is one that the tests ran on; `constraints.txt` pins the versions CI installs."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -13,9 +14,12 @@ SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "prometheus-client>=0.22,<1", 
 # Fine-tuning of exports, by transformers' Trainer and with low-rank adapters.
 TUNING = ["accelerate>=1.15,<2", "peft>=0.21,<0.22"]
 
+PACKAGE = Path(__file__).parent / "megatron_ponder"
+VERSION = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"))[1]
+
 setup(
     name="megatron_ponder",
-    version="0.1.0",
+    version=VERSION,
     description="Distributed pretraining of PonderLM-3: language models that think before they speak",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
-from megatron_ponder import __version__
+import megatron_ponder
 from megatron_ponder.errors import UserError
 from megatron_ponder.yaml_files import dump_yaml, load_yaml
 
@@ -32,10 +32,17 @@ def parser_of(kind: type, file_option: str, description: str | None = None) -> "
 
     jsonargparse.set_loader("our_yaml", load_yaml, (yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(
-        exit_on_error=False, description=description, parser_mode="our_yaml", print_config=None, version=__version__
+        exit_on_error=False,
+        description=description,
+        parser_mode="our_yaml",
+        print_config=None,
+        version=megatron_ponder.__version__,
     )
     parser.add_argument(file_option, action="config", help="YAML file with any of the keys below.")
     parser.add_class_arguments(kind, nested_key=None, fail_untyped=True)
+    for action in parser._actions:  # whole sections, and help on types, are jsonargparse's and not ours
+        if is_dataclass(type_of(kind, action.dest)) or action.dest.endswith(".help"):
+            action.help = argparse.SUPPRESS
     return parser
 
 

@@ -98,7 +98,7 @@ def test_an_unknown_key_of_a_file_through_the_real_command(tmp_path):
         (["--ponder.mode=fixed", "--ponder.max_steps=0"], "ponder.mode fixed needs", "set ponder.mode to vanilla"),
         (["--parallel.tensor=5"], "parallel.tensor 5 does not divide", "the largest that works is parallel.tensor 4"),
         (["--parallel.pipeline=13"], "leaves ranks without a block", "set parallel.pipeline to 12"),
-        (["--parallel.zero_stage=4"], "parallel.zero_stage is 4", "stages 0, 1, 2 and 3"),
+        (["--parallel.zero_stage=4"], "parallel.zero_stage is 4", "its range is 0 to 3"),
         (["--ponder.penalty_start=9"], "ponder.penalty_start 9", "ponder.penalty_end 0"),
         (["--model.max_position_embeddings=8"], "longer than model.max_position_embeddings 8", "raise the other"),
     ],

@@ -96,9 +96,10 @@ def expand_paths(section: Any) -> Any:
 
 def written(value: float) -> str:
     """A number as people write it, shortened where it is absurd."""
-    if isinstance(value, float):
-        return re.sub(r"e([+-])0*", lambda sign: f"e{sign[1].strip('+')}", f"{value:.12g}")
-    return f"{value:,}" if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"
+    round_ = abs(value) >= 10**9 and value % 10**9 == 0
+    if isinstance(value, int) and not round_:
+        return f"{value:,}" if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"
+    return re.sub(r"e([+-])0*", lambda sign: f"e{sign[1].strip('+')}", f"{value:g}" if round_ else f"{value:,.12g}")
 
 
 def _declared(default: Any, metadata: dict) -> Any:

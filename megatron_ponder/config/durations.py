@@ -11,7 +11,7 @@ def parse_duration(text: str | int) -> float:
     Raises:
         UserError: for anything else.
     """
-    found = re.fullmatch(r"(\d+)|(?:(\d+)-)?(\d+):(\d\d):(\d\d)", str(text).strip())
+    found = re.fullmatch(r"(\d{1,9})|(?:(\d{1,9})-)?(\d{1,9}):(\d\d):(\d\d)", str(text).strip())
     if found is None:
         raise UserError(f"training.time_limit is {text}; write minutes or H:MM:SS, such as 90 or '1:30:00'")
     alone, days, hours, minutes, seconds = (int(part or 0) for part in found.groups())

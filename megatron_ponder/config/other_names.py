@@ -167,5 +167,5 @@ def nearest_key(wanted: str, keys: Collection[str]) -> str | None:
     known = _KEYS.get(last) or _KEYS.get(last.removeprefix("use_").removeprefix("no_"))
     if known is not None:
         return known
-    near = difflib.get_close_matches(name, keys, n=1) or difflib.get_close_matches(last, _KEYS, n=1, cutoff=0.85)
+    near = difflib.get_close_matches(last, _KEYS, n=1, cutoff=0.9) or difflib.get_close_matches(name, keys, n=1)
     return _KEYS.get(near[0], near[0]) if near else None

@@ -1,8 +1,9 @@
 """Checks that a configuration can work; every message says what to write instead."""
 
 import math
+from dataclasses import fields
 
-from megatron_ponder.config.declarations import check_ranges
+from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.durations import parse_duration
 from megatron_ponder.config.layout import even_layers, largest_tensor
 from megatron_ponder.config.sections import (
@@ -232,10 +233,12 @@ def _validate_run(config: Config) -> None:
         training.eval_interval == 0 or training.eval_samples >= 1,
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
     )
-    _require(
-        training.time_limit is None or parse_duration(training.time_limit) > 0,
-        "training.time_limit is 0; give it some minutes, or leave it out",
-    )
+    if training.time_limit is not None:
+        limits = next(range_of(item) for item in fields(TrainingConfig) if item.name == "time_limit")
+        _require(
+            parse_duration(training.time_limit) / 60 in limits,
+            f"training.time_limit is {training.time_limit}; its range is {limits} minutes",
+        )
     _require(
         config.model.max_position_embeddings >= data.sequence_length,
         f"data.sequence_length {data.sequence_length} is longer than model.max_position_embeddings "
