@@ -11,6 +11,7 @@ from typing import ClassVar, NoReturn
 import yaml
 
 from megatron_ponder.errors import UserError
+from megatron_ponder.texts import check_text, read_text
 
 LARGEST_FILE = 1 << 20  # bytes; what is meant to be read has a hundred lines
 MOST_VALUES = 20_000  # with aliases followed
@@ -106,7 +107,12 @@ def load_yaml(text: str) -> object:
     Raises:
         yaml.YAMLError: it says nothing, or something in two ways; `in_words` has the reason.
     """
-    return yaml.load(text, Loader)
+    content = yaml.load(text, Loader)
+    try:
+        check_text(content, "it")
+    except UserError as error:
+        raise yaml.YAMLError(str(error)) from None
+    return content
 
 
 def dump_yaml(content: object) -> str:
@@ -128,10 +134,7 @@ def read_mapping(path: Path, holds: str) -> dict:
         raise UserError(f"there is no file {path}; it must hold {holds}")
     if path.stat().st_size > LARGEST_FILE:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, which no such file has; it must hold {holds}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not valid YAML: it is not UTF-8; save it as UTF-8 text") from None
+    text = read_text(path)
     try:
         content = load_yaml(text)
     except yaml.YAMLError as error:

@@ -90,7 +90,8 @@ def test_a_file_is_refused_in_one_line(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\xfea\x00", "it is not UTF-8; save it as UTF-8 text"),
+        (b'a: "\\ud800"', r"it has half a surrogate pair \(\\ud800\), which is no character: leave it out"),
+        (b"\xff\xfea\x00", "is UTF-16 text: convert it to UTF-8"),
         (b" " * (LARGEST_FILE + 1), "which no such file has"),
     ],
 )
