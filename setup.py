@@ -40,6 +40,7 @@ setup(
         "matplotlib>=3.10,<4",
         "protobuf>=5.26,<8",
         "psutil>=5.9,<8",
+        "packaging>=23,<27",
     ],
     extras_require={
         "dev": [

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from megatron_ponder import streams
+from megatron_ponder import streams, versions
 
 # A run that has saved its state and can go on from it (EX_TEMPFAIL of sysexits.h); the same command resumes it.
 EXIT_PREEMPTED = 75
@@ -47,6 +47,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     So does text that cannot be UTF-8, of which none is taken on the command line, before any work is done.
 
+    Versions of packages outside the ranges that the tests ran on are named in a warning, on rank 0.
+
     `Preempted` becomes exit code 75, without a word, because whoever raises it has said so on rank 0. A reader of
     standard output that has gone, such as `head`, ends the command without a word too, with the code that shells give.
 
@@ -60,6 +62,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             for argument in sys.argv:
                 argument.encode("utf-8")
+            _warn_of_versions()
             main(*args, **kwargs)
             sys.stdout.flush()
         except Preempted:
@@ -70,7 +73,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
                 streams.give_up_output()
                 sys.exit(EXIT_NOT_READ)
-            rank = _first_number("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
+            rank = _rank()
             if rank == 0 or not getattr(error, "shared", False):
                 who = f"rank {rank}: " if rank else ""
                 with suppress(OSError):  # what cannot be said is no other error
@@ -82,6 +85,22 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
 
     return run
+
+
+def _warn_of_versions() -> None:
+    others = versions.outside() if _rank() == 0 else []
+    if others:
+        with suppress(OSError):
+            print(
+                f"warning: {', '.join(others)}: outside the versions that the tests ran on; should something fail, "
+                "install one of those first",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _rank() -> int:
+    return _first_number("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
 
 
 def _try_output() -> None:

@@ -21,6 +21,7 @@ FLOORS = {
     "launch": 1,
     "paths": 1,
     "signals": 1,
+    "versions": 1,
     "streams": 1,
     "texts": 1,
     "typed_arguments": 1,

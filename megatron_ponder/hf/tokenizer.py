@@ -57,7 +57,7 @@ def export_tokenizer(source: Path, folder: Path, max_length: int) -> ExportedTok
         convert_sentencepiece(folder / "tokenizer.model").save(str(target))
     converted = tokenizers.Tokenizer.from_file(str(target))
     written = json.loads(config.read_bytes()) if copied else _config(converted, tokenizer, max_length)
-    pad = _padding(converted, tokenizer, _named(written, "pad_token"))
+    pad = _padding(converted, tokenizer, written)
     _write(config, written, pad)
     if (folder / "special_tokens_map.json").is_file():
         _write(folder / "special_tokens_map.json", json.loads((folder / "special_tokens_map.json").read_bytes()), pad)
@@ -135,12 +135,13 @@ def _config(converted: tokenizers.Tokenizer, tokenizer: Tokenizer, max_length: i
     }
 
 
-def _padding(converted: tokenizers.Tokenizer, tokenizer: Tokenizer, named: str | None) -> str | None:
+def _padding(converted: tokenizers.Tokenizer, tokenizer: Tokenizer, config: dict) -> str | None:
     """The token to pad with: the one that is named, else one that no text is encoded to; None if there is none."""
     end, model = converted.id_to_token(tokenizer.eod_id), converted.model
-    candidates = [named, *_PADDING]
+    begin = None if tokenizer.bos_id is None else converted.id_to_token(tokenizer.bos_id)
+    candidates = [_named(config, "pad_token"), *_PADDING]
     candidates += [model.unk_token] if getattr(model, "byte_fallback", False) else []
-    candidates += [] if tokenizer.bos_id is None else [converted.id_to_token(tokenizer.bos_id)]
+    candidates += [begin] if begin != _named(config, "bos_token") else []  # unless prompts begin with it
     fitting = (name for name in candidates if name not in (None, end) and converted.token_to_id(name) is not None)
     return next(fitting, None)
 

@@ -44,7 +44,7 @@ def folder(corpus, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     export(weights_of(small_model(**MODEL)), small_config(**MODEL), corpus.tokenizer, folder / "model")
     weights, config = import_pretrained(folder / "model")
-    write_weights_checkpoint(folder / "start", weights, config, tokenizer_of(folder / "model"))
+    write_weights_checkpoint(folder / "start", weights, config, tokenizer_of(folder / "model", config))
     commands = [
         tiny_arguments(
             corpus,
@@ -86,7 +86,7 @@ def test_what_was_trained_comes_back_bit_for_bit(folder, layout, tmp_path):
     expected = read_weights(checkpoint)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
-    write_weights_checkpoint(tmp_path / "again", weights, config, tokenizer_of(tmp_path / "first"))
+    write_weights_checkpoint(tmp_path / "again", weights, config, tokenizer_of(tmp_path / "first", config))
     again = export_of(tmp_path / "again", tmp_path / "second")
     assert again.keys() == trained.keys()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in again.items())

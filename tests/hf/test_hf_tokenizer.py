@@ -147,7 +147,8 @@ def test_a_hugging_face_tokenizer_is_copied(pair, tmp_path):
         ([], {"pad_token": "<|end|>"}, None),
         (["<|padding|>"], {"pad_token": {"content": "<|end|>", "special": True}}, "<|padding|>"),
         (["<|padding|>", "<own>"], {"pad_token": "<own>"}, "<own>"),
-        (["<start>"], {"bos_token": "<start>"}, "<start>"),
+        (["<start>"], {"bos_token": "<start>"}, None),
+        (["<s>"], {"bos_token": "<|end|>"}, None),
     ],
 )
 def test_padding_of_a_hugging_face_tokenizer(tmp_path, others, config, expected):
