@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import create
 
 SECONDS_BETWEEN_SIGNS = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -144,12 +145,7 @@ class Claim:
 
     def _create(self) -> bool:
         """Write the file, unless there is one."""
-        try:
-            with open(self.path, "x", encoding="utf-8") as file:
-                file.write(self._content())
-        except FileExistsError:
-            return False
-        return True
+        return create(self.path, self._content())
 
     def _replace(self) -> None:
         """Take over from an owner that is gone; of several that do so at once, the last one has the claim."""

@@ -30,6 +30,32 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder that the output of long work goes to, and find out before it whether one can write there.
+
+    Raises:
+        UserError: the folder cannot be made.
+        OSError: no file can be made in it.
+    """
+    make_folder(folder)
+    probe = folder / f".{os.getpid()}.partial"
+    probe.touch()
+    probe.unlink()
+
+
+def check_output(path: Path) -> None:
+    """Find out before long work whether its result can be written to a file, whose folder is made.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be made.
+        OSError: it cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file to write")
+    if not _is_no_file(path):
+        check_writable(path.parent)
+
+
 def did_you_mean(folder: Path, wanted: Callable[[Path], bool]) -> str:
     """The end of an error about a folder that is not what a command needs, where folders one level below are.
 
@@ -61,8 +87,13 @@ def replacing(path: Path) -> Iterator[Path]:
     crash at any moment, or a full disk, leaves either the old file or the new one.
 
     Args:
-        path: of the file, in an existing folder. What the block is given has the same ending.
+        path: of the file, in an existing folder. What the block is given has the same ending. A link goes on
+            pointing where it does; a device or a pipe is written to straight.
     """
+    if _is_no_file(path):
+        yield path
+        return
+    path = _behind_links(path)
     aside = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield aside
@@ -75,15 +106,49 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write `content`, text as UTF-8, to `path`; a crash at any moment leaves either the old file or the new one."""
+    """Write `content`, text as UTF-8, to `path`; a crash at any moment leaves either the old file or the new one.
+
+    A link goes on pointing where it does; a device or a pipe is written to straight.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    if _is_no_file(path):
+        path.write_bytes(content)
+        return
+    path = _behind_links(path)
     try:
         with open(partial_path(path), "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             sync(file)
         publish(path)
     finally:
         partial_path(path).unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def create(path: Path, content: str) -> bool:
+    """Make a file, unless there is one; whether it was made. If its content cannot be written, it is not there."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _is_no_file(path: Path) -> bool:
+    """Whether a path is a device, a pipe, or an open file as `/dev/stdout` is, none of which can be replaced."""
+    link = os.readlink(path) if path.is_symlink() else ""
+    if link.startswith("/proc/") or os.path.realpath(path.parent).startswith("/proc/"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _behind_links(path: Path) -> Path:
+    """The file that a path leads to; a link that leads to none is what is replaced itself."""
+    return path.resolve() if path.is_file() else path
 
 
 def sync(file: BinaryIO) -> None:

@@ -1,8 +1,10 @@
-"""Damage that is drawn at random: to bytes, and to what a JSON file says."""
+"""Damage that is drawn at random, to bytes and to what a JSON file says; and a disk that is full."""
 
 import copy
 import random
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 NONSENSE = (None, True, -1, 0, 1, 2**70, 0.5, float("nan"), 1e308, "", "../x", "/etc/passwd", "a\n\0", "\ud800", [], {})
 
@@ -59,3 +61,14 @@ def _places(content: dict | list) -> Iterator[tuple[dict | list, str | int]]:
         yield content, key
         if isinstance(content[key], dict | list):
             yield from _places(content[key])
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Within the block files can be made and nothing can be written to any of them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # Python ignores the signal, so that writing fails
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

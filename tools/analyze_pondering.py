@@ -25,6 +25,7 @@ from megatron_ponder.evaluation.analysis import Analysis, Plan, Subject, analyse
 from megatron_ponder.evaluation.figures import draw, write_rows
 from megatron_ponder.evaluation.inputs import Inputs, depth_batches, split_batches, text_batches
 from megatron_ponder.evaluation.report import write_page
+from megatron_ponder.files import check_writable, write_atomically
 from megatron_ponder.launch import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     arguments = parser.parse_args()
 
+    check_writable(arguments.output)
     prepare_cpu()
     plan = Plan(
         refinements=arguments.refinements,
@@ -67,7 +69,6 @@ def main() -> None:
     models = [load_model(path, Mesh(device=device)) for path in arguments.checkpoint]
     _check_same_tokens(models)
     (batches, data), depths = _inputs(models[0], arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     subjects = [
         Subject(label, loaded.model, loaded.folder, loaded.config.ponder.evaluation_refinements)
         for label, loaded in zip(_labels(models), models, strict=True)
@@ -88,7 +89,7 @@ def main() -> None:
     for name, rows in analysis.tables.items():
         write_rows(rows, arguments.output / f"{name}.csv")
     content = json.dumps({"data": data, "models": analysis.summary}, indent=1, ensure_ascii=False)
-    (arguments.output / "analysis.json").write_text(content + "\n", encoding="utf-8")
+    write_atomically(arguments.output / "analysis.json", content + "\n")
     captions = draw(analysis.tables, arguments.output)
     page = write_page(analysis, captions, arguments.output, f"Pondering of {', '.join(analysis.summary)}", data)
     _print(analysis, console)

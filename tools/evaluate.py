@@ -23,6 +23,7 @@ from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.evaluation.inputs import split_batches, text_batches
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
+from megatron_ponder.files import check_output, write_atomically
 from megatron_ponder.launch import prepare_cpu
 
 
@@ -49,12 +50,14 @@ def main() -> None:
     tasks.add_argument("--batch-size", type=int, default=8, help="sequences in a forward (default: 8)")
     arguments = parser.parse_args()
 
+    if arguments.output:
+        check_output(arguments.output)
     prepare_cpu()
     console = Console(width=None if sys.stdout.isatty() else 110)
     table, content = (_on_tasks if arguments.tasks else _on_text)(arguments, console)
     console.print(table)
     if arguments.output:
-        arguments.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_atomically(arguments.output, json.dumps(content, indent=1))
 
 
 def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, dict]:

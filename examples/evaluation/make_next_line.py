@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_ponder.data.splits import split_documents
 from megatron_ponder.errors import UserError, command
+from megatron_ponder.files import make_folder, write_atomically
 
 CONTEXT_LINES = 5
 CHOICES = 4
@@ -41,9 +42,8 @@ def main() -> None:
     questions = in_turn[: arguments.questions]
     if not questions:
         raise UserError(f'"{arguments.split}" holds out no document of {arguments.corpus} to ask about; give another')
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(question) + "\n" for question in questions)
+    make_folder(arguments.output.parent)
+    write_atomically(arguments.output, "".join(json.dumps(question) + "\n" for question in questions))
     print(f"{len(questions)} questions about {len(held_out)} documents in {arguments.output}")
 
 

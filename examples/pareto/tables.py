@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from megatron_ponder.evaluation.style import COLOURS, look
+from megatron_ponder.files import replacing, write_atomically
 
 HEADINGS = (
     "variant", "loss", "steps", "MFLOPs/token", "− fixed at these FLOPs", "− loop at these FLOPs",
@@ -48,8 +49,8 @@ def write_tables(folders: Mapping[int, Path], output: Path) -> str:
     rows = [_row(variant, seeds) for variant in seeds[0]]
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    (output / "table.md").write_text(table, encoding="utf-8")
-    with (output / "table.csv").open("w", encoding="utf-8", newline="") as out:
+    write_atomically(output / "table.md", table)
+    with replacing(output / "table.csv") as aside, aside.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(("variant", "seed", "loss", "steps", "mflops", "loss_of_random_steps"))
         for seed, points in zip(folders, seeds, strict=True):
@@ -57,7 +58,7 @@ def write_tables(folders: Mapping[int, Path], output: Path) -> str:
     _draw(seeds, output / "pareto.png")
     if all((folder / "depth.csv").exists() for folder in folders.values()):
         by_depth = _by_depth(folders)
-        (output / "depths.md").write_text(by_depth, encoding="utf-8")
+        write_atomically(output / "depths.md", by_depth)
         table += "\n" + by_depth
     return table
 
@@ -171,7 +172,8 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
     axes.set_title("mean ± standard deviation over seeds; what lies above the frame is in the table", fontsize=10)
     axes.grid(alpha=0.3)
     _label(axes, means, {variant: mode for mode, variants in variants_of.items() for variant in variants})
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=150, bbox_inches="tight")
 
 
 def _label(axes: Axes, places: Mapping[str, tuple[float, float]], modes: Mapping[str, str]) -> list[Text]:

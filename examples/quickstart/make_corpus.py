@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ponder.errors import command
+from megatron_ponder.files import check_output, replacing
 
 # Tests repeat themselves, and packages below the library are not the library.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -24,11 +25,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
     parser.add_argument("--packages", action="store_true", help="also the installed packages")
     arguments = parser.parse_args()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(arguments.output)
     paths = sysconfig.get_paths()
     folders = [Path(paths["stdlib"]), *([Path(paths["purelib"])] if arguments.packages else [])]
     documents, size = 0, 0
-    with arguments.output.open("w", encoding="utf-8") as out:
+    with replacing(arguments.output) as aside, aside.open("w", encoding="utf-8") as out:
         for folder in folders:
             for path, text in _sources(folder):
                 out.write(json.dumps({"text": text, "path": path}) + "\n")

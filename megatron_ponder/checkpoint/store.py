@@ -189,6 +189,8 @@ def staged(folder: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        for path in aside.rglob("*"):
+            sync(path)
         publish(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

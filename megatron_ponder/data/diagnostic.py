@@ -27,6 +27,7 @@ import tokenizers
 
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import make_folder, replacing, write_atomically
 
 NO_DEPTH = -1
 MODULUS = 5
@@ -175,9 +176,9 @@ def write_tokenizer(folder: Path) -> Path:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([END_OF_DOCUMENT, UNKNOWN])
     path = folder / "tokenizer.json"
-    tokenizer.save(str(path))
+    write_atomically(path, tokenizer.to_str(pretty=True))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_DOCUMENT, "unk_token": UNKNOWN}
-    path.with_name("tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path.with_name("tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
     return path
 
 
@@ -206,10 +207,14 @@ def write_corpus(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise UserError(f"{', '.join(unknown) or 'none'} is no kind of question; choose from {', '.join(KINDS)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text, depths = folder / "diagnostic.jsonl", folder / "depths"
     answers = 0
-    with text.open("w", encoding="utf-8") as out, IndexedDatasetWriter(depths, np.dtype("<i2")) as sidecar:
+    with (
+        replacing(text) as aside,
+        aside.open("w", encoding="utf-8") as out,
+        IndexedDatasetWriter(depths, np.dtype("<i2")) as sidecar,
+    ):
         for passage in passages(documents, questions, max_depth, seed, kinds):
             out.write(json.dumps({"text": " ".join(passage.words)}) + "\n")
             sidecar.add_document([*passage.depths, NO_DEPTH])  # the end token is the last

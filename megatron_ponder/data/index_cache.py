@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_ponder.data.stamps import Stamps
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import create
 
 MAGIC = b"PONDIDX1"
 HEADER = struct.Struct("<8sI")  # magic, CRC-32 of all that follows
@@ -97,10 +98,7 @@ class IndexCache:
     def _claim(self, path: Path) -> Iterator[bool]:
         """Whether the right to build was free, which is then held with signs of life until the block ends."""
         claim = _claim_path(path)
-        try:
-            with open(claim, "x") as file:
-                file.write(f"{socket.gethostname()} {os.getpid()}")
-        except FileExistsError:
+        if not create(claim, f"{socket.gethostname()} {os.getpid()}"):
             yield False
             return
         finished = threading.Event()

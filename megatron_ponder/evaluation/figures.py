@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from megatron_ponder.evaluation.analysis import HALVES, PAPER_FACTOR, Row
 from megatron_ponder.evaluation.statistics import mean_and_range
 from megatron_ponder.evaluation.style import STYLE, look, merged_labels
+from megatron_ponder.files import replacing
 
 STEPS_LABEL = "mean additional steps per token (K̂)"
 LOSS_LABEL = "loss [nats per token]"
@@ -25,7 +26,7 @@ CHARACTER = 0.021  # width of a character of a small label, as a share of the wi
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as CSV; columns are those of all rows, in the order in which they appear."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", encoding="utf-8", newline="") as out:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -44,8 +45,10 @@ def draw(tables: dict[str, list[Row]], folder: Path) -> dict[str, str]:
         with matplotlib.rc_context(STYLE):
             figure = figure_of(tables[name])
             FigureCanvasAgg(figure)
-            figure.savefig(folder / f"{name}.png", dpi=150)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            with replacing(folder / f"{name}.png") as aside:
+                figure.savefig(aside, dpi=150)
+            with replacing(folder / f"{name}.svg") as aside:
+                figure.savefig(aside, metadata={"Date": None})
         captions[name] = caption
     return captions
 

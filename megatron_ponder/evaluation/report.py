@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from megatron_ponder.evaluation.analysis import Analysis, Row
+from megatron_ponder.files import write_atomically
 
 STRINGS_SHOWN = 12
 RARE = 5
@@ -114,7 +115,7 @@ def write_page(analysis: Analysis, captions: dict[str, str], folder: Path, title
         f"<script>const texts = {texts.replace('<', chr(92) + 'u003c')};{SCRIPT}</script>\n</body></html>\n"
     )
     path = folder / "index.html"
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path
 
 

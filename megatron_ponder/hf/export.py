@@ -14,6 +14,7 @@ from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.store import staged
 from megatron_ponder.config import Config
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import write_atomically
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.model_card import model_card
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
@@ -84,7 +85,7 @@ def export(
         for path in folder.glob("*.safetensors"):  # which nobody but the owner could read
             shutil.copymode(folder / "config.json", path)
         card = model_card(config, dtype, sum(tensor.numel() for tensor in renamed.values()), measured)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_atomically(folder / "README.md", card)
 
 
 def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> PonderLMConfig:

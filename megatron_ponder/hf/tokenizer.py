@@ -11,6 +11,7 @@ from tokenizers import decoders, normalizers
 from megatron_ponder.checkpoint.store import copy_tokenizer
 from megatron_ponder.data.tokenizer import SPACE_SYMBOL, Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError
+from megatron_ponder.files import write_atomically
 
 # Types of pieces, and of the model, in SentencePiece's own numbering.
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
@@ -157,4 +158,4 @@ def _write(path: Path, content: dict, pad: str | None) -> None:
         return
     others = {role: name for role, name in content.items() if role != "pad_token"}
     whole = others | ({} if pad is None else {"pad_token": pad})
-    path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")

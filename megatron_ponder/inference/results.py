@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ponder.errors import UserError
-from megatron_ponder.files import make_folder, partial_path, publish, sync, sync_folder, write_atomically
+from megatron_ponder.files import make_folder, replacing, sync, write_atomically
 from megatron_ponder.inference.prompts import Task
 from megatron_ponder.inference.request import Generation
 
@@ -111,14 +111,11 @@ class ResultFile:
         places = {index: (path, start, length) for index, path, start, length in self._finished()}
         files = {path: open(path, "rb") for path in self._parts()}  # noqa: SIM115
         try:
-            with open(partial_path(self.output), "wb") as output:
+            with replacing(self.output) as aside, open(aside, "wb") as output:
                 for index in range(tasks):
                     path, start, length = places[index]
                     files[path].seek(start)
                     output.write(files[path].read(length))
-                sync(output)
-            publish(self.output)
-            sync_folder(self.output.parent)
         finally:
             for file in files.values():
                 file.close()

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_ponder.config import LoggingConfig
 from megatron_ponder.errors import UserError, describe
+from megatron_ponder.files import write_atomically
 from megatron_ponder.training.lasting_file import LastingFile
 from megatron_ponder.training.weights_and_biases import WandbRun
 
@@ -59,9 +60,7 @@ class MetricsLog:
         records = read_metrics(run_dir) if path.exists() else []
         self.kept = [record for record in records if record["step"] <= first_step]
         self._last = self.kept[-1] if self.kept else {}
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(_line(record) for record in self.kept), encoding="utf-8")
-        aside.rename(path)
+        write_atomically(path, "".join(_line(record) for record in self.kept))
         self._file = LastingFile(path)
         self._waiting: list[bytes] = []
         self._run_dir, self._board, self._wandb = run_dir, None, None

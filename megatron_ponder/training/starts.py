@@ -1,14 +1,14 @@
 """How often a run has been started, from where, and how each start ended."""
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_ponder.errors import Preempted
+from megatron_ponder.files import write_atomically
 from megatron_ponder.training.run_folder import RunFolder
 
 STARTS, END = "starts.jsonl", "end.json"
@@ -80,9 +80,5 @@ def recorded(folder: RunFolder, step: int, ranks: int) -> Iterator[None]:
 
 
 def _note_end(run_dir: Path, reason: str) -> None:
-    aside = run_dir / f".{END}.partial"
-    try:
-        aside.write_text(json.dumps({"time": time.time(), "reason": reason}), encoding="utf-8")
-        os.replace(aside, run_dir / END)
-    except OSError:  # the disk may be what has ended the run, and the reason for that must come through
-        aside.unlink(missing_ok=True)
+    with suppress(OSError):  # the disk may be what has ended the run, and the reason for that must come through
+        write_atomically(run_dir / END, json.dumps({"time": time.time(), "reason": reason}))
