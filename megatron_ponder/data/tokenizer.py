@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -43,7 +44,7 @@ class Tokenizer(Protocol):
         """Token ids of the text alone: none are added, and text that looks like a special token stays text."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD, and ids without a piece "<id 50300>"."""
 
     def piece(self, token: int) -> str:
         """One token in printable form: spaces as "▁", line ends, backslashes and the like as escapes such as "\\n"."""
@@ -83,12 +84,19 @@ class SentencePieceTokenizer:
         return separable_parts(self._processor.serialized_model_proto())
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        if all(0 <= token < self.vocab_size for token in ids):
+            return self._processor.decode(ids)
+        return self._processor.decode_pieces([self._name(token) for token in ids])
 
     def piece(self, token: int) -> str:
+        if not 0 <= token < self.vocab_size:
+            return nameless(token)
         if self._processor.is_byte(token):
             return _printable_byte(int(self._processor.id_to_piece(token)[3:5], 16))
         return _printable(self._processor.id_to_piece(token))
+
+    def _name(self, token: int) -> str:
+        return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else nameless(token)
 
 
 class HuggingFaceTokenizer:
@@ -119,12 +127,22 @@ class HuggingFaceTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        parts = []
+        for known, run in groupby(ids, self._has_piece):
+            run = list(run)
+            parts += [self._tokenizer.decode(run, skip_special_tokens=False)] if known else map(nameless, run)
+        return "".join(parts)
 
     def piece(self, token: int) -> str:
+        if not self._has_piece(token):
+            return nameless(token)
         text = self.decode([token])
         # Part of a character has no text of its own; the vocabulary's name for it at least tells tokens apart.
         return _printable(self._tokenizer.id_to_token(token) if "\ufffd" in text or not text else text)
+
+    def _has_piece(self, token: int) -> bool:
+        """A vocabulary may have gaps too."""
+        return 0 <= token < self.vocab_size and self._tokenizer.id_to_token(token) is not None
 
     def _special_id(self, role: str, usual: tuple[str, ...]) -> int | None:
         config_path = self.path.with_name("tokenizer_config.json")
@@ -134,6 +152,11 @@ class HuggingFaceTokenizer:
             raise UserError(f"{config_path} is not a JSON object: restore or remove it") from None
         names = usual if named is None else (named["content"] if isinstance(named, dict) else named,)
         return next((token for name in names if (token := self._tokenizer.token_to_id(name)) is not None), None)
+
+
+def nameless(token: int) -> str:
+    """What stands for an id that the tokenizer has no piece for, as vocabularies of models may be larger."""
+    return f"<id {token}>"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

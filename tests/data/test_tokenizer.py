@@ -71,6 +71,30 @@ def test_pieces_are_printable_and_tell_tokens_apart(sentencepiece_tokenizer, byt
         assert shown == "a\u2581\\tdef\u2581f():\\n"
 
 
+def test_ids_without_a_piece_have_a_name_in_their_place(sentencepiece_tokenizer, byte_level_tokenizer):
+    """Vocabularies of models may be larger than the tokenizer's."""
+    for tokenizer in (sentencepiece_tokenizer, byte_level_tokenizer):
+        ids, size = tokenizer.encode("def naïve ☕"), tokenizer.vocab_size
+        for token in (size, 50300, 2**31, -1):
+            assert tokenizer.piece(token) == f"<id {token}>"
+            assert tokenizer.decode([token]) == f"<id {token}>"
+        for at in range(1, len(ids)):
+            before, after = tokenizer.decode(ids[:at]), tokenizer.decode(ids[at:])
+            shown = tokenizer.decode([*ids[:at], size, *ids[at:], size])
+            assert shown == f"{before}<id {size}>{after}<id {size}>"
+
+
+def test_gaps_in_a_vocabulary_have_names_too(hugging_face_folder, tmp_path):
+    content = json.loads((hugging_face_folder / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"].values())
+    content["model"]["vocab"] |= {name: at + 7 for name, at in content["model"]["vocab"].items() if at == last}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == last + 8
+    assert tokenizer.piece(last) == tokenizer.decode([last]) == f"<id {last}>"
+    assert tokenizer.piece(last + 7) != f"<id {last + 7}>"
+
+
 def test_hugging_face_end_token_from_the_config(hugging_face_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((hugging_face_folder / "tokenizer.json").read_bytes())
     config = tmp_path / "tokenizer_config.json"
