@@ -167,7 +167,7 @@ def read_input(arguments: argparse.Namespace, options: Options) -> list[Prompt]:
 
 
 def close(summary: Summary, tasks: int, console: Console | None, file: Path | None = None) -> None:
-    """Print the closing line, unless another rank does; end with 130 if the job was interrupted."""
+    """Print the closing line, unless another rank does; end with 130 after an interruption, 2 after failures."""
     if console is not None:
         console.print(summary.totals.closing_line(summary.seconds), style="bold")
     if summary.finished < tasks:
@@ -175,6 +175,14 @@ def close(summary: Summary, tasks: int, console: Console | None, file: Path | No
             more = "" if file is None else f"; with the same command {file} goes on"
             print(f"interrupted after {summary.finished:,} of {tasks:,} sequences{more}", file=sys.stderr)
         sys.exit(130)
+    if summary.totals.failed:
+        if console is not None:
+            where = "" if file is None else f" in {file}"
+            print(
+                f"error: {summary.totals.failed:,} of {tasks:,} sequences failed; their error{where} says why",
+                file=sys.stderr,
+            )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ class Engine:
             self._follow()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None and not issubclass(kind, UserError):
+            return  # the other ranks may be in the middle of a forward; they end with this process
         if self.drives:
             for group in range(self._ranks):
                 if self._under_way[group] is not None:

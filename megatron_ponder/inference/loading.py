@@ -12,6 +12,7 @@ from megatron_ponder.checkpoint.store import read_config_of, resolve_checkpoint,
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.inference.engine import Engine
+from megatron_ponder.inference.ranges import check_ranges, number_field
 from megatron_ponder.inference.ranks import build_ranks, check_sizes
 from megatron_ponder.inference.request import Request
 from megatron_ponder.inference.scheduler import Scheduler
@@ -39,12 +40,15 @@ class Setup:
     """
 
     checkpoint: Path
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = number_field(1, 1, 1 << 16)
+    pipeline: int = number_field(1, 1, 1 << 16)
     threshold: float | None = None
-    router_bias: float | None = None
+    router_bias: float | None = number_field(None, -1000, 1000)
     precision: str | None = None
     batching: Batching = field(default_factory=Batching)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """How a prompt is to be continued: what a command line says for all of them, and a line of a file for its own."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_ponder.errors import UserError
+from megatron_ponder.inference.ranges import check_ranges, number_field, same_field
 from megatron_ponder.inference.request import Request
-from megatron_ponder.inference.sampling import Sampling
+from megatron_ponder.inference.sampling import SEEDS, Sampling
 
-SEEDS = 1 << 63
 KINDS = {
     int: "a whole number",
     float: "a number",
@@ -31,24 +32,21 @@ class Options:
     top_log_probabilities: report the log-probabilities of so many of the likeliest tokens beside each chosen one.
     """
 
-    max_new_tokens: int = 64
-    samples: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    max_new_tokens: int = same_field(Request, "max_new_tokens", default=64)
+    samples: int = number_field(1, 1, 10**4)
+    temperature: float = same_field(Sampling, "temperature")
+    top_k: int = same_field(Sampling, "top_k")
+    top_p: float = same_field(Sampling, "top_p")
+    min_p: float = same_field(Sampling, "min_p")
+    repetition_penalty: float = same_field(Sampling, "repetition_penalty")
+    seed: int = same_field(Sampling, "seed")
     stop: tuple[str, ...] = ()
-    stop_tokens: tuple[int, ...] = ()
+    stop_tokens: tuple[int, ...] = number_field((), 0, (1 << 31) - 1)
     ignore_eod: bool = False
-    top_log_probabilities: int = 0
+    top_log_probabilities: int = same_field(Request, "top_log_probabilities")
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"samples is {self.samples}; ask for at least 1")
-        if min(self.stop_tokens, default=0) < 0:
-            raise UserError("stop_tokens must not be negative; give token ids")
+        check_ranges(self)
         self.requests([0], None)  # which refuses all other values that cannot be
 
     def requests(self, prompt: Sequence[int], eod_id: int | None) -> list[Request]:
@@ -103,7 +101,10 @@ def _of_kind(kind: Any, name: str, value: Any) -> Any:
     if kind is int and type(value) is int:
         return value
     if kind is float and type(value) in (int, float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf  # which is outside of every range
     if kind is bool and type(value) is bool:
         return value
     if kind == tuple[str, ...] and isinstance(value, str):

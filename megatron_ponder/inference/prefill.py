@@ -7,11 +7,12 @@ Slots that the router prunes are not there, so that nothing is computed for them
 once, one after another, which is exact.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_ponder.errors import UserError
 from megatron_ponder.inference.forward import Forward, Outcome, PromptEnd, Segment, latent
+from megatron_ponder.inference.ranges import check_ranges, number_field
 from megatron_ponder.model.passes import Passes
 
 
@@ -28,18 +29,13 @@ class Prefill:
             goes on, which then costs less than iterating; no matter for a model without steps, which never iterates.
     """
 
-    refinements: int | None = None
-    tolerance: float | None = None
-    chunk: int = 128
-    shortest: int = 24
+    refinements: int | None = number_field(None, 0, 10**6)
+    tolerance: float | None = number_field(None, 0, 1)
+    chunk: int = number_field(128, 1, 10**6)
+    shortest: int = number_field(24, 1, 10**6)
 
     def __post_init__(self) -> None:
-        if (self.refinements or 0) < 0:
-            raise UserError("refinements must not be negative; leave them out to iterate to the fixed point")
-        if self.chunk < 1 or self.shortest < 1:
-            raise UserError("chunk and shortest must be at least 1 token")
-        if not (self.tolerance is None or 0 <= self.tolerance < 1):  # written so that NaN is refused too
-            raise UserError("tolerance must be a share from 0 up and below 1; leave it out for 16 units of rounding")
+        check_ranges(self)
 
 
 class PromptPiece(Protocol):
@@ -153,7 +149,8 @@ class IteratedPiece:
         else:
             most = len(self.tokens) * (self._steps + 1) + self._steps  # where rounding alone lets a K̂ flip for ever
             done = self._running() == self._ran and outcome.changes[index] <= self._tolerance
-            done |= self._iterate > most
+            # What is not a number stays so, however often it is iterated.
+            done |= self._iterate > most or math.isnan(outcome.changes[index])
         if done:
             self.executed = self._ran
         return done

@@ -1,12 +1,13 @@
 """What is asked of generation, and what it gives."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Literal
 
 from megatron_ponder.errors import UserError
+from megatron_ponder.inference.ranges import check_ranges, number_field
 from megatron_ponder.inference.sampling import Sampling
 
-FinishReason = Literal["length", "stop", "cancelled"]
+FinishReason = Literal["length", "stop", "cancelled", "failed"]
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,16 @@ class Request:
     """
 
     prompt: tuple[int, ...]
-    max_new_tokens: int
+    max_new_tokens: int = number_field(MISSING, 0, 10**9)
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
-    top_log_probabilities: int = 0
+    top_log_probabilities: int = number_field(0, 0, 1000)
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UserError("the prompt is empty; give at least one token")
-        if self.max_new_tokens < 0 or self.top_log_probabilities < 0:
-            raise UserError("max_new_tokens and top_log_probabilities must not be negative")
+        check_ranges(self)
         if "" in self.stop_strings:
             raise UserError("a stop string is empty, and would end every text; leave it out")
 
@@ -51,6 +51,7 @@ class Generation:
         cached_slots: slots of these tokens, one each plus its executed steps.
         text: of the generated tokens, up to a stop string; empty without a tokenizer.
         finish_reason: None while the sequence goes on.
+        error: why it has failed, where it has.
         seconds_waited: between the request and the first forward for it.
         seconds_to_first: between the request and its first token.
         seconds: between the request and its end.
@@ -63,6 +64,7 @@ class Generation:
     executed_steps: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
+    error: str = ""
     seconds_waited: float = 0.0
     seconds_to_first: float = 0.0
     seconds: float = 0.0

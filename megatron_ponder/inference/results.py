@@ -29,6 +29,7 @@ def record(task: Task, generation: Generation) -> dict[str, Any]:
     fields |= {
         "text": generation.text,
         "finish_reason": generation.finish_reason,
+        **({"error": generation.error} if generation.error else {}),
         "prompt_tokens": generation.prompt,
         "tokens": generation.tokens,
         "executed_steps": generation.executed_steps,

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.inference.ranges import check_ranges, number_field
+
+SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the tokens of one sequence are chosen. The options apply in the order in which they stand here.
+
+    Their ranges keep finite logits finite, and some token likely enough to be chosen.
 
     Attributes:
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that have occurred.
@@ -22,23 +26,15 @@ class Sampling:
         seed: of the sequence's random numbers, so that its tokens do not depend on the others of its batch.
     """
 
-    repetition_penalty: float = 1.0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    repetition_penalty: float = number_field(1.0, 0.01, 100)
+    temperature: float = number_field(0.0, 1e-6, 100, or_zero=True)
+    top_k: int = number_field(0, 0, 10**9)
+    top_p: float = number_field(1.0, 1e-6, 1)
+    min_p: float = number_field(0.0, 0, 1)
+    seed: int = number_field(0, 0, SEEDS - 1)
 
     def __post_init__(self) -> None:
-        # Written so that NaN is refused too.
-        if not (0 <= self.temperature < float("inf") and self.top_k >= 0):
-            raise UserError("temperature and top_k must not be negative; use 0 for the likeliest token and for all")
-        if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
-            raise UserError("top_p must lie above 0 and at most at 1, and min_p from 0 to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError("repetition_penalty must be positive; 1 changes nothing")
-        if not 0 <= self.seed < 1 << 63:
-            raise UserError("seed must be a number from 0 to 2^63 - 1")
+        check_ranges(self)
 
     @property
     def restricts(self) -> bool:
@@ -72,8 +68,8 @@ class Chooser:
 
 
 @torch.inference_mode()
-def choose(logits_BV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
-    """The next token of each sequence.
+def choose(logits_BV: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
+    """The next token of each sequence; None where logits are not finite, which name none.
 
     Args:
         logits_BV: of the next token; changed in place where there is a penalty.
@@ -81,20 +77,22 @@ def choose(logits_BV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     """
     for logits_V, chooser in zip(logits_BV, choosers, strict=True):
         chooser.penalize(logits_V)
-    chosen = logits_BV.argmax(-1).tolist()
+    finite = logits_BV.isfinite().all(-1).tolist()
+    chosen = [token if known else None for token, known in zip(logits_BV.argmax(-1).tolist(), finite, strict=True)]
     # Two ways of drawing, by the sequence's own rules alone: whoever else is in the batch must not change a result.
     for restricts in (False, True):
         rows = [
             row
             for row, chooser in enumerate(choosers)
-            if chooser.sampling.temperature > 0 and chooser.sampling.restricts == restricts
+            if finite[row] and chooser.sampling.temperature > 0 and chooser.sampling.restricts == restricts
         ]
         if rows:
             of_rows = [choosers[row] for row in rows]
             for row, token in zip(rows, _draw(logits_BV[rows], of_rows, restricts), strict=True):
                 chosen[row] = token
     for token, chooser in zip(chosen, choosers, strict=True):
-        chooser.add(token)
+        if token is not None:
+            chooser.add(token)
     return chosen
 
 

@@ -6,6 +6,7 @@ Sequences leave and enter between forwards.
 """
 
 import time
+import traceback
 from collections import deque
 
 import numpy as np
@@ -16,13 +17,16 @@ from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.inference.forward import Forward, Outcome, Segment, latent
+from megatron_ponder.inference.predictions import Prediction, predict
 from megatron_ponder.inference.prefill import IteratedPiece, LanePiece, PromptPiece
 from megatron_ponder.inference.prefixes import Prefixes, shared_tokens
 from megatron_ponder.inference.request import FinishReason, Generation, Request
-from megatron_ponder.inference.sampling import Chooser, choose
+from megatron_ponder.inference.sampling import Chooser
 from megatron_ponder.inference.sequences import Batching, OnToken, Sequence, Usage
 from megatron_ponder.inference.text_stream import TextStream
 from megatron_ponder.model.modes import passes_of
+
+NOT_FINITE = "the model's logits are not finite after these tokens; look whether its weights are, or try fp32"
 
 
 class Scheduler:
@@ -55,6 +59,8 @@ class Scheduler:
         self._model, self._steps, self._passes = model, ponder.steps, passes_of(ponder)
         self.batching = batching or Batching()
         self._tokenizer, self._eod_id = tokenizer, eod_id
+        # The model's vocabulary may be larger than the tokenizer's: what has no piece is neither read nor chosen.
+        self._pieces = model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size)
         tolerance = None if self.batching.prefill is None else self.batching.prefill.tolerance
         self._tolerance = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
         self._prefixes = Prefixes(self.batching.prefix_slots, shortest=16)
@@ -95,9 +101,8 @@ class Scheduler:
                 f"{tokens} tokens may need {tokens * (self._steps + 1)} slots, but the cache is limited to "
                 f"{self.batching.max_slots}; raise max_slots or ask for fewer tokens"
             )
-        vocab_size = self._model.vocab_size
-        if not all(0 <= token < vocab_size for token in request.prompt):
-            raise UserError(f"the prompt has token ids outside of 0 to {vocab_size - 1}; use the model's tokenizer")
+        if not all(0 <= token < self._pieces for token in request.prompt):
+            raise UserError(f"the prompt has token ids outside of 0 to {self._pieces - 1}; use the model's tokenizer")
         if request.stop_strings and self._tokenizer is None:
             raise UserError("stop strings need a tokenizer; give stop tokens, or a checkpoint with its tokenizer")
 
@@ -180,6 +185,7 @@ class Scheduler:
         """
         routings = iter(zip(outcome.executed, outcome.log_w, strict=True))
         predicted: list[Sequence | None] = []
+        read: list[Sequence] = []
         for index, sequence in enumerate(self._decoding):
             sequence.source = index
             if sequence.step == 0:
@@ -192,7 +198,7 @@ class Scheduler:
             sequence.length += 1
             sequence.step += 1
             if complete:
-                self._complete(sequence, [sequence.executed])
+                self._complete(sequence, [sequence.executed], read)
         for index, sequence in enumerate(self._iterating):
             piece = sequence.piece
             settled = piece.settle(outcome, index)
@@ -202,8 +208,11 @@ class Scheduler:
             if settled:
                 sequence.piece = None
                 sequence.length += len(piece.executed) + sum(piece.executed)
-                self._complete(sequence, piece.executed)
+                self._complete(sequence, piece.executed, read)
         self._predict(predicted, outcome.logits)
+        for sequence in read:
+            if sequence.generation.finish_reason != "failed":  # whose keys may be no numbers
+                self._store(sequence)
 
     def _admit(self) -> list[tuple[int, int, int]]:
         """Let waiting sequences enter while there is room; what they share with stored prompts is to be loaded."""
@@ -303,14 +312,14 @@ class Scheduler:
             for lane in range(count)
         ]
 
-    def _complete(self, sequence: Sequence, executed: list[int]) -> None:
-        """Note that the next tokens of a sequence have run all their steps."""
+    def _complete(self, sequence: Sequence, executed: list[int], read: list[Sequence]) -> None:
+        """Note that the next tokens of a sequence have run all their steps, and in `read` if its prompt has."""
         sequence.generation.executed_steps.extend(executed)
         sequence.fed += len(executed)
         sequence.position += len(executed)
         sequence.step = 0
         if sequence.fed == len(sequence.request.prompt):
-            self._store(sequence)
+            read.append(sequence)
         if sequence.ids[sequence.fed - 1] == self._eod_id:
             self._cleared.append(sequence.row)
             sequence.length = sequence.position = 0
@@ -334,51 +343,34 @@ class Scheduler:
         if not rows:
             return
         chosen = [sequences[row] for row in rows]
-        logits = logits if len(rows) == len(logits) else logits[rows]
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        tokens = choose(logits, [sequence.chooser for sequence in chosen])
-        of_tokens = log_p.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-        for sequence, token, value, log_p_V in zip(chosen, tokens, of_tokens, log_p, strict=True):
-            generation, count = sequence.generation, sequence.request.top_log_probabilities
-            generation.tokens.append(token)
-            generation.log_probabilities.append(value)
-            if count:
-                top = log_p_V.topk(min(count, len(log_p_V)))
-                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                generation.top_log_probabilities.append(list(pairs))
-            self._extend(sequence, token)
+        logits = (logits if len(rows) == len(logits) else logits[rows])[:, : self._pieces]
+        choosers = [sequence.chooser for sequence in chosen]
+        top = [sequence.request.top_log_probabilities for sequence in chosen]
+        for sequence, prediction in zip(chosen, predict(logits, choosers, top), strict=True):
+            reason, error = self._extend(sequence, prediction)
+            if reason is not None:
+                self._end(sequence, reason, error)
+            elif sequence.on_token is not None:
+                sequence.on_token(sequence.generation)
 
-    def _extend(self, sequence: Sequence, token: int) -> None:
-        """Append a token to a sequence, which may end with it."""
+    def _extend(self, sequence: Sequence, prediction: Prediction | None) -> tuple[FinishReason | None, str]:
+        """Append what comes next to a sequence; how that ends it, if it does, and what has failed."""
+        if prediction is None:
+            return "failed", NOT_FINITE
         self.usage.tokens += 1
-        sequence.ids.append(token)
-        generation, request, stream = sequence.generation, sequence.request, sequence.stream
-        if len(generation.tokens) == 1:
-            generation.seconds_to_first = time.perf_counter() - sequence.submitted
-        if stream is not None and token not in request.stop_ids:
-            stream.add(token)
-            generation.text = stream.text
-        if token in request.stop_ids or (stream is not None and stream.stopped):
-            self._end(sequence, "stop")
-        elif len(generation.tokens) == request.max_new_tokens:
-            self._end(sequence, "length")
-        elif sequence.on_token is not None:
-            sequence.on_token(generation)
+        try:
+            return sequence.extend(prediction), ""
+        except Exception as error:  # a bug, which shows its traceback; but the others have nothing to do with it
+            traceback.print_exc()
+            return "failed", f"the continuation could not be written ({error}), which is a bug"
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        generation = sequence.generation
-        if sequence.stream is not None:
-            sequence.stream.close()
-            generation.text = sequence.stream.text
-            # What was held back may have completed a stop string.
-            reason = "stop" if sequence.stream.stopped and reason == "length" else reason
-        generation.finish_reason = reason
-        generation.seconds = time.perf_counter() - sequence.submitted
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
+        sequence.end(reason, error)
         if sequence in self.live:
             self.live.remove(sequence)
             self._release(sequence)
         if sequence.on_token is not None:
-            sequence.on_token(generation)
+            sequence.on_token(sequence.generation)
 
     def _release(self, sequence: Sequence) -> None:
         self._cleared.append(sequence.row)

@@ -1,11 +1,13 @@
 """What the scheduler works with: sequences on their way through it, how many may be, and what it has counted."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.inference.predictions import Prediction
 from megatron_ponder.inference.prefill import Prefill, PromptPiece
-from megatron_ponder.inference.request import Generation, Request
+from megatron_ponder.inference.ranges import check_ranges, number_field
+from megatron_ponder.inference.request import FinishReason, Generation, Request
 from megatron_ponder.inference.sampling import Chooser
 from megatron_ponder.inference.text_stream import TextStream
 
@@ -24,15 +26,14 @@ class Batching:
         prefill: how prompts are read; None for slot by slot, as in the definition of the model.
     """
 
-    max_sequences: int = 16
-    max_slots: int = 1 << 17
-    prompt_slots: int = 1024
-    prefix_slots: int = 1 << 14
+    max_sequences: int = number_field(16, 1, 1 << 16)
+    max_slots: int = number_field(1 << 17, 1, 10**10)
+    prompt_slots: int = number_field(1024, 1, 10**10)
+    prefix_slots: int = number_field(1 << 14, 0, 10**10)
     prefill: Prefill | None = field(default_factory=Prefill)
 
     def __post_init__(self) -> None:
-        if self.max_sequences < 1 or self.max_slots < 1:
-            raise UserError("max_sequences and max_slots must be at least 1")
+        check_ranges(self)
 
 
 @dataclass(eq=False)
@@ -74,6 +75,34 @@ class Sequence:
     def reading(self) -> bool:
         """Whether some token before the last is still to run."""
         return self.fed < len(self.ids) - 1
+
+    def extend(self, prediction: Prediction) -> FinishReason | None:
+        """Append what comes next; how the sequence ends with it, if it does."""
+        generation, request, stream, token = self.generation, self.request, self.stream, prediction.token
+        self.ids.append(token)
+        generation.tokens.append(token)
+        generation.log_probabilities.append(prediction.log_probability)
+        if request.top_log_probabilities:
+            generation.top_log_probabilities.append(prediction.top)
+        if len(generation.tokens) == 1:
+            generation.seconds_to_first = time.perf_counter() - self.submitted
+        if stream is not None and token not in request.stop_ids:
+            stream.add(token)
+            generation.text = stream.text
+        if token in request.stop_ids or (stream is not None and stream.stopped):
+            return "stop"
+        return "length" if len(generation.tokens) == request.max_new_tokens else None
+
+    def end(self, reason: FinishReason, error: str = "") -> None:
+        """Nothing follows; `error` says why, if the sequence has failed."""
+        generation = self.generation
+        if self.stream is not None and reason != "failed":
+            self.stream.close()
+            generation.text = self.stream.text
+            # What was held back may have completed a stop string.
+            reason = "stop" if self.stream.stopped and reason == "length" else reason
+        generation.finish_reason, generation.error = reason, error
+        generation.seconds = time.perf_counter() - self.submitted
 
     def rewind(self) -> None:
         """Forget all slots, as before the first token."""

@@ -116,6 +116,8 @@ class ShadedPrinter:
             if now.finish_reason is None:
                 return
             self._console.print()
+            if now.error:
+                self._console.print(f"failed: {now.error}", style="red", markup=False, highlight=False)
             if self._after is not None:
                 self._console.print(self._after(now), end="\n\n")
             del self._known[self._turn]

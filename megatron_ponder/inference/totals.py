@@ -19,6 +19,7 @@ class Totals:
 
     Attributes:
         sequences: that ended.
+        failed: of these.
         tokens: generated.
         fed: tokens that the model was fed.
         executed: additional steps of these.
@@ -28,6 +29,7 @@ class Totals:
     """
 
     sequences: int = 0
+    failed: int = 0
     tokens: int = 0
     fed: int = 0
     executed: int = 0
@@ -38,6 +40,7 @@ class Totals:
     def add(self, generation: Generation) -> None:
         """Count a sequence that has ended."""
         self.sequences += 1
+        self.failed += generation.finish_reason == "failed"
         self.tokens += len(generation.tokens)
         self.fed += len(generation.executed_steps)
         self.executed += sum(generation.executed_steps)

@@ -153,9 +153,9 @@ def test_refusals(corpus):
         (["text"], {}, "a text needs the model's tokenizer"),
         ([[1]], {"stop_strings": ["a"]}, "stop strings need a tokenizer"),
         ([[1]], {"stop_strings": [""]}, "a stop string is empty"),
-        ([[1]], {"samples": 0}, "samples is 0; ask for at least 1"),
-        ([[1]], {"stop_ids": [-1]}, "stop_tokens must not be negative"),
-        ([[1]], {"max_new_tokens": -1}, "must not be negative"),
+        ([[1]], {"samples": 0}, "samples is 0; its range is 1 to"),
+        ([[1]], {"stop_ids": [-1]}, "stop_tokens is -1; its range is 0 to"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1; its range is 0 to"),
     ]:
         with pytest.raises(UserError, match=message):
             generate(model, prompts, **{"max_new_tokens": 4} | options)

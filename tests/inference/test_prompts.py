@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -75,15 +76,15 @@ def test_a_line_may_say_anything_that_the_command_line_may(written):
             "line 1000: there is no option 'temprature'; choose among max_new_tokens, sam",
         ),
         ({"prompt": "a", "temperature": "hot"}, 'line 1000: temperature must be a number, not "hot"'),
-        ({"prompt": "a", "temperature": -1}, "line 1000: temperature and top_k must not be negative"),
+        ({"prompt": "a", "temperature": -1}, "line 1000: temperature is -1; its range is 0, or 1e-6 to 100"),
         ({"prompt": "a", "top_k": 1.5}, "line 1000: top_k must be a whole number, not 1.5"),
         ({"prompt": "a", "top_k": True}, "line 1000: top_k must be a whole number, not true"),
         ({"prompt": "a", "ignore_eod": 1}, "line 1000: ignore_eod must be true or false, not 1"),
         ({"prompt": "a", "stop": [1]}, r"line 1000: stop must be a text or a list of texts, not \[1\]"),
         ({"prompt": "a", "stop": ""}, "line 1000: a stop string is empty"),
         ({"prompt": "a", "stop_tokens": 4}, "line 1000: stop_tokens must be a list of token ids, not 4"),
-        ({"prompt": "a", "samples": 0}, "line 1000: samples is 0; ask for at least 1"),
-        ({"prompt": "a", "seed": -1}, "line 1000: seed must be a number from 0"),
+        ({"prompt": "a", "samples": 0}, "line 1000: samples is 0; its range is 1 to 10,000"),
+        ({"prompt": "a", "seed": -1}, "line 1000: seed is -1; its range is 0 to 9,223,372,036,854,775,807"),
     ],
     ids=str,
 )
@@ -205,3 +206,15 @@ def test_tasks_that_cannot_be(corpus):
     assert "the checkpoint has no tokenizer; train with tokenizer.path set" in message(good, None)
     assert "the prompt has half a surrogate pair" in message(Prompt("a\ud800", Options(max_new_tokens=1), "prompt 1"))
     assert "stop strings need a tokenizer" in message(Prompt((1,), Options(max_new_tokens=1, stop=("a",)), ""), None)
+
+
+def test_every_number_has_a_range(written):
+    """So that a file of prompts cannot say what no continuation survives, however large, small or odd it is."""
+    for field in fields(Options):
+        if field.type in (int, float, tuple[int, ...]):
+            declared = field.metadata["range"]
+            assert declared.low <= declared.high < math.inf
+            for value in ("NaN", "Infinity", "-Infinity", f"1{400 * '0'}", "1e999", "-1"):
+                value = value if field.type in (int, float) else f"[{value}]"
+                with pytest.raises(UserError, match=f"line 1: {field.name} (is|must be)"):
+                    read_prompts(written(f'{{"prompt": "a", "{field.name}": {value}}}'), DEFAULTS)

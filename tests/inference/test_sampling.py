@@ -83,7 +83,7 @@ def test_greedy_is_the_argmax_after_the_penalty():
 
 
 def test_what_was_chosen_has_occurred():
-    chooser = Chooser(Sampling(repetition_penalty=1e6), [])
+    chooser = Chooser(Sampling(repetition_penalty=100), [])
     tokens = [choose(LOGITS.clone()[None], [chooser])[0] for _ in range(int((LOGITS > 0).sum()))]
     assert len(set(tokens)) == len(tokens)
     assert set(tokens) == set((LOGITS > 0).nonzero().flatten().tolist())
@@ -116,17 +116,22 @@ def test_seeds():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"temperature": -1}, "must not be negative"),
-        ({"temperature": math.nan}, "must not be negative"),
-        ({"temperature": math.inf}, "must not be negative"),
-        ({"top_k": -1}, "must not be negative"),
-        ({"top_p": 0}, "top_p must lie above 0"),
-        ({"top_p": 1.1}, "top_p must lie above 0"),
-        ({"min_p": -0.1}, "min_p from 0 to 1"),
-        ({"min_p": math.nan}, "min_p from 0 to 1"),
-        ({"repetition_penalty": 0}, "must be positive"),
-        ({"seed": -1}, "seed must be a number from 0"),
-        ({"seed": 1 << 63}, "seed must be a number from 0"),
+        ({"temperature": -1}, "temperature is -1; its range is 0, or 1e-6 to 100"),
+        ({"temperature": 1e-300}, "temperature is 1e-300"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_k": -1}, "top_k is -1; its range is 0 to 1,000,000,000"),
+        ({"top_k": 10**400}, "top_k is a number of 401 digits"),
+        ({"top_p": 0}, "top_p is 0; its range is 1e-6 to 1"),
+        ({"top_p": 1e-300}, "top_p is 1e-300"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": -0.1}, "min_p is -0.1; its range is 0 to 1"),
+        ({"min_p": math.nan}, "min_p is nan"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; its range is 0.01 to 100"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40"),
+        ({"repetition_penalty": 1e40}, "repetition_penalty is 1e40"),
+        ({"seed": -1}, "seed is -1; its range is 0 to"),
+        ({"seed": 1 << 63}, "seed is 9,223,372,036,854,775,808"),
     ],
     ids=str,
 )

@@ -157,18 +157,19 @@ def test_generation_stops_at_the_end_of_a_document(tool, corpus, tmp_path):
     [
         (["--max-new-tokens", "999"], "999 new ones are asked for, but the model is meant for 256", "ask for fewer"),
         (["--threshold", "1.5"], "threshold 1.5 is not a weight", "choose it between 0"),
-        (["--top-p", "0"], "top_p must lie above 0", "top_p"),
-        (["--temperature", "-1"], "temperature and top_k must not be negative", "use 0"),
-        (["--temperature", "nan"], "temperature and top_k must not be negative", "use 0"),
-        (["--repetition-penalty", "0"], "must be positive", "1 changes nothing"),
+        (["--top-p", "0"], "top_p is 0", "its range is 1e-6 to 1"),
+        (["--temperature", "-1"], "temperature is -1", "its range is 0, or 1e-6 to 100"),
+        (["--temperature", "nan"], "temperature is nan", "its range is 0, or"),
+        (["--repetition-penalty", "1e-40"], "repetition_penalty is 1e-40", "its range is 0.01 to 100"),
         (["--stop", ""], "a stop string is empty", "leave it out"),
-        (["--stop-tokens", "-3"], "stop_tokens must not be negative", "give token ids"),
-        (["--samples", "0"], "samples is 0", "ask for at least 1"),
-        (["--max-sequences", "0"], "max_sequences and max_slots must be at least 1", "at least 1"),
+        (["--stop-tokens", "-3"], "stop_tokens is -3", "its range is 0 to"),
+        (["--samples", "0"], "samples is 0", "its range is 1 to"),
+        (["--max-sequences", "0"], "max_sequences is 0", "its range is 1 to"),
         (["--max-slots", "9"], "the cache is limited to 9", "raise max_slots"),
-        (["--chunk", "0"], "chunk and shortest must be at least 1", "at least 1"),
-        (["--refinements", "-1"], "refinements must not be negative", "leave them out"),
+        (["--chunk", "0"], "chunk is 0", "its range is 1 to"),
+        (["--refinements", "-1"], "refinements is -1", "its range is 0 to"),
         (["--prefill", "sequential", "--refinements", "1"], "are for --prefill jacobi", "leave them out"),
+        (["--router-bias", "nan"], "router_bias is nan", "its range is -1,000 to 1,000"),
         (["--tensor", "2"], "1 rank cannot be divided into copies", "--nproc_per_node 2, or say --tensor 1"),
         (["--pipeline", "3"], "leaves ranks without a layer", "--pipeline 2"),
         (["--stream", "--json"], "--stream prints texts", "leave out --json"),
@@ -239,6 +240,27 @@ def test_files_of_prompts(tool, run_dir, tmp_path):
     assert json.loads(printed)["tokens"] == results[2]["tokens"]
 
 
+def test_a_prompt_whose_logits_are_not_finite_fails_alone(tool, corpus, tmp_path):
+    """Its line says so, those of the others are what they would be, and the command ends with 2."""
+    overrides = {"model__family": "gpt_neox", "model__vocab_size": 512}
+    weights = {name: parameter.detach() for name, parameter in small_model(**overrides).named_parameters()}
+    weights["embedding.weight"][9] = 3e38  # finite, and its norm is not
+    write_weights_checkpoint(tmp_path / "model", weights, small_config(**overrides), corpus.tokenizer)
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    file.write_text('[5, 6]\n{"prompt": [5, 9], "id": "bad"}\n[7]\n')
+    command = ["--checkpoint", tmp_path / "model", "--max-new-tokens", "4"]
+    code, out, error = tool(*command, "--prompts-file", file, "--output", output)
+    assert (code, error) == (2, f"error: 1 of 3 sequences failed; their error in {output} says why\n")
+    assert re.fullmatch(CLOSING, out)
+    first, bad, last = (json.loads(line) for line in output.read_text().splitlines())
+    assert (bad["id"], bad["finish_reason"], bad["tokens"]) == ("bad", "failed", [])
+    assert "the model's logits are not finite" in bad["error"]
+    assert [each["finish_reason"] for each in (first, last)] == ["length", "length"]
+    assert "error" not in first
+    code, out, error = tool(*command, "--prompt", "import")
+    assert (code, error) == (0, "")
+
+
 def test_a_file_that_was_interrupted_goes_on(tool, run_dir, tmp_path, monkeypatch):
     file, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     file.write_text("".join(f'{{"prompt": "def f{n}", "max_new_tokens": {n + 1}}}\n' for n in range(12)))
@@ -276,7 +298,7 @@ def test_nothing_begins_when_a_line_of_many_is_wrong(tool, run_dir, tmp_path):
     command = ["--checkpoint", run_dir, "--prompts-file", tmp_path / "prompts.jsonl", "--output", tmp_path / "out"]
     code, out, error = tool(*command)
     assert (code, out, error.count("\n")) == (2, "", 1)
-    assert "prompts.jsonl line 701: top_p must lie above 0" in error
+    assert "prompts.jsonl line 701: top_p is 0; its range is" in error
     assert "(1 more prompt is refused too)" in error
     lines[700], lines[800] = '{"prompt": [1], "max_new_tokens": 256}', '"good"'
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
@@ -413,7 +435,7 @@ def test_mistakes_end_every_rank_with_one_line(run_dir, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"good"\n{"prompt": "a", "seed": -1}\n')
     for arguments, message in [
         (["--prompt", "a", "--tensor", 3], "--tensor 3 does not divide the model's num_heads 2; the largest below it"),
-        (["--prompts-file", tmp_path / "prompts.jsonl"], "prompts.jsonl line 2: seed must be a number from 0"),
+        (["--prompts-file", tmp_path / "prompts.jsonl"], "prompts.jsonl line 2: seed is -1; its range is 0"),
     ]:
         port = str(free_port())
         processes = [
