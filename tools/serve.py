@@ -23,18 +23,21 @@ from megatron_ponder.launch import discover
 from megatron_ponder.parallel.collectives import from_first, together
 from megatron_ponder.texts import read_text
 
+LONGEST = 10**7  # seconds, a third of a year
+
 
 @command
 def main() -> None:
     """Parse the command line and serve until a signal."""
     try:
         from megatron_ponder.inference.server.application import Limits
+        from megatron_ponder.inference.server.connections import ConnectionLimits
         from megatron_ponder.inference.server.protocol import ServedModel
         from megatron_ponder.inference.server.serving import Address, follow, listen, serve
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install 'megatron_ponder[serve]'") from None
 
-    address, limits, batching = Address(), Limits(), Batching()
+    address, limits, connections, batching = Address(), Limits(), ConnectionLimits(), Batching()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
     parser.add_argument("--model-name", help="under which clients know the model; the folder's unless given")
@@ -51,12 +54,21 @@ def main() -> None:
     parser.add_argument("--queue-limit", type=int, default=64, help="sequences that may wait; then clients get 429")
     parser.add_argument("--timeout", type=float, default=limits.seconds, help="seconds for a request")
     parser.add_argument("--max-body-bytes", type=int, default=limits.body_bytes, help="of a request")
+    parser.add_argument("--max-connections", type=int, default=connections.connections, help="open at a time")
+    parser.add_argument(
+        "--idle-timeout", type=float, default=connections.seconds, help="seconds for the head of a request to arrive"
+    )
+    parser.add_argument(
+        "--step-timeout", type=float, default=60.0, help="seconds after which a hanging rank is given up"
+    )
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for requests to finish after SIGTERM")
     arguments = parser.parse_args(without_local_rank(sys.argv[1:]))
 
-    def settle() -> tuple[Setup, Limits]:
-        if arguments.queue_limit < 0 or arguments.grace < 0:
+    def settle() -> tuple[Setup, Limits, ConnectionLimits]:
+        if arguments.queue_limit < 0 or not 0 <= arguments.grace < LONGEST:
             raise UserError("--queue-limit and --grace must not be negative; use 0 for none")
+        if not 1 <= arguments.step_timeout < LONGEST:
+            raise UserError("--step-timeout must be at least one second; 60 if in doubt")
         setup = Setup(
             arguments.checkpoint,
             arguments.tensor,
@@ -66,11 +78,12 @@ def main() -> None:
             arguments.precision,
             Batching(arguments.max_sequences, arguments.max_slots),
         )
-        return setup, Limits(arguments.timeout, arguments.max_body_bytes, _api_key(arguments.api_key_file))
+        limits = Limits(arguments.timeout, arguments.max_body_bytes, _api_key(arguments.api_key_file))
+        return setup, limits, ConnectionLimits(arguments.max_connections, arguments.idle_timeout)
 
     launch = discover()
     with joined(launch) as device:
-        setup, limits = from_first(settle)
+        setup, limits, connections = from_first(settle)
 
         def check() -> CheckedSetup:
             checked = check_setup(setup, launch, device, copies=False)
@@ -87,7 +100,8 @@ def main() -> None:
         first = launch.rank == 0
         listening = together(lambda: listen(Address(arguments.host, arguments.port)) if first else None)
         if first:
-            serve(load, listening, limits, setup.batching.max_sequences + arguments.queue_limit, arguments.grace)
+            most_sequences = setup.batching.max_sequences + arguments.queue_limit
+            serve(load, listening, limits, connections, most_sequences, arguments.grace, arguments.step_timeout)
         else:
             follow(load)
 

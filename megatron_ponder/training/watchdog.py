@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 
 from megatron_ponder.errors import EXIT_HUNG
@@ -22,13 +23,17 @@ class Watchdog:
     Use as a context manager around the work.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(
+        self, limit: float, option: str = "training.step_timeout", farewell: Callable[[], None] | None = None
+    ) -> None:
         """Watch.
 
         Args:
             limit: seconds between two beats, unless ten times the longest that there has been is more; 0 watches not.
+            option: that sets the limit.
+            farewell: what to do, in the watching thread, before this process ends.
         """
-        self._limit = limit
+        self._limit, self._option, self._farewell = limit, option, farewell
         self._last: float | None = None
         self._longest = 0.0
         self._paused = False
@@ -75,10 +80,12 @@ class Watchdog:
             if not self._paused and now - self._last > allowed:
                 print(
                     f"rank {os.environ.get('RANK', '0')}: nothing has happened for {allowed:.0f} seconds "
-                    "(training.step_timeout); its threads are at",
+                    f"({self._option}); its threads are at",
                     file=sys.stderr,
                     flush=True,
                 )
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
+                if self._farewell is not None:
+                    self._farewell()
                 os._exit(EXIT_HUNG)

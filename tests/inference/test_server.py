@@ -19,6 +19,7 @@ from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.sampling import Sampling
 from megatron_ponder.inference.sequences import Batching
 from megatron_ponder.inference.server.application import Application, Limits
+from megatron_ponder.inference.server.connections import ConnectionLimits
 from megatron_ponder.inference.server.metrics import Metrics
 from megatron_ponder.inference.server.protocol import ServedModel
 from megatron_ponder.inference.server.serving import Address, listen, web_server
@@ -112,6 +113,7 @@ def running(
     waiting: int = 64,
     slots: int = 1 << 17,
     gate: threading.Event | None = None,
+    connections: ConnectionLimits | None = None,
 ) -> Iterator[Running]:
     """Serve; afterwards nothing may be left of any request.
 
@@ -121,6 +123,7 @@ def running(
         waiting: sequences that may wait beside the four that run.
         slots: in the cache at once.
         gate: holds every step of the engine up until it is set.
+        connections: limits of all of them; the defaults unless given.
     """
     limits = limits or Limits()
     engine = Engine(served.model, batching=Batching(4, slots, prefill=Prefill(shortest=2)), tokenizer=served.tokenizer)
@@ -142,7 +145,7 @@ def running(
             running.failure = error
 
     thread = threading.Thread(target=own_engine, daemon=True)
-    with web_server(application, listening, worker):
+    with web_server(application, listening, worker, connections or ConnectionLimits()):
         assert running.client.get("/health") == (503, '{"status":"loading"}')
         assert running.client.post({"prompt": "a"})[0] == 503
         application.model = ServedModel("small", served.tokenizer, LONGEST, 0)
@@ -331,6 +334,16 @@ def test_models_and_other_paths(server):
         code, text = server.client.get(path)
         assert code == status
         assert json.loads(text)["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/chat/completions"])
+def test_other_paths_of_openai_say_what_is_offered(server, path):
+    with closing(server.client.open({"model": "small", "messages": [{"role": "user", "content": "a"}]}, path)) as asked:
+        response = asked.getresponse()
+        error = json.loads(response.read())["error"]
+    assert (response.status, error["code"]) == (404, "not_offered")
+    assert f"{path} is not offered here, but POST /v1/completions, GET /v1/models" in error["message"]
+    assert ("send conversations and the like to /v1/completions as one prompt" in error["message"]) == ("/v1" in path)
 
 
 def test_metrics_count(served):

@@ -116,17 +116,26 @@ def test_api_key(served):
         Limits(api_key=" ")
     with pytest.raises(UserError, match="the API key has other characters"):
         Limits(api_key="schlüssel")
+    with pytest.raises(UserError, match="the API key begins or ends with a space, which no header keeps"):
+        Limits(api_key="secret ")
     with running(served) as server:
         assert server.client.get("/v1/models")[0] == 200
     with running(served, Limits(api_key="secret")) as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        for scheme in ("bearer", "BEARER", "Bearer "):
+            assert Client(server.client.port, Authorization=f"{scheme} secret").post(SHORT)[0] == 200
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "secret"},
+            {"Authorization": "Basic secret"},
+        ):
             client = Client(server.client.port, **headers)
             status, answer = client.post(SHORT)
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
             assert client.get("/metrics")[0] == client.get("/v1/models")[0] == 401
             assert client.get("/health")[0] == 200
         assert server.client.post(SHORT)[0] == 200
-        assert server.client.metric('ponder_requests_total{path="/v1/completions",status="401"}') == 3
+        assert server.client.metric('ponder_requests_total{path="/v1/completions",status="401"}') == 4
 
 
 def test_body_limit(served):
@@ -171,6 +180,30 @@ def test_the_engine_fails(served):
         assert server.client.post(SHORT)[0] == 503
         server.wait(lambda: server.failure is not None)
         assert str(server.failure) == "broken"
+
+
+def test_the_engine_hangs(served):
+    """Who runs and who waits hears of it at once, though the thread that owns the engine is stuck."""
+    gate = threading.Event()
+    with running(served, gate=gate) as server:
+        streaming = server.client.open(LONG | {"stream": True})
+        server.wait(lambda: server.worker._jobs)
+        waiting = server.client.open(SHORT)
+        server.wait(lambda: server.worker._accepted == 2)
+        server.worker.give_up()
+        for connection in (streaming, waiting):
+            with closing(connection):
+                response = connection.getresponse()
+                assert response.status == 500
+                assert json.loads(response.read())["error"]["code"] == "engine_failed"
+        assert server.client.get("/health") == (503, '{"status":"failed"}')
+
+        def broken() -> None:
+            raise RuntimeError("broken")
+
+        server.engine.step = broken
+        gate.set()
+        server.wait(lambda: server.failure is not None)
 
 
 def test_who_has_an_answer_gets_it_though_the_engine_fails(served):

@@ -1,7 +1,8 @@
 import pytest
 
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.inference.server.protocol import RefusedError, ServedModel, parse, requests_for, token_text
+from megatron_ponder.inference.server.protocol import ServedModel, parse, requests_for, token_text
+from megatron_ponder.inference.server.refusals import RefusedError
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import torch
 
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.errors import EXIT_HUNG
 from megatron_ponder.inference.generate import generate
 from tests.distributed import free_port
 from tests.models import small_config, small_model
@@ -139,7 +140,35 @@ def test_a_server_on_two_ranks(checkpoint, monkeypatch, sizes):
         other.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_streams_and_the_server(checkpoint, monkeypatch):
+    """Within the time that --step-timeout says, with words, and with a code of its own."""
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    command = [TOOL, "--checkpoint", checkpoint, "--port", 0, "--tensor", 2, "--step-timeout", 3]
+    environment = os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
+    other = subprocess.Popen([sys.executable, *map(str, command)], env=environment)
+    try:
+        monkeypatch.setenv("RANK", "0")
+        with started(*command) as server:
+            body = {"max_tokens": 4000, "ignore_eos": True, "stream": True}
+            with server.post(body) as response:
+                response.readline()
+                other.send_signal(signal.SIGSTOP)
+                begun = time.monotonic()
+                last = response.read().split(b"data: ")[-1]
+                assert json.loads(last)["error"]["code"] == "engine_failed"
+            assert server.process.wait(60) == EXIT_HUNG
+            # Ten times the longest step so far, if that is more than the limit; here steps take milliseconds.
+            assert time.monotonic() - begun < 15
+            assert "nothing has happened for" in (error := server.process.stderr.read())
+            assert "(--step-timeout)" in error
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_no_grace(checkpoint, number):
     body = {"max_tokens": 4000, "ignore_eos": True, "stream": True}
     with started(TOOL, "--checkpoint", checkpoint, "--port", 0, "--grace", 0) as server, server.post(body) as response:
@@ -160,6 +189,10 @@ def test_mistakes_are_one_line(checkpoint, corpus, tmp_path, monkeypatch, capsys
             ("--checkpoint", checkpoint, "--api-key-file", tmp_path / "none"): "No such file",
             ("--checkpoint", checkpoint, "--queue-limit", -1): "must not be negative; use 0",
             ("--checkpoint", checkpoint, "--timeout", 0): "must be positive",
+            ("--checkpoint", checkpoint, "--step-timeout", "nan"): "--step-timeout must be at least one second",
+            ("--checkpoint", checkpoint, "--max-connections", 0): "the limit of connections must be at least 1",
+            ("--checkpoint", checkpoint, "--max-connections", 10**9): "allow more, or",
+            ("--checkpoint", checkpoint, "--router-bias", "inf"): "router_bias is inf; its range is -1,000 to 1,000",
             ("--checkpoint", checkpoint, "--port", 0, "--threshold", 2): "threshold 2.0 is not a weight",
             ("--checkpoint", tmp_path / "missing", "--port", 0): "holds no complete checkpoint; give a run folder",
             ("--checkpoint", tmp_path / "bare", "--port", 0): "has no tokenizer; train with tokenizer.path set",

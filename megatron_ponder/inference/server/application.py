@@ -12,16 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from megatron_ponder.errors import UserError
 from megatron_ponder.inference.server.answers import Answer
 from megatron_ponder.inference.server.metrics import Metrics
-from megatron_ponder.inference.server.protocol import Completion, RefusedError, ServedModel, parse, requests_for
+from megatron_ponder.inference.server.protocol import Completion, ServedModel, parse, requests_for
+from megatron_ponder.inference.server.refusals import RefusedError
 from megatron_ponder.inference.server.worker import (
     EngineFailedError,
     Event,
     Job,
+    JobFailedError,
     Progress,
     QueueFullError,
     UnavailableError,
@@ -31,6 +33,7 @@ from megatron_ponder.inference.server.worker import (
 # What nginx made the custom for clients that left before their answer; nobody reads it but the metrics.
 CLIENT_LEFT = 499
 RETRY_SECONDS = 1
+OFFERED = ("POST /v1/completions", "GET /v1/models", "GET /health", "GET /metrics")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Limits:
             raise UserError("the API key is empty; give one, or none at all")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise UserError("the API key has other characters than a header may have; use letters and digits")
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise UserError("the API key begins or ends with a space, which no header keeps; leave the space out")
 
 
 class Application:
@@ -74,9 +79,10 @@ class Application:
             Route("/health", self._health),
             Route("/metrics", self._show_metrics),
         ]
-        self._paths = {"/v1/completions", "/v1/models", "/health", "/metrics"}
+        self._paths = {offered.split()[1] for offered in OFFERED}
         handlers = {RefusedError: _refused, HTTPException: _refused_by_route, Exception: _broken}
-        self._app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+        self._app = Starlette(routes=routes, exception_handlers=handlers)
+        self._app.router.redirect_slashes = False  # clients that send a body seldom follow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,15 +99,15 @@ class Application:
             refusal = RefusedError(
                 401, "send the server's API key as `Authorization: Bearer KEY`", code="invalid_api_key"
             )
-            await _answer(refusal)(scope, receive, counted)
+            await refusal.response()(scope, receive, counted)
         else:
             await self._app(scope, receive, counted)
 
     def _authorized(self, scope: Scope) -> bool:
         if self._limits.api_key is None:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self._limits.api_key.encode())
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._limits.api_key.encode())
 
     async def _health(self, request: Request) -> Response:
         ready = self._worker.state == "ready"
@@ -139,11 +145,11 @@ class Application:
             answer = Answer(completion, requests, model)
             if completion.stream:
                 first = await exchange.next()  # so that what fails at once has a status of its own
-                _refuse_cancelled(first)
+                _refuse_unfinished(first)
                 return _EventStream(_chunks(exchange, answer, first), exchange)
             results = [await exchange.next() for _ in requests]
             for progress in results:
-                _refuse_cancelled(progress)
+                _refuse_unfinished(progress)
             content = answer.whole(sorted(results, key=lambda progress: progress.index))
         except _ClientLeftError:
             exchange.close()
@@ -198,6 +204,8 @@ class _Exchange:
             raise RefusedError(400, str(event), code="invalid_value")
         if isinstance(event, EngineFailedError):
             raise RefusedError(500, str(event), code="engine_failed")
+        if isinstance(event, JobFailedError):
+            raise RefusedError(500, str(event), code="generation_failed")
         if isinstance(event, Exception):
             raise event
         return event
@@ -235,6 +243,9 @@ async def _chunks(exchange: _Exchange, answer: Answer, progress: Progress) -> As
     """Server-sent events; the first progress has come already."""
     finished: list[Progress] = []
     while True:
+        if progress.finish_reason == "failed":
+            yield _event(RefusedError(500, progress.error, code="generation_failed").content)
+            return
         chunk = answer.chunk(progress)
         if chunk is not None:
             yield _event(chunk)
@@ -301,28 +312,30 @@ async def _read(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _refuse_cancelled(progress: Progress) -> None:
-    """Only a server that stops cancels what a client still waits for."""
+def _refuse_unfinished(progress: Progress) -> None:
+    """A sequence that failed fails its answer; only a server that stops cancels what a client still waits for."""
+    if progress.finish_reason == "failed":
+        raise RefusedError(500, progress.error, code="generation_failed")
     if progress.finish_reason == "cancelled":
         raise RefusedError(503, "the server is stopping", retry_after=RETRY_SECONDS)
 
 
-def _answer(refusal: RefusedError) -> Response:
-    headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
-    if refusal.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(refusal.content, refusal.status, headers)
-
-
 async def _refused(request: Request, refusal: RefusedError) -> Response:
-    return _answer(refusal)
+    return refusal.response()
 
 
 async def _refused_by_route(request: Request, error: HTTPException) -> Response:
-    response = _answer(RefusedError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
+    """What is offered instead, because clients of OpenAI's ask for more than this server has."""
+    method, path = request.method, request.url.path
+    message = f"{error.detail}: {method} {path}"
+    if error.status_code == 404:
+        message = f"{path} is not offered here, but {', '.join(OFFERED)}"
+        if path.startswith("/v1/") and method == "POST":
+            message += "; the model continues texts: send conversations and the like to /v1/completions as one prompt"
+    response = RefusedError(error.status_code, message, code="not_offered").response()
     response.headers.update(error.headers or {})
     return response
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    return _answer(RefusedError(500, "the server has a bug; see its log"))
+    return RefusedError(500, "the server has a bug; see its log").response()

@@ -9,38 +9,11 @@ from pydantic_core import PydanticCustomError
 
 from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.errors import UserError
+from megatron_ponder.inference.options import Options
+from megatron_ponder.inference.ranges import range_of
 from megatron_ponder.inference.request import Request
-from megatron_ponder.inference.sampling import Sampling
-
-SEEDS = 1 << 63
-
-
-class RefusedError(Exception):
-    """An answer other than success, in OpenAI's form.
-
-    Attributes:
-        status: of HTTP.
-        param: of the body, which is at fault.
-        code: for programs.
-        retry_after: seconds after which the same may succeed.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
-
-    @property
-    def content(self) -> dict:
-        """The body of the answer."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+from megatron_ponder.inference.sampling import SEEDS, Sampling
+from megatron_ponder.inference.server.refusals import RefusedError
 
 
 @dataclass(frozen=True)
@@ -78,6 +51,12 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.piece(token) if not text or "\ufffd" in text else text
 
 
+def _within(kind: type, name: str) -> Any:
+    """The range that generation declares for a number."""
+    allowed = range_of(kind, name)
+    return Field(ge=allowed.low, le=allowed.high)
+
+
 class StreamOptions(BaseModel):
     """Attributes:
     include_usage: end the stream with the usage.
@@ -95,7 +74,7 @@ class Completion(BaseModel):
 
     model: str | None = None
     prompt: list[Any] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] = 16
+    max_tokens: Annotated[int, _within(Request, "max_new_tokens")] = 16
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=128)] = 1
@@ -111,10 +90,10 @@ class Completion(BaseModel):
     logit_bias: dict[str, float] = {}
     suffix: str | None = None
     user: str | None = None
-    top_k: Annotated[int, Field(ge=0)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    top_k: Annotated[int, _within(Sampling, "top_k")] = 0
+    min_p: Annotated[float, _within(Sampling, "min_p")] = 0.0
+    repetition_penalty: Annotated[float, _within(Sampling, "repetition_penalty")] = 1.0
+    stop_token_ids: list[Annotated[int, _within(Options, "stop_tokens")]] = []
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -229,15 +208,15 @@ def requests_for(completion: Completion, model: ServedModel, most: int) -> list[
             raise RefusedError(400, message, "prompt", "context_length_exceeded")
         for sample in range(completion.samples):
             seed = secrets.randbelow(SEEDS) if completion.seed is None else (completion.seed + sample) % SEEDS
-            sampling = Sampling(
-                repetition_penalty=completion.repetition_penalty,
-                temperature=completion.temperature,
-                top_k=completion.top_k,
-                top_p=completion.top_p,
-                min_p=completion.min_p,
-                seed=seed,
-            )
             try:
+                sampling = Sampling(
+                    repetition_penalty=completion.repetition_penalty,
+                    temperature=completion.temperature,
+                    top_k=completion.top_k,
+                    top_p=completion.top_p,
+                    min_p=completion.min_p,
+                    seed=seed,
+                )
                 request = Request(
                     tuple(ids),
                     completion.max_tokens,

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,17 @@ import uvicorn
 from megatron_ponder.errors import UserError
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.server.application import Application, Limits
+from megatron_ponder.inference.server.connections import Connection, ConnectionLimits
 from megatron_ponder.inference.server.metrics import Metrics
 from megatron_ponder.inference.server.protocol import ServedModel
 from megatron_ponder.inference.server.worker import Worker
+from megatron_ponder.training.watchdog import Watchdog
 
 # For answers to reach their clients once the engine has ended.
 SECONDS_TO_SEND = 5
+# For clients to hear of an engine that hangs, before the process ends.
+SECONDS_TO_HEAR = 1.0
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,9 @@ def url(listening: socket.socket) -> str:
 
 
 @contextmanager
-def web_server(application: Application, listening: socket.socket, worker: Worker) -> Iterator[None]:
+def web_server(
+    application: Application, listening: socket.socket, worker: Worker, connections: ConnectionLimits
+) -> Iterator[None]:
     """Answer in another thread, from before the model is loaded until everything is answered.
 
     When the web server ends by itself, the worker is stopped; an error of its thread is raised at the end.
@@ -70,10 +78,12 @@ def web_server(application: Application, listening: socket.socket, worker: Worke
     config = uvicorn.Config(
         application,
         lifespan="off",
-        log_level="warning",
+        log_level="error",
         access_log=False,
-        http="h11",
+        http=Connection.limited(connections),
+        ws="none",
         loop="asyncio",
+        timeout_keep_alive=connections.seconds,
         timeout_graceful_shutdown=SECONDS_TO_SEND,
     )
     server = uvicorn.Server(config)
@@ -102,7 +112,10 @@ def web_server(application: Application, listening: socket.socket, worker: Worke
 
 @contextmanager
 def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
-    """The first SIGTERM or SIGINT lets what runs finish, a second cancels it; while loading, one ends the load."""
+    """The first SIGTERM, SIGINT or SIGHUP lets what runs finish, a second cancels it; while loading, one ends that.
+
+    A SIGHUP that is ignored, as nohup wants it, stays so.
+    """
     received = []
 
     def handle(number: int, frame: object) -> None:
@@ -111,7 +124,8 @@ def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
         worker.stop(0 if received else grace)
         received.append(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield
     except KeyboardInterrupt:
@@ -126,33 +140,45 @@ def serve(
     load: Callable[[], tuple[Engine, ServedModel]],
     listening: socket.socket,
     limits: Limits,
+    connections: ConnectionLimits,
     most_sequences: int,
     grace: float,
+    step_timeout: float,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT; call it in the main thread, on the rank that schedules.
+    """Serve a model until SIGTERM, SIGINT or SIGHUP; call it in the main thread, on the rank that schedules.
+
+    When nothing happens for too long, because another rank hangs, all clients hear of it and the process ends.
 
     Args:
         load: makes the engine; clients are told to wait meanwhile.
         listening: socket, which is closed at the end.
         limits: of requests.
+        connections: limits of all of them together.
         most_sequences: that run or wait at a time.
         grace: seconds that requests have to finish, after a signal.
+        step_timeout: seconds that a step of the engine may take, unless ten times the longest so far is more.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, or the system does not allow so many connections.
         RuntimeError: the engine failed; the cause is attached.
     """
+    connections.reserve_files()
     metrics = Metrics()
     worker = Worker(most_sequences, metrics.observe)
     application = Application(worker, metrics, limits)
+
+    def give_up() -> None:
+        worker.give_up()
+        time.sleep(SECONDS_TO_HEAR)
+
     if limits.api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         print("warning: other machines may reach this server, and it asks for no API key", file=sys.stderr)
-    with web_server(application, listening, worker), _stopped_by_signals(worker, grace):
+    with web_server(application, listening, worker, connections), _stopped_by_signals(worker, grace):
         engine, application.model = load()
         print(f"serving {application.model.name} at {url(listening)}", file=sys.stderr, flush=True)
-        with engine:
+        with Watchdog(step_timeout, "--step-timeout", give_up) as watchdog, engine:
             try:
-                worker.serve(engine)
+                worker.serve(engine, watchdog.beat)
             except Exception as error:
                 raise RuntimeError("the engine failed while it served") from error
 
@@ -166,7 +192,7 @@ def follow(load: Callable[[], tuple[Engine, ServedModel]]) -> None:
     Raises:
         UserError: the model cannot be loaded.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     engine, _ = load()
     with engine:

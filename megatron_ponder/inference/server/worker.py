@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,10 @@ class EngineFailedError(Exception):
     """The engine broke down while a job was under way."""
 
 
+class JobFailedError(Exception):
+    """A job could not be begun, for a reason that the server's log has; the engine goes on."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a sequence has gained since the last time.
@@ -45,6 +50,7 @@ class Progress:
         tokens, log_probabilities, top_log_probabilities: new ones.
         text: new part.
         finish_reason: set with the last one.
+        error: why the sequence has failed, where it has.
         count: tokens so far.
         fed, executed: at the end, tokens that the model was fed, and K̂ of all of them together.
     """
@@ -55,12 +61,13 @@ class Progress:
     top_log_probabilities: list[list[tuple[int, float]]]
     text: str
     finish_reason: FinishReason | None
+    error: str
     count: int
     fed: int = 0
     executed: int = 0
 
 
-Event = Progress | UserError | EngineFailedError
+Event = Progress | UserError | JobFailedError | EngineFailedError
 
 
 @dataclass(eq=False)
@@ -155,8 +162,12 @@ class Worker:
         self._stop_by = min(self._stop_by, time.monotonic() + grace)
         self._commands.put(lambda: None)
 
-    def serve(self, engine: Engine) -> None:
+    def serve(self, engine: Engine, beat: Callable[[], None] = lambda: None) -> None:
         """Run jobs until stopped.
+
+        Args:
+            engine: whose block has been entered.
+            beat: called before everything that may take a while.
 
         Raises:
             Exception: whatever the engine raised; every job has been told.
@@ -165,7 +176,9 @@ class Worker:
         self._become("ready")
         try:
             while self.state == "ready" or self._accepted:
+                beat()
                 self._obey(wait=engine.idle)
+                beat()
                 if self._stop_by < math.inf and self.state == "ready":
                     self._become("stopping")
                 if time.monotonic() >= self._stop_by:
@@ -177,6 +190,7 @@ class Worker:
                     engine.step()
                 self._report()
             while not engine.idle:  # those that were cancelled last leave the cache
+                beat()
                 engine.step()
             self._report()
             self._become("stopped")
@@ -187,8 +201,17 @@ class Worker:
             # Jobs that have ended hear how; those handed over in time, but not begun, hear of a failure as well.
             self._obey(wait=False)
             self._post()
-            for job in list(self._jobs):
-                job.post([EngineFailedError("the engine failed; see the server's log")])
+            self._fail_jobs()
+
+    def give_up(self) -> None:
+        """The engine hangs: take no more jobs, and let all that there are hear of it; from any thread."""
+        self._become("failed")
+        self._obey(wait=False)
+        self._fail_jobs()
+
+    def _fail_jobs(self) -> None:
+        for job in list(self._jobs):
+            job.post([EngineFailedError("the engine failed; see the server's log")])
 
     def _become(self, state: State) -> None:
         with self._lock:
@@ -213,12 +236,20 @@ class Worker:
             for request in job.requests:
                 self._engine.check(request)
         except UserError as error:
-            self._outbox[job] = [error]
-            self._jobs.remove(job)
-            self._free(len(job.requests))
+            self._drop(job, error)
+            return
+        except Exception:  # a bug, which shows its traceback; but the other jobs have nothing to do with it
+            traceback.print_exc()
+            self._drop(job, JobFailedError("the request could not be begun; see the server's log"))
             return
         for index, request in enumerate(job.requests):
             job.sequences.append(self._engine.submit(request, _Reporter(self, job, index)))
+
+    def _drop(self, job: Job, error: UserError | JobFailedError) -> None:
+        """Forget a job of which nothing has begun."""
+        self._outbox[job] = [error]
+        self._jobs.remove(job)
+        self._free(len(job.requests))
 
     def _cancel(self, job: Job) -> None:
         if self.state != "failed":
@@ -272,6 +303,7 @@ class _Reporter:
             top_log_probabilities=generation.top_log_probabilities[since:],
             text=generation.text[self._text :],
             finish_reason=generation.finish_reason,
+            error=generation.error,
             count=len(generation.tokens),
             fed=len(executed),
             executed=sum(executed),
