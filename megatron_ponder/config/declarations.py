@@ -1,5 +1,6 @@
 """What is declared with a key beside its type: the range of a number, and that a text is a path."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
@@ -96,9 +97,11 @@ def expand_paths(section: Any) -> Any:
 
 def written(value: float) -> str:
     """A number as people write it, shortened where it is absurd."""
+    if isinstance(value, int) and abs(value) >= 10**20:  # more than a float may hold, perhaps
+        return f"a number of {int(math.log10(abs(value))) + 1} digits"
     round_ = abs(value) >= 10**9 and value % 10**9 == 0
     if isinstance(value, int) and not round_:
-        return f"{value:,}" if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"
+        return f"{value:,}"
     return re.sub(r"e([+-])0*", lambda sign: f"e{sign[1].strip('+')}", f"{value:g}" if round_ else f"{value:,.12g}")
 
 

@@ -10,9 +10,9 @@ from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import read_config_of, resolve_checkpoint, tokenizer_path, verify
 from megatron_ponder.config import Config
+from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.inference.engine import Engine
-from megatron_ponder.inference.ranges import check_ranges, number_field
 from megatron_ponder.inference.ranks import build_ranks, check_sizes
 from megatron_ponder.inference.request import Request
 from megatron_ponder.inference.scheduler import Scheduler
@@ -42,7 +42,7 @@ class Setup:
     checkpoint: Path
     tensor: int = number_field(1, 1, 1 << 16)
     pipeline: int = number_field(1, 1, 1 << 16)
-    threshold: float | None = None
+    threshold: float | None = number_field(None, 0, 1)
     router_bias: float | None = number_field(None, -1000, 1000)
     precision: str | None = None
     batching: Batching = field(default_factory=Batching)

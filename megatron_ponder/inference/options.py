@@ -3,11 +3,11 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.errors import UserError
-from megatron_ponder.inference.ranges import check_ranges, number_field, same_field
 from megatron_ponder.inference.request import Request
 from megatron_ponder.inference.sampling import SEEDS, Sampling
 
@@ -18,6 +18,12 @@ KINDS = {
     tuple[str, ...]: "a text or a list of texts",
     tuple[int, ...]: "a list of token ids",
 }
+
+
+def _as_in(kind: type, name: str, **default: Any) -> Any:
+    """A field that another dataclass declares, with its range, and with its default unless one is given."""
+    declared = next(item for item in fields(kind) if item.name == name)
+    return field(**{"default": declared.default} | default, metadata=declared.metadata)
 
 
 @dataclass(frozen=True)
@@ -32,18 +38,18 @@ class Options:
     top_log_probabilities: report the log-probabilities of so many of the likeliest tokens beside each chosen one.
     """
 
-    max_new_tokens: int = same_field(Request, "max_new_tokens", default=64)
+    max_new_tokens: int = _as_in(Request, "max_new_tokens", default=64)
     samples: int = number_field(1, 1, 10**4)
-    temperature: float = same_field(Sampling, "temperature")
-    top_k: int = same_field(Sampling, "top_k")
-    top_p: float = same_field(Sampling, "top_p")
-    min_p: float = same_field(Sampling, "min_p")
-    repetition_penalty: float = same_field(Sampling, "repetition_penalty")
-    seed: int = same_field(Sampling, "seed")
+    temperature: float = _as_in(Sampling, "temperature")
+    top_k: int = _as_in(Sampling, "top_k")
+    top_p: float = _as_in(Sampling, "top_p")
+    min_p: float = _as_in(Sampling, "min_p")
+    repetition_penalty: float = _as_in(Sampling, "repetition_penalty")
+    seed: int = _as_in(Sampling, "seed")
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = number_field((), 0, (1 << 31) - 1)
     ignore_eod: bool = False
-    top_log_probabilities: int = same_field(Request, "top_log_probabilities")
+    top_log_probabilities: int = _as_in(Request, "top_log_probabilities")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -88,7 +94,7 @@ class Options:
         Raises:
             UserError: there is no such option, or its value is of another kind or cannot be.
         """
-        kinds = {field.name: field.type for field in fields(self)}
+        kinds = {item.name: item.type for item in fields(self)}
         unknown = next((name for name in values if name not in kinds), None)
         if unknown is not None:
             raise UserError(f"there is no option {unknown!r}; choose among {', '.join(kinds)}, or leave it out")

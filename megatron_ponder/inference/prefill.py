@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.inference.forward import Forward, Outcome, PromptEnd, Segment, latent
-from megatron_ponder.inference.ranges import check_ranges, number_field
 from megatron_ponder.model.passes import Passes
 
 

@@ -3,8 +3,8 @@
 from dataclasses import MISSING, dataclass, field
 from typing import Literal
 
+from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.errors import UserError
-from megatron_ponder.inference.ranges import check_ranges, number_field
 from megatron_ponder.inference.sampling import Sampling
 
 FinishReason = Literal["length", "stop", "cancelled", "failed"]
@@ -23,7 +23,7 @@ class Request:
         top_log_probabilities: report the log-probabilities of this many likeliest tokens beside each chosen one.
     """
 
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] = number_field(MISSING, 0, (1 << 31) - 1)
     max_new_tokens: int = number_field(MISSING, 0, 10**9)
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ponder.inference.ranges import check_ranges, number_field
+from megatron_ponder.config.declarations import check_ranges, number_field
 
 SEEDS = 1 << 63
 

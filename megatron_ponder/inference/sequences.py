@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.inference.predictions import Prediction
 from megatron_ponder.inference.prefill import Prefill, PromptPiece
-from megatron_ponder.inference.ranges import check_ranges, number_field
 from megatron_ponder.inference.request import FinishReason, Generation, Request
 from megatron_ponder.inference.sampling import Chooser
 from megatron_ponder.inference.text_stream import TextStream

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ponder.cluster.description import Cluster, read_cluster
 from megatron_ponder.config import BlendPart, Config, PhaseConfig, read_config
-from megatron_ponder.config.declarations import Range, check_ranges, expand_paths, is_path, range_of
+from megatron_ponder.config.declarations import Range, check_ranges, expand_paths, is_path, range_of, written
 from megatron_ponder.errors import UserError
 from tests.runs import REPOSITORY
 
@@ -147,3 +147,10 @@ def test_the_page_of_keys_shows_the_ranges():
             row = next(line for line in table.splitlines() if line.startswith(f"| `{item.name}` |"))
             expected = range_of(item)
             assert row.split(" | ")[2] == (f"{expected}" if expected else "–"), f"{name}.{item.name}"
+
+
+def test_absurd_numbers_are_written_too():
+    numbers = [10**400, -(10**5000), 10**12, 1_000_001, 2.5, math.nan]
+    assert list(map(written, numbers)) == [
+        "a number of 401 digits", "a number of 5001 digits", "1e12", "1,000,001", "2.5", "nan",
+    ]  # fmt: skip

@@ -120,7 +120,7 @@ def test_seeds():
         ({"temperature": 1e-300}, "temperature is 1e-300"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
-        ({"top_k": -1}, "top_k is -1; its range is 0 to 1,000,000,000"),
+        ({"top_k": -1}, "top_k is -1; its range is 0 to 1e9"),
         ({"top_k": 10**400}, "top_k is a number of 401 digits"),
         ({"top_p": 0}, "top_p is 0; its range is 1e-6 to 1"),
         ({"top_p": 1e-300}, "top_p is 1e-300"),

@@ -156,7 +156,7 @@ def test_generation_stops_at_the_end_of_a_document(tool, corpus, tmp_path):
     ("arguments", "problem", "remedy"),
     [
         (["--max-new-tokens", "999"], "999 new ones are asked for, but the model is meant for 256", "ask for fewer"),
-        (["--threshold", "1.5"], "threshold 1.5 is not a weight", "choose it between 0"),
+        (["--threshold", "1.5"], "threshold is 1.5", "its range is 0 to 1"),
         (["--top-p", "0"], "top_p is 0", "its range is 1e-6 to 1"),
         (["--temperature", "-1"], "temperature is -1", "its range is 0, or 1e-6 to 100"),
         (["--temperature", "nan"], "temperature is nan", "its range is 0, or"),

@@ -1,16 +1,16 @@
 """What a client may ask for: the body of `POST /v1/completions`, and the requests that it stands for."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from megatron_ponder.config.declarations import range_of
 from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.inference.options import Options
-from megatron_ponder.inference.ranges import range_of
 from megatron_ponder.inference.request import Request
 from megatron_ponder.inference.sampling import SEEDS, Sampling
 from megatron_ponder.inference.server.refusals import RefusedError
@@ -51,9 +51,9 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.piece(token) if not text or "\ufffd" in text else text
 
 
-def _within(kind: type, name: str) -> Any:
-    """The range that generation declares for a number."""
-    allowed = range_of(kind, name)
+def _within(name: str) -> Any:
+    """The range of an option of generation."""
+    allowed = next(range_of(item) for item in fields(Options) if item.name == name)
     return Field(ge=allowed.low, le=allowed.high)
 
 
@@ -74,7 +74,7 @@ class Completion(BaseModel):
 
     model: str | None = None
     prompt: list[Any] | None = None
-    max_tokens: Annotated[int, _within(Request, "max_new_tokens")] = 16
+    max_tokens: Annotated[int, _within("max_new_tokens")] = 16
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=128)] = 1
@@ -90,10 +90,10 @@ class Completion(BaseModel):
     logit_bias: dict[str, float] = {}
     suffix: str | None = None
     user: str | None = None
-    top_k: Annotated[int, _within(Sampling, "top_k")] = 0
-    min_p: Annotated[float, _within(Sampling, "min_p")] = 0.0
-    repetition_penalty: Annotated[float, _within(Sampling, "repetition_penalty")] = 1.0
-    stop_token_ids: list[Annotated[int, _within(Options, "stop_tokens")]] = []
+    top_k: Annotated[int, _within("top_k")] = 0
+    min_p: Annotated[float, _within("min_p")] = 0.0
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] = 1.0
+    stop_token_ids: list[Annotated[int, _within("stop_tokens")]] = []
     ignore_eos: bool = False
 
     @model_validator(mode="before")
