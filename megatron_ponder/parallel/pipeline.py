@@ -50,9 +50,9 @@ class _Stage(PipelineStage):
     all rounds of all micro-batches send.
     """
 
-    def __init__(self, *args, outbox: _Outbox, **kwargs) -> None:
+    def __init__(self, *args, outbox: _Outbox, given_up: Callable[[], bool], output: Tensor, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.outbox = outbox
+        self.outbox, self._given_up, self._output = outbox, given_up, output
 
     def _prepare_forward_infra(self, *args, **kwargs):
         result = super()._prepare_forward_infra(*args, **kwargs)
@@ -89,6 +89,21 @@ class _Stage(PipelineStage):
         self.outbox.send(super().get_bwd_send_ops(chunk))
         return []
 
+    def forward_maybe_with_nosync(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if not self._given_up():
+            return super().forward_maybe_with_nosync(*args, **kwargs)
+        zeros = torch.zeros(self._output.shape, dtype=self._output.dtype, device=self.device)
+        return zeros.requires_grad_() if self.is_first else zeros + 0 * args[0].sum()  # a graph, as the schedule wants
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
+        if backward_type == "weight":  # of one that has been passed already
+            skipped = bwd_kwargs["param_groups"] is None
+        else:
+            skipped = self._given_up()
+        if not skipped:
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        return tuple(torch.zeros_like(x) if x.requires_grad else None for x in bwd_kwargs.get("input_values", ())), None
+
     def forward_one_chunk(self, chunk: int, *args, **kwargs):
         output = super().forward_one_chunk(chunk, *args, **kwargs)
         _forget(self.args_recv_info[chunk])  # autograd, or nobody, needs it from here on
@@ -122,6 +137,7 @@ def build_schedule(
     device: torch.device,
     kind: ScheduleKind,
     loss_function: Callable[[Tensor, Tensor], Tensor] | None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> PipelineScheduleMulti:
     """The schedule of one rank; all ranks of the ring build theirs with the same arguments but for `rounds`.
 
@@ -137,6 +153,8 @@ def build_schedule(
         device: of this rank.
         kind: of schedule; `zero_bubble` computes gradients of weights apart from those of activations, later.
         loss_function: of the last stage's output and the micro-batch's target; None for forward passes only.
+        given_up: asked before every computation, as often on all ranks of the ring: whether it need not be done, since
+            nobody wants the result of the step any more.
     """
     count = len(rounds) * axis.size
     grad = loss_function is not None
@@ -153,6 +171,8 @@ def build_schedule(
             output_args=ends[index + 1],
             group=axis.group,
             outbox=outbox,
+            given_up=given_up,
+            output=ends[index + 1],
         )
         for index, module in zip(range(axis.rank, count, axis.size), rounds, strict=True)
     ]

@@ -24,6 +24,7 @@ from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import ParameterSpec, declarations
 from megatron_ponder.training.deepspeed_config import deepspeed_config, effective_stage
+from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.objective import Objective, Tally
 from megatron_ponder.training.pipelined import PipelinedObjective
 
@@ -117,6 +118,23 @@ class Engine:
             dtype = torch.bfloat16 if self._low_precision else torch.float32
             self._pipelined = PipelinedObjective(objective, mesh, dtype, config.parallel.pipeline_schedule)
         self._create_moments()
+
+    def allow(self, interruption: Interruption) -> None:
+        """Let steps be given up at points between passes, forward and backward."""
+        if self._pipelined is not None:
+            self._pipelined.interruption = interruption
+            return
+
+        def point(*_) -> None:
+            interruption.point()
+
+        def before_backward(_module, _inputs, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(point)
+
+        transformer = self._objective.model.transformer
+        transformer.register_forward_pre_hook(point)
+        transformer.register_forward_hook(before_backward)
 
     def pruning(self, hard: bool) -> Pruning:
         """The model's rule with α = 0, as training and validation use it."""

@@ -16,6 +16,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.checkpoint import Checkpointer
 from megatron_ponder.training.engine import Engine
 from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
+from megatron_ponder.training.interruption import Abandoned, Interruption
 from megatron_ponder.training.metrics import MetricsLog, RunProgress, Value, nats
 from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.penalty import Penalty, PenaltyState
@@ -39,6 +40,7 @@ class TrainingLoop:
         engine: Engine,
         checkpointer: Checkpointer,
         boundary: Boundary,
+        interruption: Interruption,
         watchdog: Watchdog,
         watch: StepWatch,
         folder: RunFolder | None,
@@ -55,6 +57,7 @@ class TrainingLoop:
             engine: with the state of the start.
             checkpointer: of the run folder.
             boundary: where ranks agree on whether to stop.
+            interruption: where they do within a step.
             watchdog: told of every step.
             watch: takes the time of every step.
             folder: of the run, on the first rank alone.
@@ -64,6 +67,7 @@ class TrainingLoop:
         """
         self._config, self._mesh, self._parts, self._engine = config, mesh, parts, engine
         self._checkpointer, self._boundary, self._watchdog = checkpointer, boundary, watchdog
+        self._interruption, self._saved_step = interruption, start.step
         self._watch, self._folder, self._log, self._progress = watch, folder, log, progress
         self._step, self._samples = start.step, start.samples
         self._validated = start.validated or "valid" not in parts.datasets
@@ -107,7 +111,14 @@ class TrainingLoop:
             if boundary.stop:
                 self._save()
         while self._step < training.steps and not boundary.stop and not self._skipped.too_many(self._step):
-            record = self._take_step()
+            try:
+                record = self._take_step()
+            except Abandoned as abandoned:
+                boundary.stop = abandoned.reason
+                self._progress.say(f"step {self._step + 1} is given up; it has changed nothing")
+                if self._saved_step != self._step:
+                    self._save()
+                break
             self._judge(record)
             if "valid" in self._parts.datasets and self._due(training.eval_interval):
                 record |= self._validate()
@@ -137,7 +148,8 @@ class TrainingLoop:
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length
         # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
         scale = math.nan if self._reader.problem else 1 / tokens_per_step
-        sums = self._engine.forward_backward(micro_batches, r, pruning, penalty, scale)
+        with self._interruption.possible(self._boundary.step_seconds):
+            sums = self._engine.forward_backward(micro_batches, r, pruning, penalty, scale)
         self._watch.mark()
         norm = self._engine.step(rate)
         self._watch.mark()
@@ -244,6 +256,7 @@ class TrainingLoop:
                 self._unsaved = error
                 self._progress.say(f"step {self._step}  warning: not saved, training goes on: {error}")
                 return
+        self._saved_step = self._step
         verb = "saving" if self._config.checkpoint.asynchronous else "saved"
         self._progress.say(f"step {self._step}  {verb} {folder}")
 
@@ -261,9 +274,8 @@ class TrainingLoop:
             raise error
         stop = self._boundary.stop
         if stop and (self._step < self._config.training.steps or not self._validated):
-            message = (
-                f"stopped at step {self._step} by {stop}; checkpoint {folder}; resume with --checkpoint.resume auto"
-            )
+            where = f"checkpoint {folder}" if self._step > 0 else "there is nothing to save yet"
+            message = f"stopped at step {self._step} by {stop}; {where}; resume with --checkpoint.resume auto"
             self._progress.say(message)
             raise Preempted(stop, message)
 

@@ -10,6 +10,7 @@ from megatron_ponder.model.router import Pruning
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule, run_step
+from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.objective import Objective, Tally
 
 
@@ -17,6 +18,9 @@ class PipelinedObjective:
     """An objective whose model is in parts.
 
     Every number of passes needs a schedule of its own; each is built when it is first wanted, and kept.
+
+    Attributes:
+        interruption: by which a step may be given up; None for none.
     """
 
     def __init__(self, objective: Objective, mesh: Mesh, dtype: torch.dtype, kind: ScheduleKind) -> None:
@@ -33,6 +37,7 @@ class PipelinedObjective:
         self._penalty = self._scale = 0.0
         self._each_step = False
         self._sums: list[Tensor] = []
+        self.interruption: Interruption | None = None
 
     def forward_backward(
         self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, penalty: float, scale: float
@@ -54,6 +59,8 @@ class PipelinedObjective:
         tokens = torch.cat(list(micro_batches))
         last = {"target": tokens} if self._objective.model.part.last else {}
         run_step(schedule, *([tokens] if self._objective.model.part.first else []), tokens=tokens, **last)
+        if self.interruption is not None:
+            self.interruption.settle()
         return self._share(sum(sums.sum(0) for sums in self._sums) if self._sums else None)
 
     @torch.no_grad()
@@ -102,8 +109,12 @@ class PipelinedObjective:
                 device=self._mesh.device,
                 kind=self._kind,
                 loss_function=(lambda loss, _: loss.sum()) if training else None,
+                given_up=self._given_up,
             )
         return self._schedules[key]
+
+    def _given_up(self) -> bool:
+        return self.interruption is not None and self.interruption.point()
 
     def _finish(self, output: PonderOutput, tokens: Tensor) -> Tensor:
         loss, sums = self._objective.measure(output, tokens, self._penalty)

@@ -30,6 +30,7 @@ class Boundary:
 
     Attributes:
         stop: why all ranks are to stop, one of `REASONS`; None to go on.
+        step_seconds: that the last step has taken on the first rank, known to all; None before there was one.
     """
 
     def __init__(self, signals: StopSignals, seconds_left: float | None, mesh: Mesh) -> None:
@@ -49,6 +50,7 @@ class Boundary:
         self._begun = time.monotonic()
         self._saving: float | None = None
         self.stop: str | None = None
+        self.step_seconds: float | None = None
 
     def begin(self, saving: float | None) -> None:
         """A step begins.
@@ -72,7 +74,10 @@ class Boundary:
             UserError: on every rank, if any has a problem, with that of the first.
         """
         self._steps.append(time.monotonic() - self._begun)
-        return self._agree(sums, problem)
+        own = sums.new_tensor([self._steps[-1] if self._leader else 0.0])
+        agreed = self._agree(torch.cat([sums, own]), problem)
+        self.step_seconds = float(agreed[-1])
+        return agreed[:-1]
 
     def poll(self, problem: str | None = None) -> bool:
         """Between steps, in work that is not one: whether all ranks are to stop; a collective of all ranks.

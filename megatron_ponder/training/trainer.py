@@ -23,6 +23,7 @@ from megatron_ponder.training.checkpoint import (
     verify_together,
 )
 from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.layout import describe_layout
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
@@ -111,9 +112,10 @@ def _train_in(
         checkpointer = stack.enter_context(Checkpointer(config, tokenizer, fingerprints, mesh))
         watchdog = stack.enter_context(Watchdog(config.training.step_timeout))
         watch = StepWatch(config, mesh, model.transformer)
-        loop = TrainingLoop(
-            config, mesh, parts, engine, checkpointer, boundary, watchdog, watch, folder, log, progress, start
-        )
+        interruption = Interruption(signals, mesh)
+        engine.allow(interruption)
+        running = boundary, interruption, watchdog, watch
+        loop = TrainingLoop(config, mesh, parts, engine, checkpointer, *running, folder, log, progress, start)
         loop.run()
         if leader:
             try:
