@@ -39,9 +39,13 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
         UserError: if the folder lacks something or the model has a feature that PonderLM does not have.
     """
     theirs = read_json(model_dir / "config.json")
-    config = read_config([*settings(theirs), *overrides])
+    own = settings(theirs)
+    config = read_config([*own, *overrides])
     files = weight_files(model_dir)
-    _require_fit(_renamed(describe(files), theirs["model_type"], config), config)
+    described = _renamed(describe(files), theirs["model_type"], config)
+    # An export whose steps are as it says has every part that it says.
+    whole = theirs["model_type"] == "ponderlm" and config.ponder == read_config(own).ponder
+    _require_fit(described, config, whole)
     weights = _renamed(read(files), theirs["model_type"], config)
     if config.model.tie_embeddings and not torch.equal(
         weights.pop("head.weight", weights["embedding.weight"]), weights["embedding.weight"]
@@ -80,12 +84,13 @@ def _renamed(weights: dict[str, Tensor], model_type: str, config: Config) -> dic
     return (from_llama if model_type == "llama" else from_export)(weights)
 
 
-def _require_fit(described: dict[str, Tensor], config: Config) -> None:
+def _require_fit(described: dict[str, Tensor], config: Config, whole: bool) -> None:
     """Refuse sizes that are not those of the tensors, without allocating anything.
 
     Args:
         described: tensors on the `meta` device by PonderLM's parameter names.
         config: resolved.
+        whole: router and pause embeddings must be among them, in their sizes.
     """
     layers = len({name.split(".")[2] for name in described if name.startswith("transformer.blocks.")})
     if layers != config.model.num_layers:
@@ -99,7 +104,7 @@ def _require_fit(described: dict[str, Tensor], config: Config) -> None:
         model = PonderLM(config.model, config.ponder)
     if config.model.tie_embeddings:
         described = {name: tensor for name, tensor in described.items() if name != "head.weight"}
-    load_weights(model, _completed(described, model))
+    load_weights(model, described if whole else _completed(described, model))
 
 
 def _completed(weights: dict[str, Tensor], model: PonderLM) -> dict[str, Tensor]:

@@ -251,6 +251,16 @@ def test_a_head_of_its_own_that_is_said_to_be_the_embedding(tmp_path):
         import_pretrained(tmp_path)
 
 
+def test_an_export_that_lacks_a_part_of_itself(tmp_path):
+    """Its router is not made anew without a word because its config.json has been changed."""
+    export(weights_of(small_model()), small_config(), None, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ponder_max_steps": 3}))
+    with pytest.raises(UserError, match=r"router\.output\.\w+ has shape \(3.* but the configuration says \(4"):
+        import_pretrained(tmp_path)
+    assert import_pretrained(tmp_path, ["--ponder.max_steps", "4"])[0]["router.output.bias"].tolist() == [0, 0, 0, 0, 2]
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path):
     theirs = llama()
     with torch.no_grad():
