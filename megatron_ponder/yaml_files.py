@@ -95,19 +95,32 @@ Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole)
 Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_number)
 
 
+class TextLoader(Loader):
+    """Our loader for values that are texts whatever they look like: `1`, `010` and `yes` are what is written."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which puts into quotes what our loader would not take for text."""
 
     yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
-def load_yaml(text: str) -> object:
+def load_yaml(text: str, loader: type[Loader] = Loader) -> object:
     """What a text in YAML says.
+
+    Args:
+        text: to read.
+        loader: ours, or the one for texts alone.
 
     Raises:
         yaml.YAMLError: it says nothing, or something in two ways; `in_words` has the reason.
     """
-    content = yaml.load(text, Loader)
+    content = yaml.load(text, loader)
     try:
         check_text(content, "it")
     except UserError as error:
@@ -120,12 +133,13 @@ def dump_yaml(content: object) -> str:
     return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read_mapping(path: Path, holds: str) -> dict:
+def read_mapping(path: Path, holds: str, loader: type[Loader] = Loader) -> dict:
     """The keys and values of a YAML file.
 
     Args:
         path: of the file.
         holds: what such a file has in it, for the message if it does not.
+        loader: ours, or the one for texts alone.
 
     Raises:
         UserError: it is missing, is no YAML, has a key twice, or holds no keys; with the line, where there is one.
@@ -136,7 +150,7 @@ def read_mapping(path: Path, holds: str) -> dict:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, which no such file has; it must hold {holds}")
     text = read_text(path)
     try:
-        content = load_yaml(text)
+        content = load_yaml(text, loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {in_words(error, text)}") from error
     if not isinstance(content, dict):

@@ -4,19 +4,24 @@
     python tools/submit.py --cluster FILE.yaml --nodes 16 --submit train --config FILE.yaml --parallel.tensor 8
     python tools/submit.py --cluster FILE.yaml --after 4711 --submit evaluate --checkpoint runs/x
 
-As with sbatch, options come before the job, and the arguments of the job after it. Every key of the description of a
-cluster (examples/slurm/cluster.yaml has them all) is an option too. Jobs: train, train-one-node, train-torchrun, seeds,
-preprocess, generate, evaluate.
+As with sbatch, options come before the job, and the arguments of the job after it. Jobs: train, train-one-node,
+train-torchrun, seeds, preprocess, generate, evaluate.
+
+Options:
+  --cluster FILE        the description of a cluster, of which examples/slurm/cluster.yaml has every key
+  --after JOB           begin when the job with this number has succeeded
+  --submit              submit the script that is shown
 """
 
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
 from rich.syntax import Syntax
 
-from megatron_ponder.cluster.description import read_cluster
+from megatron_ponder.cluster.description import options_help, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render, submit
 from megatron_ponder.errors import UserError, command
 
@@ -26,8 +31,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @command
 def main() -> None:
     """Parse the command line, check the job, show its script, submit it if that is wanted."""
-    if {"-h", "--help"} & set(sys.argv[1:2]):
-        print(__doc__.strip())
+    if {"-h", "--help"} & set(takewhile(lambda word: word not in JOBS, sys.argv[1:])):
+        print(__doc__.strip(), options_help(), sep="\n\n")
         return
     if Path.cwd().resolve() != REPOSITORY:
         raise UserError(f"start this in {REPOSITORY}, where jobs run, so that paths mean the same to both")

@@ -10,7 +10,7 @@ from megatron_ponder.config.declarations import expand_paths, path_field
 from megatron_ponder.errors import UserError
 from megatron_ponder.paths import user_path
 from megatron_ponder.typed_arguments import content_of, options_of, parse, parser_of
-from megatron_ponder.yaml_files import read_mapping
+from megatron_ponder.yaml_files import TextLoader, read_mapping
 
 # Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
@@ -82,15 +82,23 @@ def _read_file(path: Path) -> dict:
     """What a file says about a cluster, refused where it has keys that are not those of one."""
     if not path.is_file():
         raise UserError(f"there is no description of a cluster in {path}; begin with examples/slurm/cluster.yaml")
-    content = read_mapping(path, "keys such as `partition: gpu`")
+    holds = "keys such as `partition: gpu`"
+    content, written = read_mapping(path, holds), read_mapping(path, holds, TextLoader)
     for name in content:
         _check_name(str(name), f"in {path}")
-    return content
+    # texts are what is written, whatever YAML would make of it: an account 007, a variable that is 1
+    texts = {item.name for item in fields(Cluster) if "str" in str(item.type)}
+    return {name: written[name] if name in texts else value for name, value in content.items()}
+
+
+def options_help() -> str:
+    """Every key of a cluster as an option: what it is, its type and its default."""
+    return parser_of(Cluster, "--cluster").format_help().partition("keys below.")[2].strip()
 
 
 def _check_name(name: str, where: str) -> None:
     names = [item.name for item in fields(Cluster)]
-    if name.partition(".")[0] not in names:
+    if re.split(r"[.+]", name)[0] not in names:
         raise UserError(f"a cluster has no {name} ({where}); it has {', '.join(names)}")
 
 
@@ -109,7 +117,7 @@ def _checked(cluster: Cluster) -> Cluster:
             f"cpus_per_node {cluster.cpus_per_node} is fewer than the {cluster.ranks} ranks of a node; each needs one"
         )
     if not TIME.fullmatch(cluster.time):
-        raise UserError(f"time {cluster.time} is no time limit; write HH:MM:SS or D-HH:MM:SS, in quotes in a file")
+        raise UserError(f"time {cluster.time} is no time limit; write HH:MM:SS or D-HH:MM:SS")
     if cluster.signal_seconds < 1:
         raise UserError(f"signal_seconds {cluster.signal_seconds}: a job needs time to save before its limit")
     if cluster.venv is not None and cluster.container is not None:

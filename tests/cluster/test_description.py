@@ -24,12 +24,32 @@ def test_options_win_over_the_file(tmp_path):
     assert cluster.ranks == 8
 
 
+def test_texts_are_what_is_written(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "time: 24:00:00\naccount: 007\npartition: on\nnodes: 2\nvenv: ~\nlog_folder: 1e3\nmodules: [1.10]\n"
+        "environment: {OMP_NUM_THREADS: 1, MODE: 010, TRACE: yes, RATE: 1e-3, 1_0: x, WHEN: 2026-01-01}\n"
+    )
+    with pytest.raises(UserError, match="1_0"):  # what YAML takes for a number is the name of no variable
+        read_cluster(["--cluster", str(file)])
+    file.write_text(file.read_text().replace("1_0: x, ", ""))
+    variables = {"OMP_NUM_THREADS": "1", "MODE": "010", "TRACE": "yes", "RATE": "1e-3", "WHEN": "2026-01-01"}
+    expected = Cluster("007", "on", 2, time="24:00:00", modules=["1.10"], environment=variables, log_folder="1e3")
+    assert read_cluster(["--cluster", str(file)]) == expected
+    options = ["--environment", "{A: '010'}", "--environment.B=1", "--modules", "['1.10']", "--modules+=2.0"]
+    assert read_cluster(options) == Cluster(environment={"A": "010", "B": "1"}, modules=["1.10", "2.0"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--cluster", "no/such.yaml"], "no description of a cluster in no/such.yaml"),
         (["--nods", "4"], "a cluster has no nods"),
         (["--nodes", "many"], "nodes"),
+        (["--nodes"], "--nodes has no value; write --nodes VALUE"),
+        (["nodes=2"], '"nodes=2" is no option; write --key value'),
+        (["--environment", "{A: null}"], "environment is null; write keys with a text each"),
+        (["--environment", "{A: [1"], "environment is {A: .1; write keys with a text each"),
         (["--nodes", "0"], "at least one node"),
         (["--gpus_per_node", "0"], "set ranks_per_node"),
         (["--ranks_per_node", "9"], "each rank needs a GPU"),

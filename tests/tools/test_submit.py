@@ -1,12 +1,13 @@
 """The command that shows and submits jobs."""
 
+import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.jobs import JOBS
 from tests.pages import calls
 from tests.runs import REPOSITORY
@@ -116,6 +117,11 @@ def test_paths_mean_the_same_to_command_and_job(command, tmp_path):
     )
 
 
-def test_help_names_every_job():
-    done = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, check=True)
-    assert all(name in done.stdout for name in JOBS)
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--nodes", "2", "--help"]])
+def test_help_names_every_job_and_option(command, words):
+    code, output, errors = command(*words)
+    assert (code, errors) == (0, "")
+    assert all(name in output for name in JOBS)
+    options = [*Cluster.__dataclass_fields__, "cluster", "after", "submit"]
+    assert [name for name in options if not re.search(rf"^ +--{name}\b", output, re.MULTILINE)] == []
+    assert "default: 24:00:00" in " ".join(output.split())
