@@ -1,5 +1,7 @@
 """Files that are either whole or absent: written aside, made durable, and renamed into place."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,6 +125,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     finally:
         partial_path(path).unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def checksum(content: dict) -> str:
+    """SHA-256 of what a JSON file says, however it is laid out; of all but the checksum itself."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def create(path: Path, content: str) -> bool:

@@ -4,14 +4,13 @@ It has a checksum of itself, so that a changed bit of it is found like one of an
 format 1 were written without one and go on being read; what can be told of them, types and ranges, is checked alike.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
 from megatron_ponder.errors import UserError
-from megatron_ponder.files import write_atomically
+from megatron_ponder.files import checksum, write_atomically
 
 MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
 # What a tensor of a parameter is: the weight itself, or one of AdamW's two moments.
@@ -95,12 +94,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a checkpoint durably, with its own checksum; last, because it makes the folder complete."""
     content = {"format": FORMAT, **asdict(manifest)}
     write_atomically(folder / MANIFEST, json.dumps(content | {"checksum": checksum(content)}, indent=1))
-
-
-def checksum(content: dict) -> str:
-    """Checksum of what a manifest says, however it is laid out; of all but the checksum itself."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

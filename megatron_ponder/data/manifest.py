@@ -10,9 +10,10 @@ from typing import BinaryIO
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.stamps import Stamps
 from megatron_ponder.errors import UserError
-from megatron_ponder.files import write_atomically
+from megatron_ponder.files import checksum, write_atomically
 
 MEBIBYTE = 1 << 20
+LARGEST = 1 << 63  # no count of a dataset comes near
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,55 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
-    write_atomically(manifest_path(prefix), json.dumps(asdict(manifest), indent=2).encode() + b"\n")
+    content = asdict(manifest)
+    write_atomically(manifest_path(prefix), json.dumps(content | {"checksum": checksum(content)}, indent=2) + "\n")
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
     """The manifest of a dataset, or None where there is none because the dataset was made elsewhere.
+
+    Those of earlier versions have no checksum of themselves.
 
     Raises:
         UserError: the file is there but is not a manifest.
     """
     path = manifest_path(prefix)
     try:
-        content = json.loads(path.read_bytes())
-        known = [field for field in fields(Manifest) if field.default is MISSING or field.name in content]
-        return Manifest(**{field.name: field.type(content[field.name]) for field in known})
+        return _checked(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged ({error!r}): make the dataset again with tools/preprocess_data.py"
-        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        reason = "it is no JSON"
+    except ValueError as error:
+        reason = str(error)
+    raise UserError(f"{path} is damaged ({reason}): make the dataset again with tools/preprocess_data.py")
+
+
+def _checked(content: object) -> Manifest:
+    """A manifest of what was read.
+
+    Raises:
+        ValueError: saying what cannot be.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    told = content.pop("checksum", None)
+    if told is not None and told != checksum(content):
+        raise ValueError("its checksum differs")
+    known = {field.name: field for field in fields(Manifest)}
+    unknown = content.keys() - known.keys()
+    if unknown:
+        raise ValueError(f"{min(unknown)!a} is no part of a manifest")
+    for name, field in known.items():
+        if name not in content:
+            if field.default is MISSING:
+                raise ValueError(f"it lacks {name}")
+            continue
+        value = content[name]
+        fits = 0 <= value < LARGEST if type(value) is field.type is int else type(value) is field.type is str
+        if not fits:
+            raise ValueError(f"its {name} cannot be {ascii(value)[:60]}")
+    return Manifest(**content)
 
 
 def fingerprint(prefix: str | Path, stamps: Stamps | None = None) -> str:

@@ -1,16 +1,26 @@
 """Whatever happens to the bytes of a dataset: a message that names the file, never a crash or other tokens."""
 
 import itertools
+import json
 import struct
 
 import numpy as np
 import pytest
 
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
+from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import HEADER, IndexedDataset, dataset_paths
 from megatron_ponder.data.inspection import verify
-from megatron_ponder.data.manifest import Manifest, check_vocabulary, fingerprint, manifest_path, write_manifest
+from megatron_ponder.data.manifest import (
+    Manifest,
+    check_vocabulary,
+    fingerprint,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from megatron_ponder.errors import UserError
+from tests.damage import changed_bytes, changed_fields, draws
 
 DOCUMENTS = [[1, 2, 3], [], [4], [5, 6]]
 INDEX_BYTES = HEADER.size + 12 * 4 + 8 * 5
@@ -119,3 +129,62 @@ def test_verification_names_the_token(prefix):
     with pytest.raises(UserError, match=r"small\.bin has the id 6 as token 5, which is not below 6"):
         verify(prefix, 6)
     assert "checksums: none, because there is no manifest" in verify(prefix, 7)
+
+
+FEW_AND_MANY = [(1, 300), pytest.param(2, 20_000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("seed", "tries"), FEW_AND_MANY)
+def test_damage_drawn_at_random_is_one_line_or_changes_nothing(prefix, seed, tries):
+    """To the index, the tokens and the manifest; of which the fields are changed as often as the bytes."""
+    want, refused = (open_for_training(prefix), read_manifest(prefix)), 0
+    for name, draw in draws(seed, tries):
+        path = draw.choice((*dataset_paths(prefix), manifest_path(prefix)))
+        whole = path.read_bytes()
+        changed = changed_bytes(whole, draw)
+        if path.suffix == ".json" and draw.random() < 0.5:
+            fields = {
+                key: value for key, value in json.loads(whole).items() if draw.random() < 0.9 or key != "checksum"
+            }
+            changed = json.dumps(changed_fields(fields, draw) if "checksum" in fields else fields, indent=2).encode()
+        path.write_bytes(changed)
+        try:
+            assert (open_for_training(prefix), read_manifest(prefix)) == want, name
+        except UserError as error:
+            assert str(error).isprintable(), name  # noqa: PT017
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{name}: {path.name}") from error
+        path.write_bytes(whole)
+    assert tries / 2 < refused
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, "7", None, 2**63, float("inf"), [], "a" * 99])
+@pytest.mark.parametrize("name", ["vocab_size", "eod_id", "tokens"])
+def test_fields_of_a_manifest_without_a_checksum_are_looked_at(prefix, name, value):
+    path = manifest_path(prefix)
+    fields = json.loads(path.read_text())
+    del fields["checksum"]
+    path.write_text(json.dumps(fields))
+    assert read_manifest(prefix).vocab_size == 7, "as earlier versions have written it"
+    path.write_text(json.dumps(fields | {name: value}))
+    with pytest.raises(UserError, match=rf"small\.json is damaged \(its {name} cannot be"):
+        read_manifest(prefix)
+
+
+@pytest.mark.parametrize(("seed", "tries"), FEW_AND_MANY)
+def test_damage_to_the_index_cache_is_noticed(tmp_path, seed, tries):
+    cache, arrays = IndexCache(tmp_path), [np.arange(40), np.arange(6, dtype=np.int32).reshape(3, 2)]
+    cache.load("a", lambda: arrays)
+    path = cache.path("a")
+    whole, built = path.read_bytes(), []
+    for name, draw in draws(seed, tries):
+        path.unlink()  # a reader may have mapped it
+        path.write_bytes(changed_bytes(whole, draw))
+        try:
+            got = cache.load("a", lambda: built.append(1) or arrays)
+            assert all(map(np.array_equal, got, arrays))
+        except Exception as error:
+            raise AssertionError(name) from error
+        assert path.read_bytes() == whole, name
+    assert tries / 2 < len(built)
