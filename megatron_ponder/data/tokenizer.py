@@ -13,6 +13,7 @@ import tokenizers
 
 from megatron_ponder.data.separable_parts import separable_parts
 from megatron_ponder.errors import UserError
+from megatron_ponder.texts import require_file
 
 # SentencePiece writes a space as this character, and so cannot tell the two apart in text.
 SPACE_SYMBOL = "\u2581"
@@ -172,6 +173,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return HuggingFaceTokenizer(candidate) if candidate.suffix == ".json" else SentencePieceTokenizer(candidate)
     if path.is_dir():
         raise UserError(f"{path} holds neither tokenizer.model nor tokenizer.json: give another folder or a file")
+    if path.exists():
+        require_file(path)
     raise UserError(f"{path} does not exist: give a tokenizer, or make one with tools/train_tokenizer.py")
 
 

@@ -27,6 +27,9 @@ class Numbered:
     def __getitem__(self, position: int) -> np.ndarray:
         return np.array([self.name, position])
 
+    def describe(self, position: int) -> str:
+        return f"{self.name} {position}"
+
     def prepare(self, position: int) -> None:
         self.prepared.append(position)
 
@@ -56,6 +59,7 @@ def test_every_dataset_is_read_in_its_own_order_without_a_gap(phases):
     for position in range(220):
         name, at = blend[position].tolist()
         assert at == counts[name]
+        assert blend.describe(position) == f"{name} {at}"
         counts[name] += 1
     assert [drawn for _, drawn in blend.streams(220)] == counts
 
