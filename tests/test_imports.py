@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 1,
     "files": 1,
     "cluster": 1,
+    "command_line": 1,
     "config": 1,
     "launch": 1,
     "paths": 1,
@@ -41,6 +42,7 @@ SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "laye
 LIGHT = [
     "claims",
     "cluster",
+    "command_line",
     "config",
     "environment",
     "errors",

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
+from megatron_ponder.command_line import Parser
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.evaluation.analysis import Analysis, Plan, Subject, analyse
 from megatron_ponder.evaluation.figures import draw, write_rows
@@ -28,20 +29,25 @@ from megatron_ponder.evaluation.report import write_page
 from megatron_ponder.files import check_writable, write_atomically
 from megatron_ponder.launch import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.paths import expand_user
 
 
 @command
 def main() -> None:
     """Parse the command line, measure, draw, print a summary."""
     plan = Plan()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, help="run folders or checkpoint folders")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file to measure on, in place of the split")
-    parser.add_argument("--data", help="dataset prefix; that of the first checkpoint's training run unless given")
+    parser.add_argument(
+        "--data", type=expand_user, help="dataset prefix; that of the first checkpoint's training run unless given"
+    )
     parser.add_argument("--split", default="valid", choices=["train", "valid", "test"])
     parser.add_argument("--samples", type=int, default=32, help="samples of the split (default: 32)")
-    parser.add_argument("--depths", help="prefix of the indexed dataset that holds the true depth of every token")
+    parser.add_argument(
+        "--depths", type=expand_user, help="prefix of the indexed dataset that holds the true depth of every token"
+    )
     parser.add_argument(
         "--refinements", type=int, help="measure by jacobi(R), which is faster, in place of exact, as a user runs it"
     )

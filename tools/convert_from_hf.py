@@ -8,22 +8,20 @@ Example:
     python tools/convert_from_hf.py --model downloaded/pythia-70m --output start --ponder.mode adaptive
 """
 
-import argparse
 from pathlib import Path
 
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.command_line import Parser
 from megatron_ponder.errors import command
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and safetensors")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder; must not exist or be empty")
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parser.parse_with_overrides()
     weights, config = import_pretrained(arguments.model, overrides)
     tokenizer = tokenizer_of(arguments.model, config)
     write_weights_checkpoint(arguments.output, weights, config, tokenizer)

@@ -5,11 +5,11 @@ Example:
     python tools/convert_to_hf.py --checkpoint runs/tiny --output exported
 """
 
-import argparse
 from pathlib import Path
 from typing import get_args
 
 from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint, tokenizer_path
+from megatron_ponder.command_line import Parser
 from megatron_ponder.errors import command
 from megatron_ponder.hf.export import DataType, export
 from megatron_ponder.hf.measured import measured_section
@@ -17,7 +17,7 @@ from megatron_ponder.hf.measured import measured_section
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=get_args(DataType), default="float32", help="of the exported weights")

@@ -17,18 +17,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ponder.command_line import Parser
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.errors import UserError, command
+from megatron_ponder.paths import expand_user
 from megatron_ponder.training.devices import GPUS
 
 
 @command
 def main() -> None:
     """Parse the command line, estimate, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--config", type=expand_user, required=True, metavar="FILE", help="of the run; dotted keys override it"
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="of the run; dotted keys override it")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="a description in YAML, as in examples/clusters/")
     parser.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--nodes", type=int)
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--top", type=int, default=10, help="layouts to show (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parser.parse_with_overrides()
 
     config = read_config(["--config", arguments.config, *overrides])
     if config.model.vocab_size is None:

@@ -20,24 +20,26 @@ from rich.progress import track
 from rich.table import Table
 
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
+from megatron_ponder.command_line import Parser
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.evaluation.inputs import split_batches, text_batches
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
 from megatron_ponder.files import check_output, write_atomically
 from megatron_ponder.launch import prepare_cpu
+from megatron_ponder.paths import expand_user
 
 
 @command
 def main() -> None:
     """Parse the command line, evaluate, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--threshold", type=float, help="τ; the trained model's unless given")
     parser.add_argument("--router-bias", type=float, help="α; the trained model's unless given")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON to this file")
     text = parser.add_argument_group("on text")
     text.add_argument("--text", type=Path, help="a UTF-8 text file to evaluate on, in place of the split")
-    text.add_argument("--data", help="dataset prefix; that of the training run unless given")
+    text.add_argument("--data", type=expand_user, help="dataset prefix; that of the training run unless given")
     text.add_argument("--split", default="valid", choices=["train", "valid", "test"])
     text.add_argument("--samples", type=int, default=64, help="samples of the split (default: 64)")
     text.add_argument("--refinements", type=int, nargs="*", help="R of jacobi(R); default: 0 and the largest trained")

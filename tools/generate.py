@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from megatron_ponder.command_line import Parser
 from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.inference.interactive import converse, line_source
@@ -35,7 +36,7 @@ from megatron_ponder.parallel.collectives import from_first
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
 
     given = parser.add_argument_group("prompts; without any, standard input is one")

@@ -7,7 +7,6 @@ Example:
 The exit code is 0 if every file is as it was written, nothing is missing and every value is finite, else 2.
 """
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
@@ -18,12 +17,13 @@ from rich.table import Table
 from megatron_ponder.checkpoint.inspection import FolderEntry, Inspection, folder_entries, inspect
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
+from megatron_ponder.command_line import Parser
 from megatron_ponder.errors import command
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its type and shape")
     parser.add_argument(

@@ -5,22 +5,24 @@ Example:
     python tools/inspect_dataset.py data/corpus_text_document --tokenizer data/tokenizer.model --verify
 """
 
-import argparse
-
+from megatron_ponder.command_line import Parser
 from megatron_ponder.data.indexed_dataset import VERSION, IndexedDataset
 from megatron_ponder.data.inspection import length_histogram, verify
 from megatron_ponder.data.manifest import read_manifest
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError, command
+from megatron_ponder.paths import expand_user
 
 BAR = 40
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="path without .bin and .idx")
-    parser.add_argument("--tokenizer", help="shows samples as text, and gives the vocabulary that --verify checks")
+    parser = Parser(__doc__)
+    parser.add_argument("dataset", type=expand_user, help="path without .bin and .idx")
+    parser.add_argument(
+        "--tokenizer", type=expand_user, help="shows samples as text, and gives the vocabulary that --verify checks"
+    )
     parser.add_argument("--samples", type=int, default=3, help="documents to show, evenly spaced (default: 3)")
     parser.add_argument("--sample-tokens", type=int, default=64, help="tokens to show of each (default: 64)")
     parser.add_argument(

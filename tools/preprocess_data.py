@@ -10,26 +10,32 @@ Example:
         --tokenizer data/tokenizer.model --workers 8 --append-eod
 """
 
-import argparse
 import sys
 
+from megatron_ponder.command_line import Parser
 from megatron_ponder.data.formats import AUTO, DECLARED
 from megatron_ponder.data.preprocessing import Team, preprocess
 from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import command
+from megatron_ponder.paths import expand_user
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--input",
+        type=expand_user,
         nargs="+",
         required=True,
         help="files, folders, glob patterns, folders of save_to_disk, or hf://owner/name[:split]",
     )
-    parser.add_argument("--output-prefix", required=True, help="path of the dataset without _KEY_document.bin")
-    parser.add_argument("--tokenizer", required=True, help="a .model or tokenizer.json file, or a folder with one")
+    parser.add_argument(
+        "--output-prefix", type=expand_user, required=True, help="path of the dataset without _KEY_document.bin"
+    )
+    parser.add_argument(
+        "--tokenizer", type=expand_user, required=True, help="a .model or tokenizer.json file, or a folder with one"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes per rank that tokenise (default: 1)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end token")
     parser.add_argument(

@@ -7,12 +7,12 @@ torchrun --nproc_per_node 4 tools/serve.py --checkpoint runs/quickstart --tensor
 Also under srun and mpirun. The key may stand in the environment variable PONDER_API_KEY instead of a file.
 """
 
-import argparse
 import os
 import sys
 import time
 from pathlib import Path
 
+from megatron_ponder.command_line import Parser
 from megatron_ponder.environment import without_local_rank
 from megatron_ponder.errors import UserError, command
 from megatron_ponder.inference.engine import Engine
@@ -38,7 +38,7 @@ def main() -> None:
         raise UserError(f"the server needs {error.name}: pip install 'megatron_ponder[serve]'") from None
 
     address, limits, connections, batching = Address(), Limits(), ConnectionLimits(), Batching()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
     parser.add_argument("--model-name", help="under which clients know the model; the folder's unless given")
     parser.add_argument("--host", default=address.host, help="0.0.0.0 to be reached from other machines")

@@ -9,7 +9,6 @@ is no run is left out, with a line on stderr. The exit code is 1 if a run is sil
 and has not.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from megatron_ponder.command_line import Parser
 from megatron_ponder.errors import UserError, command, describe
 from megatron_ponder.training.status import RunStatus, run_status
 
@@ -26,7 +26,7 @@ from megatron_ponder.training.status import RunStatus, run_status
 @command
 def main() -> None:
     """Parse the command line, read the folders, print a table or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a folder that training writes into")
     parser.add_argument("--json", action="store_true", help="one JSON object a run, each on a line of its own")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show the table anew every so many seconds")

@@ -23,6 +23,7 @@ from rich.syntax import Syntax
 
 from megatron_ponder.cluster.description import options_help, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render, submit
+from megatron_ponder.command_line import version_line
 from megatron_ponder.errors import UserError, command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -33,6 +34,9 @@ def main() -> None:
     """Parse the command line, check the job, show its script, submit it if that is wanted."""
     if {"-h", "--help"} & set(takewhile(lambda word: word not in JOBS, sys.argv[1:])):
         print(__doc__.strip(), options_help(), sep="\n\n")
+        return
+    if sys.argv[1:2] == ["--version"]:
+        print(version_line())
         return
     if Path.cwd().resolve() != REPOSITORY:
         raise UserError(f"start this in {REPOSITORY}, where jobs run, so that paths mean the same to both")

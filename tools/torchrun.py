@@ -8,12 +8,16 @@ SIGUSR1 and SIGTERM are passed on to the ranks, which save and end; the exit cod
 import sys
 
 from megatron_ponder.cluster.torchrun import torchrun
+from megatron_ponder.command_line import version_line
 from megatron_ponder.errors import command
 
 
 @command
 def main() -> None:
     """Start the ranks, and end with their exit code."""
+    if sys.argv[1:2] == ["--version"]:
+        print(version_line())
+        return
     sys.exit(torchrun(sys.argv[1:]))
 
 

@@ -5,18 +5,18 @@ Example:
     python tools/train_tokenizer.py --input corpus/ --output-prefix data/tokenizer --vocab-size 32000
 """
 
-import argparse
-
+from megatron_ponder.command_line import Parser
 from megatron_ponder.data.formats import AUTO, DECLARED
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.errors import command
+from megatron_ponder.paths import expand_user
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="as of tools/preprocess_data.py")
-    parser.add_argument("--output-prefix", required=True, help="path of the tokenizer without .model")
+    parser = Parser(__doc__)
+    parser.add_argument("--input", type=expand_user, nargs="+", required=True, help="as of tools/preprocess_data.py")
+    parser.add_argument("--output-prefix", type=expand_user, required=True, help="path of the tokenizer without .model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
     parser.add_argument(
         "--key", default="text", help="field of a JSON line or column that holds the text (default: text)"
