@@ -11,9 +11,11 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_ponder.config import Config
+from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from megatron_ponder.inference.generate import generate
 from tests.hf.exported import weights_of
 from tests.models import random_tokens, small_config, small_model
 from tests.runs import REPOSITORY
@@ -257,6 +259,24 @@ def test_the_end_of_documents_is_carried(tmp_path, sentencepiece_model):
     tokens[0, 4] = 2
     expected = model.head(model.jacobi(tokens, 3, model.pruning(hard=True)).output_BLH)
     assert (loaded(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_vocabulary_larger_than_the_tokenizers(tmp_path, sentencepiece_model):
+    """Ids without a piece are likely in this model; neither generation nor the export's gives one, and they agree."""
+    options = {"model__vocab_size": 3000, "ponder__threshold": 0.3}
+    model, tokenizer = small_model(router_scale=4.0, **options).float().eval(), load_tokenizer(sentencepiece_model)
+    export(weights_of(model), small_config(**options), sentencepiece_model, tmp_path / "exported")
+    exported = PonderLMForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    assert (exported.config.ponder_pieces, exported.config.vocab_size) == (1024, 3000)
+    prompts = ["import os", "", "def main():"]
+    for prompt, ours in zip(prompts, generate(model, prompts, max_new_tokens=12, tokenizer=tokenizer), strict=True):
+        ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eod_id]])
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        theirs = exported.generate(**({"input_ids": ids} if prompt else {}), **options)[0, ids.shape[1] :].tolist()
+        assert theirs == ours.tokens
+        assert max(theirs) < 1024
+        whole = torch.cat([ids, torch.tensor([theirs])], 1)
+        assert int(exported(whole).logits.argmax(-1).max()) >= 1024  # forward leaves logits as they are
 
 
 def test_the_model_card(tmp_path):
