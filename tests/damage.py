@@ -64,10 +64,10 @@ def _places(content: dict | list) -> Iterator[tuple[dict | list, str | int]]:
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
-    """Within the block files can be made and nothing can be written to any of them."""
+def full_disk(room: int = 0) -> Iterator[None]:
+    """Within the block files can be made, and only so many bytes be written to each of them."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # Python ignores the signal, so that writing fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # Python ignores the signal, so that writing fails
     try:
         yield
     finally:

@@ -102,6 +102,8 @@ def test_a_full_disk_leaves_no_part_of_a_folder(tmp_path):
             write_weights_checkpoint(tmp_path / "a", weights, small_config(), None)
         with pytest.raises((OSError, UserError)):
             export(weights, small_config(), None, tmp_path / "b")
+    with full_disk(room=50_000), pytest.raises(UserError, match=r"could not write the weights to .*; free some space"):
+        export(weights, small_config(), None, tmp_path / "c")  # for whose other files there is room
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -81,7 +82,12 @@ def export(
         ).save_pretrained(folder)
         for name in MODEL_FILES:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
-        save_torch_state_dict(renamed, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        try:
+            save_torch_state_dict(renamed, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        except SafetensorError as error:  # as which the library tells of the disk, too
+            raise UserError(
+                f"could not write the weights to {output} ({error}); free some space or choose another folder"
+            ) from error
         for path in folder.glob("*.safetensors"):  # which nobody but the owner could read
             shutil.copymode(folder / "config.json", path)
         card = model_card(config, dtype, sum(tensor.numel() for tensor in renamed.values()), measured)
