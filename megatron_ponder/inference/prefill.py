@@ -30,7 +30,7 @@ class Prefill:
     """
 
     refinements: int | None = number_field(None, 0, 10**6)
-    tolerance: float | None = number_field(None, 0, 1)
+    tolerance: float | None = number_field(None, 0, 1, below=True)
     chunk: int = number_field(128, 1, 10**6)
     shortest: int = number_field(24, 1, 10**6)
 

@@ -1,15 +1,19 @@
 """What goes wrong in one sequence ends it with words, and no other."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.errors import UserError
 from megatron_ponder.inference.engine import Engine
 from megatron_ponder.inference.generate import generate
+from megatron_ponder.inference.interactive import converse
+from megatron_ponder.inference.options import Options
 from megatron_ponder.inference.predictions import predict
 from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.request import Request
@@ -181,3 +185,21 @@ def test_requests_that_cannot_be_begun_end_no_server(served_overflowing, monkeyp
         assert (status, answer["error"]["code"]) == (500, "generation_failed")
         assert server.client.post({"prompt": [9], "max_tokens": 1})[0] == 200
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_a_conversation_goes_on(served_overflowing):
+    served, prompt = served_overflowing
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None, soft_wrap=True, highlight=False)
+    lines = iter([served.tokenizer.decode(prompt), "class"])
+
+    def ask() -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    with Engine(served.model, tokenizer=served.tokenizer) as engine:
+        converse(engine, Options(max_new_tokens=40), served.tokenizer, console, ask)
+    assert out.getvalue().count("failed: the model's logits are not finite") == 1
+    assert out.getvalue().count(" tokens in ") == 2

@@ -3,18 +3,23 @@
 import io
 import json
 import math
+import re
 from dataclasses import fields
 
 import pytest
 
+from megatron_ponder.config.declarations import range_of
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.errors import UserError
+from megatron_ponder.inference.loading import Setup
 from megatron_ponder.inference.options import Options
+from megatron_ponder.inference.prefill import Prefill
 from megatron_ponder.inference.prompts import Prompt, read_prompts, tasks_of, text_prompts
 from megatron_ponder.inference.sampling import Sampling
 from megatron_ponder.inference.scheduler import Scheduler
 from megatron_ponder.inference.sequences import Batching
 from tests.models import small_config
+from tests.runs import REPOSITORY
 
 DEFAULTS = Options(max_new_tokens=5, temperature=0.5, stop=("\n",), seed=3)
 
@@ -218,3 +223,14 @@ def test_every_number_has_a_range(written):
                 value = value if field.type in (int, float) else f"[{value}]"
                 with pytest.raises(UserError, match=f"line 1: {field.name} (is|must be)"):
                     read_prompts(written(f'{{"prompt": "a", "{field.name}": {value}}}'), DEFAULTS)
+
+
+def test_the_page_has_the_range_of_every_option():
+    page = (REPOSITORY / "docs" / "inference.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"(?m)^\| `--([\w-]+)` \| [^|]+ \| *([^|]*?) *\|", page))
+    for kind in (Options, Prefill, Batching, Setup):
+        for field in fields(kind):
+            name = field.name.replace("_", "-")
+            if range_of(field) is not None and name in rows:
+                assert rows[name] == str(range_of(field)), name
+    assert {field.name.replace("_", "-") for field in fields(Options)} <= rows.keys()
