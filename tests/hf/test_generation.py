@@ -207,7 +207,7 @@ def exported(sentencepiece_model, tmp_path_factory):
 
 def test_defaults_for_generation_are_saved(exported):
     defaults = GenerationConfig.from_pretrained(exported)
-    assert (defaults.bos_token_id, defaults.eos_token_id, defaults.pad_token_id) == (1, 2, 2)
+    assert (defaults.bos_token_id, defaults.eos_token_id, defaults.pad_token_id) == (2, 2, 0)
     model = PonderLMForCausalLM.from_pretrained(exported).eval()
     prompt = random_tokens(1, 60)
     assert model.generate(prompt, eos_token_id=None).shape == (1, 64)  # max_position_embeddings
@@ -232,7 +232,7 @@ def test_the_tokenizer_pads_on_the_left(exported):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(exported)
     inputs = tokenizer(["import os", "def main(argv):"], return_tensors="pt", padding=True)
     assert inputs["attention_mask"][:, -1].all()
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
 
 
 def test_streaming(exported, capsys):
