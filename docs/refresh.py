@@ -84,10 +84,11 @@ def runner(folder: Path) -> Run:
 
     def run(words: list[str], given: str | None) -> str:
         done = subprocess.run(
-            words, cwd=folder, env=environment, input=given or "", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, check=False,
+            words, cwd=folder, env=environment, input=given or "", capture_output=True, text=True, check=False
         )  # fmt: skip
-        return done.stdout
+        # Libraries draw bars and warn on standard error; of what is there, pages show our own errors alone.
+        errors = [line for line in done.stderr.splitlines(keepends=True) if line.startswith("error: ")]
+        return "".join([done.stdout, *errors])
 
     return run
 

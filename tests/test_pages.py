@@ -1,0 +1,125 @@
+"""Pages lead where they say, can all be reached, and show what commands print now."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from docs.refresh import exchanges, link_repository, pages, refreshed, runner, scripts, shortened
+from tests.runs import REPOSITORY, finished_runs
+
+EVERY_PAGE = [*pages(), *sorted((REPOSITORY / "examples").rglob("*.md")), *REPOSITORY.glob("CHANGELOG.md")]
+# Options that make a command of a page take seconds on a tiny model.
+SMALLER = {
+    "pretrain_ponder.py --config examples/quickstart/adaptive.yaml\n": " --training.steps 4 --training.eval_interval 2"
+    " --checkpoint.interval 2 --logging.interval 1 --training.run_dir runs/anew --model.hidden_size 16"
+    " --model.ffn_hidden_size 32 --model.num_layers 1 --data.sequence_length 16 --training.eval_samples 2",
+    "tools/train_tokenizer.py ": " --sample-bytes 400000",
+    "--tasks ": " --limit 2",
+}
+QUICK = ("README", "configuration")
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """File and heading of every relative link of a page; a link without a file leads to the page itself."""
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [tuple(target.partition("#")[::2]) for target in targets if not re.match(r"\w+:", target)]
+
+
+def headings(page: Path) -> set[str]:
+    """Names by which links lead to the headings of a page."""
+    titles = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_every_link_leads_somewhere(page):
+    for file, heading in links(page):
+        target = (page.parent / file).resolve() if file else page
+        target = target / "README.md" if target.is_dir() and heading else target
+        assert target.exists(), file
+        assert not heading or heading in headings(target), f"{file}#{heading}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, ahead = set(), [REPOSITORY / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        targets = ((page.parent / file).resolve() for file, _ in links(page) if file.endswith(".md"))
+        ahead += [target for target in targets if target not in reached]
+    assert set(EVERY_PAGE) <= reached
+
+
+def test_every_page_is_in_the_list_of_the_readme():
+    listed = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Documentation")[1]
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in listed
+
+
+def test_a_page_is_refreshed():
+    page = "a\n\n```console\n$ first \\\n    more\nold\n$ second\n1\n…\n9\n```\n\n"
+    page += "```python\nprint(1)\n```\n\n```text\n0\n```\n"
+    said = {"bash": "new\n", "python": "1\n"}
+    asked = []
+
+    def run(words: list[str], given: str | None) -> str:
+        asked.append((words[-1], given))
+        return "1\n2\n3\n4  \n" if "second" in words[-1] else said[words[0]]
+
+    assert refreshed(page, run) == page.replace("old", "new").replace("…\n9", "…\n4").replace("\n0\n", "\n1\n")
+    assert asked == [("first \\\n    more\n", None), ("second\n", None), ("-", "print(1)\n")]
+    assert shortened("", "") == ""
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, tmp_path_factory) -> Path:
+    """The repository's files, and a tiny run and its data where the quickstart makes them."""
+    folder = tmp_path_factory.mktemp("pages")
+    link_repository(folder)
+    shutil.copytree(finished_runs(corpus).whole, folder / "runs" / "quickstart")
+    return folder
+
+
+def shape(line: str) -> str:
+    """A line without what differs from run to run: numbers, widths of columns, and the model's words."""
+    line = re.sub(r"(def main\(argv\):|additional steps:|import os|\"text\":) .*", r"\1", line)
+    line = re.sub(r"(def main\(argv\):|import os|class A).*", r"\1", line)
+    line = re.sub(r"[-–+]?\d[\d,.:]*(e[-+]?\d+)?|nan|∞", "0", line)
+    line = re.sub(r"0–0|\b0 ?(ms|s|min|h|d|days)\b", "0", line)
+    line = re.sub(r"\[0(, 0)*\]|(?<=\s)0%(\s+0%)*(?=\s)", "[0]", line)
+    return re.sub(r"[━─]+", "─", re.sub(r"\s+", "", line))
+
+
+def shown_and_printed() -> list:
+    """Every command of a page that shows what it prints, in the order of the pages."""
+    cases = []
+    for page in pages():
+        name = page.relative_to(REPOSITORY).as_posix()
+        for command, output in exchanges(page.read_text(encoding="utf-8")):
+            marks = () if page.stem in QUICK else pytest.mark.slow
+            cases.append(pytest.param(command, output, id=f"{name}: {command.splitlines()[0][:60]}", marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("command", "output"), shown_and_printed())
+def test_commands_print_lines_of_the_kind_that_the_page_shows(folder, command, output):
+    for of, smaller in SMALLER.items():
+        if of in command:
+            command = command.rstrip("\n") + smaller + "\n"
+    said = runner(folder)(["bash", "-c", command], None).replace("runs/anew", "runs/quickstart")
+    printed = {shape(line) for line in said.splitlines()}
+    missing = [line for line in output.splitlines() if line != "…" and shape(line) not in printed]
+    assert not missing, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "output"),
+    [pytest.param(*script, id=page.name) for page in pages() for script in scripts(page.read_text(encoding="utf-8"))],
+)
+def test_python_of_a_page_prints_as_many_lines_as_it_shows(folder, code, output):
+    said = runner(folder)(["python", "-"], code)
+    assert len(said.splitlines()) == len(output.splitlines())
