@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from docs.refresh import exchanges, link_repository, pages, refreshed, runner, scripts, shortened
+from megatron_ponder import __version__
 from tests.runs import REPOSITORY, finished_runs
 
 EVERY_PAGE = [*pages(), *sorted((REPOSITORY / "examples").rglob("*.md")), *REPOSITORY.glob("CHANGELOG.md")]
@@ -123,3 +125,11 @@ def test_commands_print_lines_of_the_kind_that_the_page_shows(folder, command, o
 def test_python_of_a_page_prints_as_many_lines_as_it_shows(folder, code, output):
     said = runner(folder)(["python", "-"], code)
     assert len(said.splitlines()) == len(output.splitlines())
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == __version__
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"(?m)^## ([\d.]+)", changes)[0] == __version__
