@@ -65,7 +65,8 @@ def main() -> None:
 def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, dict]:
     if not arguments.checkpoint:
         raise UserError("there is nothing to evaluate; give a --checkpoint, or an --export with --tasks")
-    if arguments.export or arguments.tasks_path or arguments.limit or arguments.num_fewshot:
+    for_tasks = (arguments.export, arguments.tasks_path, arguments.limit, arguments.num_fewshot)
+    if any(given is not None for given in for_tasks):
         raise UserError("--export, --tasks-path, --limit and --num-fewshot go with --tasks; name the tasks to run")
     loaded = load_model(arguments.checkpoint)
     if arguments.text:

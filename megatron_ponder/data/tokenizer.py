@@ -148,11 +148,30 @@ class HuggingFaceTokenizer:
     def _special_id(self, role: str, usual: tuple[str, ...]) -> int | None:
         config_path = self.path.with_name("tokenizer_config.json")
         try:
-            named = json.loads(config_path.read_bytes()).get(role) if config_path.is_file() else None
-        except (ValueError, AttributeError):
+            named = (json.loads(config_path.read_bytes()).get(role) or None) if config_path.is_file() else None
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{config_path} is not a JSON object: restore or remove it") from None
-        names = usual if named is None else (named["content"] if isinstance(named, dict) else named,)
-        return next((token for name in names if (token := self._tokenizer.token_to_id(name)) is not None), None)
+        names = usual if named is None else _token_names(named, role, config_path)
+        found = next((token for name in names if (token := self._tokenizer.token_to_id(name)) is not None), None)
+        if found is None and named is not None and role == "eos_token":
+            raise UserError(
+                f"{config_path} names {', '.join(names)} as {role}, which {self.path.name} does not have; "
+                "name a token that it has"
+            )
+        return found
+
+
+def _token_names(named: object, role: str, path: Path) -> list[str]:
+    """The tokens that a tokenizer_config.json names for a role: a text, a mapping with its content, or a list of them.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    several = named if isinstance(named, list) else [named]
+    given = [one.get("content") if isinstance(one, dict) else one for one in several]
+    if not given or not all(isinstance(name, str) and name for name in given):
+        raise UserError(f'{path} has {json.dumps(named)[:80]} as {role}; name a token there, such as "</s>"')
+    return given
 
 
 def nameless(token: int) -> str:

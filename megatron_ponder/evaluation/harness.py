@@ -116,8 +116,12 @@ def evaluate_tasks(
         batch_size: sequences in a forward.
 
     Raises:
-        UserError: if the folder is no export with a tokenizer, or the data of a task cannot be loaded.
+        UserError: if the folder is no export with a tokenizer, a number is out of range, the data of a task cannot be
+            loaded, or the harness refuses what it is asked for.
     """
+    for name, value, least in (("--limit", limit, 1), ("--num-fewshot", shots, 0), ("--batch-size", batch_size, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
     import lm_eval
     from datasets.exceptions import DatasetGenerationError
     from lm_eval.models.huggingface import HFLM
@@ -143,6 +147,11 @@ def evaluate_tasks(
         raise UserError(
             f"the data of {', '.join(tasks.names)} cannot be loaded ({describe(error)}); make or download them first, "
             "and where there is no network set HF_HUB_OFFLINE=1"
+        ) from error
+    except (AssertionError, ValueError) as error:  # how the harness refuses numbers and task files
+        raise UserError(
+            f"lm-evaluation-harness refuses {', '.join(tasks.names)}: {describe(error) or 'it does not say why'}; "
+            "compare --limit and --num-fewshot with the documents of the task, and its file with the harness's guide"
         ) from error
     iterated = config["ponder_mode"] in ("fixed", "adaptive")
     hard = f"jacobi({config['ponder_jacobi_iterations']})" if iterated else "exact"

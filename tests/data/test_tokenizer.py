@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import tokenizers
@@ -98,14 +99,22 @@ def test_gaps_in_a_vocabulary_have_names_too(hugging_face_folder, tmp_path):
 def test_hugging_face_end_token_from_the_config(hugging_face_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((hugging_face_folder / "tokenizer.json").read_bytes())
     config = tmp_path / "tokenizer_config.json"
-    for named in ("!", {"content": "!"}):
+    for named in ("!", {"content": "!"}, ["no such token", "!"], [{"content": "!"}]):
         config.write_text(json.dumps({"eos_token": named, "bos_token": named}))
         tokenizer = load_tokenizer(tmp_path)
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         assert tokenizer.eod_id == tokenizer.bos_id == tokenizer.encode("!")[0]
-    config.write_text(json.dumps({"eos_token": "no such token"}))
-    with pytest.raises(UserError, match=r"has no end token: name it as eos_token in tokenizer_config\.json"):
-        load_tokenizer(tmp_path)
+    absent = "names no such token as eos_token, which tokenizer.json does not have; name a token that it has"
+    for named, said in [
+        ("no such token", absent),
+        (["no such token"], absent),
+        (3, 'has 3 as eos_token; name a token there, such as "</s>"'),
+        ({"id": 2}, "as eos_token; name a token there"),
+        ([None], "has [null] as eos_token; name a token there"),
+    ]:
+        config.write_text(json.dumps({"eos_token": named}))
+        with pytest.raises(UserError, match=re.escape(said)):
+            load_tokenizer(tmp_path)
     config.write_text("[")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not a JSON object"):
         load_tokenizer(tmp_path)

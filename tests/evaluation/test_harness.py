@@ -163,6 +163,14 @@ def test_settings(folder, corpus, tmp_path, monkeypatch):
     tasks = TaskSet(["stdlib_*"], SHIPPED)
     with exported(checkpoint, threshold=0.9, bias=-1.0) as export:
         evaluation = evaluate_tasks(export, tasks, limit=5, shots=2)
+        for numbers, said in [
+            ({"limit": 0}, "--limit is 0; it must be at least 1"),
+            ({"limit": 5, "shots": -1}, "--num-fewshot is -1; it must be at least 0"),
+            ({"limit": 5, "batch_size": 0}, "--batch-size is 0; it must be at least 1"),
+            ({"limit": 5, "shots": 10**6}, "lm-evaluation-harness refuses "),
+        ]:
+            with pytest.raises(UserError, match=said):
+                evaluate_tasks(export, tasks, **numbers)
     assert (evaluation.threshold, evaluation.router_bias) == (0.9, -1.0)
     assert [(score.samples, score.shots) for score in evaluation.tasks] == [(5, 2)] * 2
     assert json.loads(json.dumps(evaluation.as_dict()))["tasks"][0]["samples"] == 5
