@@ -1,6 +1,7 @@
 """Estimate memory, time and cost of a training run on a cluster, before there is one.
 
     python tools/estimate.py --config examples/configs/llama_410m.yaml --gpu H100-SXM --nodes 2 --tokens 30e9
+    python tools/estimate.py --config FILE.yaml --gpu H100-SXM --gpus 64 --search
     python tools/estimate.py --config FILE.yaml --cluster examples/clusters/h100.yaml --search
     python tools/estimate.py --config FILE.yaml --nodes 4 --gpus-per-node 8 --memory-gib 80 --tflops 312 \\
         --memory-bandwidth 2039 --intra-bandwidth 300 --inter-bandwidth 25 --parallel.tensor 4
@@ -33,6 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="a description in YAML, as in examples/clusters/")
     parser.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--gpus", type=int, metavar="N", help="in all, on full nodes or a part of one, for --nodes")
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--gpus-per-node", type=int)
     parser.add_argument("--memory-gib", type=float, help="memory of a GPU")
@@ -55,7 +57,12 @@ def main() -> None:
 
     names = ("gpu", "nodes", "gpus_per_node", "memory_gib", "tflops")
     names += ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth")
-    description = read_description(arguments.cluster, {name: getattr(arguments, name) for name in names})
+    given = {name: getattr(arguments, name) for name in names}
+    description = read_description(arguments.cluster, given)
+    if arguments.gpus is not None:
+        if arguments.nodes is not None:
+            raise UserError("--gpus and --nodes both say how many GPUs there are; give one of them")
+        description = description.of_gpus(arguments.gpus)
     cluster = description.cluster(config.training.precision)
     per_step = config.training.global_batch_size * config.data.sequence_length
     tokens = config.training.steps * per_step if arguments.tokens is None else arguments.tokens
@@ -79,7 +86,7 @@ def show_plan(plan, cluster, tokens: float, console: Console) -> None:
     from megatron_ponder.planning.communication import mesh_on_paper
     from megatron_ponder.training.layout import describe_layout
 
-    print(f"{cluster.nodes} nodes of {cluster.gpus_per_node} {cluster.name}: {_assumptions(cluster)}")
+    print(_heading(cluster))
     print(describe_layout(plan.config, mesh_on_paper(plan.config, plan.data, 0, cluster.device)))
     print(
         f"of {cluster.memory / 2**30:.1f} GiB a GPU, {cluster.usable_memory / 2**30:.1f} are taken to be usable; the "
@@ -119,14 +126,18 @@ def show_search(config: Config, cluster, plans: list, arguments: argparse.Namesp
     if arguments.json:
         print(json.dumps([as_dict(plan, cluster, tokens) for plan in plans[: arguments.top]]))
         return
-    print(f"{cluster.nodes} nodes of {cluster.gpus_per_node} {cluster.name}: {_assumptions(cluster)}")
+    print(_heading(cluster))
+    usable = f"{cluster.usable_memory / 2**30:.1f} of {cluster.memory / 2**30:.1f} GiB"
     headings = ("tensor", "pipeline", "data", "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "MFU", "days")
-    table = Table(*headings, title=f"{len(plans):,} layouts fit")
+    table = Table("", *headings, "GPU-hours", title=f"{len(plans):,} layouts fit into the usable {usable} of a GPU")
     for column in table.columns:
         column.justify = "right"
-    for plan in plans[: arguments.top]:
+    shown = plans[: arguments.top]
+    for number, plan in enumerate(shown, 1):
         parallel, training = plan.config.parallel, plan.config.training
+        days = tokens / plan.time.tokens_per_second / 86400
         table.add_row(
+            str(number),
             f"{parallel.tensor}{' + sequence' if parallel.sequence_parallel else ''}",
             str(parallel.pipeline),
             str(plan.data),
@@ -136,11 +147,12 @@ def show_search(config: Config, cluster, plans: list, arguments: argparse.Namesp
             f"{plan.memory.total / 2**30:.1f}",
             f"{plan.time.tokens_per_second:,.0f}",
             f"{plan.time.utilisation(cluster):.1%}",
-            f"{tokens / plan.time.tokens_per_second / 86400:,.2f}",
+            f"{days:,.2f}",
+            f"{days * 24 * cluster.ranks:,.0f}",
         )
     console.print(table)
-    best = changes(config, plans[0].config)
-    print(f"the first: {flags(best)}" if best else "the first is the layout of the configuration")
+    for number, plan in enumerate(shown, 1):  # in lines of their own, to be copied
+        print(f"{number}: {flags(changes(config, plan.config)) or 'the layout of the configuration'}")
 
 
 def does_not_fit(plan, cluster, plans: list) -> str:
@@ -176,6 +188,7 @@ def as_dict(plan, cluster, tokens: float) -> dict:
         "ranks": cluster.ranks,
         "fits": plan.memory.total <= cluster.usable_memory,
         "memory": {**vars(plan.memory), "total": plan.memory.total},
+        "usable_memory": cluster.usable_memory,
         "step_seconds": plan.time.total,
         "parts": plan.time.parts,
         "collectives": {" ".join(key): value for key, value in plan.time.collectives.items()},
@@ -188,8 +201,11 @@ def as_dict(plan, cluster, tokens: float) -> dict:
     }
 
 
-def _assumptions(cluster) -> str:
+def _heading(cluster) -> str:
+    """What the cluster is taken to be."""
+    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     return (
+        f"{nodes} of {cluster.gpus_per_node} {cluster.name}: "
         f"{cluster.peak / 1e12:,.0f} TFLOP/s (reached: {cluster.matrix_share:.0%} in products, "
         f"{cluster.attention_share:.0%} in attention), memory {cluster.memory_bandwidth / 1e9:,.0f} GB/s, "
         f"links {cluster.intra_bandwidth / 1e9:,.0f} GB/s in a node and {cluster.inter_bandwidth / 1e9:,.0f} between "

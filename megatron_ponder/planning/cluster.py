@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from megatron_ponder.errors import UserError
@@ -100,6 +100,24 @@ class ClusterDescription:
     memory_bandwidth_share: float = Cluster.memory_bandwidth_share
     link_share: float = Cluster.link_share
     memory_share: float = Cluster.memory_share
+
+    def of_gpus(self, gpus: int) -> "ClusterDescription":
+        """The same with so many GPUs in all: on full nodes, or on a part of one.
+
+        Raises:
+            UserError: they do not fill their nodes.
+        """
+        if gpus < 1:
+            raise UserError(f"--gpus is {gpus}; give at least 1")
+        if gpus < self.gpus_per_node:
+            return replace(self, nodes=1, gpus_per_node=gpus)
+        if gpus % self.gpus_per_node:
+            full = gpus - gpus % self.gpus_per_node
+            raise UserError(
+                f"{gpus} GPUs do not fill nodes of {self.gpus_per_node}; ask for {full} or "
+                f"{full + self.gpus_per_node}, or give --gpus-per-node"
+            )
+        return replace(self, nodes=gpus // self.gpus_per_node)
 
     def cluster(self, precision: str) -> Cluster:
         """The cluster, for training in this precision.

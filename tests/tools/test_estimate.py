@@ -1,6 +1,7 @@
 """The command that estimates a run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_json():
     memory = memory_estimate(Rank(read_config([*CONFIG, *SMALLER]), 32, 0, "cuda"))
     assert found["memory"] == {**vars(memory), "total": memory.total}
     assert found["fits"] is True
+    assert found["usable_memory"] == pytest.approx(0.9 * 80e9)
     assert found["step_seconds"] == pytest.approx(sum(found["parts"].values()))
     assert found["gpu_hours"] == pytest.approx(found["days"] * 24 * 32)
     assert found["tokens"] == 50_000 * 256 * 2048
@@ -59,13 +61,25 @@ def test_what_does_not_fit_and_the_nearest_layout_that_does():
 
 
 def test_the_search():
-    done = estimate(*CONFIG, "--gpu", "L40S", "--nodes", 2, "--search", "--top", 5)
+    done = estimate(*CONFIG, "--gpu", "L40S", "--gpus", 16, "--search", "--top", 5)
     assert done.returncode == 0, done.stderr
-    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
-    assert len(rows) == 5
-    proposed = done.stdout.split("the first: ")[1].split()
-    alone = json.loads(estimate(*CONFIG, "--gpu", "L40S", "--nodes", 2, *proposed, "--json").stdout)
-    assert f"{alone['tokens_per_second']:,.0f}" == rows[0][7].strip()
+    assert "2 nodes of 8 L40S" in done.stdout
+    assert "layouts fit into the usable 40.2 of 44.7 GiB of a GPU" in done.stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "│"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5"]
+    overrides = re.findall(r"(?m)^(\d): (.*)$", done.stdout)
+    assert [number for number, _ in overrides] == ["1", "2", "3", "4", "5"]
+    for row, (_, proposed) in ((rows[0], overrides[0]), (rows[-1], overrides[-1])):
+        alone = json.loads(estimate(*CONFIG, "--gpu", "L40S", "--nodes", 2, *proposed.split(), "--json").stdout)
+        assert alone["fits"]
+        assert (f"{alone['tokens_per_second']:,.0f}", f"{alone['gpu_hours']:,.0f}") == (row[8], row[11])
+
+
+def test_a_number_of_gpus():
+    few = json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--gpus", 4, "--json").stdout)
+    many = json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--gpus", 64, "--json").stdout)
+    assert (few["ranks"], many["ranks"]) == (4, 64)
+    assert many == json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--nodes", 8, "--json").stdout)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +93,9 @@ def test_the_search():
         (["--gpu", "H200", "--nodes", "1250", "--search"], "set training.global_batch_size to"),
         (["--gpu", "A10", "--nodes", "1", "--gpus-per-node", "1", "--model.hidden_size", "16384"], "no layout of this"),
         (["--cluster", "missing.yaml"], "missing.yaml"),
+        (["--gpu", "H200", "--gpus", "12"], "12 GPUs do not fill nodes of 8; ask for 8 or 16"),
+        (["--gpu", "H200", "--gpus", "0"], "--gpus is 0; give at least 1"),
+        (["--gpu", "H200", "--gpus", "8", "--nodes", "2"], "give one of them"),
     ],
 )
 def test_what_cannot_be(arguments, message):
