@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from megatron_ponder.training.metrics import read_metrics
+from tests.runs import REPOSITORY, STEPS, tiny_arguments
+
 PRINTS = """
 import sys
 from megatron_ponder.errors import command
@@ -52,3 +55,15 @@ def test_characters_that_an_encoding_lacks_are_written_as_escapes(tmp_path):
     done = run_in("$RUN", 1, tmp_path / "file", PYTHONIOENCODING="ascii")
     assert (done.stdout, done.stderr) == ("na\\xefve \\u2615 0\n", "")
     assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", ["| head -n 1", "> /dev/full", ">&- 2>&-"])
+def test_a_run_goes_on_to_its_end(corpus, tmp_path, redirection):
+    arguments = " ".join(tiny_arguments(corpus, tmp_path / "run"))
+    line = f"set -o pipefail; {sys.executable} pretrain_ponder.py {arguments} {redirection}"
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", "-c", line], cwd=REPOSITORY, env=variables, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path / "run")[-1]["step"] == STEPS
+    assert "loss plot in " in (tmp_path / "run" / "train.log").read_text()
