@@ -10,17 +10,20 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import deepspeed  # noqa: F401, before ranks are forked
 
 import pretrain_ponder
 from megatron_ponder.training import trainer  # noqa: F401, as above
-from megatron_ponder.training.metrics import read_metrics
 from tests.distributed import free_port
 
-TOKENS = 16  # of a sample
-SECONDS = 60  # within which the others must end when one is killed
+SECONDS = 60  # within which a start takes its first step, and the others end when one is killed
+PATIENCE = 20  # seconds for the run to come to where it is to be killed
+PLACES = ("start", "step", "save", "validation")
 
 
 def fork_rank(rank: int, ranks: int, port: int, output: Path, arguments: list[str]) -> int:
@@ -82,19 +85,60 @@ def alive_in(sessions: set[int]) -> list[str]:
     return found
 
 
+class Watched:
+    """A run as its folder shows it from outside, while it goes on."""
+
+    def __init__(self, run_dir: Path, eval_interval: int) -> None:
+        """Watch a run folder, in which there need not be anything yet."""
+        self._metrics, self._checkpoints, self._interval = (
+            run_dir / "metrics.jsonl",
+            run_dir / "checkpoints",
+            eval_interval,
+        )
+
+    def last(self) -> dict:
+        """The last record that is whole; with step 0 and time 0 if there is none."""
+        record = {"step": 0, "time": 0.0}
+        with suppress(FileNotFoundError), self._metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            for line in reversed(file.read().split(b"\n")):
+                with suppress(json.JSONDecodeError):
+                    return record | json.loads(line)
+        return record
+
+    def place(self, step_seconds: float) -> str:
+        """What the run is at: a `save`, a `validation`, or a `step`."""
+        if any(self._checkpoints.glob(".step-*.partial")):
+            return "save"
+        last = self.last()
+        due = (last["step"] + 1) % self._interval == 0 and time.time() - last["time"] > 1.5 * step_seconds
+        return "validation" if due else "step"
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    """Until it holds, or for so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
 def main() -> None:
-    """Run, killing one drawn rank after a drawn time as often as wanted, and then to the end."""
+    """Run, killing one drawn rank at drawn places as often as wanted, and then to the end.
+
+    A kill is aimed at a start, or at a step, a save or a validation of a start that has taken its first step.
+    """
     seed, kills, ranks = (int(argument) for argument in sys.argv[1:4])
     folder, arguments = Path(sys.argv[4]), sys.argv[5:]
-    run_dir = Path(next(a.partition("=")[2] for a in arguments if a.startswith("--training.run_dir=")))
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+    total, run = int(given["training.steps"]), Path(given["training.run_dir"])
+    watched = Watched(run, int(given["training.eval_interval"]))
     draw = random.Random(seed)
     sessions: set[int] = set()
     longest_end, step_seconds, starting = 0.0, 0.1, 4.0
-    total = int(next(a.partition("=")[2] for a in arguments if a.startswith("--training.steps=")))
-    steps_at_kill = []
+    steps_at_kill, places = [], []
     for attempt in range(kills + 1):
         port, output = free_port(), folder / f"start-{attempt:03d}"
-        begun = time.monotonic()
+        begun, since = time.monotonic(), time.time()
         children = [fork_rank(rank, ranks, port, output, arguments) for rank in range(ranks)]
         sessions |= set(children)
         if attempt == kills:
@@ -102,22 +146,24 @@ def main() -> None:
             break
         done = steps_at_kill[-1] if steps_at_kill else 0
         steps = min(25.0, max(1.0, (attempt + 1) / kills * total - done + 10))  # so that kills last to the end
-        if draw.random() < 0.2:  # while it starts
+        aim = draw.choices(PLACES, (1, 4, 3, 3))[0]
+        if aim == "start":
             time.sleep(draw.uniform(0.0, starting))
         else:
-            while not (output.exists() and "ready after" in output.read_text()) and time.monotonic() - begun < SECONDS:
-                time.sleep(0.02)
+            wait_until(lambda since=since: watched.last()["time"] > since, SECONDS)
             starting = time.monotonic() - begun
             time.sleep(draw.uniform(0.0, steps * step_seconds))
+            wait_until(lambda aim=aim, pace=step_seconds: watched.place(pace) == aim, PATIENCE)
+        stepped = watched.last()["time"] > since
+        places.append(watched.place(step_seconds) if stepped else "start")
         victim = draw.choice(children)
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         codes = reap(children, SECONDS)
         longest_end = max(longest_end, time.monotonic() - killed)
-        records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-        steps_at_kill.append(records[-1]["step"] if records else 0)
-        if records:  # learn how fast this machine is
-            step_seconds = records[-1]["samples"] / records[-1]["step"] * TOKENS / records[-1]["tokens_per_second"]
+        last = watched.last()
+        steps_at_kill.append(last["step"])
+        step_seconds = last.get("step_seconds", step_seconds)  # learn how fast this machine is
     deadline = time.monotonic() + 30
     while alive_in(sessions) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -126,6 +172,7 @@ def main() -> None:
             {
                 "codes": codes,
                 "steps_at_kill": steps_at_kill,
+                "places": dict(Counter(places)),
                 "longest_end": longest_end,
                 "left": alive_in(sessions),
             }
