@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.data.manifest import read_manifest, write_manifest
 from megatron_ponder.hf.export import export
 from megatron_ponder.training.metrics import read_metrics
 from tests.models import small_config, small_model
@@ -210,8 +212,7 @@ def test_text_that_is_not_utf8_and_a_dataset_that_is_too_large(tool, run_dir, co
     prefix = tmp_path / "damaged"
     for ending in (".bin", ".idx"):
         shutil.copyfile(f"{corpus.dataset}{ending}", f"{prefix}{ending}")
-    about = json.loads(Path(f"{corpus.dataset}.json").read_text())
-    Path(f"{prefix}.json").write_text(json.dumps(about | {"bin_sha256": "", "fingerprint": ""}))
+    write_manifest(prefix, replace(read_manifest(corpus.dataset), bin_sha256="", fingerprint=""))
     Path(f"{prefix}.bin").write_bytes(b"\xff" * Path(f"{prefix}.bin").stat().st_size)
     code, _, error = tool("--checkpoint", run_dir, "--data", prefix)
     assert (code, error.count("\n")) == (2, 1)

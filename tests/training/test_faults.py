@@ -2,14 +2,13 @@
 
 import errno
 import io
-import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import Config, read_config
-from megatron_ponder.data import indexed_dataset
+from megatron_ponder.data import indexed_dataset, manifest
 from megatron_ponder.data.mixture import open_mixture
 from megatron_ponder.errors import Preempted, UserError
 from megatron_ponder.parallel.mesh import Mesh
@@ -154,13 +153,13 @@ def write_unknown_id(config: Config, sample: int) -> None:
 
 
 def copied(dataset: Path, folder: Path) -> Path:
-    """A dataset whose manifest, as those of earlier versions, has no checksums."""
+    """A dataset whose manifest, as those of earlier versions, has no checksums of its files."""
     folder.mkdir()
     for ending in (".bin", ".idx"):
         shutil.copyfile(f"{dataset}{ending}", folder / f"data{ending}")
         os.utime(folder / f"data{ending}", (1e9, 1e9))
-    about = json.loads(Path(f"{dataset}.json").read_text())
-    (folder / "data.json").write_text(json.dumps(about | {"bin_sha256": "", "fingerprint": ""}))
+    without = replace(manifest.read_manifest(dataset), bin_sha256="", fingerprint="")
+    manifest.write_manifest(folder / "data", without)
     return folder / "data"
 
 
