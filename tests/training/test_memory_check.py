@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_hopeless_run_is_refused_before_it_takes_anything(corpus, tmp_path):
-    sizes = {"training__micro_batch_size": 2**28, "training__global_batch_size": 2**28}
+    sizes = {"training__micro_batch_size": 2**20, "training__global_batch_size": 2**20, "model__num_layers": 256}
     message = refused(tiny_arguments(corpus, tmp_path / "run", **sizes))
     assert "the expected peak of a rank is " in message
     assert f"has {memory_of_a_rank(CPU) / 2**30:,.1f}" in message
