@@ -27,11 +27,13 @@ class Call:
         line: number of the line in which the command begins.
         words: what follows the program, as the shell gives it on; `$name` where a variable stands, since it has no
             value here, and of a pipe or a substitution only this program's part.
+        answer: the line below the command, which may be the first that it prints.
     """
 
     page: Path
     line: int
     words: tuple[str, ...]
+    answer: str
 
     def __str__(self) -> str:
         return f"{self.page.stem}:{self.line}"
@@ -41,8 +43,8 @@ class Call:
         return [PLACEHOLDERS.get(word, word) for word in self.words]
 
 
-def commands(page: Path) -> list[tuple[int, str]]:
-    """Every shell command of a page with the number of its first line, continued lines joined.
+def commands(page: Path) -> list[tuple[int, str, str]]:
+    """Every shell command of a page, continued lines joined: the number of its first line, itself, the line below.
 
     In blocks of `bash` and `sh` each line is one, in others those that begin with `$ `.
     """
@@ -57,7 +59,7 @@ def commands(page: Path) -> list[tuple[int, str]]:
                 line = line[:-1] + lines.pop(0).strip()
                 number += 1
             if (shell and line.strip()) or line.startswith("$ "):
-                found.append((begin, line.removeprefix("$ ")))
+                found.append((begin, line.removeprefix("$ "), lines[0] if lines else ""))
     return found
 
 
@@ -65,13 +67,13 @@ def calls(program: str, pages: tuple[Path, ...] = PAGES) -> list[Call]:
     """Every start of a program on pages, such as of `python tools/submit.py`."""
     begun, found = program.split(), []
     for page in pages:
-        for line, command in commands(page):
+        for line, command, answer in commands(page):
             words = _words(command)
             for at in range(len(words) - len(begun) + 1):
                 if words[at : at + len(begun)] == begun:
                     rest = words[at + len(begun) :]
                     end = next((place for place, word in enumerate(rest) if set(word) <= set("()|;&<>")), len(rest))
-                    found.append(Call(page, line, tuple(rest[:end])))
+                    found.append(Call(page, line, tuple(rest[:end]), answer))
     return found
 
 

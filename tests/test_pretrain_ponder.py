@@ -18,6 +18,7 @@ from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
+from megatron_ponder.errors import UserError
 from megatron_ponder.training.metrics import read_metrics
 from tests.distributed import free_port
 from tests.pages import calls
@@ -271,7 +272,11 @@ TRAINING = ("pretrain_ponder.py", "examples/single_node/train.sh", "examples/mpi
 @pytest.mark.parametrize("call", [call for program in TRAINING for call in calls(program)], ids=str)
 def test_what_the_pages_train_is_a_configuration(monkeypatch, call):
     monkeypatch.chdir(REPOSITORY)
-    read_config(call.filled_in())
+    if call.answer.startswith("error: "):
+        with pytest.raises(UserError, match=re.escape(call.answer.removeprefix("error: "))):
+            read_config(call.filled_in())
+    else:
+        read_config(call.filled_in())
 
 
 def test_every_key_is_documented_with_its_default():
