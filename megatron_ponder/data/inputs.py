@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ponder.data.formats import AUTO, FormatError, format_of
+from megatron_ponder.data.formats import AUTO, TEXT, FormatError, format_of
 from megatron_ponder.data.tables import HUB, is_saved_dataset
+from megatron_ponder.data.text_files import split_name
 from megatron_ponder.errors import UserError
 
 DATASET = "dataset"
@@ -30,6 +31,16 @@ class Inputs:
     def describe_left_out(self) -> str:
         """For example "left out of folders: 3 × .csv, 1 × dangling link"; empty if there is nothing."""
         return f"left out of folders: {describe_counts(self.left_out)}" if self.left_out else ""
+
+    def warnings(self) -> list[str]:
+        """What somebody may not expect of these inputs: what is left out, and a README that is read beside tables."""
+        found = [self.describe_left_out()] if self.left_out else []
+        texts = Counter(split_name(Path(name))[0] for name, form in self.formats.items() if form == TEXT)
+        if texts and {*self.formats.values()} != {TEXT}:
+            found.append(
+                f"read as texts beside tables: {describe_counts(texts)}; name the files to have only the others"
+            )
+        return found
 
 
 def find_inputs(inputs: Sequence[str | Path], declared: str = AUTO) -> Inputs:

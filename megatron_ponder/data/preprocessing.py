@@ -164,8 +164,8 @@ def preprocess(
     make_folder(prefix.parent)
     # The other ranks only make shards, which may well be of use to whoever has the claim.
     with writing_claim(prefix) if team.rank == 0 else contextlib.nullcontext() as claim:
-        if team.rank == 0 and found.left_out:
-            warn(found.describe_left_out())
+        for warning in found.warnings() if team.rank == 0 else ():
+            warn(warning)
         make_folder(work)
         if team.size > 1:
             _attendance(work, team, team.rank).touch()

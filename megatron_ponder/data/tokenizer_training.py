@@ -57,8 +57,8 @@ def train_tokenizer(
             f"--vocab-size is {vocab_size}: set it above {SPECIAL_AND_BYTES}, which special tokens and bytes take"
         )
     found, tally = find_inputs(inputs, declared), Tally()
-    if found.left_out:
-        warn(found.describe_left_out())
+    for warning in found.warnings():
+        warn(warning)
     ranges = cut_inputs(found, range_bytes=1 << 62)
     with StageDisplay(sum(part.input_bytes for part in ranges)) as show:
         segments = show.following(read_corpus(found, key, tally), tally)

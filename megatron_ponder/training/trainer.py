@@ -1,5 +1,6 @@
 """Training, from a configuration to a trained run folder."""
 
+import logging
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,8 @@ from megatron_ponder.training.starts import Phases, recorded
 from megatron_ponder.training.watch import StepWatch
 from megatron_ponder.training.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: Config, device: torch.device, signals: StopSignals | None = None) -> None:
     """Train, or go on training, in the configured run folder.
@@ -56,6 +59,8 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
     data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
     doubt = check_memory(config, data_size, device)
+    if doubt is not None and dist.get_rank() == 0:
+        logger.warning("warning: %s", doubt)  # now, since the system may end the run while its model is built
     with ExitStack() as stack:
         folder = RunFolder(Path(config.training.run_dir), to_yaml(config)) if dist.get_rank() == 0 else None
         together(lambda: stack.enter_context(folder) if folder is not None else None)
@@ -103,8 +108,10 @@ def _train_in(
         progress = stack.enter_context(
             RunProgress(config.training.steps, start.step, config.logging.interval, shown=leader, log=lines)
         )
-        for warning in [*(f"{problem}; it is passed over" for problem in damage), *([doubt] if doubt else [])]:
-            progress.say(f"warning: {warning}")
+        if doubt is not None and leader:
+            lines.write(f"warning: {doubt}")
+        for problem in damage:
+            progress.say(f"warning: {problem}; it is passed over")
         progress.say(_headline(config, mesh, parts, start.step))
         progress.say(describe_layout(config, mesh))
         progress.say(f"ready after {phases}")

@@ -112,3 +112,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, path, kind):
 def test_a_name_that_is_not_utf8(tmp_path, names):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("a")
     assert names(tmp_path) == ["caf\udce9.txt"]
+
+
+def test_texts_beside_tables_are_said(tmp_path, write):
+    write("in/c4.jsonl", "in/README.md", "in/other/LICENSE.txt.gz", "texts/a.md", "tables/a.jsonl")
+    assert find_inputs([tmp_path / "in"]).warnings() == [
+        "read as texts beside tables: 1 × .md, 1 × .txt; name the files to have only the others"
+    ]
+    for alone in ("texts", "tables"):
+        assert find_inputs([tmp_path / alone]).warnings() == []

@@ -8,7 +8,7 @@ import torch
 
 from megatron_ponder.config import read_config
 from megatron_ponder.errors import UserError
-from megatron_ponder.training import memory_check
+from megatron_ponder.training import memory_check, trainer
 from megatron_ponder.training.memory import memory_estimate
 from megatron_ponder.training.memory_check import check_memory, memory_of_a_rank
 from megatron_ponder.training.rank import Rank
@@ -43,6 +43,17 @@ def test_what_is_done_at_which_share_of_the_memory(corpus, tmp_path, monkeypatch
         warning = check_memory(config, 1, CPU)
         assert (warning is None) == (end == "fits")
         assert warning is None or warning.endswith("it may end for want of memory")
+
+
+def test_a_doubtful_run_is_warned_of_before_its_model_takes_memory(corpus, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise UserError("the model would be built now")
+
+    monkeypatch.setattr(trainer, "build_model", refuse)
+    monkeypatch.setattr(memory_check, "memory_of_a_rank", lambda device: 2**20)
+    arguments = tiny_arguments(corpus, tmp_path / "run", training__allow_memory_overcommit="true")
+    assert refused(arguments) == "the model would be built now"
+    assert "it may end for want of memory" in caplog.text
 
 
 def test_ranks_of_a_host_share_what_its_control_group_allows(tmp_path, monkeypatch):
