@@ -74,7 +74,7 @@ def test_every_argument_of_a_tool_is_a_path_or_known_to_be_none(path, monkeypatc
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_every_command_says_its_version(path, monkeypatch, capsys):
     assert run(path, ["--version"], monkeypatch) == 0
-    assert capsys.readouterr().out.endswith(f".py {megatron_ponder.__version__}\n")
+    assert capsys.readouterr().out.endswith(f" {megatron_ponder.__version__}\n")
 
 
 def parse(*arguments: str) -> argparse.Namespace:

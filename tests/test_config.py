@@ -184,7 +184,7 @@ def test_faulty_files(write, text, said):
 def test_a_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(b"\xff\xfe\x00\x80")
-    assert f"{path} is not valid YAML" in refusal(["--config", str(path)])
+    assert f"{path} is UTF-16 text: convert it to UTF-8" in refusal(["--config", str(path)])
 
 
 @pytest.mark.parametrize(

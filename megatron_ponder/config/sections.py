@@ -241,7 +241,7 @@ class OptimizerConfig:
         gradient_clipping: largest global gradient norm; 0 turns clipping off.
     """
 
-    learning_rate: float = number_field(3e-4, 1e-9, 1e30)
+    learning_rate: float = number_field(3e-4, 1e-30, 1e30)
     min_learning_rate_fraction: float = number_field(0.1, 0, 1)
     warmup_fraction: float = number_field(0.02, 0, 1, below=True)
     betas: tuple[float, float] = number_field((0.9, 0.95), 0, 1, below=True)

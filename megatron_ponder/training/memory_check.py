@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from megatron_ponder.config import Config
+from megatron_ponder.environment import read_number
 from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import from_all
 from megatron_ponder.training.memory import memory_estimate
@@ -55,7 +56,7 @@ def memory_of_a_rank(device: torch.device) -> float:
     """Bytes of this rank's GPU, or its share of what this host lets its processes have."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return min([psutil.virtual_memory().total, *_limits()]) / int(os.environ.get("LOCAL_SIZE", "1"))
+    return min([psutil.virtual_memory().total, *_limits()]) / (read_number(os.environ, "LOCAL_SIZE", 1) or 1)
 
 
 def _limits() -> list[int]:

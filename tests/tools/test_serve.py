@@ -1,3 +1,4 @@
+import functools
 import http.client
 import json
 import os
@@ -68,7 +69,10 @@ def started(*command: object, key: str | None = None) -> Iterator[Process]:
     """A server that has loaded its model."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
     environment.pop("PONDER_API_KEY", None)
-    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, env=environment, text=True)
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=heeded
+    )
     try:
         line = process.stderr.readline()
         found = re.fullmatch(r"serving small at http://127\.0\.0\.1:(\d+)\n", line)

@@ -114,7 +114,8 @@ def web_server(
 def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
     """The first SIGTERM, SIGINT or SIGHUP lets what runs finish, a second cancels it; while loading, one ends that.
 
-    A SIGHUP that is ignored, as nohup wants it, stays so.
+    A SIGHUP that is ignored, as nohup wants it, stays so; a SIGINT that a shell ignores for what runs in the background
+    does not, since somebody may well send it.
     """
     received = []
 
@@ -124,7 +125,7 @@ def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
         worker.stop(0 if received else grace)
         received.append(number)
 
-    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield
