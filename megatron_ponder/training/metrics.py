@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ponder.config import LoggingConfig
-from megatron_ponder.errors import UserError, describe
+from megatron_ponder.errors import Preempted, UserError, describe
 from megatron_ponder.files import write_atomically
 from megatron_ponder.training.lasting_file import LastingFile
 from megatron_ponder.training.weights_and_biases import WandbRun
@@ -203,7 +203,7 @@ class RunProgress:
         if self._bar is not None:
             self._try(self._bar.stop)
         if self._log is not None:
-            if error is not None:
+            if error is not None and kind is not Preempted:  # which has been said
                 self._log.write(f"stopped: {kind.__name__}: {describe(error)}")
             self._log.close()
 
