@@ -83,7 +83,7 @@ def test_blends_and_phases_are_read_and_kept(write, tmp_path):
             "phases: [{first_sample: 9, path: [{path: a, weight: 0}]}]",
             "data.phases[0].path[0].weight is 0;",
         ),
-        ("cache_path: ''", "data.cache_path is empty; name a folder, or leave it out"),
+        ("cache_path: ''", "data.cache_path is empty; name a file or a folder, or leave it out"),
     ],
 )
 def test_blends_that_cannot_be(write, data, said):

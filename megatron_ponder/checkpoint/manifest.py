@@ -5,6 +5,7 @@ format 1 were written without one and go on being read; what can be told of them
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -131,7 +132,11 @@ def _checked(folder: Path, content: object) -> Manifest:
         raise UserError(f"{folder} has checkpoint format {told}, this version reads up to {FORMAT}; update the package")
     if told == FORMAT and content.pop("checksum", None) != checksum({"format": told, **content}):
         raise ValueError("its checksum differs")
-    return _from_fields(content)
+    manifest = _from_fields(content)
+    named = told == FORMAT_WITHOUT_CHECKSUM and re.fullmatch(r"step-[0-9]{8,}", folder.name)
+    if named and folder.name != checkpoint_name(manifest.step):
+        raise ValueError(f"its step is {manifest.step}")
+    return manifest
 
 
 def _damaged(path: Path, reason: str) -> UserError:

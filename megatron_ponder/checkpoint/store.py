@@ -5,6 +5,8 @@ which. Nothing in it is executed when it is read. A folder is complete if and on
 written last, in a folder that gets its final name only then.
 """
 
+import logging
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +32,8 @@ from megatron_ponder.checkpoint.manifest import (
 from megatron_ponder.config import Config, load_config, to_yaml
 from megatron_ponder.errors import UserError
 from megatron_ponder.files import did_you_mean, write_atomically
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
 
@@ -232,8 +236,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def point_latest(folder: Path, name: str) -> None:
-    """Let `latest` in a folder of checkpoints name one of them."""
-    write_atomically(folder / LATEST, name + "\n")
+    """Let `latest` in a folder of checkpoints name one of them; a folder that has that name gets another one."""
+    pointer = folder / LATEST
+    if pointer.is_dir() and not pointer.is_symlink():
+        aside = folder / f"{LATEST}.{secrets.token_hex(4)}"
+        pointer.rename(aside)
+        logger.warning("%s was a folder; it is %s now", pointer, aside)
+    write_atomically(pointer, name + "\n")
 
 
 def retain(folder: Path, keep: int) -> None:

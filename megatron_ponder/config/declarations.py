@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from megatron_ponder.errors import UserError
@@ -61,7 +61,7 @@ def is_path(item: Field) -> bool:
 
 
 def check_ranges(section: Any, name: str = "") -> None:
-    """Refuse a number that is not in the range declared for it, in a section and in all that it holds.
+    """Refuse a number out of the range declared for it, and an empty path, in a section and in all that it holds.
 
     Args:
         section: a dataclass.
@@ -82,6 +82,8 @@ def check_ranges(section: Any, name: str = "") -> None:
                 assert allowed is not None, f"{key} is declared without a range"
                 if value not in allowed:
                     raise UserError(f"{key} is {written(value)}; its range is {allowed}")
+            elif value == "" and is_path(item) and item.default not in ("", MISSING):  # a shell's unset variable, say
+                raise UserError(f"{key} is empty; name a file or a folder, or leave it out")
 
 
 def expand_paths(section: Any) -> Any:

@@ -228,7 +228,6 @@ def _validate_blend(name: str, blend: list[BlendPart] | str) -> None:
 
 def _validate_run(config: Config) -> None:
     data, training = config.data, config.training
-    _require(data.cache_path != "", "data.cache_path is empty; name a folder, or leave it out")
     _require(
         training.eval_interval == 0 or training.eval_samples >= 1,
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",

@@ -59,6 +59,8 @@ def format_of(path: Path, declared: str = AUTO) -> str:
         raise FormatError(ending or "without an ending", _unknown(path, ending))
     if ending == ".json":
         _check_json(path)
+    elif ENDINGS[ending] == TEXT:
+        _check_text(path, ending)
     return ENDINGS[ending]
 
 
@@ -89,12 +91,30 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _check_json(path: Path) -> None:
+def _head(path: Path) -> bytes | None:
+    """The beginning of a file, decompressed; None if it cannot be read, which is counted when it is."""
     try:
         with open_input(path) as file:
-            head = file.stream.read(HEAD_BYTES)
+            return file.stream.read(HEAD_BYTES)
     except READING_FAILS:
-        return  # which is counted when it is read
+        return None
+
+
+def _check_text(path: Path, ending: str) -> None:
+    head = _head(path) or b""
+    lines = [line for line in head.decode("utf-8-sig", errors="replace").split("\n", 100) if line.strip()][:2]
+    if len(lines) == 2 and all(map(_is_object, lines)):
+        raise FormatError(
+            f"{ending} with JSON lines",
+            f"{path} has the ending of a text, and JSON lines in it: rename it to .jsonl, or say with --format what "
+            "it is",
+        )
+
+
+def _check_json(path: Path) -> None:
+    head = _head(path)
+    if head is None:
+        return
     layout = "none" if head.startswith(UTF16_MARKS) else json_layout(head)
     if layout == "array":
         raise FormatError(

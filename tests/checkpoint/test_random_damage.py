@@ -136,6 +136,18 @@ def test_latest_may_be_anything(run, said):
         folder, problems = find_resume(resuming(run))
     assert folder.name == NEWER
     assert problems == [f"{pointer} names no complete checkpoint beside it"]
+    point_latest(run / "checkpoints", OLDER)
+    assert pointer.read_text() == f"{OLDER}\n"
+    assert len(list(pointer.parent.glob("latest.*"))) == (said is None)  # a folder is kept by another name
+
+
+def test_a_manifest_of_another_step_is_refused_even_without_a_checksum(run):
+    path = run / "checkpoints" / NEWER / MANIFEST
+    content = json.loads(path.read_text()) | {"step": 9, "format": 1}
+    del content["checksum"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is damaged \\(its step is 9\\)"):
+        read_manifest(path.parent)
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])

@@ -94,6 +94,12 @@ def test_ranges_in_words(allowed, text, inside, outside):
     assert not any(number in allowed for number in outside)
 
 
+@pytest.mark.parametrize("key", ["training.run_dir", "checkpoint.initialize_from", "data.cache_path"])
+def test_an_empty_path_is_refused(key):
+    with pytest.raises(UserError, match=f"^{key} is empty; name a file or a folder, or leave it out$"):
+        read_config([f"--{key}="])
+
+
 def test_a_number_without_a_range_is_noticed():
     @dataclasses.dataclass
     class Section:

@@ -102,3 +102,19 @@ def test_a_damaged_file_is_counted_when_it_is_read(tmp_path):
     assert format_of(tmp_path / "a.json.gz") == "lines"
     (tmp_path / "b.json.gz").write_bytes(b"no gzip")
     assert format_of(tmp_path / "b.json.gz") == "lines"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.TXT.gz"])
+def test_json_lines_by_the_name_of_a_text_are_refused_unless_declared(tmp_path, name):
+    path = tmp_path / name
+    content = b'\n{"text": "a"}\n\n{"text": "b"}\n'
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(UserError, match=r"JSON lines in it: rename it to \.jsonl, or say with --format"):
+        format_of(path)
+    assert format_of(path, "text") == "text"
+    assert find_inputs([tmp_path]).left_out == {f".{name.split('.')[1].lower()} with JSON lines": 1}
+
+
+def test_a_text_about_json_is_a_text(tmp_path):
+    (tmp_path / "a.md").write_text('{"an": "example"}\n\nis an object.\n')
+    assert format_of(tmp_path / "a.md") == "text"
