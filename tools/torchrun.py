@@ -2,7 +2,7 @@
 
     python tools/torchrun.py --nproc_per_node 8 pretrain_ponder.py --config FILE.yaml
 
-SIGUSR1 and SIGTERM are passed on to the ranks, which save and end; the exit code is theirs.
+SIGUSR1, SIGTERM and SIGINT are passed on to the ranks, which save and end; the exit code is theirs.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """torchrun for jobs that are told to save: signals reach the ranks, and their exit code is its own.
 
-torchrun itself dies of SIGUSR1, answers SIGTERM by ending its ranks after half a minute, and ends with 1 whatever their
-code was, so that a script cannot tell a run that has saved and wants to go on from one that has failed.
+torchrun itself dies of SIGUSR1, answers SIGTERM by ending its ranks after half a minute, and Ctrl-C with a traceback
+when they have saved. It ends with 1 whatever their code was, so that a script cannot tell a run that has saved and wants to
+go on from one that has failed.
 """
 
 import os
@@ -14,15 +15,15 @@ import psutil
 from megatron_ponder.environment import read_number
 from megatron_ponder.errors import EXIT_PREEMPTED
 
-FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
+FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 def torchrun(arguments: Sequence[str]) -> int:
     """Do what torchrun does with these arguments, and return the exit code of the ranks of this node.
 
-    SIGUSR1 and SIGTERM are passed on to them, and it is they who decide when to end; while there are none yet, nothing
-    would be lost, and the process ends as if they had saved. Under SLURM, of several nodes each has
-    the rank of its task.
+    SIGUSR1, SIGTERM and SIGINT are passed on to them, and it is they who decide when to end; a Ctrl-C, which a terminal
+    sends to all, reaches them twice, and is one for them. While there are no ranks yet, nothing would be lost, and the
+    process ends as if they had saved. Under SLURM, of several nodes each has the rank of its task.
 
     With the rendezvous that is torchrun's default, `static`, nodes do not need each other's agents to notice how their
     own ranks end; with `c10d`, an agent whose ranks still save is lost once the first node's has ended.
@@ -37,7 +38,7 @@ def torchrun(arguments: Sequence[str]) -> int:
     if options.nnodes != "1" and options.node_rank == 0:
         options.node_rank = read_number(os.environ, "SLURM_NODEID") or 0
     # torchrun installs handlers for these when it has started the ranks; not for those that are forwarded
-    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    options.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
         run(options)
     except ChildFailedError as error:

@@ -15,13 +15,14 @@ from tests.runs import REPOSITORY, catches, tiny_arguments
 RANK = """
 import os, signal, sys, time
 def save(number, _):
-    for other in (signal.SIGUSR1, signal.SIGTERM):  # from the agent, when another rank has ended
+    for other in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # from the agent, when another rank has ended
         signal.signal(other, signal.SIG_IGN)
     os.write(1, f"rank {os.environ['RANK']} saves\\n".encode())  # whole, although both write
     time.sleep(float(os.environ["RANK"]))  # one after the other, as ranks end
     sys.exit(75)
 signal.signal(signal.SIGUSR1, save)
 signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
 os.write(1, b"up\\n")
 if sys.argv[1:] == ["wait"]:
     time.sleep(60)
@@ -51,14 +52,17 @@ def agents(tmp_path):
         agent.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ranks_are_told_and_end_by_themselves(agents, number):
     (agent,) = agents("wait")
     assert [agent.stdout.readline() for _ in range(2)] == ["up\n"] * 2
     agent.send_signal(number)
-    output, _ = agent.communicate(timeout=30)
+    output, complaints = agent.communicate(timeout=30)
     assert sorted(output.splitlines()) == ["rank 0 saves", "rank 1 saves"]
     assert agent.returncode == 75
+    assert "Traceback" not in complaints
 
 
 @pytest.mark.slow
