@@ -1,8 +1,8 @@
 """torchrun for jobs that are told to save: signals reach the ranks, and their exit code is its own.
 
 torchrun itself dies of SIGUSR1, answers SIGTERM by ending its ranks after half a minute, and Ctrl-C with a traceback
-when they have saved. It ends with 1 whatever their code was, so that a script cannot tell a run that has saved and wants to
-go on from one that has failed.
+when they have saved. It ends with 1 whatever their code was, so that a script cannot tell a run that has saved and
+wants to go on from one that has failed.
 """
 
 import os
