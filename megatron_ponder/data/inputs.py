@@ -23,23 +23,23 @@ class Inputs:
         formats: by the names of files and of saved datasets, absolute, and of datasets on the hub, in the order that
             they are read in: what `format_of` says, or `DATASET`.
         left_out: what lies in folders and is not read, by kind.
+        beside_tables: texts of folders that have tables as well, by their endings, such as the README of a corpus.
     """
 
     formats: dict[str, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    beside_tables: Counter[str] = field(default_factory=Counter)
 
     def describe_left_out(self) -> str:
         """For example "left out of folders: 3 × .csv, 1 × dangling link"; empty if there is nothing."""
         return f"left out of folders: {describe_counts(self.left_out)}" if self.left_out else ""
 
     def warnings(self) -> list[str]:
-        """What somebody may not expect of these inputs: what is left out, and a README that is read beside tables."""
+        """What somebody may not expect of folders: what is left out of them, and texts that are read beside tables."""
         found = [self.describe_left_out()] if self.left_out else []
-        texts = Counter(split_name(Path(name))[0] for name, form in self.formats.items() if form == TEXT)
-        if texts and {*self.formats.values()} != {TEXT}:
-            found.append(
-                f"read as texts beside tables: {describe_counts(texts)}; name the files to have only the others"
-            )
+        if self.beside_tables:
+            texts = describe_counts(self.beside_tables)
+            found.append(f"read as texts beside tables: {texts}; name the files to have only the others")
         return found
 
 
@@ -80,17 +80,22 @@ def describe_counts(counts: Counter[str]) -> str:
 
 
 def _add_folder(folder: Path, declared: str, found: Inputs) -> None:
+    texts, known = Counter(), len(found.formats)
     for path in sorted(_files_below(folder, found.left_out), key=lambda path: path.as_posix()):
         if str(path) in found.formats:
             continue
         try:
             found.formats[str(path)] = format_of(path, declared)
+            if found.formats[str(path)] == TEXT:
+                texts[split_name(path)[0]] += 1
         except FormatError as error:
             found.left_out[error.kind] += 1
         except FileNotFoundError:
             found.left_out["dangling link" if path.is_symlink() else "gone before it was read"] += 1
         except OSError:
             found.left_out["link in a circle" if path.is_symlink() else "unreadable file"] += 1
+    if texts.total() < len(found.formats) - known:
+        found.beside_tables += texts
 
 
 def _files_below(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
