@@ -1,34 +1,7 @@
-"""Pretrain a PonderLM.
+"""`ponder train` as a file, for launchers that start files."""
 
-    python pretrain_ponder.py --config FILE.yaml [--section.key value ...]
-
-The same command runs as one process, under torchrun, srun or mpirun. `--help` lists every key.
-"""
-
-import sys
-
-from megatron_ponder.ending import run_to_the_end
-from megatron_ponder.environment import without_local_rank
-from megatron_ponder.errors import command
-from megatron_ponder.signals import StopSignals
-
-
-@command
-def main() -> None:
-    """Read the configuration, join the other ranks, train."""
-    with StopSignals() as signals:  # first of all, since imports take seconds, in which a job may be told to leave
-        from megatron_ponder.config import check_layout, read_config
-
-        config = read_config(without_local_rank(sys.argv[1:]))
-        # Imported when the configuration is right, so that a wrong one is answered at once.
-        from megatron_ponder.launch import discover, process_group
-        from megatron_ponder.training.trainer import train
-
-        launch = discover()
-        check_layout(config, launch)  # while no rank waits for another
-        with process_group(launch, patience=config.parallel.start_timeout) as device:
-            train(config, device, signals)
-
+from megatron_ponder.base.ending import run_to_the_end
+from megatron_ponder.commands.train import main
 
 if __name__ == "__main__":
     run_to_the_end(main)

@@ -30,16 +30,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_ponder.base.launch import prepare_cpu
 from megatron_ponder.config import Config, read_config
+from megatron_ponder.generation.generate import generate
+from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.prefill import Prefill
+from megatron_ponder.generation.request import Generation, Request
+from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.hf.export import export_config
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from megatron_ponder.hf.weights import to_export, to_llama
-from megatron_ponder.inference.engine import Engine
-from megatron_ponder.inference.generate import generate
-from megatron_ponder.inference.prefill import Prefill
-from megatron_ponder.inference.request import Generation, Request
-from megatron_ponder.inference.sequences import Batching
-from megatron_ponder.launch import prepare_cpu
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Pruning
 

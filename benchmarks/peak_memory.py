@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megatron_ponder.base.launch import discover, process_group
 from megatron_ponder.config import Config, read_config
-from megatron_ponder.launch import discover, process_group
+from megatron_ponder.estimates.memory import memory_estimate
+from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.sharding import initialize
-from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.memory import memory_estimate
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.rank import Rank
 from megatron_ponder.training.setup import model_part
 
 CASES: dict[str, tuple[int, dict[str, object]]] = {

@@ -25,9 +25,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.small_corpus import SmallCorpus, small_corpus  # noqa: E402
+from megatron_ponder.base.errors import UserError, command  # noqa: E402
 from megatron_ponder.cluster.description import Cluster  # noqa: E402
 from megatron_ponder.cluster.jobs import JOBS, render  # noqa: E402
-from megatron_ponder.errors import UserError, command  # noqa: E402
 from tests.cluster.runs import long_arguments  # noqa: E402
 from tests.cluster.virtual_cluster import VirtualCluster, missing_commands, wait_for  # noqa: E402
 

@@ -145,17 +145,17 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     import torch
 
+    from megatron_ponder.base.launch import discover, process_group
+    from megatron_ponder.base.signals import StopSignals
+    from megatron_ponder.base.watchdog import Watchdog
     from megatron_ponder.config import read_config
     from megatron_ponder.data.loader import batches
-    from megatron_ponder.launch import discover, process_group
     from megatron_ponder.parallel.mesh import build_mesh
-    from megatron_ponder.signals import StopSignals
-    from megatron_ponder.training.engine import Engine
+    from megatron_ponder.training.deepspeed_engine import Engine
     from megatron_ponder.training.guards import LossSpikes, SkippedSteps
     from megatron_ponder.training.objective import Objective
     from megatron_ponder.training.preemption import Boundary
     from megatron_ponder.training.setup import build_model, open_parts
-    from megatron_ponder.training.watchdog import Watchdog
 
     torch.set_num_threads(1)
     config = read_config([f"--{key}={value}" for key, value in (settings | {"training.run_dir": folder}).items()])

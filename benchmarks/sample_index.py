@@ -30,8 +30,8 @@ from rich.table import Table
 
 from megatron_ponder.config import DataConfig
 from megatron_ponder.data.dataset import TokenDataset
+from megatron_ponder.data.dataset_manifest import Manifest, check_vocabulary, fingerprint, write_manifest
 from megatron_ponder.data.indexed_dataset import HEADER, MAGIC, VERSION, IndexedDataset, dataset_paths
-from megatron_ponder.data.manifest import Manifest, check_vocabulary, fingerprint, write_manifest
 from megatron_ponder.data.mixture import open_mixture
 from megatron_ponder.data.sample_index import SampleIndex, sample_beginnings
 from megatron_ponder.data.stamps import SECONDS_UNTIL_SETTLED

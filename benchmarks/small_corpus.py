@@ -9,7 +9,7 @@ from megatron_ponder.data.tokenizer_training import train_tokenizer
 
 
 class SmallCorpus(NamedTuple):
-    """What `tests.runs.tiny_arguments` reads, too.
+    """What `tests.finished_runs.tiny_arguments` reads, too.
 
     Attributes:
         tokenizer: of 512 tokens.

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_ponder.launch import prepare_cpu
+from megatron_ponder.base.launch import prepare_cpu
 from megatron_ponder.model.attention import FOLDED_CHANNELS, attend, key_channels, query_channels
 from megatron_ponder.model.rope import Rotation, rotate, rotation
 

@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ponder.base.launch import Launch, discover, process_group
 from megatron_ponder.config import Config, read_config
-from megatron_ponder.launch import Launch, discover, process_group
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.sharding import initialize
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 
 BATCH, LENGTH, REFINEMENTS = 4, 256, 2

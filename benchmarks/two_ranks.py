@@ -12,7 +12,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
 from megatron_ponder.parallel.sharding import initialize
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.setup import model_part
 

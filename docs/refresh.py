@@ -19,8 +19,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ponder.errors import UserError, command
-from megatron_ponder.files import make_folder, write_atomically
+from megatron_ponder.base.errors import UserError, command
+from megatron_ponder.base.files import make_folder, write_atomically
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CUT = "…"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from megatron_ponder.launch import Launch, process_group
+from megatron_ponder.base.launch import Launch, process_group
 from megatron_ponder.parallel.mesh import build_mesh
 
 

@@ -10,57 +10,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_ponder"
-FLOORS = {
-    "claims": 1,
-    "ending": 1,
-    "environment": 1,
-    "errors": 1,
-    "files": 1,
-    "cluster": 1,
-    "command_line": 1,
-    "config": 1,
-    "launch": 1,
-    "paths": 1,
-    "signals": 1,
-    "versions": 1,
-    "streams": 1,
-    "texts": 1,
-    "typed_arguments": 1,
-    "yaml_files": 1,
-    "parallel": 2,
-    "model": 3,
-    "data": 4,
-    "hf": 4,
-    "checkpoint": 4,
-    "training": 5,
-    "inference": 5,
-    "evaluation": 5,
-    "planning": 5,
-}
-# Copied into every export, where the package is not installed.
-SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
-LIGHT = [
-    "claims",
-    "cluster",
-    "command_line",
+# From the ground up; a part knows of those below it alone.
+FLOORS = [
+    "base",
     "config",
-    "environment",
-    "errors",
-    "files",
-    "launch",
-    "paths",
-    "signals",
-    "streams",
-    "texts",
-    "typed_arguments",
-    "yaml_files",
+    "cluster",
     "parallel",
     "model",
     "data",
     "checkpoint",
-    "inference",
-    "planning",
+    "hf",
+    "runs",
+    "estimates",
+    "generation",
+    "training",
+    "evaluation",
+    "serving",
+    "commands",
 ]
+# Copied into every export, where the package is not installed.
+SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
+LIGHT = [part for part in FLOORS if part not in ("hf", "training", "evaluation", "serving", "commands")]
 OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
 OPTIONAL += ["starlette", "uvicorn", "prometheus_client", "pydantic"]  # the extra "serve"
@@ -127,7 +97,7 @@ PARTS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE 
 
 
 def test_every_part_has_a_floor():
-    assert {part_of(module_name(path)) for path in PARTS} == FLOORS.keys()
+    assert {part_of(module_name(path)) for path in PARTS} == set(FLOORS)
 
 
 @pytest.mark.parametrize("path", PARTS, ids=module_name)
@@ -136,8 +106,7 @@ def test_imports_point_down(path):
     for line, dotted in imports(path):
         other = part_of(dotted)
         if other is not None and other != own:
-            # floors 1, 4 and 5 hold several parts, which may know of each other
-            assert FLOORS[other] <= FLOORS[own], f"{path}:{line} imports {dotted} from a higher floor"
+            assert FLOORS.index(other) < FLOORS.index(own), f"{path}:{line} imports {dotted} from a higher floor"
         assert dotted.partition(".")[0] not in ("tests", "tools", "benchmarks"), f"{path}:{line}"
 
 

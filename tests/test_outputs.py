@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import check_output, check_writable, create, replacing, write_atomically
 from megatron_ponder.checkpoint.manifest import Manifest, write_manifest
 from megatron_ponder.checkpoint.store import point_latest, write_weights_checkpoint
 from megatron_ponder.config import LoggingConfig
-from megatron_ponder.data import manifest as data_manifest
+from megatron_ponder.data import dataset_manifest as data_manifest
 from megatron_ponder.data.diagnostic import write_corpus, write_tokenizer
-from megatron_ponder.errors import UserError
 from megatron_ponder.evaluation.figures import draw, write_rows
-from megatron_ponder.evaluation.plots import plot_training
 from megatron_ponder.evaluation.report import write_page
-from megatron_ponder.files import check_output, check_writable, create, replacing, write_atomically
 from megatron_ponder.hf.export import export
-from megatron_ponder.training.metrics import MetricsLog
+from megatron_ponder.runs.metrics import MetricsLog
+from megatron_ponder.runs.plots import plot_training
 from tests.damage import full_disk
 from tests.evaluation.analyses import analysis_of_small_models
+from tests.finished_runs import contents
 from tests.models import small_config, small_model
-from tests.runs import contents
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,16 +167,16 @@ def test_commands_look_at_their_output_first(tool, tmp_path, monkeypatch, capsys
 
 # By file and function: why it may write a file by itself.
 EXCEPTIONS = {
-    ("megatron_ponder/checkpoint/files.py", "write_tensors"): "in a folder that gets its name when it is whole",
+    ("megatron_ponder/checkpoint/tensor_files.py", "write_tensors"): "in a folder that gets its name when it is whole",
     ("megatron_ponder/data/token_streams.py", "__init__"): "in the folder of work that is not finished",
     ("megatron_ponder/data/shards.py", "finish"): "in a folder that gets its name when it is whole",
-    ("megatron_ponder/streams.py", "prepare"): "it is standard output",
+    ("megatron_ponder/base/streams.py", "prepare"): "it is standard output",
     ("megatron_ponder/data/tokenizer_training.py", "_check_round_trip"): "in a temporary folder",
     ("megatron_ponder/data/stamps.py", "_write"): "by several processes at once, aside under names of their own",
     ("megatron_ponder/data/index_cache.py", "_write"): "by several processes at once, aside under names of their own",
-    ("megatron_ponder/claims.py", "_replace"): "by several processes at once, aside under names of their own",
-    ("megatron_ponder/inference/results.py", "_drop_torn_line"): "to cut off half a line",
-    ("megatron_ponder/training/lasting_file.py", "_open"): "to append",
+    ("megatron_ponder/base/claims.py", "_replace"): "by several processes at once, aside under names of their own",
+    ("megatron_ponder/generation/results.py", "_drop_torn_line"): "to cut off half a line",
+    ("megatron_ponder/runs/lasting_file.py", "_open"): "to append",
 }
 ATOMIC = ("replacing", "partial_path")
 
@@ -225,7 +225,7 @@ def test_every_file_is_written_by_the_one_helper():
         if path != ROOT / "megatron_ponder" / "files.py"
     }
     assert sorted(found.keys() - EXCEPTIONS.keys()) == [], (
-        "use write_atomically or replacing of megatron_ponder/files.py"
+        "use write_atomically or replacing of megatron_ponder/base/files.py"
     )
     assert sorted(EXCEPTIONS.keys() - found.keys()) == [], "these need no exception any more"
 

@@ -9,7 +9,7 @@ import yaml
 
 from docs.refresh import exchanges, link_repository, pages, refreshed, runner, scripts, shortened
 from megatron_ponder import __version__
-from tests.runs import REPOSITORY, finished_runs
+from tests.finished_runs import REPOSITORY, finished_runs
 
 EVERY_PAGE = [*pages(), *sorted((REPOSITORY / "examples").rglob("*.md")), *REPOSITORY.glob("CHANGELOG.md")]
 # Options that make a command of a page take seconds on a tiny model.

@@ -1,34 +1,6 @@
-#!/usr/bin/env python3
-"""Turn a Hugging Face model into a checkpoint: a plain llama or gpt_neox, a PonderLM-2, or an export of this package.
+"""`ponder convert-from-hf` as a file, for launchers that start files."""
 
-Any configuration key may follow as --section.key value; --ponder.embedding_scale is 1 for a plain model unless given,
-so that without additional steps it computes what it computed before.
-
-Example:
-    python tools/convert_from_hf.py --model downloaded/pythia-70m --output start --ponder.mode adaptive
-"""
-
-from pathlib import Path
-
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
-from megatron_ponder.command_line import Parser
-from megatron_ponder.errors import command
-from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
-
-
-@command
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder with config.json and safetensors")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder; must not exist or be empty")
-    arguments, overrides = parser.parse_with_overrides()
-    weights, config = import_pretrained(arguments.model, overrides)
-    tokenizer = tokenizer_of(arguments.model, config)
-    write_weights_checkpoint(arguments.output, weights, config, tokenizer)
-    count = sum(tensor.numel() for tensor in weights.values())
-    without = "" if tokenizer else ", without a tokenizer, because the folder has no tokenizer.model or tokenizer.json"
-    print(f"{arguments.output}: {count:,} weights, {config.ponder.mode}{without}")
-
+from megatron_ponder.commands.convert_from_hf import main
 
 if __name__ == "__main__":
     main()

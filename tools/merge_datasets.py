@@ -1,29 +1,6 @@
-#!/usr/bin/env python3
-"""Join indexed datasets that were made with the same tokenizer into one, in the order given.
+"""`ponder merge` as a file, for launchers that start files."""
 
-Example:
-    python tools/merge_datasets.py --input data/a_text_document data/b_text_document --output-prefix data/both
-"""
-
-from megatron_ponder.command_line import Parser
-from megatron_ponder.data.merging import merge_datasets
-from megatron_ponder.errors import command
-from megatron_ponder.paths import expand_user
-
-
-@command
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--input", type=expand_user, nargs="+", required=True, help="datasets, as paths without .bin and .idx"
-    )
-    parser.add_argument(
-        "--output-prefix", type=expand_user, required=True, help="path of the new dataset without .bin and .idx"
-    )
-    arguments = parser.parse_args()
-    dataset = merge_datasets(arguments.input, arguments.output_prefix)
-    print(f"{dataset.prefix}: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens")
-
+from megatron_ponder.commands.merge import main
 
 if __name__ == "__main__":
     main()

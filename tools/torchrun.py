@@ -1,25 +1,6 @@
-"""torchrun, with its own arguments, for jobs that may be told to save and start again.
+"""`ponder torchrun` as a file, for launchers that start files."""
 
-    python tools/torchrun.py --nproc_per_node 8 pretrain_ponder.py --config FILE.yaml
-
-SIGUSR1, SIGTERM and SIGINT are passed on to the ranks, which save and end; the exit code is theirs.
-"""
-
-import sys
-
-from megatron_ponder.cluster.torchrun import torchrun
-from megatron_ponder.command_line import version_line
-from megatron_ponder.errors import command
-
-
-@command
-def main() -> None:
-    """Start the ranks, and end with their exit code."""
-    if sys.argv[1:2] == ["--version"]:
-        print(version_line())
-        return
-    sys.exit(torchrun(sys.argv[1:]))
-
+from megatron_ponder.commands.torchrun import main
 
 if __name__ == "__main__":
     main()

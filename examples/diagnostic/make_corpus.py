@@ -6,8 +6,8 @@ python examples/diagnostic/make_corpus.py --output data/diagnostic --seed 0
 import argparse
 from pathlib import Path
 
+from megatron_ponder.base.errors import command
 from megatron_ponder.data.diagnostic import KINDS, VOCABULARY, write_corpus
-from megatron_ponder.errors import command
 
 
 @command

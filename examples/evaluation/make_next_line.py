@@ -13,9 +13,9 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError, command
+from megatron_ponder.base.files import make_folder, write_atomically
 from megatron_ponder.data.splits import split_documents
-from megatron_ponder.errors import UserError, command
-from megatron_ponder.files import make_folder, write_atomically
 
 CONTEXT_LINES = 5
 CHOICES = 4

@@ -17,8 +17,8 @@ from rich.console import Console
 from runs import SIZES, analyse, plan_runs, prepare_data, train
 from tables import write_tables
 
+from megatron_ponder.base.errors import command
 from megatron_ponder.config import read_config
-from megatron_ponder.errors import command
 
 
 @command

@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import checkpoint_name, latest_checkpoint
 from megatron_ponder.config import read_config
-from megatron_ponder.errors import UserError
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

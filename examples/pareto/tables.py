@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from megatron_ponder.evaluation.style import COLOURS, look
-from megatron_ponder.files import replacing, write_atomically
+from megatron_ponder.base.files import replacing, write_atomically
+from megatron_ponder.runs.style import COLOURS, look
 
 HEADINGS = (
     "variant", "loss", "steps", "MFLOPs/token", "− fixed at these FLOPs", "− loop at these FLOPs",

@@ -11,8 +11,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ponder.errors import command
-from megatron_ponder.files import check_output, replacing
+from megatron_ponder.base.errors import command
+from megatron_ponder.base.files import check_output, replacing
 
 # Tests repeat themselves, and packages below the library are not the library.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

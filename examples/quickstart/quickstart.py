@@ -21,8 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ponder.errors import UserError, command
-from megatron_ponder.files import make_folder, write_atomically
+from megatron_ponder.base.errors import UserError, command
+from megatron_ponder.base.files import make_folder, write_atomically
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = {

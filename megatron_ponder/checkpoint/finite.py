@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 
 
 def not_finite(tensor: Tensor) -> tuple[int, int]:

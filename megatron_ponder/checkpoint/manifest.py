@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import checksum, write_atomically
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import checksum, write_atomically
 
 MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
 # What a tensor of a parameter is: the weight itself, or one of AdamW's two moments.

@@ -16,7 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ponder.checkpoint.files import problem_of, seal, sync, tensors_problem, write_tensors
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import did_you_mean, write_atomically
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.manifest import (
     CONFIG,
@@ -29,9 +30,8 @@ from megatron_ponder.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_ponder.checkpoint.tensor_files import problem_of, seal, sync, tensors_problem, write_tensors
 from megatron_ponder.config import Config, load_config, to_yaml
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import did_you_mean, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Floor 1: jobs on a SLURM cluster: what a cluster looks like, the scripts that are submitted, torchrun inside them."""
+"""Jobs on a SLURM cluster: what a cluster looks like, the scripts that are submitted, torchrun inside them."""

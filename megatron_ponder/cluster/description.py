@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.paths import user_path
+from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of
+from megatron_ponder.base.yaml_files import TextLoader, read_mapping
 from megatron_ponder.config.declarations import expand_paths, path_field
-from megatron_ponder.errors import UserError
-from megatron_ponder.paths import user_path
-from megatron_ponder.typed_arguments import content_of, options_of, parse, parser_of
-from megatron_ponder.yaml_files import TextLoader, read_mapping
 
 # Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.config import check_layout, read_config
-from megatron_ponder.errors import UserError
-from megatron_ponder.launch import Launch
 
 # What the folder of a job may not have in its name: sbatch reads a backslash in its own way, and a container's options
 # divide mounts at commas and colons.

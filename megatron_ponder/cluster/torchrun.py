@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import psutil
 
-from megatron_ponder.environment import read_number
-from megatron_ponder.errors import EXIT_PREEMPTED
+from megatron_ponder.base.environment import read_number
+from megatron_ponder.base.errors import EXIT_PREEMPTED
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 

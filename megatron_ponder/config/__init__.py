@@ -1,10 +1,11 @@
-"""Floor 1: the configuration of a run: typed sections, YAML and dotted overrides, and the checks that span sections.
+"""The configuration of a run: typed sections, YAML and dotted overrides, and the checks that span sections.
 
 `read_config` is what commands call. Fields that are `None` there are derived by `resolve`, and the run folder keeps the
 resolved form, so that nothing is ever derived twice.
 """
 
-from megatron_ponder.config.durations import parse_duration
+from megatron_ponder.base.durations import parse_duration
+from megatron_ponder.config.checks import validate
 from megatron_ponder.config.layout import (
     check_layout,
     data_parallel_size,
@@ -29,7 +30,6 @@ from megatron_ponder.config.sections import (
     TrainingConfig,
     resolve,
 )
-from megatron_ponder.config.validation import validate
 
 __all__ = [
     "BlendPart",

@@ -2,9 +2,9 @@
 
 import yaml
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.yaml_files import in_words, load_yaml
 from megatron_ponder.config.sections import BlendPart
-from megatron_ponder.errors import UserError
-from megatron_ponder.yaml_files import in_words, load_yaml
 
 FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: TEXT}, ...]"
 PHASES = "a list of phases, [{first_sample: NUMBER, path: PREFIX}, ...]"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from megatron_ponder.errors import UserError
-from megatron_ponder.paths import expand_user
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.paths import expand_user
 
 STEPS = 10**12  # more than any run has of optimiser steps, samples, or what else is counted in them
 SECONDS = 10**7  # a third of a year, more than anything here waits

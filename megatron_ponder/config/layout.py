@@ -4,11 +4,11 @@ import math
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.sections import Config, ModelConfig
-from megatron_ponder.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ponder.launch import Launch
+    from megatron_ponder.base.launch import Launch
 
 
 def stage_layers(config: Config) -> list[range]:

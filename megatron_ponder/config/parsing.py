@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.paths import user_path
+from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of
+from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
 from megatron_ponder.config.blends import read_blend, read_phases
+from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
 from megatron_ponder.config.other_names import VALUES, nearest_key
 from megatron_ponder.config.sections import Config, resolve
-from megatron_ponder.config.validation import validate
-from megatron_ponder.errors import UserError
-from megatron_ponder.paths import user_path
-from megatron_ponder.typed_arguments import content_of, options_of, parse, parser_of
-from megatron_ponder.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
 
 SECTIONS = {section.name: [item.name for item in fields(section.default_factory)] for section in fields(Config)}
 KEYS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]

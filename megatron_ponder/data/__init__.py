@@ -1,1 +1,1 @@
-"""Floor 4: corpora, indexed datasets, sample order and tokenizers."""
+"""Corpora, indexed datasets, sample order and tokenizers."""

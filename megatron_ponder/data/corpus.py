@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.formats import ENDINGS, LINES, PARQUET
 from megatron_ponder.data.inputs import DATASET, Inputs, describe_counts
 from megatron_ponder.data.tables import (
@@ -17,7 +18,6 @@ from megatron_ponder.data.tables import (
     row_groups,
 )
 from megatron_ponder.data.text_files import Segment, Tally, json_lines, split_name, whole_text
-from megatron_ponder.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.sample_index import Piece, SampleIndex
 from megatron_ponder.data.splits import split_documents
-from megatron_ponder.errors import UserError
 
 
 class TokenDataset:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ponder.claims import Claim
+from megatron_ponder.base.claims import Claim
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import make_folder, partial_path, publish, sync, sync_folder
 from megatron_ponder.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, dataset_paths
 from megatron_ponder.data.token_streams import END, LENGTH, TokenStreams, blocks_of_array, blocks_of_file
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import make_folder, partial_path, publish, sync, sync_folder
 
 
 def writing_claim(prefix: str | Path) -> Claim:

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import make_folder, replacing, write_atomically
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import make_folder, replacing, write_atomically
 
 NO_DEPTH = -1
 MODULUS = 5

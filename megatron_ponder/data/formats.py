@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.texts import UTF16_MARKS, require_file
 from megatron_ponder.data.text_files import COMPRESSIONS, READING_FAILS, open_input, split_name
-from megatron_ponder.errors import UserError
-from megatron_ponder.texts import UTF16_MARKS, require_file
 
 AUTO, LINES, PARQUET, TEXT = "auto", "lines", "parquet", "text"
 # What a user may declare all files to be.

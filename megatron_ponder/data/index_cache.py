@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import create
 from megatron_ponder.data.stamps import Stamps
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import create
 
 MAGIC = b"PONDIDX1"
 HEADER = struct.Struct("<8sI")  # magic, CRC-32 of all that follows

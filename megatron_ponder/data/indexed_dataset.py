@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.token_streams import BLOCK_ENTRIES, blocks_of_array
-from megatron_ponder.errors import UserError
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.formats import AUTO, TEXT, FormatError, format_of
 from megatron_ponder.data.tables import HUB, is_saved_dataset
 from megatron_ponder.data.text_files import split_name
-from megatron_ponder.errors import UserError
 
 DATASET = "dataset"
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_ponder.base.errors import UserError, describe
 from megatron_ponder.data.mixture import Samples
-from megatron_ponder.errors import UserError, describe
 
 
 def batches(

@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.data.dataset_manifest import (
+    Manifest,
+    changed,
+    fingerprint,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
-from megatron_ponder.data.manifest import Manifest, changed, fingerprint, manifest_path, read_manifest, write_manifest
-from megatron_ponder.errors import UserError
 
 
 def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) -> IndexedDataset:

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import BlendPart, DataConfig
 from megatron_ponder.data.blend import BlendedDataset, Phase
 from megatron_ponder.data.dataset import TokenDataset, open_part
+from megatron_ponder.data.dataset_manifest import fingerprint
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.interleave import Interleave
-from megatron_ponder.data.manifest import fingerprint
 from megatron_ponder.data.splits import NAMES, parse_split
-from megatron_ponder.errors import UserError
 
 Samples = TokenDataset | BlendedDataset
 Blend = list[BlendPart] | str

@@ -24,21 +24,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ponder.claims import Claim
+from megatron_ponder.base.claims import Claim
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import make_folder
 from megatron_ponder.data.corpus import cut_inputs, no_documents, read_range
+from megatron_ponder.data.dataset_manifest import Manifest, fingerprint, write_manifest
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter, writing_claim
 from megatron_ponder.data.formats import AUTO
 from megatron_ponder.data.indexed_dataset import dtype_for_vocabulary
 from megatron_ponder.data.inputs import Inputs, describe_counts, find_inputs
-from megatron_ponder.data.manifest import Manifest, fingerprint, write_manifest
 from megatron_ponder.data.progress import ThroughputDisplay, warn
 from megatron_ponder.data.segment_cache import CachedEncoder
 from megatron_ponder.data.segments import cut_segments, cuts_at_word_ends, group_chunks
 from megatron_ponder.data.shards import Shard, ShardWriter, append_shard, make_shards
 from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import make_folder
 
 # Small enough to lose little of in a crash, large enough for its own files to cost nothing.
 SHARD_BYTES = 1 << 28

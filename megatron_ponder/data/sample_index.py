@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import DocumentLengths
-from megatron_ponder.errors import UserError
 
 DOCUMENT_STREAM, SAMPLE_STREAM = 0, 1
 EPOCHS_KEPT = 2

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import sync, sync_folder
 from megatron_ponder.data.corpus import InputRange
 from megatron_ponder.data.token_streams import END, LENGTH, TokenStreams, blocks_of_file
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import sync, sync_folder
 
 # Changes when the same input would give other tokens or other files than before.
 LAYOUT = 1

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 
 NAMES = ("train", "valid", "test")
 

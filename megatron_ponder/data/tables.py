@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.text_files import Segment, Tally, counting_failures, open_input, split_name
-from megatron_ponder.errors import UserError
 
 if TYPE_CHECKING:
     import datasets

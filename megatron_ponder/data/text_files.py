@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ponder.files import sync
+from megatron_ponder.base.files import sync
 
 LENGTH = np.dtype("<i4")
 END = np.dtype("<i8")

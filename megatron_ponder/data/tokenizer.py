@@ -11,9 +11,9 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.texts import require_file
 from megatron_ponder.data.separable_parts import separable_parts
-from megatron_ponder.errors import UserError
-from megatron_ponder.texts import require_file
 
 # SentencePiece writes a space as this character, and so cannot tell the two apart in text.
 SPACE_SYMBOL = "\u2581"

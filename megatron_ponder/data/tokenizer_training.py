@@ -11,14 +11,14 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import make_folder, write_atomically
 from megatron_ponder.data.corpus import cut_inputs, read_corpus
 from megatron_ponder.data.formats import AUTO
 from megatron_ponder.data.inputs import describe_counts, find_inputs
 from megatron_ponder.data.progress import StageDisplay, warn
 from megatron_ponder.data.text_files import Segment, Tally
 from megatron_ponder.data.tokenizer import SentencePieceTokenizer
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import make_folder, write_atomically
 
 EXCERPT_CHARACTERS = 4096
 SPECIAL_AND_BYTES = 3 + 256

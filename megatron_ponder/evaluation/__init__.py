@@ -1,1 +1,1 @@
-"""Floor 5: losses, executed steps and plots of trained models."""
+"""Losses, executed steps and plots of trained models."""

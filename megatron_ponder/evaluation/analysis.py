@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from megatron_ponder.evaluation.inputs import flat_labels
 from megatron_ponder.evaluation.perplexity import Setting
 from megatron_ponder.evaluation.pondering import TokenMeasurements, contraction, measure, shuffled
+from megatron_ponder.evaluation.sources import flat_labels
 from megatron_ponder.evaluation.statistics import (
     equal_parts,
     explained_by_groups,

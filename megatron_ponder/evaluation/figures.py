@@ -12,10 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_ponder.base.files import replacing
 from megatron_ponder.evaluation.analysis import HALVES, PAPER_FACTOR, Row
 from megatron_ponder.evaluation.statistics import mean_and_range
-from megatron_ponder.evaluation.style import STYLE, look, merged_labels
-from megatron_ponder.files import replacing
+from megatron_ponder.runs.style import STYLE, look, merged_labels
 
 STEPS_LABEL = "mean additional steps per token (K̂)"
 LOSS_LABEL = "loss [nats per token]"

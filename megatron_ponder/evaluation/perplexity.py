@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from megatron_ponder.errors import UserError
-from megatron_ponder.evaluation.flops import inference_flops
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy

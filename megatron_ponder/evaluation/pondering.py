@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ponder.errors import UserError
-from megatron_ponder.evaluation.flops import inference_flops
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, check_finite
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Pruning

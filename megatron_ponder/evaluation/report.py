@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from megatron_ponder.base.files import write_atomically
 from megatron_ponder.evaluation.analysis import Analysis, Row
-from megatron_ponder.files import write_atomically
 
 STRINGS_SHOWN = 12
 RARE = 5

@@ -1,1 +1,1 @@
-"""Floor 4: Hugging Face configuration and modeling files, and weight names both ways."""
+"""Hugging Face configuration and modeling files, and weight names both ways."""

@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import write_atomically
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.store import staged
 from megatron_ponder.config import Config
-from megatron_ponder.errors import UserError
-from megatron_ponder.files import write_atomically
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
+from megatron_ponder.hf.exported_tokenizer import ExportedTokenizer, export_tokenizer
 from megatron_ponder.hf.model_card import model_card
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from megatron_ponder.hf.pretrained_config import AUTO_MAP
-from megatron_ponder.hf.tokenizer import ExportedTokenizer, export_tokenizer
 from megatron_ponder.hf.weights import to_export
 
 # The files that define the model for transformers; they import each other and nothing else of ours.

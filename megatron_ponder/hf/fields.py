@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 
 # Larger than any size or number of steps that a model has, and small enough for every product of two to be a number.
 LARGEST = 10**9

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 
 _EVALUATION = {
     "rule, evaluation": lambda row: row["setting"],

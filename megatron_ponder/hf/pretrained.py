@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.errors import UserError
 from megatron_ponder.hf.pretrained_config import settings
 from megatron_ponder.hf.weight_files import describe, read, read_json, weight_files
 from megatron_ponder.hf.weights import from_export, from_gpt_neox, from_llama

@@ -4,8 +4,8 @@ import math
 import re
 from typing import get_args
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.sections import Family, Mode
-from megatron_ponder.errors import UserError
 from megatron_ponder.hf.fields import Fields
 
 # Files of an export that define the model, and what in them transformers is to use.

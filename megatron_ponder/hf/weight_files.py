@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.finite import require_finite
-from megatron_ponder.errors import UserError
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 # What weights may be stored in. Anything narrower is quantised, and a number only together with its scales.

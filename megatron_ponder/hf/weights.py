@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 
 Weights = dict[str, Tensor]
 

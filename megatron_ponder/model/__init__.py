@@ -1,1 +1,1 @@
-"""Floor 3: the transformer, the router and the passes; reads like the paper."""
+"""The transformer, the router and the passes; reads like the paper."""

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import ModelConfig, PonderConfig
-from megatron_ponder.errors import UserError
 from megatron_ponder.model.attention import DEAD
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import on_residual

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ponder.errors import UserError, describe
+from megatron_ponder.base.errors import UserError, describe
 from megatron_ponder.parallel.mesh import Axis
 
 Result = TypeVar("Result")

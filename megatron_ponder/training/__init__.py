@@ -1,1 +1,1 @@
-"""Floor 5: the training loop and everything it stands on."""
+"""The training loop and everything it stands on."""

@@ -4,8 +4,8 @@ import hashlib
 
 import torch.distributed as dist
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import Config, to_yaml
-from megatron_ponder.errors import UserError
 
 
 def check_same(config: Config) -> None:

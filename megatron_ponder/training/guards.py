@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_ponder.base.errors import UserError, describe
 from megatron_ponder.config import PonderConfig, TrainingConfig
-from megatron_ponder.errors import UserError, describe
-from megatron_ponder.training.objective import Tally
+from megatron_ponder.model.tally import Tally
 
 # Losses that the next one is compared with, and the fewest that say anything.
 WINDOW, ENOUGH = 100, 20

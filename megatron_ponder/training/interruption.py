@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
 
+from megatron_ponder.base.signals import SIGNALS, StopSignals
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.signals import SIGNALS, StopSignals
 
 # A step that is over within so many seconds is finished, and not given up.
 SECONDS_OF_A_LONG_STEP = 5.0

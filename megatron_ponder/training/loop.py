@@ -5,28 +5,28 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
+from megatron_ponder.base.errors import Preempted, UserError
+from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.checkpoint.manifest import Manifest, checkpoint_name
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import batches
-from megatron_ponder.errors import Preempted, UserError
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.checkpoint import Checkpointer
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.runs.metrics import MetricsLog, RunProgress, Value, nats
+from megatron_ponder.runs.run_folder import RunFolder
+from megatron_ponder.training.checkpointer import Checkpointer
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
 from megatron_ponder.training.interruption import Abandoned, Interruption
-from megatron_ponder.training.metrics import MetricsLog, RunProgress, Value, nats
-from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.penalty import Penalty, PenaltyState
 from megatron_ponder.training.preemption import Boundary
-from megatron_ponder.training.run_folder import RunFolder
 from megatron_ponder.training.schedules import learning_rate, refinements, rule
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.validation import measure_each_step, validate
 from megatron_ponder.training.watch import StepWatch
-from megatron_ponder.training.watchdog import Watchdog
 
 
 class TrainingLoop:

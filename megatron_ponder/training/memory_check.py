@@ -8,12 +8,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_ponder.base.environment import read_number
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import Config
-from megatron_ponder.environment import read_number
-from megatron_ponder.errors import UserError
+from megatron_ponder.estimates.memory import memory_estimate
+from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.parallel.collectives import from_all
-from megatron_ponder.training.memory import memory_estimate
-from megatron_ponder.training.rank import Rank
 
 GIB = 2**30
 # Shares of the memory from which a run may fail, for what libraries need comes on top, and cannot work at all.

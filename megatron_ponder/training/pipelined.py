@@ -8,10 +8,11 @@ from torch import Tensor
 from megatron_ponder.model.ponder import PonderOutput
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.model.stages import PassShapes, PassStage
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule, run_step
 from megatron_ponder.training.interruption import Interruption
-from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.objective import Objective
 
 
 class PipelinedObjective:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ponder.base.environment import read_number
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.signals import SIGNALS, StopSignals
 from megatron_ponder.config import Config, parse_duration
-from megatron_ponder.environment import read_number
-from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.signals import SIGNALS, StopSignals
 
 # What may stop a run, in the order of the columns that ranks add up.
 REASONS = (*(number.name for number in SIGNALS), "its time limit")

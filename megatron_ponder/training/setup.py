@@ -3,14 +3,14 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.manifest import WEIGHT
 from megatron_ponder.checkpoint.store import open_tensors, read_config_of
 from megatron_ponder.config import Config, DataConfig, stage_layers
-from megatron_ponder.data.manifest import Manifest, check_vocabulary, read_manifest
+from megatron_ponder.data.dataset_manifest import Manifest, check_vocabulary, read_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ponder.errors import UserError
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import ModelPart
 from megatron_ponder.parallel.mesh import Mesh

@@ -8,34 +8,34 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_ponder.base.errors import describe
+from megatron_ponder.base.signals import StopSignals
+from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.checkpoint.manifest import Manifest
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
-from megatron_ponder.errors import describe
-from megatron_ponder.evaluation.plots import plot_training
+from megatron_ponder.estimates.layout_table import describe_layout
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
-from megatron_ponder.signals import StopSignals
+from megatron_ponder.runs.metrics import MetricsLog, RunLog, RunProgress
+from megatron_ponder.runs.plots import plot_training
+from megatron_ponder.runs.run_folder import RunFolder
+from megatron_ponder.runs.starts import Phases, recorded
 from megatron_ponder.training.agreement import check_same
-from megatron_ponder.training.checkpoint import (
+from megatron_ponder.training.checkpointer import (
     Checkpointer,
     check_resumable,
     find_resume,
     initial_weights,
     verify_together,
 )
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.interruption import Interruption
-from megatron_ponder.training.layout import describe_layout
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
-from megatron_ponder.training.metrics import MetricsLog, RunLog, RunProgress
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.preemption import Boundary, seconds_left
-from megatron_ponder.training.run_folder import RunFolder
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
-from megatron_ponder.training.starts import Phases, recorded
 from megatron_ponder.training.watch import StepWatch
-from megatron_ponder.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

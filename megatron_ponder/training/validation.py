@@ -7,16 +7,16 @@ from itertools import islice
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.guards import CarefulReader
-from megatron_ponder.training.objective import Tally
 from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.setup import RunParts
-from megatron_ponder.training.watchdog import Watchdog
 
 
 def validate(

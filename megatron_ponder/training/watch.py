@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ponder.cluster.gpus import known_gpu
 from megatron_ponder.config import Config
+from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.devices import known_gpu
-from megatron_ponder.training.flops import training_flops
 
 GIB = 2**30
 _STATM = Path("/proc/self/statm")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.generation import BATCH, PROMPT, Stream, build, calibrated, prompts
-from megatron_ponder.inference.generate import generate
+from megatron_ponder.generation.generate import generate
 
 ROOT = Path(__file__).parents[2]
 

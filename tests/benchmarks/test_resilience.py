@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.runs import REPOSITORY
+from tests.finished_runs import REPOSITORY
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_ponder.checkpoint.files import write_tensors
+from megatron_ponder.base.files import checksum
 from megatron_ponder.checkpoint.manifest import KINDS, MANIFEST, Manifest
 from megatron_ponder.checkpoint.store import staged, write_description
-from megatron_ponder.files import checksum
+from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.parallel.sharding import declarations
 from tests.models import small_config, small_model
 

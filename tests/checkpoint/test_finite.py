@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.finite import not_finite, require_finite
-from megatron_ponder.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_model, load_weights
 from megatron_ponder.checkpoint.store import open_tensors, read_weights, write_weights_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer_training import train_tokenizer
-from megatron_ponder.errors import UserError
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import ModelPart
 from megatron_ponder.parallel.mesh import Axis, Mesh

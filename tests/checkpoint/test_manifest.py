@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import (
     LATEST,
     MANIFEST,
@@ -16,7 +17,6 @@ from megatron_ponder.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_ponder.errors import UserError
 from tests.checkpoint.saved import fields_of, put, put_without_checksum
 
 WHOLE = Manifest(

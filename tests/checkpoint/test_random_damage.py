@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ponder.checkpoint.files import seal
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.manifest import CONFIG, LATEST, MANIFEST, checkpoint_name, read_manifest
 from megatron_ponder.checkpoint.store import open_tensors, point_latest
+from megatron_ponder.checkpoint.tensor_files import seal
 from megatron_ponder.config import Config
-from megatron_ponder.errors import UserError
-from megatron_ponder.training.checkpoint import find_resume
+from megatron_ponder.training.checkpointer import find_resume
 from tests.checkpoint.saved import FILES, fields_of, put, put_without_checksum, save, tensors_of_a_run
 from tests.damage import changed_bytes, changed_fields, draws
+from tests.finished_runs import alone
 from tests.models import small_config
-from tests.runs import alone
 
 SMALL = {"model__hidden_size": 8, "model__ffn_hidden_size": 8, "model__num_heads": 2, "model__num_layers": 1}
 OLDER, NEWER = (checkpoint_name(step) for step in (7, 8))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ponder.checkpoint.files import write_tensors
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -32,7 +32,7 @@ from megatron_ponder.checkpoint.store import (
     write_description,
     write_weights_checkpoint,
 )
-from megatron_ponder.errors import UserError
+from megatron_ponder.checkpoint.tensor_files import write_tensors
 from tests.checkpoint.saved import fields_of, put
 from tests.models import small_config
 
@@ -157,7 +157,7 @@ def test_a_second_write_replaces_the_first(checkpoint):
 KILLED = """
 import os, sys, torch
 from pathlib import Path
-from megatron_ponder.checkpoint.files import write_tensors
+from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.checkpoint.store import staged
 with staged(Path(sys.argv[1])) as aside:
     write_tensors(aside, "w.safetensors", {"weight/a": torch.ones(3)})
@@ -167,7 +167,7 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 from tests.checkpoint.saved import fields_of, put
 from tests.models import small_config
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, read_cluster
-from megatron_ponder.errors import UserError
-from tests.runs import REPOSITORY
+from tests.finished_runs import REPOSITORY
 
 
 def test_the_example_names_every_key_and_changes_none():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render
-from megatron_ponder.errors import UserError
-from tests.runs import REPOSITORY
+from tests.finished_runs import REPOSITORY
 
 LARGE = ["--config", str(REPOSITORY / "examples" / "configs" / "llama_410m.yaml")]
 

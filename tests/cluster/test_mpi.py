@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.runs import TWO_BY_TWO, assert_same_run, long_arguments, losses, one_process, starts, steps
 from tests.cluster.virtual_cluster import wait_for
-from tests.runs import REPOSITORY, contents, tiny_arguments
+from tests.finished_runs import REPOSITORY, contents, tiny_arguments
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, render
-from megatron_ponder.errors import UserError
-from tests.runs import REPOSITORY
+from tests.finished_runs import REPOSITORY
 
 # What a shell would execute, expand, or take apart; each command would leave a file behind.
 HOSTILE = "a  $(touch hacked) `touch hacked`; touch hacked & 'b' \"c\" $HOME * ? [d] {e,f} ~ #g !h <(touch hacked) 100%"

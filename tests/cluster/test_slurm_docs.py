@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.cluster.virtual_cluster import wait_for
-from tests.runs import REPOSITORY
+from tests.finished_runs import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.runs import TWO_BY_TWO, losses, one_process, succeed
-from tests.runs import contents, tiny_arguments
+from tests.finished_runs import contents, tiny_arguments
 
 pytestmark = pytest.mark.cluster
 

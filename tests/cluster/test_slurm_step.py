@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.cluster.virtual_cluster import wait_for
-from tests.runs import REPOSITORY
+from tests.finished_runs import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

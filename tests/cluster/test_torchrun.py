@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.daemons import wait_for
 from tests.cluster.runs import LONG, losses, one_process, steps
 from tests.distributed import free_port
-from tests.runs import REPOSITORY, catches, tiny_arguments
+from tests.finished_runs import REPOSITORY, catches, tiny_arguments
 
 RANK = """
 import os, signal, sys, time

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import Config, check_layout, read_config
 from megatron_ponder.config.declarations import range_of
-from megatron_ponder.errors import UserError
-from megatron_ponder.launch import Launch
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.runs import tiny_arguments
+from tests.finished_runs import tiny_arguments
 
 SEED = 20_260_131
 FIELDS = {

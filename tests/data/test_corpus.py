@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.corpus import read_corpus
 from megatron_ponder.data.inputs import find_inputs
 from megatron_ponder.data.text_files import Segment, Tally, split_name
-from megatron_ponder.errors import UserError
 from tests.data.test_text_files import COMPRESS
 
 

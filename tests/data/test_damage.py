@@ -7,11 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
-from megatron_ponder.data.index_cache import IndexCache
-from megatron_ponder.data.indexed_dataset import HEADER, IndexedDataset, dataset_paths
-from megatron_ponder.data.inspection import verify
-from megatron_ponder.data.manifest import (
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.data.dataset_manifest import (
     Manifest,
     check_vocabulary,
     fingerprint,
@@ -19,7 +16,10 @@ from megatron_ponder.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_ponder.errors import UserError
+from megatron_ponder.data.dataset_summary import verify
+from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
+from megatron_ponder.data.index_cache import IndexCache
+from megatron_ponder.data.indexed_dataset import HEADER, IndexedDataset, dataset_paths
 from tests.damage import changed_bytes, changed_fields, draws
 
 DOCUMENTS = [[1, 2, 3], [], [4], [5, 6]]

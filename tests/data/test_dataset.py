@@ -4,12 +4,12 @@ import pickle
 import numpy as np
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import DataConfig
 from megatron_ponder.data.dataset import TokenDataset
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.mixture import open_mixture
-from megatron_ponder.errors import UserError
 
 
 def build(prefix, split, sequence_length, seed):

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import IndexedDataset
-from megatron_ponder.errors import UserError
 
 
 def write(prefix: Path, tokens: list[int], lose_the_right: bool = False) -> None:

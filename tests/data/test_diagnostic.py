@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.diagnostic import KINDS, MAX_DEPTH, NO_DEPTH, VOCABULARY, passages, question, write_corpus
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.errors import UserError
 
 
 def solve(text: str) -> tuple[list[str], int]:

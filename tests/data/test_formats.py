@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.formats import HEAD_BYTES, format_of, json_layout
 from megatron_ponder.data.inputs import find_inputs
-from megatron_ponder.errors import UserError
 
 MARK = b"\xef\xbb\xbf"
 SCALARS = st.sampled_from([None, True, -1, 2.5, float("nan"), "", "a", '"', "\\", "{", "[\n]", "é\u2028🙂", "\ufeff"])

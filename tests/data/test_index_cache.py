@@ -12,9 +12,9 @@ import zlib
 import numpy as np
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import index_cache, stamps
 from megatron_ponder.data.index_cache import IndexCache
-from megatron_ponder.errors import UserError
 
 ARRAYS = [np.arange(1000, dtype=np.int32), np.arange(60).reshape(30, 2), np.zeros(0, np.int64)]
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import (
     DTYPES,
@@ -15,7 +16,6 @@ from megatron_ponder.data.indexed_dataset import (
     dataset_paths,
     dtype_for_vocabulary,
 )
-from megatron_ponder.errors import UserError
 
 DOCUMENTS = [[1, 2, 3], [], [4], [5, 6]]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.inputs import find_inputs
-from megatron_ponder.errors import UserError
 
 
 @pytest.fixture

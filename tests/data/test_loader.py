@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import DataConfig
 from megatron_ponder.data.dataset import TokenDataset
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.loader import batches, validation_batches
 from megatron_ponder.data.mixture import open_mixture
-from megatron_ponder.errors import UserError
 
 
 @pytest.fixture

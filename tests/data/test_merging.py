@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.data.dataset_manifest import manifest_path, read_manifest, write_manifest
+from megatron_ponder.data.dataset_summary import length_histogram, verify
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
-from megatron_ponder.data.inspection import length_histogram, verify
-from megatron_ponder.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_ponder.data.merging import merge_datasets
 from megatron_ponder.data.preprocessing import preprocess
-from megatron_ponder.errors import UserError
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_changed_part_is_refused(parts, tmp_path):
 
 
 def test_the_histogram_counts_every_document_and_token(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_ponder.data.inspection.BLOCK_ENTRIES", 3)
+    monkeypatch.setattr("megatron_ponder.data.dataset_summary.BLOCK_ENTRIES", 3)
     lengths = [0, 1, 2, 3, 4, 7, 8, 0, 1]
     with IndexedDatasetWriter(tmp_path / "data", np.dtype("<u2")) as writer:
         for length in lengths:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import BlendPart, DataConfig, PhaseConfig
 from megatron_ponder.data.blend import BlendedDataset
 from megatron_ponder.data.dataset import TokenDataset
+from megatron_ponder.data.dataset_manifest import fingerprint
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
-from megatron_ponder.data.manifest import fingerprint
 from megatron_ponder.data.mixture import build_ahead, open_mixture, prefixes, same_past
-from megatron_ponder.errors import UserError
 
 
 @pytest.fixture

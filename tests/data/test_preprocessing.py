@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import dataset_writer, preprocessing, segments
+from megatron_ponder.data.dataset_manifest import check_vocabulary, read_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
-from megatron_ponder.data.manifest import check_vocabulary, read_manifest
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import preprocessing
+from megatron_ponder.data.dataset_manifest import manifest_path, read_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
-from megatron_ponder.data.manifest import manifest_path, read_manifest
 from megatron_ponder.data.preprocessing import Team, preprocess
-from megatron_ponder.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SHARD = 60_000

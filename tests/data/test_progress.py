@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import progress
 from megatron_ponder.data.tokenizer_training import train_tokenizer
-from megatron_ponder.errors import UserError
 
 
 @pytest.mark.parametrize("is_long", [True, False])

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import sample_index
 from megatron_ponder.data.sample_index import SampleIndex, sample_beginnings, stable_order
-from megatron_ponder.errors import UserError
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 1)
 

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.corpus import cut_inputs
 from megatron_ponder.data.inputs import find_inputs
 from megatron_ponder.data.shards import ShardWriter, append_shard, make_shards, read_report
 from megatron_ponder.data.token_streams import TokenStreams
-from megatron_ponder.errors import UserError
 
 U2 = np.dtype("<u2")
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.splits import parse_split, split_documents
-from megatron_ponder.errors import UserError
 
 
 def test_known_splits():

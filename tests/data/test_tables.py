@@ -7,11 +7,11 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.corpus import cut_inputs, read_corpus, read_range
 from megatron_ponder.data.inputs import find_inputs
 from megatron_ponder.data.tables import row_groups
 from megatron_ponder.data.text_files import Tally
-from megatron_ponder.errors import UserError
 
 TEXTS = [f"document {number} 東京 " * (number % 7) for number in range(100)]
 FULL = [text for text in TEXTS if text]

@@ -9,9 +9,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import text_files
 from megatron_ponder.data.text_files import Tally, json_lines, open_input, split_name, whole_text
-from megatron_ponder.errors import UserError
 
 COMPRESS = {
     "": bytes,

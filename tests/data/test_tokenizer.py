@@ -6,8 +6,8 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
-from megatron_ponder.errors import UserError
 
 # Characters that tokenizers treat in their own way, more often than chance would have them.
 SPECIAL = [" ", "  ", "\n", "\r\n", "\t", "\0", "\u2581", "\u2585", "\u2047", "\ufeff", "\ufffd", "\u2028", "e\u0301"]

@@ -1,8 +1,8 @@
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.data.tokenizer_training import train_tokenizer
-from megatron_ponder.errors import UserError
 
 
 def files(folder):

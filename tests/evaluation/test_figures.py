@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from megatron_ponder.evaluation.figures import FIGURES, draw, write_rows
-from megatron_ponder.evaluation.style import COLOURS
+from megatron_ponder.runs.style import COLOURS
 from tests.evaluation.analyses import analysis_of_small_models
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ponder.errors import UserError
-from megatron_ponder.evaluation.flops import inference_flops
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, evaluate, settings, windows
 from megatron_ponder.evaluation.pondering import contraction, measure
-from tests.inference.sequential import decode
+from tests.generation.sequential import decode
 from tests.models import random_tokens, small_model
 
 BATCHES = [random_tokens(3, 21, seed=0), random_tokens(1, 9, seed=1)]

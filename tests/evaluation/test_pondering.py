@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ponder.errors import UserError
-from megatron_ponder.evaluation.flops import inference_flops
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.evaluation.pondering import contraction, measure, shuffled
 from megatron_ponder.model.router import Pruning
-from tests.inference.sequential import Sequential, feed
+from tests.generation.sequential import Sequential, feed
 from tests.models import random_tokens, small_model
 
 BATCHES = [random_tokens(2, 15, seed=0), random_tokens(1, 8, seed=1)]

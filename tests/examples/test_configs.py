@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.cluster.gpus import GPUS
+from megatron_ponder.cluster.hardware import read_description
 from megatron_ponder.config import read_config
-from megatron_ponder.planning.cluster import read_description
-from megatron_ponder.planning.search import check_ranks, fullest_memory
-from megatron_ponder.training.devices import GPUS
-from tests.runs import REPOSITORY
+from megatron_ponder.estimates.search import check_ranks, fullest_memory
+from tests.finished_runs import REPOSITORY
 
 FILES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))
 GPUS_OF_80_GB = [name for name, gpu in GPUS.items() if gpu.memory == 80]

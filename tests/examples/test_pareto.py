@@ -9,7 +9,7 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from megatron_ponder.evaluation.style import COLOURS
+from megatron_ponder.runs.style import COLOURS
 
 PARETO = Path(__file__).parents[2] / "examples" / "pareto"
 

@@ -6,8 +6,8 @@ import pytest
 
 from docs.refresh import exchanges
 from examples.quickstart.quickstart import COMMANDS, MADE, Made
-from megatron_ponder.errors import UserError
-from tests.runs import REPOSITORY, contents
+from megatron_ponder.base.errors import UserError
+from tests.finished_runs import REPOSITORY, contents
 
 
 def make(folder, *names: str) -> None:

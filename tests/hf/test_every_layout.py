@@ -13,9 +13,9 @@ from megatron_ponder.checkpoint.store import read_config_of, read_weights, token
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 from tests.distributed import run_distributed
+from tests.finished_runs import tiny_arguments, train_in_turn
 from tests.hf.exported import weights_of
 from tests.models import small_config, small_model
-from tests.runs import tiny_arguments, train_in_turn
 
 STEP = "checkpoints/step-00000001"
 MODEL = {"model__vocab_size": 512, "model__family": "gpt_neox", "ponder__threshold": 0.3}

@@ -10,15 +10,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.errors import UserError
+from megatron_ponder.generation.generate import generate
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
-from megatron_ponder.inference.generate import generate
+from tests.finished_runs import REPOSITORY
 from tests.hf.exported import weights_of
 from tests.models import random_tokens, small_config, small_model
-from tests.runs import REPOSITORY
 
 INSTALLED = str(Path(transformers.__file__).parents[1])
 LOAD = """

@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.errors import UserError
-from megatron_ponder.hf.tokenizer import ExportedTokenizer, export_tokenizer
+from megatron_ponder.hf.exported_tokenizer import ExportedTokenizer, export_tokenizer
 
 # Characters that tokenizers treat in their own way, more often than chance would have them.
 ODD = [" ", "  ", "\n", "\r\n", "\t", "\0", "\u2581", "\u2585", "\u2047", "</s>", "<s>", "<unk>", "<0x0A>", "\ufeff"]

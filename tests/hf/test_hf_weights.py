@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.hf import weights as names
 from tests.hf.exported import weights_of
 from tests.models import small_model

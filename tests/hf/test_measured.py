@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.harness import Score, TaskEvaluation
 from megatron_ponder.evaluation.perplexity import Evaluation
 from megatron_ponder.hf.measured import measured_section

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
-from megatron_ponder.errors import UserError
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 from megatron_ponder.hf.weights import to_gpt_neox, to_llama

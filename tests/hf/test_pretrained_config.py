@@ -6,8 +6,8 @@ import math
 import pytest
 from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import read_config
-from megatron_ponder.errors import UserError
 from megatron_ponder.hf.export import export_config
 from megatron_ponder.hf.fields import LARGEST
 from megatron_ponder.hf.pretrained_config import AUTO_MAP, settings

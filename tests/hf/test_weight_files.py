@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.hf.weight_files import describe, read, read_json, weight_files
 
 INDEX = "model.safetensors.index.json"

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.gradcheck import gradcheck
 
-from megatron_ponder.evaluation.flops import block_parameters, inference_flops
+from megatron_ponder.evaluation.inference_flops import block_parameters, inference_flops
 from megatron_ponder.evaluation.perplexity import settings
 from megatron_ponder.model.baselines import CANDIDATES
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.candidates import likeliest
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.training.objective import Objective
-from tests.inference.sequential import decode
+from tests.generation.sequential import decode
 from tests.models import random_tokens, small_config, small_model
 
 BASELINES = ("pause", "loop", "ponderlm")

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_ponder.errors import UserError
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 from tests.distributed import run_distributed

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
-from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.deepspeed_engine import Engine
+from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import rule
 from megatron_ponder.training.setup import model_part
 from tests.distributed import run_distributed

@@ -17,18 +17,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.checkpoint import files, store
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint import store, tensor_files
 from megatron_ponder.checkpoint.manifest import checkpoints_in, read_manifest
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config
-from megatron_ponder.errors import UserError
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training import checkpoint as saving
-from megatron_ponder.training.checkpoint import Checkpointer, shared_out, verify_together
-from megatron_ponder.training.engine import StateTensor
+from megatron_ponder.training import checkpointer as saving
+from megatron_ponder.training.checkpointer import Checkpointer, shared_out, verify_together
+from megatron_ponder.training.deepspeed_engine import StateTensor
 from tests.distributed import run_distributed
+from tests.finished_runs import alone, contents
 from tests.models import small_config
-from tests.runs import alone, contents
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 BLOCK = {str(width): (32, width) for width in (8, 9, 10, 11, 12)}
@@ -155,8 +155,8 @@ def fail_beside_training(mesh: Mesh, run: Path) -> list[tuple[str, list[str], li
 def verify_in_shares(checkpoint: Path, name: str) -> tuple[list[str], str]:
     """The files that this rank reads to verify a checkpoint, and what is said when one of them is damaged."""
     read: list[str] = []
-    digest = files.sha256
-    files.sha256 = lambda path, *rest: read.append(path.name) or digest(path, *rest)
+    digest = tensor_files.sha256
+    tensor_files.sha256 = lambda path, *rest: read.append(path.name) or digest(path, *rest)
     try:
         verify_together(checkpoint)
         first = list(read)
@@ -169,7 +169,7 @@ def verify_in_shares(checkpoint: Path, name: str) -> tuple[list[str], str]:
         with pytest.raises(UserError) as caught:
             verify_together(checkpoint)
     finally:
-        files.sha256 = digest
+        tensor_files.sha256 = digest
     return first, str(caught.value)
 
 
@@ -284,8 +284,8 @@ KILLED = """
 import os, sys, time, torch
 from pathlib import Path
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training import checkpoint as saving
-from tests.runs import alone
+from megatron_ponder.training import checkpointer as saving
+from tests.finished_runs import alone
 from tests.training.test_checkpoint_layouts import StandIn, config_for
 
 def say(line):

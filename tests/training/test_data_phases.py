@@ -2,17 +2,17 @@
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
-from megatron_ponder.errors import UserError
-from megatron_ponder.training.checkpoint import check_resumable
-from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.training.checkpointer import check_resumable
 from megatron_ponder.training.setup import open_parts
 from tests.distributed import run_distributed
-from tests.runs import LATEST, finished_runs, refused, tiny_arguments, train_in_turn
+from tests.finished_runs import LATEST, finished_runs, refused, tiny_arguments, train_in_turn
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import free_port
-from tests.runs import tiny_arguments
+from tests.finished_runs import tiny_arguments
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 60
 
 FAIL_IN_THIRD_STEP = """
 import sys
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.deepspeed_engine import Engine
 
 steps = 0
 

@@ -15,21 +15,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ponder.base.errors import Preempted, UserError
 from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import Config, read_config
-from megatron_ponder.data import indexed_dataset, manifest
+from megatron_ponder.data import dataset_manifest, indexed_dataset
 from megatron_ponder.data.mixture import open_mixture
-from megatron_ponder.errors import Preempted, UserError
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training import checkpoint as saving
+from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.run_folder import RunFolder
+from megatron_ponder.training import checkpointer as saving
 from megatron_ponder.training import objective, trainer
 from megatron_ponder.training.guards import LossSpikes
-from megatron_ponder.training.metrics import read_metrics
-from megatron_ponder.training.run_folder import RunFolder
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.runs import alone, tiny_arguments
+from tests.finished_runs import alone, tiny_arguments
 from tests.training.test_preemption import AfterLooks
 from tests.training.test_resume import essentials, final_state
 from tests.training.test_skipped_steps import faulty
@@ -158,8 +158,8 @@ def copied(dataset: Path, folder: Path) -> Path:
     for ending in (".bin", ".idx"):
         shutil.copyfile(f"{dataset}{ending}", folder / f"data{ending}")
         os.utime(folder / f"data{ending}", (1e9, 1e9))
-    without = replace(manifest.read_manifest(dataset), bin_sha256="", fingerprint="")
-    manifest.write_manifest(folder / "data", without)
+    without = replace(dataset_manifest.read_manifest(dataset), bin_sha256="", fingerprint="")
+    dataset_manifest.write_manifest(folder / "data", without)
     return folder / "data"
 
 

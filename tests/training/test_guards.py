@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.guards import FORMING, router_complaint
-from megatron_ponder.training.objective import Tally
 from tests.models import small_config
 
 

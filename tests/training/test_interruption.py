@@ -8,11 +8,11 @@ import torch.distributed as dist
 
 from megatron_ponder.checkpoint.store import latest_checkpoint
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training import interruption
 from megatron_ponder.training.interruption import Abandoned, Interruption
-from megatron_ponder.training.metrics import read_metrics
 from tests.distributed import run_distributed
-from tests.runs import alone, tiny_arguments
+from tests.finished_runs import alone, tiny_arguments
 from tests.training.test_faults import Attempt, attempt
 from tests.training.test_preemption import AfterLooks
 from tests.training.test_resume import essentials, final_state

@@ -9,7 +9,7 @@ import torch
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.model.stages import PassStage
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import refinements
 from tests.training.layouts import (

@@ -7,7 +7,7 @@ from megatron_ponder.config import read_config
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.runs import tiny_arguments
+from tests.finished_runs import tiny_arguments
 
 
 def processes_after_training(mesh: Mesh, arguments: list[str]) -> int:

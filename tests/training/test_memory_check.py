@@ -6,13 +6,13 @@ import psutil
 import pytest
 import torch
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import read_config
-from megatron_ponder.errors import UserError
+from megatron_ponder.estimates.memory import memory_estimate
+from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.training import memory_check, trainer
-from megatron_ponder.training.memory import memory_estimate
 from megatron_ponder.training.memory_check import check_memory, memory_of_a_rank
-from megatron_ponder.training.rank import Rank
-from tests.runs import refused, tiny_arguments
+from tests.finished_runs import refused, tiny_arguments
 
 CPU = torch.device("cpu")
 

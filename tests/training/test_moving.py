@@ -7,9 +7,9 @@ from typing import NamedTuple
 import pytest
 
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.runs.metrics import read_metrics
 from tests.distributed import run_distributed
-from tests.runs import tiny_arguments, train_in_turn
+from tests.finished_runs import tiny_arguments, train_in_turn
 
 SAVED, STEPS = 3, 8
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from megatron_ponder.config import PonderConfig
 from megatron_ponder.model.router import Pruning
-from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.model.tally import Tally
+from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import rule
 from tests.models import random_tokens, small_model
 

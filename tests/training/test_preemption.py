@@ -12,20 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ponder.base.errors import EXIT_PREEMPTED, Preempted, UserError
+from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import parse_duration, read_config
-from megatron_ponder.errors import EXIT_PREEMPTED, Preempted, UserError
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.signals import StopSignals
-from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.run_folder import RunFolder
+from megatron_ponder.runs.starts import read_end, read_starts, recorded
 from megatron_ponder.training.preemption import Boundary, seconds_left
-from megatron_ponder.training.run_folder import RunFolder
-from megatron_ponder.training.starts import read_end, read_starts, recorded
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
+from tests.finished_runs import catches, tiny_arguments
 from tests.models import small_config
-from tests.runs import catches, tiny_arguments
 from tests.training.test_failures import end_all, start_ranks, wait_for
 from tests.training.test_resume import essentials, final_state
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ponder.training.metrics import read_metrics
-from megatron_ponder.training.starts import read_end, read_starts
-from tests.runs import tiny_arguments
+from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.starts import read_end, read_starts
+from tests.finished_runs import tiny_arguments
 from tests.training.test_resume import essentials, final_state
 
 REPOSITORY = Path(__file__).parents[2]

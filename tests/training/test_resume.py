@@ -12,7 +12,7 @@ import torch
 
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
-from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.watch import MEASURED
 
 REPOSITORY = Path(__file__).parents[2]

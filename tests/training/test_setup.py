@@ -8,7 +8,7 @@ import pytest
 from megatron_ponder.config import read_config
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.training.setup import open_parts
-from tests.runs import refused
+from tests.finished_runs import refused
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ponder.config import TrainingConfig
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import objective
-from megatron_ponder.training.engine import Engine
+from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.guards import SkippedSteps
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import rule

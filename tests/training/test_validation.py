@@ -5,21 +5,22 @@ import zlib
 import pytest
 import torch
 
+from megatron_ponder.base.signals import StopSignals
+from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.signals import StopSignals
-from megatron_ponder.training.engine import Engine
-from megatron_ponder.training.objective import Objective, Tally
+from megatron_ponder.training.deepspeed_engine import Engine
+from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.validation import measure_each_step, validate
-from megatron_ponder.training.watchdog import Watchdog
 from tests.distributed import run_distributed
+from tests.finished_runs import tiny_arguments
 from tests.models import random_tokens
-from tests.runs import tiny_arguments
 
 # Samples: even, uneven, fewer than a micro-batch, fewer than ranks, more than the split holds.
 CASES = [(8, 2, 1), (7, 2, 1), (7, 3, 3), (2, 4, 3), (1, 2, 3), (10**9, 64, 1)]

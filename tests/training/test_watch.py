@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ponder.cluster.gpus import GPUS, known_gpu
+from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.devices import GPUS, known_gpu
-from megatron_ponder.training.flops import training_flops
-from megatron_ponder.training.metrics import read_metrics
+from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.watch import MEASURED, PARTS, RankTime, StepWatch, Stragglers, slow_ranks
 from tests.distributed import run_distributed
+from tests.finished_runs import finished_runs
 from tests.models import random_tokens, small_config
-from tests.runs import finished_runs
 
 
 def watched(**overrides) -> tuple[StepWatch, PonderLM]:

@@ -1,0 +1,80 @@
+"""The command lines of tools: argparse, with what all of them have in common."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import megatron_ponder
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.paths import expand_user, user_path
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with `--version`, in whose paths (`type=Path`, or `expand_user` for text) ~ is expanded.
+
+    Options have to be written in full. What cannot be is a `UserError`, and for an unknown option it names those that
+    there are.
+
+    Args:
+        description: the docstring of the tool, shown as it stands.
+    """
+
+    def __init__(self, description: str | None = None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        self.register("type", Path, _explaining(user_path))
+        self.register("type", expand_user, _explaining(expand_user))
+        self.add_argument("--version", action="version", version=version_line())
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Parse as argparse does, but look for options that do not exist before any that is missing."""
+        given = sys.argv[1:] if args is None else list(args)
+        self._check_names(given, lambda name: True)
+        return super().parse_args(given, namespace)
+
+    def parse_with_overrides(self) -> tuple[argparse.Namespace, list[str]]:
+        """What is for the tool, and the rest, which overrides keys of a configuration: their names have a point."""
+        self._check_names(sys.argv[1:], lambda name: "." not in name)
+        return self.parse_known_args()
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line.
+
+        Raises:
+            UserError: always, the same on every rank.
+        """
+        error = UserError(f"{message}; see --help")
+        error.shared = True
+        raise error
+
+    def _check_names(self, arguments: Sequence[str], concerned: Callable[[str], bool]) -> None:
+        """Refuse an option that there is not, with those that there are."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for argument in arguments[: arguments.index("--")] if "--" in arguments else arguments:
+            name = argument.partition("=")[0]
+            # As argparse has it, what has a space is a value.
+            if name.startswith("--") and name not in known and " " not in argument and concerned(name):
+                near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+                there = f"did you mean {near[0]}? There" if near else "there"
+                self.error(f"there is no option {name}; {there} are {', '.join(known)}")
+
+
+def version_line() -> str:
+    """What `--version` shows."""
+    return f"{Path(sys.argv[0]).name} {megatron_ponder.__version__}"
+
+
+def _explaining(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A conversion whose refusals argparse shows in their own words."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return converted

@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Build the index cache of a training run ahead, so that its ranks find the order of the samples ready.
+
+    python tools/build_index.py --config FILE.yaml --data.cache_path FOLDER [--section.key value ...]
+
+Takes the arguments of pretrain_ponder.py, and builds every epoch that training.steps read of each dataset. What is
+there already is checked and kept; several of these, or training runs, may be at work at the same time.
+"""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ponder.base.errors import UserError, command
+from megatron_ponder.config import read_config
+from megatron_ponder.data.mixture import build_ahead, open_mixture
+
+
+@command
+def main() -> None:
+    """Read the configuration, build, print a table."""
+    if not sys.argv[1:] or set(sys.argv[1:]) & {"-h", "--help"}:
+        print(__doc__)
+        return
+    config = read_config(sys.argv[1:])
+    if not config.data.path:
+        raise UserError("data.path is empty; give the prefix that tools/preprocess_data.py wrote (without .bin)")
+    if config.data.cache_path is None:
+        raise UserError("data.cache_path is not set; add --data.cache_path with the folder that the run will use")
+    training = config.training
+    mixture = open_mixture(config.data, training.seed)
+    samples = {"train": training.steps * training.global_batch_size}
+    if training.eval_interval:
+        samples["valid"] = training.eval_samples
+
+    table = Table(title=f"order of the samples in {config.data.cache_path}, seed {training.seed}")
+    for heading, justify in {"split": "left", "dataset": "left", "samples": "right", "epochs": "right"}.items():
+        table.add_column(heading, justify=justify)
+    table.add_column("seconds", justify="right")
+    started = time.perf_counter()
+    for name, dataset, epochs in build_ahead(mixture, samples):
+        elapsed, started = time.perf_counter() - started, time.perf_counter()
+        row = (name, str(dataset.indexed.prefix), f"{dataset.samples_per_epoch:,}", f"{epochs:,}", f"{elapsed:.2f}")
+        table.add_row(*row)
+    table.caption = "samples are those of an epoch"
+    Console(width=None if sys.stdout.isatty() else 110).print(table)

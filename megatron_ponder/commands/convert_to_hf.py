@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Export a checkpoint to a folder that Hugging Face transformers loads.
+
+Example:
+    python tools/convert_to_hf.py --checkpoint runs/tiny --output exported
+"""
+
+from pathlib import Path
+from typing import get_args
+
+from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.errors import command
+from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint, tokenizer_path
+from megatron_ponder.hf.export import DataType, export
+from megatron_ponder.hf.measured import measured_section
+
+
+@command
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
+    parser.add_argument("--dtype", choices=get_args(DataType), default="float32", help="of the exported weights")
+    parser.add_argument(
+        "--metrics", type=Path, nargs="+", help="files of tools/evaluate.py --output, for the model card"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
+    arguments = parser.parse_args()
+    folder = resolve_checkpoint(arguments.checkpoint)
+    export(
+        read_weights(folder),
+        read_config_of(folder),
+        tokenizer_path(folder),
+        arguments.output,
+        arguments.dtype,
+        measured_section(arguments.metrics, folder.name) if arguments.metrics else None,
+        arguments.max_shard_size,
+    )
+    print(f"{arguments.output}: exported {folder}")

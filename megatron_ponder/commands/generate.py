@@ -1,0 +1,186 @@
+"""Continue prompts with a trained model, slot by slot, showing how many additional steps each token got.
+
+python tools/generate.py --checkpoint runs/quickstart --prompt "def main():" --max-new-tokens 60
+python tools/generate.py --checkpoint runs/quickstart --prompts-file prompts.jsonl --output results.jsonl
+python tools/generate.py --checkpoint runs/quickstart --interactive --temperature 0.8
+torchrun --nproc_per_node 4 tools/generate.py --checkpoint runs/quickstart --tensor 2 --pipeline 2 --prompt "import"
+
+Also under srun and mpirun. Ranks beyond one copy of the model are further copies, which share the prompts.
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.environment import without_local_rank
+from megatron_ponder.base.errors import UserError, command
+from megatron_ponder.base.launch import Launch, discover
+from megatron_ponder.generation.interactive import converse, line_source
+from megatron_ponder.generation.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_engine
+from megatron_ponder.generation.options import Options
+from megatron_ponder.generation.prefill import Prefill
+from megatron_ponder.generation.prompt_lists import Summary, begin_file, print_results, write_results
+from megatron_ponder.generation.prompts import STANDARD_INPUT, Prompt, Task, read_prompts, tasks_of, text_prompts
+from megatron_ponder.generation.ranks import joined
+from megatron_ponder.generation.results import LinePrinter, ResultFile
+from megatron_ponder.generation.sequences import Batching
+from megatron_ponder.generation.shading import ShadedPrinter, steps_line
+from megatron_ponder.parallel.collectives import from_first
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
+
+    given = parser.add_argument_group("prompts; without any, standard input is one")
+    given.add_argument("--prompt", nargs="+", help="one or several texts to continue; - for all of standard input")
+    given.add_argument("--prompts-file", type=Path, help="JSON lines, each with its own options if need be; or -")
+    given.add_argument("--interactive", action="store_true", help="continue one line after another as you type them")
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--output", type=Path, help="write them to this file, as JSON lines in the order of the prompts")
+    out.add_argument("--json", action="store_true", help="print them as JSON lines; so are those of a file of prompts")
+    out.add_argument("--stream", action="store_true", help="print tokens as they come")
+
+    defaults = Options()
+    choice = parser.add_argument_group("continuations")
+    choice.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    choice.add_argument("--samples", type=int, default=defaults.samples, help="continuations of each prompt")
+    choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    choice.add_argument("--top-k", type=int, default=0, help="choose among this many likeliest tokens; 0 for all")
+    choice.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest with this probability")
+    choice.add_argument("--min-p", type=float, default=0.0, help="choose among those with this share of the likeliest")
+    choice.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 for fewer repetitions")
+    choice.add_argument("--seed", type=int, default=0, help="of a prompt's first sample; the others follow")
+    choice.add_argument("--stop", nargs="+", default=[], help="texts before which a continuation ends")
+    choice.add_argument("--stop-tokens", nargs="+", type=int, default=[], help="token ids that end a continuation")
+    choice.add_argument("--ignore-eod", action="store_true", help="go on after the end-of-document token")
+    choice.add_argument("--top-log-probabilities", type=int, default=0, help="report so many likeliest tokens in JSON")
+
+    batching, prefill = Batching(), Prefill()
+    work = parser.add_argument_group("computation")
+    work.add_argument("--threshold", type=float, help="τ; the trained model's unless given")
+    work.add_argument("--router-bias", type=float, help="α; positive buys more steps")
+    work.add_argument("--prefill", choices=("jacobi", "sequential"), default="jacobi", help="how prompts are read")
+    work.add_argument("--refinements", type=int, help="R of jacobi; iterated to the fixed point unless given")
+    work.add_argument("--tolerance", type=float, help="relative change at which the fixed point is reached")
+    work.add_argument("--chunk", type=int, default=prefill.chunk, help="tokens of a prompt that are iterated together")
+    work.add_argument("--max-sequences", type=int, default=batching.max_sequences, help="that run at a time")
+    work.add_argument("--max-slots", type=int, default=batching.max_slots, help="in the cache at a time")
+    work.add_argument("--precision", choices=PRECISIONS, help="that of training on a GPU, fp32 on a CPU unless given")
+    work.add_argument("--tensor", type=int, default=1, help="ranks that share each layer")
+    work.add_argument("--pipeline", type=int, default=1, help="ranks that share the stack of layers")
+    return parser.parse_args(without_local_rank(sys.argv[1:]))
+
+
+@command
+def main() -> None:
+    """Parse the command line, generate, print."""
+    arguments = parse_arguments()
+    launch = discover()
+    with joined(launch) as device:
+        options, checked, tasks, done = from_first(partial(check, arguments, launch, device))
+        engine, loaded, mesh = load_engine(checked, launch, device)
+        first, console = launch.rank == 0, Console(soft_wrap=True, highlight=False)
+        if arguments.interactive:
+            with engine:
+                if engine.drives:
+                    converse(engine, options, loaded.tokenizer, console, line_source(console))
+        elif arguments.output is not None:
+            summary = write_results(engine, mesh, tasks, ResultFile(arguments.output), done, silent=not first)
+            close(summary, len(tasks), console if first else None, arguments.output)
+        elif arguments.json or arguments.prompts_file is not None:
+            summary = print_results(engine, mesh, tasks, LinePrinter(tasks))
+            close(summary, len(tasks), Console(stderr=True, soft_wrap=True, highlight=False) if first else None)
+        else:
+            after = partial(steps_line, tokenizer=loaded.tokenizer)
+            summary = print_results(
+                engine, mesh, tasks, ShadedPrinter(console, loaded.tokenizer, arguments.stream, after=after)
+            )
+            close(summary, len(tasks), console if first else None)
+
+
+def check(
+    arguments: argparse.Namespace, launch: Launch, device: torch.device
+) -> tuple[Options, CheckedSetup, list[Task], set[int]]:
+    """Read all input and refuse what cannot be, on the first rank, before anything is computed.
+
+    Returns:
+        Options of prompts that do not say otherwise, what is known of the engine, what is to be generated, and which
+        of it is done already.
+    """
+    options, setup = read_options(arguments), read_setup(arguments)
+    prompts = read_input(arguments, options)
+    checked = check_setup(setup, launch, device, copies=not (arguments.interactive or arguments.stream))
+    tokenizer = checked.tokenizer()
+    if tokenizer is None and arguments.interactive:
+        raise UserError(f"{checked.folder} has no tokenizer; train with tokenizer.path set to generate text")
+    tasks = tasks_of(prompts, tokenizer, checked.request_check(tokenizer))
+    done = set() if arguments.output is None else begin_file(ResultFile(arguments.output), checked, tasks)
+    return options, checked, tasks, done
+
+
+def read_options(arguments: argparse.Namespace) -> Options:
+    """How prompts are continued that do not say otherwise."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(Options)}
+    return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def read_setup(arguments: argparse.Namespace) -> Setup:
+    """What is wanted of the engine."""
+    if arguments.prefill == "sequential" and (arguments.refinements is not None or arguments.tolerance is not None):
+        raise UserError("--refinements and --tolerance are for --prefill jacobi; leave them out")
+    prefill = Prefill(arguments.refinements, arguments.tolerance, arguments.chunk)
+    batching = Batching(
+        arguments.max_sequences, arguments.max_slots, prefill=prefill if arguments.prefill == "jacobi" else None
+    )
+    return Setup(
+        arguments.checkpoint,
+        arguments.tensor,
+        arguments.pipeline,
+        arguments.threshold,
+        arguments.router_bias,
+        arguments.precision,
+        batching,
+    )
+
+
+def read_input(arguments: argparse.Namespace, options: Options) -> list[Prompt]:
+    """The prompts, from wherever they are; none where they are asked for one by one."""
+    if arguments.stream and (arguments.json or arguments.output or arguments.prompts_file):
+        raise UserError("--stream prints texts; leave out --json, --output and --prompts-file")
+    if arguments.interactive:
+        if arguments.prompt or arguments.prompts_file or arguments.output or arguments.json:
+            raise UserError("--interactive asks for prompts and prints texts; leave out --prompt, files and --json")
+        return []
+    if arguments.prompts_file is None:
+        return text_prompts(arguments.prompt or [STANDARD_INPUT], options)
+    if arguments.prompt:
+        raise UserError("--prompt and --prompts-file exclude each other; write all prompts into the file")
+    return read_prompts(arguments.prompts_file, options)
+
+
+def close(summary: Summary, tasks: int, console: Console | None, file: Path | None = None) -> None:
+    """Print the closing line, unless another rank does; end with 130 after an interruption, 2 after failures."""
+    if console is not None:
+        console.print(summary.totals.closing_line(summary.seconds), style="bold")
+    if summary.finished < tasks:
+        if console is not None:
+            more = "" if file is None else f"; with the same command {file} goes on"
+            print(f"interrupted after {summary.finished:,} of {tasks:,} sequences{more}", file=sys.stderr)
+        sys.exit(130)
+    if summary.totals.failed:
+        if console is not None:
+            where = "" if file is None else f" in {file}"
+            print(
+                f"error: {summary.totals.failed:,} of {tasks:,} sequences failed; their error{where} says why",
+                file=sys.stderr,
+            )
+        sys.exit(2)

@@ -1,0 +1,145 @@
+"""Say how runs are doing: step, loss, rate, time left, last checkpoint, restarts.
+
+    python tools/status.py runs/quickstart
+    python tools/status.py runs/* --watch 10
+    python tools/status.py runs/quickstart --json
+
+Reads run folders and nothing else, so that it works from any machine that sees them, during a run and after it. What
+is no run is left out, with a line on stderr. The exit code is 1 if a run is silent: it should have written something
+and has not.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.errors import UserError, command, describe
+from megatron_ponder.runs.status import RunStatus, run_status
+
+
+@command
+def main() -> None:
+    """Parse the command line, read the folders, print a table or JSON."""
+    parser = Parser(__doc__)
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a folder that training writes into")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run, each on a line of its own")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show the table anew every so many seconds")
+    arguments = parser.parse_args()
+    if arguments.watch is not None and (arguments.json or arguments.watch <= 0):
+        raise UserError("--watch takes a positive number of seconds and shows a table; leave --json out")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # as wide as the table needs, whatever the reader of a pipe takes
+    if arguments.watch is not None:
+        read_runs(arguments.run_dirs)  # says once what is left out
+        watch(arguments.run_dirs, arguments.watch, console)
+        return
+    found = read_runs(arguments.run_dirs)
+    if arguments.json:
+        for status in found:
+            print(json.dumps(status.as_dict()))
+    else:
+        console.print(table_of(found))
+    sys.exit(any(status.state == "silent" for status in found))
+
+
+def read_runs(run_dirs: list[Path], say: bool = True) -> list[RunStatus]:
+    """How those of the folders are doing that are runs; the others are left out.
+
+    Args:
+        run_dirs: folders, among which there may be other things, as in `runs/*`.
+        say: on stderr what is left out and why.
+
+    Raises:
+        UserError: none of them is a run.
+    """
+    found, others = [], []
+    for run_dir in run_dirs:
+        try:
+            found.append(run_status(run_dir))
+        except (UserError, OSError) as error:
+            others.append(describe(error))
+    if not found:
+        more = f" (and {len(others) - 1} more that are none)" if len(others) > 1 else ""
+        raise UserError(others[0] + more)
+    for other in others if say else ():
+        print(f"left out: {other}", file=sys.stderr)
+    return found
+
+
+def watch(run_dirs: list[Path], seconds: float, console: Console) -> None:
+    """Show the table until interrupted, or until every run has finished."""
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                found = read_runs(run_dirs, say=False)
+                live.update(table_of(found), refresh=True)
+                if all(status.state == "finished" for status in found):
+                    return
+                time.sleep(seconds)
+        except KeyboardInterrupt:
+            return
+
+
+def table_of(found: list[RunStatus]) -> Table:
+    """A column for each run, a line for each thing that is known of one."""
+    table = Table("run", *(status.run_dir for status in found))
+    rows = [lines_of(status) for status in found]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        table.add_row(name, *(row.get(name, "–") for row in rows))
+    return table
+
+
+def lines_of(status: RunStatus) -> dict[str, str]:
+    """What is known of a run, in words."""
+    age = "" if status.age is None else f", last record {duration(status.age)} ago"
+    why = f" ({status.end})" if status.state == "stopped" else ""
+    lines = {"state": status.state + why + age}
+    if status.step == 0:
+        return lines | _saved(status)
+    lines["step"] = f"{status.step:,} of {status.steps:,} ({status.step / status.steps:.0%})"
+    lines["loss"] = "not finite" if status.loss is None else f"{status.loss:.4f}"
+    if status.validation_loss is not None:
+        lines["validation loss"] = f"{status.validation_loss:.4f} after step {status.validation_step:,}"
+    if status.mean_steps is not None:
+        lines["steps/token"] = f"{status.mean_steps:.2f}"
+    if status.tokens_per_second is not None:
+        used = "" if status.mfu is None else f", MFU {status.mfu:.1%}"
+        lines["rate"] = f"{status.tokens_per_second:,.0f} tokens/s{used}"
+    if status.seconds_left is not None:
+        lines["left"] = duration(status.seconds_left)
+    if status.slowest_rank is not None:
+        lines["slowest rank"] = f"{status.slowest_rank}, {status.slowest_over_median:.2f} × the median"
+    return lines | _saved(status)
+
+
+def _saved(status: RunStatus) -> dict[str, str]:
+    lines = {"checkpoint": "none"}
+    if status.checkpoint is not None:
+        whole = "complete" if status.checkpoint.complete else "damaged: files are missing or cut off"
+        lines["checkpoint"] = f"{status.checkpoint.name}, {duration(status.checkpoint.age)} ago, {whole}"
+    if status.saving is not None:
+        lines["unfinished save"] = status.saving
+    if status.starts is not None:
+        start = status.last_start
+        reason = f", the last after step {start['step']}" if "step" in start else ""
+        reason += f" on {start['host']}" if start.get("host") else ""
+        ended = start.get("reason") or start.get("previous")
+        reason += f" ({ended})" if ended else ""
+        lines["restarts"] = f"{status.restarts}{reason if status.restarts else ''}"
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """3 days 4:05:06, 4:05:06 or 12 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} days {clock}" if days else clock

@@ -1,0 +1,21 @@
+"""torchrun, with its own arguments, for jobs that may be told to save and start again.
+
+    python tools/torchrun.py --nproc_per_node 8 pretrain_ponder.py --config FILE.yaml
+
+SIGUSR1, SIGTERM and SIGINT are passed on to the ranks, which save and end; the exit code is theirs.
+"""
+
+import sys
+
+from megatron_ponder.base.command_line import version_line
+from megatron_ponder.base.errors import command
+from megatron_ponder.cluster.torchrun import torchrun
+
+
+@command
+def main() -> None:
+    """Start the ranks, and end with their exit code."""
+    if sys.argv[1:2] == ["--version"]:
+        print(version_line())
+        return
+    sys.exit(torchrun(sys.argv[1:]))

@@ -1,0 +1,29 @@
+"""Pretrain a PonderLM.
+
+    python pretrain_ponder.py --config FILE.yaml [--section.key value ...]
+
+The same command runs as one process, under torchrun, srun or mpirun. `--help` lists every key.
+"""
+
+import sys
+
+from megatron_ponder.base.environment import without_local_rank
+from megatron_ponder.base.errors import command
+from megatron_ponder.base.signals import StopSignals
+
+
+@command
+def main() -> None:
+    """Read the configuration, join the other ranks, train."""
+    with StopSignals() as signals:  # first of all, since imports take seconds, in which a job may be told to leave
+        from megatron_ponder.config import check_layout, read_config
+
+        config = read_config(without_local_rank(sys.argv[1:]))
+        # Imported when the configuration is right, so that a wrong one is answered at once.
+        from megatron_ponder.base.launch import discover, process_group
+        from megatron_ponder.training.trainer import train
+
+        launch = discover()
+        check_layout(config, launch)  # while no rank waits for another
+        with process_group(launch, patience=config.parallel.start_timeout) as device:
+            train(config, device, signals)

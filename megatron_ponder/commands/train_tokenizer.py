@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Train a SentencePiece tokenizer on text, JSON Lines, Parquet and saved datasets, compressed or not.
+
+Example:
+    python tools/train_tokenizer.py --input corpus/ --output-prefix data/tokenizer --vocab-size 32000
+"""
+
+from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.errors import command
+from megatron_ponder.base.paths import expand_user
+from megatron_ponder.data.formats import AUTO, DECLARED
+from megatron_ponder.data.tokenizer_training import train_tokenizer
+
+
+@command
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--input", type=expand_user, nargs="+", required=True, help="as of tools/preprocess_data.py")
+    parser.add_argument("--output-prefix", type=expand_user, required=True, help="path of the tokenizer without .model")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
+    parser.add_argument(
+        "--key", default="text", help="field of a JSON line or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=DECLARED,
+        default=AUTO,
+        help="what all files are: lines (JSON, one object each), parquet or text; default: as their endings say",
+    )
+    parser.add_argument(
+        "--sample-bytes",
+        type=int,
+        default=256 << 20,
+        help="train on a random sample of at most this much text (default: 256 MiB)",
+    )
+    arguments = parser.parse_args()
+    tokenizer = train_tokenizer(
+        arguments.input,
+        arguments.output_prefix,
+        arguments.vocab_size,
+        key=arguments.key,
+        declared=arguments.format,
+        sample_bytes=arguments.sample_bytes,
+    )
+    print(f"{tokenizer.path}: {tokenizer.vocab_size:,} tokens")

@@ -1,0 +1,245 @@
+"""Checks that a configuration can work; every message says what to write instead."""
+
+import math
+from dataclasses import fields
+
+from megatron_ponder.base.durations import parse_duration
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.config.declarations import check_ranges, range_of
+from megatron_ponder.config.layout import even_layers, largest_tensor
+from megatron_ponder.config.sections import (
+    BlendPart,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PonderConfig,
+    TrainingConfig,
+)
+
+
+def validate(config: Config) -> Config:
+    """Refuse what cannot work, saying what to write instead.
+
+    Raises:
+        UserError: for the first contradiction found.
+    """
+    check_ranges(config)
+    _validate_model(config.model)
+    _validate_ponder(config.ponder)
+    _validate_parallel(config.parallel)
+    _validate_tensor(config.model, config.parallel)
+    if config.parallel.pipeline > 1:
+        _validate_pipeline(config)
+    _validate_offload(config.parallel)
+    _validate_recompute(config.training)
+    _validate_data(config.data)
+    _validate_run(config)
+    return config
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _require(
+        model.hidden_size % model.num_heads == 0,
+        f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
+        f"choose a multiple, for example {math.ceil(model.hidden_size / model.num_heads) * model.num_heads}",
+    )
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"model.num_heads {model.num_heads} is not divisible by model.num_kv_heads {model.num_kv_heads}; "
+        "set model.num_kv_heads to a divisor of model.num_heads",
+    )
+    _require(
+        model.family == "llama" or model.num_kv_heads == model.num_heads,
+        "the gpt_neox family has no grouped-query heads; leave out model.num_kv_heads or set model.family to llama",
+    )
+    rotated = model.head_size * model.rotary_fraction
+    _require(
+        rotated >= 2 and rotated == int(rotated) and int(rotated) % 2 == 0,
+        f"model.rotary_fraction {model.rotary_fraction} of a head of {model.head_size} channels is {rotated:g}; "
+        "it must be a positive even number of them",
+    )
+    _require(
+        model.family == "gpt_neox" or model.rotary_fraction == 1,
+        "the llama family rotates whole heads; leave out model.rotary_fraction or set model.family to gpt_neox",
+    )
+
+
+def _validate_ponder(ponder: PonderConfig) -> None:
+    _require(
+        ponder.mode == "vanilla" or ponder.max_steps >= 1,
+        f"ponder.mode {ponder.mode} needs ponder.max_steps of at least 1, not {ponder.max_steps}; "
+        "for a model without additional steps set ponder.mode to vanilla",
+    )
+    _require(
+        len(ponder.refinement_choices) > 0,
+        f"ponder.jacobi_iterations is {ponder.jacobi_iterations}; give a number from 0 up, or a list to draw from",
+    )
+    _require(
+        ponder.penalty_start <= ponder.penalty_end,
+        f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
+    )
+    _require(
+        ponder.target_steps is None or (ponder.target_steps < ponder.max_steps and ponder.penalty_weight > 0),
+        f"ponder.target_steps {ponder.target_steps} must lie between 0 and ponder.max_steps {ponder.max_steps}, and "
+        "needs a ponder.penalty_weight above 0 to begin with, such as 0.01",
+    )
+
+
+def _validate_parallel(parallel: ParallelConfig) -> None:
+    _require(
+        parallel.pipeline > 1 or parallel.pipeline_schedule == "1f1b",
+        "parallel.pipeline_schedule zero_bubble needs parallel.pipeline of at least 2; "
+        "leave parallel.pipeline_schedule out",
+    )
+    _require(
+        parallel.pipeline > 1 or parallel.pipeline_layers is None,
+        "parallel.pipeline_layers divides blocks over parallel.pipeline ranks, but that is 1; "
+        f"set parallel.pipeline to {max(2, len(parallel.pipeline_layers or []))} or leave parallel.pipeline_layers out",
+    )
+
+
+def _validate_tensor(model: ModelConfig, parallel: ParallelConfig) -> None:
+    tensor, fits = parallel.tensor, largest_tensor(model, parallel.tensor)
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+        grouped = name == "num_kv_heads" and model.num_kv_heads < model.num_heads
+        reason = ", and grouped-query heads are not replicated" if grouped else ""
+        _require(
+            getattr(model, name) % tensor == 0,
+            f"parallel.tensor {tensor} does not divide model.{name} {getattr(model, name)}{reason}; "
+            f"the largest that works is parallel.tensor {fits}",
+        )
+    _require(
+        not parallel.sequence_parallel or tensor > 1,
+        "parallel.sequence_parallel needs parallel.tensor of at least 2; set it to false",
+    )
+
+
+def _validate_pipeline(config: Config) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    pipeline, counts = parallel.pipeline, parallel.pipeline_layers
+    _require(
+        pipeline <= layers,
+        f"parallel.pipeline {pipeline} leaves ranks without a block, as model.num_layers is {layers}; "
+        f"set parallel.pipeline to {layers} or less",
+    )
+    if counts is not None:
+        _require(
+            len(counts) == pipeline and sum(counts) == layers,
+            f"parallel.pipeline_layers {counts} must be {pipeline} numbers from 1 up, one for each of "
+            f"parallel.pipeline, whose sum is model.num_layers {layers}; {even_layers(layers, pipeline)} is",
+        )
+    _require(
+        parallel.zero_stage <= 1,
+        f"parallel.zero_stage {parallel.zero_stage} cannot be used with parallel.pipeline {pipeline}: gradients of "
+        "several passes and micro-batches are in flight on a rank, so that they cannot be partitioned before the "
+        "step; set parallel.zero_stage to 1, or parallel.pipeline to 1",
+    )
+    _require(
+        not config.model.tie_embeddings,
+        f"model.tie_embeddings cannot be used with parallel.pipeline {pipeline}: embedding and head are on different "
+        "ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
+    )
+    _require(
+        not config.ponder.routes_by_token,
+        f"ponder.router_input token cannot be used with parallel.pipeline {pipeline}: embedding and router are on "
+        "different ranks; set ponder.router_input to hidden, or parallel.pipeline to 1",
+    )
+    _require(
+        config.ponder.gradient_passes is None,
+        f"ponder.gradient_passes cannot be used with parallel.pipeline {pipeline}: every pass must hand a gradient "
+        "back to the one before; leave ponder.gradient_passes out, or set parallel.pipeline to 1",
+    )
+    _require(
+        config.training.precision == "fp32" or parallel.pipeline_schedule != "zero_bubble",
+        "parallel.pipeline_schedule zero_bubble adds up gradients in the type of the weights, which would lose them in "
+        "bf16; leave parallel.pipeline_schedule out, or set training.precision to fp32",
+    )
+    _require(
+        config.training.recompute != "block" or parallel.pipeline_schedule != "zero_bubble",
+        "training.recompute block saves nothing with parallel.pipeline_schedule zero_bubble, which keeps all that it "
+        "has computed again; set parallel.pipeline_schedule to 1f1b, or training.recompute to attention",
+    )
+
+
+def _validate_offload(parallel: ParallelConfig) -> None:
+    where, stage = parallel.offload_optimizer, parallel.zero_stage
+    _require(
+        where != "cpu" or stage >= 1,
+        "parallel.offload_optimizer cpu moves what ZeRO has partitioned; set parallel.zero_stage to 1, 2 or 3",
+    )
+    _require(
+        where != "nvme" or stage == 3,
+        f"parallel.offload_optimizer nvme needs parallel.zero_stage 3, not {stage}; set it to 3, or offload to cpu",
+    )
+    _require(
+        where != "nvme" or bool(parallel.offload_nvme_path),
+        "parallel.offload_optimizer nvme needs a folder on a fast disk of every node; set parallel.offload_nvme_path",
+    )
+    _require(
+        where == "nvme" or parallel.offload_nvme_path is None,
+        f"parallel.offload_nvme_path is not used with parallel.offload_optimizer {where}; "
+        "leave it out, or set parallel.offload_optimizer to nvme",
+    )
+
+
+def _validate_recompute(training: TrainingConfig) -> None:
+    passes = training.recompute_passes
+    _require(
+        passes is None or training.recompute != "none",
+        f"training.recompute_passes {passes} recomputes nothing while training.recompute is none; "
+        "set training.recompute to block or attention, or leave training.recompute_passes out",
+    )
+
+
+def _validate_data(data: DataConfig) -> None:
+    for name in ("path", "valid_path", "test_path"):
+        _validate_blend(f"data.{name}", getattr(data, name) or "")
+    first = 0
+    for phase in data.phases:
+        _require(
+            phase.first_sample > first,
+            f"data.phases has a phase from sample {phase.first_sample} on after one from {first} on; "
+            "give phases in rising order, after the one of data.path, which starts at 0",
+        )
+        first = phase.first_sample
+        _require(bool(phase.path), f"the phase from sample {first} on in data.phases has no path; give it one")
+        _validate_blend(f"the path of the phase from sample {first} on", phase.path)
+
+
+def _validate_blend(name: str, blend: list[BlendPart] | str) -> None:
+    if isinstance(blend, str):
+        # What is written on a command line and is no blend arrives as it was written.
+        _require(
+            not blend.startswith("["),
+            f"{name} {blend} is not a blend; write [{{path: PREFIX, weight: NUMBER}}, ...], with split: if needed",
+        )
+        return
+    paths = [part.path for part in blend]
+    for part in blend:
+        _require(bool(part.path), f"{name} has a dataset without a path; give it the path of a .bin file less .bin")
+        _require(paths.count(part.path) == 1, f"{name} names {part.path} more than once; add the weights up")
+
+
+def _validate_run(config: Config) -> None:
+    data, training = config.data, config.training
+    _require(
+        training.eval_interval == 0 or training.eval_samples >= 1,
+        "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
+    )
+    if training.time_limit is not None:
+        limits = next(range_of(item) for item in fields(TrainingConfig) if item.name == "time_limit")
+        _require(
+            parse_duration(training.time_limit) / 60 in limits,
+            f"training.time_limit is {training.time_limit}; its range is {limits} minutes",
+        )
+    _require(
+        config.model.max_position_embeddings >= data.sequence_length,
+        f"data.sequence_length {data.sequence_length} is longer than model.max_position_embeddings "
+        f"{config.model.max_position_embeddings}; lower the one or raise the other",
+    )

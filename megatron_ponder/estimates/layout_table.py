@@ -1,0 +1,67 @@
+"""The table that a run prints when it starts: who holds what."""
+
+from collections.abc import Iterable
+
+from megatron_ponder.config import Config
+from megatron_ponder.estimates.memory import memory_estimate, most_in_flight
+from megatron_ponder.estimates.rank import Rank, rank_parameters
+from megatron_ponder.model.modes import passes_of
+from megatron_ponder.parallel.mesh import Mesh
+
+GIB = 2**30
+
+
+def describe_layout(config: Config, mesh: Mesh) -> str:
+    """What is printed when training starts: the grid of ranks, the step, and a line for each place in the pipeline.
+
+    Args:
+        config: resolved, with a vocabulary size.
+        mesh: sizes of its axes and the kind of device; its groups are not used.
+    """
+    parallel, training, tokens = config.parallel, config.training, config.data.sequence_length
+    data = mesh.data.size
+    ranks = [Rank(config, data, place, mesh.device.type) for place in range(parallel.pipeline)]
+    count, sequences = ranks[0].micro_batches, training.global_batch_size
+    slots = sequences * tokens * config.ponder.steps
+    plans = [passes_of(config.ponder).plan(r) for r in config.ponder.refinement_choices]
+    flags = [f"ZeRO {parallel.zero_stage}", training.precision]
+    flags += ["sequence parallel"] if parallel.sequence_parallel else []
+    flags += [f"recompute {training.recompute}"] if training.recompute != "none" else []
+    flags += [f"optimiser on {parallel.offload_optimizer}"] if parallel.offload_optimizer != "none" else []
+    flags += [parallel.pipeline_schedule] if parallel.pipeline > 1 else []
+    lines = [
+        f"{parallel.tensor * data * parallel.pipeline} ranks: {parallel.tensor} tensor × {data} data × "
+        f"{parallel.pipeline} pipeline; {', '.join(flags)}",
+        f"a step: {sequences:,} sequences, {sequences * tokens:,} tokens, {slots:,} latent slots",
+        f"a micro-batch: {training.micro_batch_size} sequences, {_span(map(len, plans))} passes of "
+        f"{_span(map(sum, plans))} slots a token",
+        f"each data rank: {count} micro-batches{_in_flight(ranks)}",
+        "",
+        f"{'pipeline':>8} {'blocks':>7} {'with':<18} {'parameters':>10} │ expected peak of tensors, GiB a rank",
+        f"{'rank':>8} {'':>7} {'':<18} {'a rank':>10} │ {'weights':>7} {'grads':>5} {'AdamW':>5} {'activ.':>6} "
+        f"{'other':>5} {'total':>6}",
+    ]
+    for rank in ranks:
+        memory, layers = memory_estimate(rank), rank.layers
+        also = ["embedding"] * rank.first + ["head"] * rank.last
+        also += ["router"] * (rank.last and rank.chain.routed)
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.other, memory.total)
+        shown = " ".join(f"{size / GIB:{width}.2f}" for size, width in zip(sizes, (7, 5, 5, 6, 5, 6), strict=True))
+        lines.append(
+            f"{rank.pipeline_rank:>8} {f'{layers[0]}–{layers[-1]}':>7} {' '.join(also):<18} "
+            f"{rank_parameters(rank) / 1e6:>9.1f}M │ {shown}"
+        )
+    return "\n".join(lines)
+
+
+def _in_flight(ranks: list[Rank]) -> str:
+    """How many forward passes wait for their backward pass at most, on the first and the last rank of a pipeline."""
+    if len(ranks) == 1:
+        return ""
+    first, last = (most_in_flight(rank, [1.0] * len(rank.plan)) for rank in (ranks[0], ranks[-1]))
+    return f", {last:.0f} to {first:.0f} forward passes in flight on a pipeline rank"
+
+
+def _span(numbers: Iterable[int]) -> str:
+    numbers = sorted(set(numbers))
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"

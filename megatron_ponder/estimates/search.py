@@ -1,0 +1,167 @@
+"""Layouts that a cluster's memory allows, and how they compare."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.launch import Launch
+from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.config import Config, check_layout, data_parallel_size, resolve, validate
+from megatron_ponder.config.layout import largest_tensor
+from megatron_ponder.estimates.memory import RankMemory, memory_estimate
+from megatron_ponder.estimates.rank import Rank
+from megatron_ponder.estimates.step_time import StepTime, places, step_time
+
+# What a layout is made of: section and key, in the order in which they are shown.
+KEYS = (
+    ("parallel", "tensor"),
+    ("parallel", "pipeline"),
+    ("parallel", "sequence_parallel"),
+    ("parallel", "zero_stage"),
+    ("training", "recompute"),
+    ("training", "micro_batch_size"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout on a cluster.
+
+    Attributes:
+        config: with this layout.
+        data: data-parallel ranks.
+        memory: of the pipeline rank that needs most.
+        time: of a step.
+    """
+
+    config: Config
+    data: int
+    memory: RankMemory
+    time: StepTime
+
+
+def check_ranks(config: Config, cluster: Cluster) -> int:
+    """Data-parallel ranks of a layout on a cluster.
+
+    Raises:
+        UserError: if they do not divide, naming the nearest layout or batch that does.
+    """
+    check_layout(config, Launch(world_size=cluster.ranks, local_size=min(cluster.gpus_per_node, cluster.ranks)))
+    return data_parallel_size(config, cluster.ranks)
+
+
+def fullest_memory(config: Config, data: int, cluster: Cluster) -> RankMemory:
+    """Of the pipeline rank that needs most."""
+    every = (memory_estimate(Rank(config, data, place, cluster.device)) for place in places(config))
+    return max(every, key=lambda memory: memory.total)
+
+
+def plan_of(config: Config, cluster: Cluster) -> Plan:
+    """A configuration as it is.
+
+    Raises:
+        UserError: as `check_ranks`.
+    """
+    data = check_ranks(config, cluster)
+    return Plan(config, data, fullest_memory(config, data, cluster), step_time(config, data, cluster))
+
+
+def fitting(config: Config, cluster: Cluster) -> list[Plan]:
+    """Every layout of this model and batch that fits, fastest first.
+
+    Varied are `KEYS`; with another number of pipeline ranks, blocks are divided evenly. The global batch stays. Times
+    within about 1 % of each other are taken to be the same, and then a lower ZeRO stage and less memory come first.
+    """
+    plans = []
+    for candidate in _candidates(config, cluster):
+        try:
+            data = check_ranks(validate(resolve(candidate)), cluster)
+        except UserError:
+            continue
+        memory = fullest_memory(candidate, data, cluster)
+        if memory.total <= cluster.usable_memory:
+            plans.append(Plan(candidate, data, memory, step_time(candidate, data, cluster)))
+    return sorted(plans, key=_rank)
+
+
+def _rank(plan: Plan) -> tuple:
+    return round(math.log(plan.time.total), 2), plan.config.parallel.zero_stage, plan.memory.total
+
+
+def nearest(config: Config, plans: list[Plan]) -> Plan | None:
+    """Of layouts that fit, the one with the fewest changes; of those with as many, the fastest. None if none fits."""
+    return min(plans, key=lambda plan: (len(changes(config, plan.config)), plan.time.total), default=None)
+
+
+def changes(config: Config, other: Config) -> dict[str, object]:
+    """What has to be set to go from one layout to another, by dotted key."""
+    every = {(section, key): getattr(getattr(other, section), key) for section, key in KEYS}
+    changed = {
+        f"{section}.{key}": value for (section, key), value in every.items() if value != _get(config, section, key)
+    }
+    if other.parallel.pipeline_layers != config.parallel.pipeline_layers:
+        changed["parallel.pipeline_layers"] = None
+    if other.parallel.pipeline_schedule != config.parallel.pipeline_schedule:
+        changed["parallel.pipeline_schedule"] = other.parallel.pipeline_schedule
+    return changed
+
+
+def flags(changed: dict[str, object]) -> str:
+    """Changes as they are written on a command line."""
+    words = {None: "null", True: "true", False: "false"}
+    shown = {key: words[value] if value is None or isinstance(value, bool) else value for key, value in changed.items()}
+    return " ".join(f"--{key} {value}" for key, value in shown.items())
+
+
+def _get(config: Config, section: str, key: str) -> object:
+    return getattr(getattr(config, section), key)
+
+
+def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
+    """Layouts whose sizes divide; whether the rest of the configuration allows them is for its checks to say."""
+    model, training, own = config.model, config.training, config.parallel
+    stages = (1, 2, 3) if training.precision == "bf16" else (0, 1, 2, 3)  # bf16 runs stage 0 as stage 1
+    for tensor in _divisors(cluster.gpus_per_node):
+        if largest_tensor(model, tensor) != tensor:
+            continue
+        for pipeline in _divisors(cluster.ranks // tensor):
+            if pipeline > model.num_layers:
+                break
+            data = cluster.ranks // (tensor * pipeline)
+            if training.global_batch_size % data:
+                continue
+            same = pipeline == own.pipeline
+            for micro_batch in _powers(training.global_batch_size // data):
+                for sequence_parallel in (False, True) if tensor > 1 else (False,):
+                    for stage in stages if pipeline == 1 else stages[:-2]:
+                        for recompute in ("none", "attention", "block"):
+                            yield replace(
+                                config,
+                                parallel=replace(
+                                    own,
+                                    tensor=tensor,
+                                    pipeline=pipeline,
+                                    sequence_parallel=sequence_parallel,
+                                    zero_stage=stage,
+                                    pipeline_layers=own.pipeline_layers if same else None,
+                                    pipeline_schedule=own.pipeline_schedule if same else "1f1b",
+                                ),
+                                training=replace(
+                                    training,
+                                    micro_batch_size=micro_batch,
+                                    recompute=recompute,
+                                    recompute_passes=None if recompute == "none" else training.recompute_passes,
+                                ),
+                            )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def _powers(number: int) -> list[int]:
+    """Powers of two that divide it, and it itself if it is small."""
+    powers = [1 << exponent for exponent in range(8) if number % (1 << exponent) == 0]
+    return sorted({*powers, number}) if number <= 16 else powers

@@ -1,0 +1,1 @@
+"""Slot-by-slot generation, which is the definition of the model."""

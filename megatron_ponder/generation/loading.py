@@ -1,0 +1,123 @@
+"""An engine from a checkpoint folder, on the ranks of a job: first checked by one of them, then loaded by all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_ponder.base.launch import Launch
+from megatron_ponder.checkpoint.load import LoadedModel, load_model
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.store import read_config_of, resolve_checkpoint, tokenizer_path, verify
+from megatron_ponder.config import Config
+from megatron_ponder.config.declarations import check_ranges, number_field
+from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.ranks import build_ranks, check_sizes
+from megatron_ponder.generation.request import Request
+from megatron_ponder.generation.scheduler import Scheduler
+from megatron_ponder.generation.sequences import Batching
+from megatron_ponder.model.router import Pruning
+from megatron_ponder.parallel.collectives import together
+from megatron_ponder.parallel.mesh import Mesh
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a user wants of an engine.
+
+    Attributes:
+        checkpoint: run folder or checkpoint folder.
+        tensor: ranks that share each layer.
+        pipeline: ranks that share the stack of layers.
+        threshold: τ; None for the trained model's.
+        router_bias: α; None for the trained model's.
+        precision: a name of `PRECISIONS`; None for that of training on a GPU, and for fp32 on a CPU.
+        batching: how many at a time, and how prompts are read.
+    """
+
+    checkpoint: Path
+    tensor: int = number_field(1, 1, 1 << 16)
+    pipeline: int = number_field(1, 1, 1 << 16)
+    threshold: float | None = number_field(None, 0, 1)
+    router_bias: float | None = number_field(None, -1000, 1000)
+    precision: str | None = None
+    batching: Batching = field(default_factory=Batching)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class CheckedSetup:
+    """A setup that can work, with all that was left open in it.
+
+    Attributes:
+        setup: as it was wanted.
+        folder: the checkpoint, whose files are undamaged.
+        config: of the model.
+        pruning: τ and α.
+        precision: a name of `PRECISIONS`.
+    """
+
+    setup: Setup
+    folder: Path
+    config: Config
+    pruning: Pruning
+    precision: str
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's; None if it has none."""
+        source = tokenizer_path(self.folder)
+        return None if source is None else load_tokenizer(source)
+
+    def request_check(self, tokenizer: Tokenizer | None) -> Callable[[Request], None]:
+        """What refuses requests that the engine could never run, before there is an engine."""
+        return Scheduler(self.config.model, self.config.ponder, self.setup.batching, tokenizer).check
+
+
+def check_setup(setup: Setup, launch: Launch, device: torch.device, copies: bool) -> CheckedSetup:
+    """Find the checkpoint, verify its files, and refuse ranks and numbers that cannot be; on one rank for all.
+
+    Args:
+        setup: wanted.
+        launch: the ranks.
+        device: on which they compute.
+        copies: whether ranks beyond one copy of the model are welcome.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    folder = resolve_checkpoint(setup.checkpoint)
+    verify(folder, read_manifest(folder))
+    config = read_config_of(folder)
+    check_sizes(config.model, setup.tensor, setup.pipeline, launch.world_size, copies)
+    pruning = Pruning(
+        True,
+        config.ponder.threshold if setup.threshold is None else setup.threshold,
+        config.ponder.router_bias if setup.router_bias is None else setup.router_bias,
+    )
+    precision = setup.precision or (config.training.precision if device.type == "cuda" else "fp32")
+    return CheckedSetup(setup, folder, config, pruning, precision)
+
+
+def load_engine(checked: CheckedSetup, launch: Launch, device: torch.device) -> tuple[Engine, LoadedModel, Mesh]:
+    """Load this rank's part of the model; on all ranks together.
+
+    Args:
+        checked: the setup.
+        launch: the ranks.
+        device: of this one.
+
+    Returns:
+        The engine, the model, and the grid of ranks.
+
+    Raises:
+        UserError: some rank cannot read the checkpoint; on every rank.
+    """
+    mesh = build_ranks(device, launch, checked.setup.tensor, checked.setup.pipeline)
+    loaded = together(lambda: load_model(checked.folder, mesh, PRECISIONS[checked.precision], verified=True))
+    return Engine(loaded.model, mesh, checked.pruning, checked.setup.batching, loaded.tokenizer), loaded, mesh

@@ -1,1 +1,0 @@
-"""Floor 5: what a run will need and how long it will take, from its configuration and a description of a cluster."""

@@ -1,0 +1,112 @@
+"""Pictures of runs, drawn without a display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ponder.base.files import replacing
+from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.style import COLOURS, FURTHER_MARKERS, STYLE
+
+TRAINING, VALIDATION, PRUNED = COLOURS["pause"], COLOURS["fixed"], "#000000"
+# Record of training, record of validation, and what the axis says, of every run …
+CURVES = (
+    ("cross_entropy", "validation_loss", "loss [nats per token]"),
+    ("mean_steps", "validation_mean_steps", "executed additional steps per token"),
+    ("grad_norm", None, "gradient norm"),
+    ("learning_rate", None, "learning rate"),
+)
+# … and panels of a run with a router besides.
+OWN_LOSSES = "loss above that of validation [nats]"
+SHARES = "share of tokens that execute k steps"
+
+
+def plot_training(run_dir: Path) -> Path:
+    """Draw loss, executed steps, gradient norm and learning rate of a run from its metrics.
+
+    With a router, also what each step predicts by itself, and how many tokens execute how many steps.
+
+    Returns:
+        The picture, `training.png` in the run's folder.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run_dir)
+    routed = [record for record in records if "validation_own_losses" in record]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(15 if routed else 10, 6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(2, 3 if routed else 2, sharex=True)
+        for axes, (training, validation, label) in zip(panels[:, :2].flat, CURVES, strict=True):
+            _curve(axes, records, training, validation)
+            axes.set_ylabel(label)
+        panels[0, 0].legend()
+        panels[0, 1].set_ylim(bottom=0)
+        if routed:
+            _own_losses(panels[0, 2], routed)
+            _shares(panels[1, 2], records)
+        for axes in panels.flat:
+            axes.grid(alpha=0.3)
+        for axes in panels[1]:
+            axes.set_xlabel("optimiser step")
+        figure.suptitle(run_dir.name)
+        path = run_dir / "training.png"
+        with replacing(path) as aside:
+            figure.savefig(aside, dpi=120)
+    return path
+
+
+def _curve(axes, records: Sequence[dict], training: str, validation: str | None) -> None:
+    """A number of every step, and the same in validations."""
+    steps = [record["step"] for record in records]
+    axes.plot(steps, [record[training] for record in records], linewidth=0.8, color=TRAINING, label="training")
+    validated = [record for record in records if validation in record]
+    if validated:
+        at = [record["step"] for record in validated]
+        values = [record[validation] for record in validated]
+        axes.plot(at, values, "o-", markersize=3, color=VALIDATION, label="validation")
+
+
+def _own_losses(axes, records: Sequence[dict]) -> None:
+    """What each step predicts by itself, and the pruned model, above or below the validation loss."""
+    at = [record["step"] for record in records]
+
+    def above(values: Sequence[float | None]) -> list[float | None]:
+        pairs = zip(values, (record["validation_loss"] for record in records), strict=True)
+        return [None if value is None or loss is None else value - loss for value, loss in pairs]
+
+    for k, style in enumerate(_looks_of_steps(len(records[-1]["validation_own_losses"]))):
+        losses = above([record["validation_own_losses"][k] for record in records])
+        axes.plot(at, losses, label=f"h{k} by itself", **style)
+    pruned = above([record["validation_pruned_loss"] for record in records])
+    axes.plot(at, pruned, "x:", color=PRUNED, markersize=6, linewidth=0.8, label="pruned")
+    axes.axhline(0, color=VALIDATION, linewidth=0.8)
+    axes.set_ylabel(OWN_LOSSES)
+    axes.legend()
+
+
+def _shares(axes, records: Sequence[dict]) -> None:
+    """How many of the tokens execute k steps in training."""
+    records = [record for record in records if record.get("step_histogram")]
+    if not records:
+        return
+    at = [record["step"] for record in records]
+    for k, style in enumerate(_looks_of_steps(len(records[-1]["step_histogram"]))):
+        shares = [record["step_histogram"][k] / max(1, sum(record["step_histogram"])) for record in records]
+        axes.plot(at, shares, label=f"k = {k}", **style | {"marker": "", "linewidth": 0.8})
+    axes.set_ylabel(SHARES)
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend()
+
+
+def _looks_of_steps(count: int) -> list[dict]:
+    """Colours from dark to light, which differ in lightness too, and markers for steps 0 to `count` - 1."""
+    from matplotlib import colormaps
+
+    shades = colormaps["viridis"]
+    markers = [FURTHER_MARKERS[k % len(FURTHER_MARKERS)] for k in range(count)]
+    return [
+        {"color": shades(0.9 * k / max(1, count - 1)), "marker": marker, "markersize": 5, "linewidth": 1.2}
+        for k, marker in enumerate(markers)
+    ]

@@ -1,0 +1,84 @@
+"""How often a run has been started, from where, and how each start ended."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megatron_ponder.base.errors import Preempted
+from megatron_ponder.base.files import write_atomically
+from megatron_ponder.runs.run_folder import RunFolder
+
+STARTS, END = "starts.jsonl", "end.json"
+
+
+class Phases:
+    """How long each part of a start has taken, as text: `6.1 s imports, 0.3 s data`."""
+
+    def __init__(self, begun: float) -> None:
+        """Begin at a time of the monotonic clock."""
+        self._begun = self._last = begun
+        self._parts: list[str] = []
+
+    def mark(self, name: str) -> None:
+        """A part has ended."""
+        now = time.monotonic()
+        self._parts.append(f"{now - self._last:.1f} s {name}")
+        self._last = now
+
+    def __str__(self) -> str:
+        return f"{self._last - self._begun:.1f} s: {', '.join(self._parts)}"
+
+
+def read_starts(run_dir: Path) -> list[dict]:
+    """All starts of a run, in order; a line cut off by a crash is left out."""
+    path = run_dir / STARTS
+    starts = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            starts.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return starts
+
+
+def read_end(run_dir: Path) -> dict | None:
+    """How the last start ended, with `time` and `reason`; None while it runs, and after it was killed."""
+    try:
+        return json.loads((run_dir / END).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+@contextmanager
+def recorded(folder: RunFolder, step: int, ranks: int) -> Iterator[None]:
+    """Append a start to the run's record, and note how the block ends; on one rank alone.
+
+    Args:
+        folder: of the run.
+        step: steps done before.
+        ranks: of the job.
+    """
+    run_dir = folder.path
+    last = read_end(run_dir)
+    previous = last["reason"] if last else ("killed" if read_starts(run_dir) else None)
+    start = {"time": time.time(), "step": step, "host": socket.gethostname(), "ranks": ranks, "previous": previous}
+    path = run_dir / STARTS
+    cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_off + json.dumps(start) + "\n")
+    (run_dir / END).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        if folder.is_ours():
+            _note_end(run_dir, error.reason if isinstance(error, Preempted) else f"{type(error).__name__}: {error}")
+        raise
+    _note_end(run_dir, "finished")
+
+
+def _note_end(run_dir: Path, reason: str) -> None:
+    with suppress(OSError):  # the disk may be what has ended the run, and the reason for that must come through
+        write_atomically(run_dir / END, json.dumps({"time": time.time(), "reason": reason}))

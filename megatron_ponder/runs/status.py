@@ -1,0 +1,230 @@
+"""How a run is doing, from its folder alone: nothing is asked of its processes, and PyTorch is not imported."""
+
+import json
+import mmap
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import did_you_mean
+from megatron_ponder.base.yaml_files import read_mapping
+from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
+
+RECENT = 50  # records that pace and rate are taken from
+PATIENCE = 120.0  # seconds without a record that no pace makes suspicious
+STARTS, END = "starts.jsonl", "end.json"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The newest checkpoint that a run would go on from.
+
+    Attributes:
+        name: of its folder.
+        step: optimiser steps done.
+        age: seconds since it was written.
+        complete: every file that its manifest names is there with the size that was written.
+    """
+
+    name: str
+    step: int
+    age: float
+    complete: bool
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run folder tells.
+
+    Attributes:
+        run_dir: the folder.
+        state: `finished`, `running`, `stopped` (it has noted why it ended before), `silent` (nothing written for much
+            longer than its steps take) or `not started`.
+        step: optimiser steps done.
+        steps: that it is to do.
+        loss: of the last step.
+        validation_loss: of the last validation.
+        validation_step: its step.
+        mean_steps: additional steps per token of the last step.
+        tokens_per_second: mean over the last records, validation and saving included.
+        mfu: of the last step, where it is known.
+        seconds_left: at that pace; None unless it is running.
+        age: seconds since the last record.
+        checkpoint: the newest; None if there is none.
+        saving: a folder that a save has not finished, or has left behind.
+        starts: how often it has been started; None if it has not been counted.
+        last_start: what is known of the last start: time, step, host, ranks, and how the start before it ended.
+        end: how the last start ended, if it has noted it.
+        slowest_rank, slowest_over_median: of the last comparison of ranks in the last records.
+    """
+
+    run_dir: str
+    state: str
+    step: int
+    steps: int
+    loss: float | None = None
+    validation_loss: float | None = None
+    validation_step: int | None = None
+    mean_steps: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    seconds_left: float | None = None
+    age: float | None = None
+    checkpoint: SavedState | None = None
+    saving: str | None = None
+    starts: int | None = None
+    last_start: dict | None = None
+    end: str | None = None
+    slowest_rank: int | None = None
+    slowest_over_median: float | None = None
+
+    @property
+    def restarts(self) -> int | None:
+        """Starts after the first."""
+        return None if self.starts is None else max(0, self.starts - 1)
+
+    def as_dict(self) -> dict:
+        """Everything, as JSON knows it."""
+        return asdict(self) | {"restarts": self.restarts}
+
+
+def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
+    """Read a run folder.
+
+    Args:
+        run_dir: the folder.
+        now: seconds since 1970, to which ages refer; the time of the call unless given.
+
+    Raises:
+        UserError: if it is not a run folder.
+    """
+    now = time.time() if now is None else now
+    config = _config(run_dir)
+    steps = config["training"]["steps"]
+    recent, validation = _records(run_dir / "metrics.jsonl")
+    starts, end = _json_lines(run_dir / STARTS), _end(run_dir / END)
+    common = {
+        "run_dir": str(run_dir),
+        "steps": steps,
+        "checkpoint": _newest_checkpoint(run_dir / "checkpoints", now),
+        "saving": next((path.name for path in sorted((run_dir / "checkpoints").glob("*.partial"))), None),
+        "starts": len(starts) or None,
+        "last_start": starts[-1] if starts else None,
+        "end": end,
+    }
+    if not recent:
+        return RunStatus(state="not started" if end is None else "stopped", step=0, **common)
+    last = recent[-1]
+    written = last.get("time", (run_dir / "metrics.jsonl").stat().st_mtime)
+    age, pace = max(0.0, now - written), _pace(recent)
+    if last["step"] >= steps:
+        state = "finished"
+    elif end is not None:
+        state = "stopped"
+    else:
+        state = "running" if age <= PATIENCE + 10 * (pace or 0.0) else "silent"
+    tokens = config["training"]["global_batch_size"] * config["data"]["sequence_length"]
+    compared = next((record for record in reversed(recent) if "slowest_rank" in record), {})
+    return RunStatus(
+        state=state,
+        step=last["step"],
+        loss=last.get("loss"),
+        validation_loss=validation.get("validation_loss"),
+        validation_step=validation.get("step"),
+        mean_steps=last.get("mean_steps"),
+        tokens_per_second=tokens / pace if pace else last.get("tokens_per_second"),
+        mfu=last.get("mfu"),
+        seconds_left=pace * (steps - last["step"]) if state == "running" and pace else None,
+        age=age,
+        slowest_rank=compared.get("slowest_rank"),
+        slowest_over_median=compared.get("slowest_over_median"),
+        **common,
+    )
+
+
+def _config(run_dir: Path) -> dict:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        meant = did_you_mean(run_dir, lambda below: (below / path.name).is_file())
+        advice = meant or "; name a folder that training writes into"
+        raise UserError(f"{run_dir} is not a run folder: it has no {path.name}{advice}")
+    config = read_mapping(path, "the configuration of a run; copy it anew from a checkpoint")
+    try:
+        for section, key in (("training", "steps"), ("training", "global_batch_size"), ("data", "sequence_length")):
+            int(config[section][key])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the configuration of a run; copy it anew from a checkpoint") from error
+    return config
+
+
+def _records(path: Path) -> tuple[list[dict], dict]:
+    """The last records, and the last one with a validation; the file is read from its end."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return [], {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.rfind(b"\n") + 1  # what follows is still being written, or was cut off
+        for _ in range(RECENT):
+            start = content.rfind(b"\n", 0, max(0, start - 1)) + 1
+        recent = _parse(content[start:])
+        found = content.rfind(b'"validation_loss"')
+        validation = {}
+        if found >= 0:
+            line = content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found) + 1]
+            validation = next(iter(_parse(line)), {})
+    return recent, validation
+
+
+def _json_lines(path: Path) -> list[dict]:
+    return _parse(path.read_bytes()) if path.is_file() else []
+
+
+def _end(path: Path) -> str | None:
+    """The reason that a run has noted when it ended; it removes the note when it starts again."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _parse(lines: bytes) -> list[dict]:
+    """Complete lines that hold JSON objects; others have been cut off."""
+    records = []
+    for line in lines.splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _pace(records: list[dict]) -> float | None:
+    """Seconds a step, from the times of records of one start; before there are two, from the step alone."""
+    last, first = records[-1], records[-1]
+    for record in reversed(records[:-1]):
+        # a pause much longer than the step itself is the time between two starts
+        pause = first.get("time", 0.0) - record.get("time", 0.0) - first.get("step_seconds", 0.0)
+        if "time" not in record or pause > PATIENCE + 10 * first.get("step_seconds", 0.0):
+            break
+        first = record
+    if first is last:
+        return last.get("step_seconds")
+    return (last["time"] - first["time"]) / (last["step"] - first["step"])
+
+
+def _newest_checkpoint(folder: Path, now: float) -> SavedState | None:
+    """The checkpoint that a run would go on from, unless it turns out to be damaged."""
+    path = latest_checkpoint(folder)
+    if path is None:
+        return None
+    age = max(0.0, now - (path / MANIFEST).stat().st_mtime)
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        number = path.name.rpartition("-")[2]
+        return SavedState(path.name, int(number) if number.isdecimal() else 0, age, complete=False)
+    files = [(path / name, size) for name, (size, _) in manifest.files.items()]
+    whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
+    return SavedState(path.name, manifest.step, age, whole)

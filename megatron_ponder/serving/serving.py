@@ -1,0 +1,200 @@
+"""One server process: the engine in the thread that calls, the web server in another."""
+
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.watchdog import Watchdog
+from megatron_ponder.generation.generator import Engine
+from megatron_ponder.serving.application import Application, Limits
+from megatron_ponder.serving.connections import Connection, ConnectionLimits
+from megatron_ponder.serving.prometheus import Metrics
+from megatron_ponder.serving.protocol import ServedModel
+from megatron_ponder.serving.worker import Worker
+
+# For answers to reach their clients once the engine has ended.
+SECONDS_TO_SEND = 5
+# For clients to hear of an engine that hangs, before the process ends.
+SECONDS_TO_HEAR = 1.0
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens.
+
+    Attributes:
+        host: name or address; the default can be reached from this machine alone.
+        port: 0 for any that is free.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise UserError(f"port {self.port} does not exist; choose one from 1 to 65535")
+
+
+def listen(address: Address) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address.host, address.port), family=family)
+    except OSError as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno)
+        where = f"{address.host} port {address.port}"
+        raise UserError(f"cannot listen on {where}: {reason.lower()}; choose another --port or --host") from None
+
+
+def url(listening: socket.socket) -> str:
+    """Of the server behind a socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listening.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+@contextmanager
+def web_server(
+    application: Application, listening: socket.socket, worker: Worker, connections: ConnectionLimits
+) -> Iterator[None]:
+    """Answer in another thread, from before the model is loaded until everything is answered.
+
+    When the web server ends by itself, the worker is stopped; an error of its thread is raised at the end.
+    """
+    config = uvicorn.Config(
+        application,
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        http=Connection.limited(connections),
+        ws="none",
+        loop="asyncio",
+        timeout_keep_alive=connections.seconds,
+        timeout_graceful_shutdown=SECONDS_TO_SEND,
+    )
+    server = uvicorn.Server(config)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listening])
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            worker.stop(0)
+
+    thread = threading.Thread(target=run, name="web server", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        # Longer than the server takes at most; a daemon, so that it cannot keep the process alive.
+        thread.join(2 * SECONDS_TO_SEND + 5)
+        listening.close()
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
+    """The first SIGTERM, SIGINT or SIGHUP lets what runs finish, a second cancels it; while loading, one ends that.
+
+    A SIGHUP that is ignored, as nohup wants it, stays so; a SIGINT that a shell ignores for what runs in the background
+    does not, since somebody may well send it.
+    """
+    received = []
+
+    def handle(number: int, frame: object) -> None:
+        if worker.state == "loading":
+            raise KeyboardInterrupt
+        worker.stop(0 if received else grace)
+        received.append(number)
+
+    heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if worker.state != "loading":
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(
+    load: Callable[[], tuple[Engine, ServedModel]],
+    listening: socket.socket,
+    limits: Limits,
+    connections: ConnectionLimits,
+    most_sequences: int,
+    grace: float,
+    step_timeout: float,
+) -> None:
+    """Serve a model until SIGTERM, SIGINT or SIGHUP; call it in the main thread, on the rank that schedules.
+
+    When nothing happens for too long, because another rank hangs, all clients hear of it and the process ends.
+
+    Args:
+        load: makes the engine; clients are told to wait meanwhile.
+        listening: socket, which is closed at the end.
+        limits: of requests.
+        connections: limits of all of them together.
+        most_sequences: that run or wait at a time.
+        grace: seconds that requests have to finish, after a signal.
+        step_timeout: seconds that a step of the engine may take, unless ten times the longest so far is more.
+
+    Raises:
+        UserError: the model cannot be loaded, or the system does not allow so many connections.
+        RuntimeError: the engine failed; the cause is attached.
+    """
+    connections.reserve_files()
+    metrics = Metrics()
+    worker = Worker(most_sequences, metrics.observe)
+    application = Application(worker, metrics, limits)
+
+    def give_up() -> None:
+        worker.give_up()
+        time.sleep(SECONDS_TO_HEAR)
+
+    if limits.api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        print("warning: other machines may reach this server, and it asks for no API key", file=sys.stderr)
+    with web_server(application, listening, worker, connections), _stopped_by_signals(worker, grace):
+        engine, application.model = load()
+        print(f"serving {application.model.name} at {url(listening)}", file=sys.stderr, flush=True)
+        with Watchdog(step_timeout, "--step-timeout", give_up) as watchdog, engine:
+            try:
+                worker.serve(engine, watchdog.beat)
+            except Exception as error:
+                raise RuntimeError("the engine failed while it served") from error
+
+
+def follow(load: Callable[[], tuple[Engine, ServedModel]]) -> None:
+    """Take part in what the rank that serves runs, until it stops; signals are for that rank to obey.
+
+    Args:
+        load: makes this rank's engine.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    engine, _ = load()
+    with engine:
+        pass

@@ -1,0 +1,313 @@
+import functools
+import http.client
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from megatron_ponder.base.errors import EXIT_HUNG
+from megatron_ponder.checkpoint.load import load_model
+from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.generation.generate import generate
+from tests.distributed import free_port
+from tests.models import small_config, small_model
+
+TOOL = Path(__file__).parents[2] / "tools" / "serve.py"
+OVERRIDES = {"model__vocab_size": 512, "model__max_position_embeddings": 4096, "ponder__threshold": 0.3}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "small"
+    weights = {name: parameter.detach() for name, parameter in small_model(**OVERRIDES).named_parameters()}
+    write_weights_checkpoint(folder, weights, small_config(**OVERRIDES), corpus.tokenizer)
+    return folder
+
+
+@dataclass
+class Process:
+    """The tool in a process of its own; the key that it was given is sent to it."""
+
+    process: subprocess.Popen
+    port: int
+    key: str | None = None
+
+    @contextmanager
+    def post(self, body: dict) -> Iterator[http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        with closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            yield connection.getresponse()
+
+    def answer(self, body: dict) -> tuple[int, dict]:
+        with self.post(body) as response:
+            return response.status, json.loads(response.read())
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@contextmanager
+def started(*command: object, key: str | None = None) -> Iterator[Process]:
+    """A server that has loaded its model."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
+    environment.pop("PONDER_API_KEY", None)
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=heeded
+    )
+    try:
+        line = process.stderr.readline()
+        found = re.fullmatch(r"serving small at http://127\.0\.0\.1:(\d+)\n", line)
+        assert found, line + process.stderr.read()
+        server = Process(process, int(found[1]), key)
+        while server.answer({"max_tokens": 0})[0] == 503:  # between the line and the first step
+            time.sleep(0.01)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_a_server_from_its_start_to_its_end(checkpoint, tmp_path):
+    """Its options reach the model, requests that run when SIGTERM comes are finished, and it ends with 0."""
+    (tmp_path / "key").write_text("secret\n")
+    options = ["--port", 0, "--threshold", 0.01, "--router-bias", 0.5, "--max-sequences", 2, "--queue-limit", 1]
+    with started(
+        TOOL, "--checkpoint", checkpoint, *options, "--api-key-file", tmp_path / "key", key="secret"
+    ) as server:
+        status, answer = server.answer({"prompt": [5, 90], "temperature": 0, "max_tokens": 8, "logprobs": 0})
+        loaded = load_model(checkpoint)
+        want = generate(loaded.model, [[5, 90]], 8, loaded.model.pruning(True, 0.01, 0.5))[0]
+        assert (status, answer["model"]) == (200, "small")
+        got = answer["choices"][0]["logprobs"]["token_logprobs"]
+        assert got == pytest.approx(want.log_probabilities, abs=1e-4)
+        assert answer["usage"]["executed_steps"] == sum(want.executed_steps)
+        assert sum(generate(loaded.model, [[5, 90]], 8)[0].executed_steps) < sum(want.executed_steps)
+        assert server.answer({"n": 4})[0] == 400
+        assert Process(server.process, server.port).answer({})[0] == 401
+
+        body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with server.post(body) as response:
+            first = response.readline()
+            assert server.stop() == 0
+            rest = response.read()
+        assert first.startswith(b"data: ")
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert rest.count(b'"finish_reason":"length"') == 1
+        assert server.process.stderr.read() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [["--tensor", 2], ["--pipeline", 2]], ids=["tensor", "pipeline"])
+def test_a_server_on_two_ranks(checkpoint, monkeypatch, sizes):
+    """It waits, answers as one process does, and a signal to all ranks ends all of them well."""
+    loaded = load_model(checkpoint)
+    want = generate(loaded.model, [[5, 90]], 8)[0]
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    command = [TOOL, "--checkpoint", checkpoint, "--port", 0, *sizes]
+    environment = os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
+    other = subprocess.Popen([sys.executable, *map(str, command)], env=environment)
+    try:
+        monkeypatch.setenv("RANK", "0")
+        with started(*command) as server:
+            time.sleep(2)  # idle, in which the other rank hears from this one several times
+            status, answer = server.answer({"prompt": [5, 90], "temperature": 0, "max_tokens": 8, "logprobs": 0})
+            assert status == 200
+            got = answer["choices"][0]["logprobs"]["token_logprobs"]
+            assert got == pytest.approx(want.log_probabilities, abs=1e-4)
+            assert answer["usage"]["executed_steps"] == sum(want.executed_steps)
+            other.send_signal(signal.SIGTERM)
+            assert server.stop() == 0
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_streams_and_the_server(checkpoint, monkeypatch):
+    """Within the time that --step-timeout says, with words, and with a code of its own."""
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    command = [TOOL, "--checkpoint", checkpoint, "--port", 0, "--tensor", 2, "--step-timeout", 3]
+    environment = os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
+    other = subprocess.Popen([sys.executable, *map(str, command)], env=environment)
+    try:
+        monkeypatch.setenv("RANK", "0")
+        with started(*command) as server:
+            body = {"max_tokens": 4000, "ignore_eos": True, "stream": True}
+            with server.post(body) as response:
+                response.readline()
+                other.send_signal(signal.SIGSTOP)
+                begun = time.monotonic()
+                last = response.read().split(b"data: ")[-1]
+                assert json.loads(last)["error"]["code"] == "engine_failed"
+            assert server.process.wait(60) == EXIT_HUNG
+            # Ten times the longest step so far, if that is more than the limit; here steps take milliseconds.
+            assert time.monotonic() - begun < 15
+            assert "nothing has happened for" in (error := server.process.stderr.read())
+            assert "(--step-timeout)" in error
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_no_grace(checkpoint, number):
+    body = {"max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with started(TOOL, "--checkpoint", checkpoint, "--port", 0, "--grace", 0) as server, server.post(body) as response:
+        response.readline()
+        assert server.stop(number) == 0
+        assert b'"finish_reason":"cancelled"' in response.read()
+
+
+def test_mistakes_are_one_line(checkpoint, corpus, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").write_text("\n")
+    weights = {name: parameter.detach() for name, parameter in small_model().named_parameters()}
+    write_weights_checkpoint(tmp_path / "bare", weights, small_config(), None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        mistakes = {
+            ("--checkpoint", checkpoint, "--port", port): f"port {port}: address already in use; choose another --port",
+            ("--checkpoint", checkpoint, "--api-key-file", tmp_path / "empty"): "the API key is empty",
+            ("--checkpoint", checkpoint, "--api-key-file", tmp_path / "none"): "No such file",
+            ("--checkpoint", checkpoint, "--queue-limit", -1): "must not be negative; use 0",
+            ("--checkpoint", checkpoint, "--timeout", 0): "must be positive",
+            ("--checkpoint", checkpoint, "--step-timeout", "nan"): "--step-timeout must be at least one second",
+            ("--checkpoint", checkpoint, "--max-connections", 0): "the limit of connections must be at least 1",
+            ("--checkpoint", checkpoint, "--max-connections", 10**9): "allow more, or",
+            ("--checkpoint", checkpoint, "--router-bias", "inf"): "router_bias is inf; its range is -1,000 to 1,000",
+            ("--checkpoint", checkpoint, "--port", 0, "--threshold", 2): "threshold is 2; its range is 0 to 1",
+            ("--checkpoint", tmp_path / "missing", "--port", 0): "holds no complete checkpoint; give a run folder",
+            ("--checkpoint", tmp_path / "bare", "--port", 0): "has no tokenizer; train with tokenizer.path set",
+        }
+        for arguments, words in mistakes.items():
+            monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, arguments)])
+            with pytest.raises(SystemExit) as stop:
+                runpy.run_path(str(TOOL), run_name="__main__")
+            out, error = capsys.readouterr()
+            assert (stop.value.code, out) == (2, "")
+            assert error.startswith("error: ")
+            assert error.count("\n") == 1
+            assert words in error
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--checkpoint", str(tmp_path), "--host", "0.0.0.0", "--port", "0"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert capsys.readouterr().err.startswith(
+        "warning: other machines may reach this server, and it asks for no API key"
+    )
+    torch.set_flush_denormal(False)  # which the tool has set
+    assert not [thread for thread in threading.enumerate() if thread.name == "web server"]
+
+
+def test_without_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--help"])
+    for name in [name for name in sys.modules if name.startswith("megatron_ponder.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert stop.value.code == 2
+    assert "starlette.applications: pip install 'megatron_ponder[serve]'" in capsys.readouterr().err
+
+
+def patched(tmp_path: Path, patch: str) -> Path:
+    """A script that runs the tool after a patch."""
+    script = tmp_path / "patched.py"
+    start = f"sys.argv[0] = {str(TOOL)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    script.write_text(f"import runpy, sys\n{textwrap.dedent(patch)}\n{start}")
+    return script
+
+
+def test_an_engine_that_fails_ends_the_process_with_its_traceback(checkpoint, tmp_path):
+    patch = """
+        from megatron_ponder.generation.generator import Engine
+
+        step = Engine.step
+
+        def failing(engine):
+            if engine.usage.tokens >= 3:
+                raise RuntimeError("out of luck")
+            step(engine)
+
+        Engine.step = failing
+    """
+    with started(patched(tmp_path, patch), "--checkpoint", checkpoint, "--port", 0) as server:
+        status, answer = server.answer({"max_tokens": 50, "ignore_eos": True})
+        assert (status, answer["error"]["code"]) == (500, "engine_failed")
+        assert server.process.wait(60) == 1
+        error = server.process.stderr.read()
+        assert "RuntimeError: out of luck" in error
+        assert "the engine failed while it served" in error
+
+
+def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):
+    patch = """
+        import threading
+        import megatron_ponder.checkpoint.load as load
+
+        def slow(*arguments, **options):
+            print("loading", file=sys.stderr, flush=True)
+            threading.Event().wait(60)
+
+        load.load_model = slow
+    """
+    command = [sys.executable, patched(tmp_path, patch), "--checkpoint", checkpoint, "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, env=environment, text=True)
+    assert process.stderr.readline() == "loading\n"
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, "")
+
+
+def test_the_official_client(checkpoint):
+    with started(TOOL, "--checkpoint", checkpoint, "--port", 0) as server:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["small"]
+        arguments = {
+            "model": "small",
+            "prompt": ["import os", "def"],
+            "max_tokens": 6,
+            "seed": 3,
+            "logprobs": 2,
+            "n": 2,
+        }
+        whole = client.completions.create(**arguments)
+        assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+        assert whole.usage.completion_tokens == sum(len(choice.logprobs.tokens) for choice in whole.choices)
+        texts = [""] * 4
+        for chunk in client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        assert texts == [choice.text for choice in whole.choices]
+        assert chunk.usage == whole.usage
+        own = client.completions.create(model="small", prompt="a", extra_body={"top_k": 1}, max_tokens=3)
+        greedy = client.completions.create(model="small", prompt="a", temperature=0, max_tokens=3)
+        assert own.choices[0].text == greedy.choices[0].text
+        with pytest.raises(openai.BadRequestError, match="logit_bias is not supported") as caught:
+            client.completions.create(model="small", prompt="a", logit_bias={"5": 1})
+        assert caught.value.param == "logit_bias"
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="other", prompt="a")
+        assert server.stop() == 0

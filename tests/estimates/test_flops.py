@@ -1,0 +1,116 @@
+"""Counted operations against PyTorch's own count of what really runs."""
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ponder.estimates.flops import block_flops, forward_flops, head_flops, slots_of_passes, training_flops
+from megatron_ponder.model.cpu_attention import BLOCK
+from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.training.objective import Objective
+from tests.models import random_tokens, small_config, small_model
+
+BATCH, LENGTH = 2, 40
+R = 1
+CASES = [
+    {"ponder__mode": "vanilla"},
+    {"ponder__mode": "fixed"},
+    {"ponder__mode": "pause"},
+    {"ponder__mode": "loop"},
+    {"ponder__mode": "ponderlm"},
+    {},
+    {"model__family": "gpt_neox"},
+    {"ponder__router_hidden_size": 24},
+    {"ponder__gradient_passes": 2},
+    {"model__num_kv_heads": 2, "ponder__mode": "vanilla"},
+]
+
+
+class Modules:
+    """In place of the counter's own account of modules, which does not bear passes without gradients."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> "Modules":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def counted(overrides: dict) -> tuple[float, float]:
+    """Products of two matrices, and of stacks of them, in a training step as it runs."""
+    settings = {"data__sequence_length": LENGTH, **overrides}
+    model = small_model(**settings)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Modules()
+    with counter:
+        loss, _ = Objective(model)(random_tokens(BATCH, LENGTH + 1), R, model.pruning(hard=False))
+        loss.backward()
+    by_operation = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+    weights = sum(count for name, count in by_operation.items() if name in ("aten.mm", "aten.addmm"))
+    return weights, sum(by_operation.values()) - weights
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=lambda o: "-".join(map(str, o.values())) or "adaptive")
+def test_products_with_weights_are_those_that_run(overrides):
+    config = small_config(data__sequence_length=LENGTH, training__global_batch_size=BATCH, **overrides)
+    passes = forward_flops(config, R)
+    trained = config.ponder.gradient_passes or len(passes)
+    expected = sum(flops.matrices for flops in passes[:-trained])
+    expected += 3 * sum(flops.matrices for flops in passes[-trained:]) + 3 * head_flops(config)
+    options = config.ponder.max_steps + 1
+    fusion = 2 * LENGTH * config.model.hidden_size * options if config.ponder.mode == "adaptive" else 0
+    weights, _ = counted(overrides)
+    mixtures = 0
+    if config.ponder.mode == "ponderlm":  # K times over all 61 tokens, looked up and added
+        mixtures = 2 * LENGTH * config.model.hidden_size * 61 * config.ponder.max_steps
+    assert weights == BATCH * (expected - 3 * (fusion + mixtures))  # stacks of products, and none at all
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
+def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
+    config = small_config(data__sequence_length=LENGTH, ponder__mode=mode)
+    slots = slots_of_passes(config, R)
+    assert max(run for run, _ in slots) <= BLOCK  # one block of queries against all keys: whole squares
+    expected = 0.0
+    for index, ((run, _), flops) in enumerate(zip(slots, forward_flops(config, R), strict=True)):
+        square = flops.attention * 2 * run / (run + 1)
+        head = config.model.head_size
+        folded = (head + 8) / head if mode == "adaptive" and index > 0 else 1
+        expected += 7 / 2 * square * folded  # of 2 products forward; 4 backward, and the probabilities anew
+    if mode == "adaptive":
+        expected += 3 * 2 * LENGTH * config.model.hidden_size * (config.ponder.max_steps + 1)
+    _, stacks = counted({"ponder__mode": mode})
+    assert stacks == pytest.approx(BATCH * expected, rel=1e-12)
+
+
+def test_a_step_by_hand():
+    config = small_config(ponder__mode="fixed", data__sequence_length=8, training__global_batch_size=6)
+    # K = 2, R = 1: passes of 1, 2, 3, 3 slots; the last block finishes 1, 2, 2 and 1 of them
+    assert [(run // 8, kept // 8) for run, kept in slots_of_passes(config, 1)] == [(1, 1), (2, 2), (3, 2), (3, 1)]
+    sequence = 0
+    for slots, kept in ((1, 1), (2, 2), (3, 2), (3, 1)):
+        inner, last = 8 * slots, 8 * kept
+        weights = 4 * 32 * 32 + 3 * 32 * 48
+        sequence += 2 * inner * weights + 2 * inner * 3 * 32 * 32 + 2 * last * (32 * 32 + 3 * 32 * 48)
+        sequence += 2 * sum(4 * 32 * (query + 1) for query in range(inner))
+    sequence += 2 * 8 * 32 * 61
+    assert training_flops(config, 1) == 3 * 6 * sequence
+
+
+def test_cost_in_passes():
+    # K (K + 1) / 2 + (R + 1) (K + 1) times the slots of one pass
+    for steps, refinements in ((1, 0), (3, 2), (4, 3)):
+        slots = sum(pass_slots(steps, refinements))
+        assert slots == steps * (steps + 1) / 2 + (refinements + 1) * (steps + 1)
+    config = small_config()
+    once, twice = (block_flops(config.model, run, run).matrices for run in (100, 200))
+    assert twice == 2 * once
+
+
+def test_more_steps_and_refinements_cost_more():
+    for costs in (
+        [training_flops(small_config(ponder__max_steps=k), 1) for k in (1, 2, 3)],
+        [training_flops(small_config(), r) for r in (0, 1, 2)],
+    ):
+        assert costs == sorted(set(costs))

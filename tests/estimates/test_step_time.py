@@ -1,0 +1,141 @@
+"""The model of a step's time: limits that it must keep, and numbers that can be worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.config import Config, read_config
+from megatron_ponder.estimates.communication import Term
+from megatron_ponder.estimates.flops import training_flops
+from megatron_ponder.estimates.step_time import (
+    Links,
+    bubble_share,
+    collective_seconds,
+    places,
+    step_time,
+)
+from tests.models import small_config
+
+FAST = 1e30
+CLUSTER = Cluster("GPU", 4, 8, 80e9, 1e15, 3e12, 400e9, 50e9)
+# Products alone take time.
+IDEAL = replace(
+    CLUSTER,
+    memory_bandwidth=FAST,
+    intra_bandwidth=FAST,
+    inter_bandwidth=FAST,
+    intra_latency=0.0,
+    inter_latency=0.0,
+    matrix_share=1.0,
+    attention_share=1.0,
+)
+
+
+def config_for(**overrides) -> Config:
+    values = {
+        "model.hidden_size": 1024, "model.num_layers": 24, "model.num_heads": 16, "model.vocab_size": 32000,
+        "training.global_batch_size": 256, "training.micro_batch_size": 2,
+    }  # fmt: skip
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return read_config([f"--{key}={value}" for key, value in values.items()])
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_work_without_anything_else_is_the_counted_operations(mode, family):
+    config = config_for(ponder__mode=mode, model__family=family, ponder__jacobi_iterations=2)
+    time = step_time(config, 32, IDEAL)
+    assert time.tokens == 256 * 2048
+    assert time.flops == training_flops(config, 2)
+    # the kernel computes probabilities again, and keys that carry log w are longer
+    channels = (64 + 8) / 64 if mode == "adaptive" else 1
+    low = time.parts["matrices"] + time.parts["attention"] * 3 / (3.5 * channels)
+    high = time.parts["matrices"] + time.parts["attention"] * 3 / 3.5
+    assert low * 0.999 <= time.flops / (32 * IDEAL.peak) <= high * 1.001
+    assert time.total == pytest.approx(time.parts["matrices"] + time.parts["attention"], rel=1e-6)
+
+
+def test_tensor_ranks_divide_the_work():
+    whole, halves = (step_time(config_for(parallel__tensor=t), 32 // t, IDEAL) for t in (1, 2))
+    assert halves.total == pytest.approx(whole.total, rel=1e-3)
+    assert halves.parts["collectives"] < 1e-9
+    assert step_time(config_for(parallel__tensor=2), 16, CLUSTER).parts["collectives"] > 0
+
+
+@pytest.mark.parametrize(("pipeline", "count", "passes"), [(2, 2, 1), (4, 8, 1), (4, 16, 6), (8, 8, 7), (1, 4, 3)])
+def test_the_bubble_is_shared_by_all_passes(pipeline, count, passes):
+    assert bubble_share(pipeline, count, passes) == pytest.approx((pipeline - 1) / (passes * count + pipeline - 1))
+
+
+def test_a_single_micro_batch_keeps_one_rank_busy_at_a_time():
+    for pipeline in (2, 4):
+        for passes in (1, 5):
+            assert bubble_share(pipeline, 1, passes) == pytest.approx(1 - 1 / pipeline)
+
+
+def test_a_pipeline_waits_as_long_as_the_formula_says():
+    # 128 micro-batches on each of 2 copies, six passes
+    config = config_for(parallel__pipeline=4, training__micro_batch_size=1, ponder__jacobi_iterations=2)
+    parts = step_time(config, 2, IDEAL).parts
+    busy = parts["matrices"] + parts["attention"]
+    assert parts["bubble"] / (busy + parts["bubble"]) == pytest.approx(3 / (6 * 128 + 3), rel=1e-6)
+
+
+def test_collectives_by_hand():
+    term = Term("data", "all-reduce", "gradients", 3, 800)
+    assert collective_seconds(term, 4, bandwidth=100.0, latency=0.5) == 3 * 2 * 2 * 0.5 + 2 * 3 / 4 * 8
+    halves = [
+        collective_seconds(replace(term, operation=name), 4, 100.0, 0.5) for name in ("all-gather", "reduce-scatter")
+    ]
+    assert sum(halves) == collective_seconds(term, 4, 100.0, 0.5)
+    assert collective_seconds(replace(term, operation="send"), 4, 100.0, 0.5) == 3 * 0.5 + 8
+
+
+def test_what_leaves_a_node_takes_the_network():
+    cluster = replace(CLUSTER, link_share=1.0)
+    config = config_for(parallel__tensor=4)
+    links = Links(config, cluster, data=8)
+    assert links.of("tensor") == (4, 400e9, cluster.intra_latency)
+    assert links.of("data") == (8, 2 * 50e9, cluster.inter_latency)  # two members in a node, two ports
+    assert Links(config, cluster, data=2).of("data") == (2, 400e9, cluster.intra_latency)
+    assert Links(config_for(parallel__pipeline=2), cluster, data=16).of("pipeline")[1] == 50e9
+    assert Links(config_for(), cluster, data=32).of("data")[1] == 400e9  # eight ports, as fast as inside
+
+
+def test_reductions_hide_where_the_backward_pass_of_the_first_pass_is_long_enough():
+    slow = replace(CLUSTER, inter_bandwidth=1e9)
+    assert step_time(config_for(), 32, CLUSTER).hidden > 0
+    exposed = step_time(config_for(), 32, slow).parts["reduction"]
+    assert exposed > step_time(config_for(), 32, CLUSTER).parts["reduction"]
+    vanilla = step_time(config_for(ponder__mode="vanilla", training__micro_batch_size=8), 32, slow)
+    pondering = step_time(config_for(training__micro_batch_size=8), 32, slow)
+    assert vanilla.hidden == pytest.approx(pondering.hidden, rel=0.05)  # its only pass is as long as the first of many
+    assert step_time(config_for(parallel__pipeline=2), 16, CLUSTER).hidden == 0
+    assert step_time(config_for(), 32, replace(CLUSTER, device="cpu")).hidden == 0
+
+
+@pytest.mark.parametrize(
+    ("cheaper", "dearer"),
+    [
+        ({}, {"training__recompute": "attention"}),
+        ({"training__recompute": "attention"}, {"training__recompute": "block"}),
+        ({"training__recompute": "block", "training__recompute_passes": 2}, {"training__recompute": "block"}),
+        ({"ponder__gradient_passes": 2}, {}),
+        ({"ponder__mode": "vanilla"}, {"ponder__mode": "fixed"}),
+        ({"ponder__max_steps": 2}, {"ponder__max_steps": 3}),
+        ({"ponder__jacobi_iterations": 1}, {}),
+        ({}, {"parallel__pipeline": 8}),
+    ],
+)
+def test_what_is_more_work_takes_longer(cheaper, dearer):
+    def total(overrides: dict) -> float:
+        return step_time(config_for(**overrides), 32 // int(overrides.get("parallel__pipeline", 1)), CLUSTER).total
+
+    assert total(cheaper) < total(dearer)
+
+
+def test_places_that_matter():
+    assert places(small_config(model__num_layers=8, parallel__pipeline=4)) == [0, 3]
+    assert places(small_config(model__num_layers=10, parallel__pipeline=4)) == [0, 1, 3]
+    assert places(small_config()) == [0]

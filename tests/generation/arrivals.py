@@ -1,0 +1,75 @@
+"""Prompts that arrive one after another, on any ranks, beside the definition of the model."""
+
+import torch
+
+from megatron_ponder.checkpoint.load import even_part, load_weights
+from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.prefill import Prefill
+from megatron_ponder.generation.request import Request
+from megatron_ponder.generation.sequences import Batching
+from megatron_ponder.model.ponder import PonderLM
+from tests.generation.sequential import continue_greedily
+from tests.models import random_tokens, small_model
+
+LENGTHS = (1, 5, 40, 2, 70, 33, 9, 90, 17, 3, 55, 1, 28, 64, 12, 7)
+NEW = 10
+MODELS = {
+    f"{family}-{mode}": {"model__family": family, "ponder__mode": mode}
+    for family in ("llama", "gpt_neox")
+    for mode in ("adaptive", "fixed", "vanilla")
+} | {
+    "llama-pause": {"ponder__mode": "pause"},
+    "gpt_neox-loop": {"model__family": "gpt_neox", "ponder__mode": "loop"},
+    "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301},
+}
+
+
+def arrivals_model(name: str):
+    """A model whose tokens take all numbers of steps."""
+    return small_model(
+        router_scale=3.0,
+        ponder__max_steps=3,
+        ponder__threshold=0.2,
+        model__num_layers=3,
+        model__max_position_embeddings=256,
+        **MODELS[name],
+    ).eval()
+
+
+def prompts() -> list[list[int]]:
+    """Sixteen of different lengths."""
+    return [random_tokens(1, length, seed=length + index)[0].tolist() for index, length in enumerate(LENGTHS)]
+
+
+def expected(model) -> list[tuple[list[int], list[float], list[int]]]:
+    """Tokens, log-probabilities and K̂ of each, one at a time."""
+    return [continue_greedily(model, model.pruning(hard=True), prompt, NEW) for prompt in prompts()]
+
+
+def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[list, int] | None:
+    """The same of sixteen prompts of which one arrives with every third forward; None on ranks that follow.
+
+    With it, the slots that caches still hold.
+    """
+    whole = arrivals_model(name)
+    model = whole
+    if mesh.model.size > 1:
+        part = even_part(whole.model_config.num_layers, mesh.pipeline)
+        model = PonderLM(whole.model_config, whole.ponder_config, mesh, part=part).double().eval()
+        load_weights(model, whole.state_dict())
+    batching = Batching(max_sequences=6, prefill=None if sequential else Prefill(chunk=32, shortest=8))
+    with Engine(model.to(dtype), mesh, batching=batching) as engine:
+        if engine.drives:
+            engine.keep_alive()
+            sequences = []
+            for prompt in prompts():
+                sequences.append(engine.submit(Request(tuple(prompt), NEW)))
+                for _ in range(3):
+                    engine.step()
+            engine.run()
+            engine.keep_alive()
+    if not engine.drives:
+        return None
+    results = [sequence.generation for sequence in sequences]
+    held = sum(runner.cache.reserved for runner in engine._runners)
+    return [(result.tokens, result.log_probabilities, result.executed_steps) for result in results], held

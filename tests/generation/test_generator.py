@@ -1,0 +1,71 @@
+"""A batch whose sequences come and go equals sequential decoding of one at a time, on any ranks."""
+
+import pytest
+import torch
+
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.generation.generator import Engine
+from megatron_ponder.parallel.mesh import Mesh
+from tests.distributed import run_distributed
+from tests.generation.arrivals import MODELS, arrivals_model, expected, generated
+from tests.models import small_model
+
+LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2), "pp3": (1, 3)}
+
+
+def check(results, name, tolerance):
+    got, held = results
+    assert held == 0
+    model = arrivals_model(name)
+    for (tokens, values, steps), (want_tokens, want_values, want_steps) in zip(got, expected(model), strict=True):
+        assert tokens == want_tokens
+        assert steps == want_steps
+        assert values == pytest.approx(want_values, abs=tolerance)
+    if "adaptive" in name:
+        assert {step for _, _, steps in got for step in steps} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("sequential", [True, False], ids=["slots", "jacobi"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_process(name, dtype, tolerance, sequential):
+    check(generated(Mesh(), name, dtype, sequential), name, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype", "tolerance", "sequential"),
+    [
+        pytest.param(
+            name,
+            layout,
+            dtype,
+            tolerance,
+            sequential,
+            marks=[] if (name, layout, tolerance, sequential) in QUICK else pytest.mark.slow,
+            id=f"{name}-{layout}-{'fp64' if tolerance < 1e-6 else 'fp32'}-{'slots' if sequential else 'jacobi'}",
+        )
+        for QUICK in [
+            {
+                ("llama-adaptive", "tp2", 1e-9, False),
+                ("gpt_neox-adaptive", "pp2", 1e-9, False),
+                ("gpt_neox-fixed", "tp2", 1e-4, True),
+                ("llama-fixed", "pp2", 1e-4, False),
+                ("llama-ponderlm", "tp2-pp2", 1e-9, False),
+            }
+        ]
+        for name in MODELS
+        for layout in LAYOUTS
+        for dtype, tolerance in [(torch.float64, 1e-9), (torch.float32, 1e-4)]
+        for sequential in (True, False)
+    ],
+)
+def test_ranks(name, layout, dtype, tolerance, sequential):
+    tensor, pipeline = LAYOUTS[layout]
+    results = run_distributed(generated, tensor * pipeline, name, dtype, sequential, tensor=tensor, pipeline=pipeline)
+    assert results[1:] == [None] * (tensor * pipeline - 1)
+    check(results[0], name, tolerance)
+
+
+def test_a_router_that_reads_the_token_alone_is_refused():
+    with pytest.raises(UserError, match="router_input token, a control that cannot generate"):
+        Engine(small_model(ponder__router_input="token").eval())
