@@ -17,6 +17,7 @@ from megatron_ponder.base.environment import (
 from megatron_ponder.base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = ROOT / "megatron_ponder" / "commands"
 
 
 @pytest.fixture
