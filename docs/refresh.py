@@ -2,15 +2,17 @@
 
     python docs/refresh.py                               # README.md, which makes the run, then all pages
     python docs/refresh.py docs/inference.md --folder /tmp/pages
+    python docs/refresh.py --house                       # the drawing of the package, which takes a second
 
 Two kinds of blocks are run: ```console blocks, in which lines with `$ ` are commands and the others their output, and
 ```python blocks that a ```text block follows at once, which is their output. Where an output is cut short by a line
-`…`, as many lines are kept before and after it as before.
+`…`, as many lines are kept before and after it as before. Where a ```text house block is, the package is drawn.
 
 Commands run in a folder that has the repository's files, and the data and runs that earlier pages have made there.
 """
 
 import argparse
+import ast
 import os
 import re
 import subprocess
@@ -28,6 +30,10 @@ CONSOLE = re.compile(r"(?ms)(?<=^```console\n).*?(?=^```$)")
 PYTHON = re.compile(r"(?ms)^```python\n(?P<code>(?:(?!^```).)*)^```\n\n```text\n(?P<output>.*?)^```$")
 # A command, to the last line that it is continued on, and what it prints.
 EXCHANGE = re.compile(r"(?m)^\$ (?P<command>(?:.*\\\n)*.*\n)(?P<output>(?:(?!\$ ).*\n)*)")
+HOUSE = re.compile(r"(?ms)(?<=^```text house\n).*?(?=^```$)")
+ABOVE = "pretrain_ponder.py   tools/*.py   three lines each: a command of the package as a file"
+GROUND = "─" * 118
+BESIDE = "tests/ mirrors the package   benchmarks/   examples/   docs/"
 Run = Callable[[list[str], str | None], str]
 
 
@@ -64,7 +70,29 @@ def refreshed(page: str, run: Run) -> str:
         return f"```python\n{script['code']}```\n\n```text\n{said}```"
 
     page = CONSOLE.sub(lambda block: EXCHANGE.sub(answer, block[0]), page)
-    return PYTHON.sub(follow, page)
+    return drawn(PYTHON.sub(follow, page))
+
+
+def drawn(page: str) -> str:
+    """A page with the package drawn as it is."""
+    return HOUSE.sub(lambda block: house(), page)
+
+
+def house() -> str:
+    """Parts of the package from the top floor down, each with the first line of its docstring.
+
+    The floors are those of the test that reads the imports, so that no drawing is of another house.
+    """
+    source = (REPOSITORY / "tests" / "test_imports.py").read_text(encoding="utf-8")
+    floors = ast.literal_eval(re.search(r"(?ms)^FLOORS = (\[.*?^\])", source)[1])
+    lines = [f"{part:<12}  {holds(part)}" for part in reversed(floors)]
+    return "".join(f"{line}\n" for line in [ABOVE, GROUND, *lines, GROUND, BESIDE])
+
+
+def holds(part: str) -> str:
+    """What a part of the package holds, as the first line of its docstring says."""
+    source = (REPOSITORY / "megatron_ponder" / part / "__init__.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).partition("\n")[0].rstrip(".")
 
 
 def shortened(said: str, before: str) -> str:
@@ -106,6 +134,7 @@ def main() -> None:
     """Refresh pages in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, default=pages(), help="those to refresh; all unless given")
+    parser.add_argument("--house", action="store_true", help="draw the house alone, and run nothing")
     parser.add_argument("--folder", type=Path, help="where commands run; a temporary one unless given")
     arguments = parser.parse_args()
     for page in arguments.pages:
@@ -116,7 +145,8 @@ def main() -> None:
         link_repository(folder)
         for page in arguments.pages:
             print(page)
-            write_atomically(page, refreshed(page.read_text(encoding="utf-8"), runner(folder)))
+            text = page.read_text(encoding="utf-8")
+            write_atomically(page, drawn(text) if arguments.house else refreshed(text, runner(folder)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs.refresh import exchanges, link_repository, pages, refreshed, runner, scripts, shortened
+from docs.refresh import drawn, exchanges, link_repository, pages, refreshed, runner, scripts, shortened
 from megatron_ponder import __version__
 from tests.finished_runs import REPOSITORY, finished_runs
 
@@ -59,6 +59,13 @@ def test_every_page_is_in_the_list_of_the_readme():
     listed = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Documentation")[1]
     for page in (REPOSITORY / "docs").glob("*.md"):
         assert f"](docs/{page.name})" in listed
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/development.md"])
+def test_the_house_is_drawn_as_it_is_built(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert "```text house" in text
+    assert drawn(text) == text, "python docs/refresh.py --house"
 
 
 def test_a_page_is_refreshed():

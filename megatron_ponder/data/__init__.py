@@ -1,1 +1,1 @@
-"""Corpora, indexed datasets, sample order and tokenizers."""
+"""Corpora, tokenizers, indexed datasets, the order of samples, and the loader."""

@@ -1,1 +1,1 @@
-"""What a run will need and how long it will take, from its configuration and a description of a cluster."""
+"""What a run will need and how long it will take, from its configuration and a cluster's description."""

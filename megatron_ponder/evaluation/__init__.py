@@ -1,1 +1,1 @@
-"""Losses, executed steps and plots of trained models."""
+"""Losses and executed steps of trained models, where steps help, figures, public tasks."""

@@ -1,1 +1,1 @@
-"""Slot-by-slot generation, which is the definition of the model."""
+"""Slot-by-slot generation, which is the definition of the model: scheduler, cache, sampling."""

@@ -1,1 +1,1 @@
-"""Hugging Face configuration and modeling files, and weight names both ways."""
+"""Hugging Face: import, export, and the files that travel with an export."""

@@ -1,1 +1,1 @@
-"""The process mesh, collectives and layers that know how they are sharded."""
+"""The mesh of ranks, collectives, layers that know how they are sharded, the pipeline."""

@@ -1,1 +1,1 @@
-"""Generation over HTTP, in the form of OpenAI's completions. The one part that needs the extra `serve`."""
+"""Generation over HTTP, in the form of OpenAI's completions; the one part that needs the extra `serve`."""

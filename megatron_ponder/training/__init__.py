@@ -1,1 +1,1 @@
-"""The training loop and everything it stands on."""
+"""The loop and all that it stands on: objective, schedules, DeepSpeed, guards, saving, preemption."""
