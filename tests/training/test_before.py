@@ -1,0 +1,93 @@
+"""Run folders and checkpoints that an earlier version wrote go on as they would have gone on under it, bit for bit.
+
+`before/` was written by version 0.1.0: `run`, killed after its third step of four; `whole`, what became of the same
+command when nothing stopped it; and `gpt_neox`, a checkpoint with logits computed from it.
+"""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_ponder.checkpoint.load import load_model
+from megatron_ponder.checkpoint.manifest import KINDS
+from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.training.watch import MEASURED
+from tests.distributed import run_distributed
+from tests.finished_runs import train_in_turn
+
+BEFORE = Path(__file__).parent / "before"
+# Sums in the same order on every x86 processor, whatever instructions it has; read when PyTorch is imported.
+REPRODUCIBLE = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+SAME_SOFTWARE = torch.__version__.split("+")[0] == "2.13.0" and platform.machine() == "x86_64"
+
+
+class Today(NamedTuple):
+    """What became of them: the folder that they were copied to, and the logits of the checkpoint."""
+
+    folder: Path
+    logits: Tensor
+
+
+def go_on(mesh: Mesh, folder: Path, commands: list[list[str]]) -> Tensor:
+    """Train by every command in a folder, then compute the logits of its checkpoint; for `run_distributed`."""
+    os.chdir(folder)
+    train_in_turn(mesh, commands)
+    model = load_model(Path("gpt_neox")).model
+    with torch.no_grad():
+        tokens = load_file("gpt_neox.safetensors")["tokens"]
+        return model.head(model.jacobi(tokens, 1, model.pruning(hard=True)).output_BLH)
+
+
+@pytest.fixture(scope="module")
+def today(tmp_path_factory) -> Today:
+    folder = Path(shutil.copytree(BEFORE, tmp_path_factory.mktemp("before") / "copy"))
+    words = (folder / "command.txt").read_text().split()
+    commands = [["--config=run/config.yaml", "--checkpoint.resume=auto"], [*words, "--training.run_dir=anew"]]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in REPRODUCIBLE.items():
+            patch.setenv(name, value)
+        return Today(folder, *run_distributed(go_on, 1, folder, commands))
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    """Of the same bits, or with another PyTorch or processor as near as fp32 is."""
+    torch.testing.assert_close(got, expected, **({"rtol": 0, "atol": 0} if SAME_SOFTWARE else {}))
+
+
+@pytest.mark.parametrize("name", ["run", "anew"])
+def test_the_end_is_that_of_the_run_that_nothing_stopped(today, name):
+    expected = load_file(BEFORE / "whole" / "step-4.safetensors")
+    with open_tensors(resolve_checkpoint(today.folder / name)) as tensors:
+        got = {f"{kind}/{key}": tensors.get(kind, key) for kind in KINDS for key in tensors.names(kind)}
+    assert got.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert_same(got[key], tensor)
+
+
+@pytest.mark.parametrize("name", ["run", "anew"])
+def test_every_step_has_the_same_numbers(today, name):
+    expected, got = read_metrics(BEFORE / "whole"), read_metrics(today.folder / name)
+    assert [record["step"] for record in got] == [1, 2, 3, 4]
+    for before, after in zip(expected, got, strict=True):
+        for key in before.keys() - MEASURED:
+            assert after[key] == (before[key] if SAME_SOFTWARE else pytest.approx(before[key], rel=1e-5)), key
+
+
+def test_the_log_and_the_starts_are_added_to(today):
+    for file in ("train.log", "starts.jsonl"):
+        before, after = ((folder / "run" / file).read_text() for folder in (BEFORE, today.folder))
+        assert after.startswith(before)
+        assert len(after) > len(before)
+
+
+def test_a_checkpoint_computes_the_same_logits(today):
+    assert_same(today.logits, load_file(BEFORE / "gpt_neox.safetensors")["logits"])
