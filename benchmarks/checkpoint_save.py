@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_ponder.base.launch import Launch, discover, process_group
+from megatron_ponder.base.launch import Launch, discover
 from megatron_ponder.checkpoint.manifest import FIRST_MOMENT, SECOND_MOMENT, WEIGHT
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import StateTensor

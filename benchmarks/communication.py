@@ -26,11 +26,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ponder.base.launch import discover, process_group
+from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.communication import Formula, Term
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ponder.base.launch import discover, process_group
+from megatron_ponder.base.launch import discover
 from megatron_ponder.cluster.hardware import Cluster
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.step_time import step_time
 from megatron_ponder.model.cpu_attention import BLOCK, causal_attention
+from megatron_ponder.parallel.process_group import process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 

@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_ponder.base.launch import prepare_cpu
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.generation.generate import generate
 from megatron_ponder.generation.generator import Engine
@@ -42,6 +41,7 @@ from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from megatron_ponder.hf.weights import to_export, to_llama
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Pruning
+from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 VOCABULARY, STEPS, BATCH = 8192, 3, 16
 PROMPT, NEW = 32, 64

@@ -29,11 +29,12 @@ from rich.table import Table
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_ponder.base.launch import discover, process_group
+from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule
+from megatron_ponder.parallel.process_group import process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 

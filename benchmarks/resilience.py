@@ -145,12 +145,13 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     import torch
 
-    from megatron_ponder.base.launch import discover, process_group
+    from megatron_ponder.base.launch import discover
     from megatron_ponder.base.signals import StopSignals
     from megatron_ponder.base.watchdog import Watchdog
     from megatron_ponder.config import read_config
     from megatron_ponder.data.loader import batches
     from megatron_ponder.parallel.mesh import build_mesh
+    from megatron_ponder.parallel.process_group import process_group
     from megatron_ponder.training.deepspeed_engine import Engine
     from megatron_ponder.training.guards import LossSpikes, SkippedSteps
     from megatron_ponder.training.objective import Objective

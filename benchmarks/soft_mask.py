@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_ponder.base.launch import prepare_cpu
 from megatron_ponder.model.attention import FOLDED_CHANNELS, attend, key_channels, query_channels
 from megatron_ponder.model.rope import Rotation, rotate, rotation
+from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 BATCH, HEADS, SIZE = 4, 4, 64
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Rotation]

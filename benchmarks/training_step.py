@@ -21,11 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ponder.base.launch import Launch, discover, process_group
+from megatron_ponder.base.launch import Launch, discover
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective

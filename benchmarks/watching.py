@@ -21,10 +21,11 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_ponder.base.launch import discover, process_group
+from megatron_ponder.base.launch import discover
 from megatron_ponder.config import read_config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import build_mesh
+from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.runs.metrics import MetricsLog, RunLog, RunProgress
 from megatron_ponder.training.deepspeed_engine import Engine

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from megatron_ponder.base.launch import Launch, process_group
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.mesh import build_mesh
+from megatron_ponder.parallel.process_group import process_group
 
 
 class RankError(AssertionError):

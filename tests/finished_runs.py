@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.base.launch import Launch, process_group
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.training.trainer import train
 from tests.distributed import free_port, run_distributed
 

@@ -31,6 +31,7 @@ FLOORS = [
 # Copied into every export, where the package is not installed.
 SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
 LIGHT = [part for part in FLOORS if part not in ("hf", "training", "evaluation", "serving", "commands")]
+WITHOUT_PYTORCH = ["base", "config", "cluster", "runs"]
 OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
 OPTIONAL += ["starlette", "uvicorn", "prometheus_client", "pydantic"]  # the extra "serve"
@@ -70,6 +71,23 @@ def test_imports_without_optional_packages():
     files += [path for part in LIGHT for path in (PACKAGE / part).glob("*.py")]
     files += [path for part in LIGHT for path in (PACKAGE / part).glob("*/__init__.py")]
     assert set(done.stdout.split()) == {module_name(path) for path in files}
+
+
+IMPORT_WITHOUT_PYTORCH = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.exit(f"{name} imports PyTorch")
+"""
+
+
+def test_parts_that_need_no_pytorch_import_none():
+    """What looks at runs and submits jobs on a login node must not wait for it."""
+    names = [module_name(path) for part in WITHOUT_PYTORCH for path in sorted((PACKAGE / part).glob("**/*.py"))]
+    command = [sys.executable, "-c", IMPORT_WITHOUT_PYTORCH, *names]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def module_name(path: Path) -> str:

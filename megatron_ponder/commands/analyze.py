@@ -22,13 +22,13 @@ from torch import Tensor
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_writable, write_atomically
-from megatron_ponder.base.launch import prepare_cpu
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.evaluation.analysis import Analysis, Plan, Subject, analyse
 from megatron_ponder.evaluation.figures import draw, write_rows
 from megatron_ponder.evaluation.report import write_page
 from megatron_ponder.evaluation.sources import Inputs, depth_batches, split_batches, text_batches
+from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
 
 

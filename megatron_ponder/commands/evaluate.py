@@ -22,11 +22,11 @@ from rich.table import Table
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_output, write_atomically
-from megatron_ponder.base.launch import prepare_cpu
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
 from megatron_ponder.evaluation.sources import split_batches, text_batches
+from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 
 @command

@@ -20,7 +20,8 @@ def main() -> None:
 
         config = read_config(without_local_rank(sys.argv[1:]))
         # Imported when the configuration is right, so that a wrong one is answered at once.
-        from megatron_ponder.base.launch import discover, process_group
+        from megatron_ponder.base.launch import discover
+        from megatron_ponder.parallel.process_group import process_group
         from megatron_ponder.training.trainer import train
 
         launch = discover()

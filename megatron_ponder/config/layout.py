@@ -2,13 +2,10 @@
 
 import math
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.config.sections import Config, ModelConfig
-
-if TYPE_CHECKING:
-    from megatron_ponder.base.launch import Launch
 
 
 def stage_layers(config: Config) -> list[range]:
@@ -67,7 +64,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return _divide(config, world_size, local_size=world_size)
 
 
-def check_layout(config: Config, launch: "Launch") -> None:
+def check_layout(config: Config, launch: Launch) -> None:
     """Refuse a layout that cannot work on the ranks that were started; needs no process group.
 
     Args:

@@ -7,9 +7,11 @@ from datetime import timedelta
 import torch
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.base.launch import Launch, prepare_cpu, process_group
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import ModelConfig, largest_tensor
+from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.parallel.process_group import process_group
 
 # Copies of a model that share prompts meet when all are done, however long the longest takes.
 PATIENCE = timedelta(days=30)
