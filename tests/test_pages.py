@@ -55,6 +55,15 @@ def test_every_page_can_be_reached_from_the_readme():
     assert set(EVERY_PAGE) <= reached
 
 
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_every_python_file_that_a_page_names_is_there(page):
+    named = re.findall(r"(?<![\w/.:~$*-])((?:[\w-]+/)*[\w-]+\.py)\b", page.read_text(encoding="utf-8"))
+    folders = (REPOSITORY, REPOSITORY / "megatron_ponder", page.parent)
+    files = {path.name for folder in folders[:2] for path in folder.glob("*/*.py")}
+    lost = [name for name in named if name not in files and not any((folder / name).is_file() for folder in folders)]
+    assert not lost
+
+
 def test_every_page_is_in_the_list_of_the_readme():
     listed = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Documentation")[1]
     for page in (REPOSITORY / "docs").glob("*.md"):
