@@ -24,6 +24,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
+    entry_points={"console_scripts": ["ponder = megatron_ponder.commands.ponder:start"]},
     packages=find_packages(include=["megatron_ponder", "megatron_ponder.*"]),
     install_requires=[
         "torch>=2.11,<2.14",

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -33,11 +33,11 @@ from tests.cluster.virtual_cluster import VirtualCluster, missing_commands, wait
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    rounds = parser.parse_args(argv).rounds
     if os.geteuid() != 0 or missing_commands():
         raise UserError("a virtual cluster needs root and SLURM; run tests/cluster/install.sh first")
     with tempfile.TemporaryDirectory() as name, VirtualCluster(Path(name) / "slurm") as cluster:

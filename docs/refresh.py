@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ponder.base.errors import UserError, command
@@ -130,13 +130,13 @@ def link_repository(folder: Path) -> None:
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Refresh pages in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, default=pages(), help="those to refresh; all unless given")
     parser.add_argument("--house", action="store_true", help="draw the house alone, and run nothing")
     parser.add_argument("--folder", type=Path, help="where commands run; a temporary one unless given")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for page in arguments.pages:
         if not page.is_file():
             raise UserError(f"there is no page {page}; name pages as docs/inference.md")

@@ -1,6 +1,6 @@
-"""`ponder convert-from-hf` as a file, for launchers that start files."""
+"""`ponder import-hf` as a file, for launchers that start files."""
 
-from megatron_ponder.commands.convert_from_hf import main
+from megatron_ponder.commands.import_hf import main
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ python examples/diagnostic/make_corpus.py --output data/diagnostic --seed 0
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ponder.base.errors import command
@@ -11,7 +12,7 @@ from megatron_ponder.data.diagnostic import KINDS, VOCABULARY, write_corpus
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=24, help="in each document (default: 24)")
     parser.add_argument("--max-depth", type=int, default=5, help="the largest depth, up to 6 (default: 5)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of questions (default: all)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     made = write_corpus(
         arguments.output,
         arguments.documents,

@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ponder.base.errors import UserError, command
@@ -23,7 +24,7 @@ LEAST_CHARACTERS = 8  # of a line that is asked for
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Draw questions evenly from the held-out documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="what make_corpus.py wrote")
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--split", default="95,5,0", help="data.split of the training run (default: 95,5,0)")
     parser.add_argument("--questions", type=int, default=200, help="(default: 200)")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with arguments.corpus.open(encoding="utf-8") as lines:
         documents = [json.loads(line) for line in lines]
     held_out = split_documents(len(documents), arguments.split).get("valid", range(0))

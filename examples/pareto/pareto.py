@@ -11,6 +11,7 @@ analysis of each seed with its figures and its page, and over all seeds table.md
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from megatron_ponder.config import read_config
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Make the data, train, measure, write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu", help="configuration (default: cpu)")
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--samples", type=int, default=32, help="validation samples of the analysis (default: 32)")
     parser.add_argument("--dry-run", action="store_true", help="check and print the commands, and start nothing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     data = arguments.data or arguments.output / "data"
     runs = plan_runs(arguments.size, arguments.output, data, arguments.seeds)
     if arguments.dry_run:

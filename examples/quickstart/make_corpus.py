@@ -8,7 +8,7 @@ With --packages also the sources of the packages that are installed for this Pyt
 import argparse
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ponder.base.errors import command
@@ -19,12 +19,12 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Collect every source file that is UTF-8, in a fixed order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
     parser.add_argument("--packages", action="store_true", help="also the installed packages")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     check_output(arguments.output)
     paths = sysconfig.get_paths()
     folders = [Path(paths["stdlib"]), *([Path(paths["purelib"])] if arguments.packages else [])]

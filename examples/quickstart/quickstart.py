@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,13 +132,13 @@ class Steps:
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run every step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=Path, default=REPOSITORY, help="for data and runs; the repository unless given"
     )
-    folder = parser.parse_args().folder.expanduser().resolve()
+    folder = parser.parse_args(argv).folder.expanduser().resolve()
     make_folder(folder)
     steps, made = Steps(folder), Made(folder)
     replaced = made.remove()

@@ -1,8 +1,7 @@
-"""The command lines of tools: argparse, with what all of them have in common."""
+"""The command lines of commands: argparse, with what all of them have in common."""
 
 import argparse
 import difflib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,33 +12,36 @@ from megatron_ponder.base.paths import expand_user, user_path
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with `--version`, in whose paths (`type=Path`, or `expand_user` for text) ~ is expanded.
+    """The parser of a command, with `--version`, in whose paths (`type=Path`, or `expand_user` for text) ~ is expanded.
 
     Options have to be written in full. What cannot be is a `UserError`, and for an unknown option it names those that
     there are.
 
     Args:
-        description: the docstring of the tool, shown as it stands.
+        name: of the command, after `ponder`.
+        description: the docstring of its module, shown as it stands.
     """
 
-    def __init__(self, description: str | None = None):
+    def __init__(self, name: str, description: str | None = None):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            prog=f"ponder {name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         self.register("type", Path, _explaining(user_path))
         self.register("type", expand_user, _explaining(expand_user))
         self.add_argument("--version", action="version", version=version_line())
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:
         """Parse as argparse does, but look for options that do not exist before any that is missing."""
-        given = sys.argv[1:] if args is None else list(args)
-        self._check_names(given, lambda name: True)
-        return super().parse_args(given, namespace)
+        self._check_names(args, lambda name: True)
+        return super().parse_args(args, namespace)
 
-    def parse_with_overrides(self) -> tuple[argparse.Namespace, list[str]]:
-        """What is for the tool, and the rest, which overrides keys of a configuration: their names have a point."""
-        self._check_names(sys.argv[1:], lambda name: "." not in name)
-        return self.parse_known_args()
+    def parse_with_overrides(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """What is for the command, and the rest, which overrides keys of a configuration: their names have a point."""
+        self._check_names(args, lambda name: "." not in name)
+        return self.parse_known_args(args)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line.
@@ -65,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 def version_line() -> str:
     """What `--version` shows."""
-    return f"{Path(sys.argv[0]).name} {megatron_ponder.__version__}"
+    return f"ponder {megatron_ponder.__version__}"
 
 
 def _explaining(convert: Callable[[str], Any]) -> Callable[[str], Any]:

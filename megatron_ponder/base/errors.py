@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from megatron_ponder.base import streams, versions
@@ -42,10 +42,16 @@ class Preempted(Exception):  # noqa: N818, it is no error
         self.reason = reason
 
 
-def command(main: Callable[..., None]) -> Callable[..., None]:
+def command_line(argv: Sequence[str] | None) -> list[str]:
+    """Words of a command line after the program's name: those given, or those that this process was started with."""
+    return sys.argv[1:] if argv is None else list(argv)
+
+
+def command(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
     """Decorate the main function of a command: a `UserError` or an I/O error becomes one line on stderr, exit code 2.
 
-    So does text that cannot be UTF-8, of which none is taken on the command line, before any work is done.
+    It is called with the words of a command line, or without any for those that this process was started with. Text
+    that cannot be UTF-8, of which none is taken there, is such an error, before any work is done.
 
     Versions of packages outside the ranges that the tests ran on are named in a warning, on rank 0.
 
@@ -57,13 +63,14 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(main)
-    def run(*args, **kwargs) -> None:
+    def run(argv: Sequence[str] | None = None) -> None:
         streams.prepare()
+        words = command_line(argv)
         try:
-            for argument in sys.argv:
-                argument.encode("utf-8")
+            for word in words:
+                word.encode("utf-8")
             _warn_of_versions()
-            main(*args, **kwargs)
+            main(words)
             sys.stdout.flush()
         except Preempted:
             sys.exit(EXIT_PREEMPTED)

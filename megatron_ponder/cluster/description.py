@@ -75,7 +75,7 @@ def read_cluster(arguments: Sequence[str]) -> Cluster:
         else:
             _check_name(name, "among the options")
         rewritten.append(f"--{name}={value}")
-    return _checked(expand_paths(parse(parser_of(Cluster, "--cluster"), Cluster, rewritten)))
+    return _checked(expand_paths(parse(parser_of("submit", Cluster, "--cluster"), Cluster, rewritten)))
 
 
 def _read_file(path: Path) -> dict:
@@ -93,7 +93,7 @@ def _read_file(path: Path) -> dict:
 
 def options_help() -> str:
     """Every key of a cluster as an option: what it is, its type and its default."""
-    return parser_of(Cluster, "--cluster").format_help().partition("keys below.")[2].strip()
+    return parser_of("submit", Cluster, "--cluster").format_help().partition("keys below.")[2].strip()
 
 
 def _check_name(name: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Show what trained models do with their additional steps: figures, tables and a page with shaded text.
+"""Show what models do with their additional steps: figures, tables, a page with shaded text.
 
     python tools/analyze_pondering.py --checkpoint runs/quickstart --output runs/analysis
     python tools/analyze_pondering.py --checkpoint runs/vanilla runs/fixed runs/adaptive --output runs/analysis
@@ -33,10 +33,10 @@ from megatron_ponder.parallel.mesh import Mesh
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, draw, print a summary."""
     plan = Plan()
-    parser = Parser(__doc__)
+    parser = Parser("analyze", __doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, help="run folders or checkpoint folders")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file to measure on, in place of the split")
@@ -60,7 +60,7 @@ def main() -> None:
         "--listed", type=int, default=plan.listed, help="tokens shown and listed one by one (default: 1000)"
     )
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     check_writable(arguments.output)
     prepare_cpu()

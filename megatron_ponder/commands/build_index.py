@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Build the index cache of a training run ahead, so that its ranks find the order of the samples ready.
+"""Build the index cache of a training run ahead, so that its ranks find the order ready.
 
     python tools/build_index.py --config FILE.yaml --data.cache_path FOLDER [--section.key value ...]
 
@@ -9,6 +8,7 @@ there already is checked and kept; several of these, or training runs, may be at
 
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -19,12 +19,12 @@ from megatron_ponder.data.mixture import build_ahead, open_mixture
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the configuration, build, print a table."""
-    if not sys.argv[1:] or set(sys.argv[1:]) & {"-h", "--help"}:
+    if not argv or set(argv) & {"-h", "--help"}:
         print(__doc__)
         return
-    config = read_config(sys.argv[1:])
+    config = read_config(argv)
     if not config.data.path:
         raise UserError("data.path is empty; give the prefix that tools/preprocess_data.py wrote (without .bin)")
     if config.data.cache_path is None:

@@ -13,6 +13,7 @@ layout that does.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -26,9 +27,9 @@ from megatron_ponder.config import Config, read_config
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line, estimate, print."""
-    parser = Parser(__doc__)
+    parser = Parser("estimate", __doc__)
     parser.add_argument(
         "--config", type=expand_user, required=True, metavar="FILE", help="of the run; dotted keys override it"
     )
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--top", type=int, default=10, help="layouts to show (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
-    arguments, overrides = parser.parse_with_overrides()
+    arguments, overrides = parser.parse_with_overrides(argv)
 
     config = read_config(["--config", arguments.config, *overrides])
     if config.model.vocab_size is None:

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on its validation split, on a text file, or on tasks of lm-evaluation-harness.
+"""Evaluate a checkpoint on its validation split, a text file, or tasks of lm-evaluation-harness.
 
     python tools/evaluate.py --checkpoint runs/quickstart
     python tools/evaluate.py --checkpoint runs/quickstart --text README.md --threshold 0.3
@@ -30,9 +30,9 @@ from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line, evaluate, print a table."""
-    parser = Parser(__doc__)
+    parser = Parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--threshold", type=float, help="τ; the trained model's unless given")
     parser.add_argument("--router-bias", type=float, help="α; the trained model's unless given")
@@ -50,7 +50,7 @@ def main() -> None:
     tasks.add_argument("--limit", type=int, help="documents of each task; all unless given")
     tasks.add_argument("--num-fewshot", type=int, help="solved examples before a question; the task's unless given")
     tasks.add_argument("--batch-size", type=int, default=8, help="sequences in a forward (default: 8)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     if arguments.output:
         check_output(arguments.output)

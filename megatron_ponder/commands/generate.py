@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model, slot by slot, showing how many additional steps each token got.
+"""Continue prompts with a trained model, showing how many additional steps each token got.
 
 python tools/generate.py --checkpoint runs/quickstart --prompt "def main():" --max-new-tokens 60
 python tools/generate.py --checkpoint runs/quickstart --prompts-file prompts.jsonl --output results.jsonl
@@ -10,6 +10,7 @@ Also under srun and mpirun. Ranks beyond one copy of the model are further copie
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,9 @@ from megatron_ponder.generation.shading import ShadedPrinter, steps_line
 from megatron_ponder.parallel.collectives import from_first
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__)
+    parser = Parser("generate", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
 
     given = parser.add_argument_group("prompts; without any, standard input is one")
@@ -77,13 +78,13 @@ def parse_arguments() -> argparse.Namespace:
     work.add_argument("--precision", choices=PRECISIONS, help="that of training on a GPU, fp32 on a CPU unless given")
     work.add_argument("--tensor", type=int, default=1, help="ranks that share each layer")
     work.add_argument("--pipeline", type=int, default=1, help="ranks that share the stack of layers")
-    return parser.parse_args(without_local_rank(sys.argv[1:]))
+    return parser.parse_args(without_local_rank(argv))
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line, generate, print."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     launch = discover()
     with joined(launch) as device:
         options, checked, tasks, done = from_first(partial(check, arguments, launch, device))

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Show what is inside a checkpoint, and whether it is whole and finite.
 
 Example:
@@ -7,6 +6,7 @@ Example:
 The exit code is 0 if every file is as it was written, nothing is missing and every value is finite, else 2.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,14 +22,15 @@ from megatron_ponder.checkpoint.summary import FolderEntry, Inspection, folder_e
 
 
 @command
-def main() -> None:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line, do it, print what came of it."""
+    parser = Parser("inspect-checkpoint", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its type and shape")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not read the contents: no checksums, no search for NaN"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
         console.width = 160  # as wide as the tables need, whatever the reader of a pipe takes

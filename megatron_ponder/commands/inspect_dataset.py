@@ -1,9 +1,12 @@
-#!/usr/bin/env python3
-"""Show what is in an indexed dataset: header, counts, lengths of documents, text; with --verify, check all of it.
+"""Show what is in an indexed dataset: header, counts, lengths of documents, text.
+
+With --verify, all of it is read and checked.
 
 Example:
     python tools/inspect_dataset.py data/corpus_text_document --tokenizer data/tokenizer.model --verify
 """
+
+from collections.abc import Sequence
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
@@ -17,8 +20,9 @@ BAR = 40
 
 
 @command
-def main() -> None:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line, do it, print what came of it."""
+    parser = Parser("inspect-dataset", __doc__)
     parser.add_argument("dataset", type=expand_user, help="path without .bin and .idx")
     parser.add_argument(
         "--tokenizer", type=expand_user, help="shows samples as text, and gives the vocabulary that --verify checks"
@@ -28,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read everything: offsets, bounds, ids below the vocabulary, checksums"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if min(arguments.samples, arguments.sample_tokens) < 0:
         raise UserError("--samples and --sample-tokens count documents and tokens: set them to 0 or more")
     dataset = IndexedDataset(arguments.dataset)

@@ -1,16 +1,16 @@
-#!/usr/bin/env python3
-"""Tokenise text, JSON Lines, Parquet and saved datasets into Megatron's .bin/.idx format.
+"""Tokenise text, JSON Lines, Parquet and saved datasets into an indexed dataset.
 
-Writes PREFIX_KEY_document.bin, .idx and .json. A JSON line (.jsonl, .ndjson, .json) and a row of a table (.parquet) are
-one document each, and so is any other file. Files may be compressed (.gz, .bz2, .xz, .zst). Started by mpirun, srun or
-torchrun, the ranks share the work. A run that was interrupted goes on from its finished shards when started again.
+Writes PREFIX_KEY_document.bin and .idx, in Megatron's format, and .json. A JSON line (.jsonl, .ndjson, .json) and a row
+of a table (.parquet) are one document each, and so is any other file. Files may be compressed (.gz, .bz2, .xz, .zst).
+Started by mpirun, srun or torchrun, the ranks share the work. A run that was interrupted goes on from its finished
+shards when started again.
 
 Example:
     python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
         --tokenizer data/tokenizer.model --workers 8 --append-eod
 """
 
-import sys
+from collections.abc import Sequence
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.environment import without_local_rank
@@ -21,8 +21,9 @@ from megatron_ponder.data.preprocessing import Team, preprocess
 
 
 @command
-def main() -> None:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line, do it, print what came of it."""
+    parser = Parser("preprocess", __doc__)
     parser.add_argument(
         "--input",
         type=expand_user,
@@ -47,7 +48,7 @@ def main() -> None:
         default=AUTO,
         help="what all files are: lines (JSON, one object each), parquet or text; default: as their endings say",
     )
-    arguments = parser.parse_args(without_local_rank(sys.argv[1:]))
+    arguments = parser.parse_args(without_local_rank(argv))
     # Here, because every worker imports this file again and has no use for PyTorch, which this one imports.
     from megatron_ponder.base.launch import discover
 

@@ -8,8 +8,8 @@ Also under srun and mpirun. The key may stand in the environment variable PONDER
 """
 
 import os
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ponder.base.command_line import Parser
@@ -27,7 +27,7 @@ LONGEST = 10**7  # seconds, a third of a year
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line and serve until a signal."""
     try:
         from megatron_ponder.serving.application import Limits
@@ -38,7 +38,7 @@ def main() -> None:
         raise UserError(f"the server needs {error.name}: pip install 'megatron_ponder[serve]'") from None
 
     address, limits, connections, batching = Address(), Limits(), ConnectionLimits(), Batching()
-    parser = Parser(__doc__)
+    parser = Parser("serve", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
     parser.add_argument("--model-name", help="under which clients know the model; the folder's unless given")
     parser.add_argument("--host", default=address.host, help="0.0.0.0 to be reached from other machines")
@@ -62,7 +62,7 @@ def main() -> None:
         "--step-timeout", type=float, default=60.0, help="seconds after which a hanging rank is given up"
     )
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for requests to finish after SIGTERM")
-    arguments = parser.parse_args(without_local_rank(sys.argv[1:]))
+    arguments = parser.parse_args(without_local_rank(argv))
 
     def settle() -> tuple[Setup, Limits, ConnectionLimits]:
         if arguments.queue_limit < 0 or not 0 <= arguments.grace < LONGEST:

@@ -12,6 +12,7 @@ and has not.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,13 +25,13 @@ from megatron_ponder.runs.status import RunStatus, run_status
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line, read the folders, print a table or JSON."""
-    parser = Parser(__doc__)
+    parser = Parser("status", __doc__)
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a folder that training writes into")
     parser.add_argument("--json", action="store_true", help="one JSON object a run, each on a line of its own")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show the table anew every so many seconds")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.watch is not None and (arguments.json or arguments.watch <= 0):
         raise UserError("--watch takes a positive number of seconds and shows a table; leave --json out")
     console = Console()

@@ -13,7 +13,6 @@ Options:
   --submit              submit the script that is shown
 """
 
-import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -30,17 +29,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Parse the command line, check the job, show its script, submit it if that is wanted."""
-    if {"-h", "--help"} & set(takewhile(lambda word: word not in JOBS, sys.argv[1:])):
+    if {"-h", "--help"} & set(takewhile(lambda word: word not in JOBS, argv)):
         print(__doc__.strip(), options_help(), sep="\n\n")
         return
-    if sys.argv[1:2] == ["--version"]:
+    if argv[:1] == ["--version"]:
         print(version_line())
         return
     if Path.cwd().resolve() != REPOSITORY:
         raise UserError(f"start this in {REPOSITORY}, where jobs run, so that paths mean the same to both")
-    options, name, arguments = _split(sys.argv[1:])
+    options, name, arguments = _split(argv)
     wanted = "--submit" in options
     after = _take(options, "--after")
     cluster = read_cluster([option for option in options if option != "--submit"])

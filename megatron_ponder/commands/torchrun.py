@@ -1,4 +1,6 @@
-"""torchrun, with its own arguments, for jobs that may be told to save and start again.
+"""Start ranks as torchrun does, for jobs that may be told to save and start again.
+
+Takes the arguments of torchrun.
 
     python tools/torchrun.py --nproc_per_node 8 pretrain_ponder.py --config FILE.yaml
 
@@ -6,6 +8,7 @@ SIGUSR1, SIGTERM and SIGINT are passed on to the ranks, which save and end; the 
 """
 
 import sys
+from collections.abc import Sequence
 
 from megatron_ponder.base.command_line import version_line
 from megatron_ponder.base.errors import command
@@ -13,9 +16,9 @@ from megatron_ponder.cluster.torchrun import torchrun
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Start the ranks, and end with their exit code."""
-    if sys.argv[1:2] == ["--version"]:
+    if argv[:1] == ["--version"]:
         print(version_line())
         return
-    sys.exit(torchrun(sys.argv[1:]))
+    sys.exit(torchrun(argv))

@@ -1,11 +1,11 @@
-"""Pretrain a PonderLM.
+"""Pretrain a model, in one process or on any number of ranks.
 
     python pretrain_ponder.py --config FILE.yaml [--section.key value ...]
 
 The same command runs as one process, under torchrun, srun or mpirun. `--help` lists every key.
 """
 
-import sys
+from collections.abc import Sequence
 
 from megatron_ponder.base.environment import without_local_rank
 from megatron_ponder.base.errors import command
@@ -13,12 +13,12 @@ from megatron_ponder.base.signals import StopSignals
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the configuration, join the other ranks, train."""
     with StopSignals() as signals:  # first of all, since imports take seconds, in which a job may be told to leave
         from megatron_ponder.config import check_layout, read_config
 
-        config = read_config(without_local_rank(sys.argv[1:]))
+        config = read_config(without_local_rank(argv))
         # Imported when the configuration is right, so that a wrong one is answered at once.
         from megatron_ponder.base.launch import discover
         from megatron_ponder.parallel.process_group import process_group

@@ -1,9 +1,10 @@
-#!/usr/bin/env python3
-"""Train a SentencePiece tokenizer on text, JSON Lines, Parquet and saved datasets, compressed or not.
+"""Train a SentencePiece tokenizer on text, JSON Lines, Parquet and saved datasets.
 
 Example:
     python tools/train_tokenizer.py --input corpus/ --output-prefix data/tokenizer --vocab-size 32000
 """
+
+from collections.abc import Sequence
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
@@ -13,8 +14,9 @@ from megatron_ponder.data.tokenizer_training import train_tokenizer
 
 
 @command
-def main() -> None:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line, do it, print what came of it."""
+    parser = Parser("train-tokenizer", __doc__)
     parser.add_argument("--input", type=expand_user, nargs="+", required=True, help="as of tools/preprocess_data.py")
     parser.add_argument("--output-prefix", type=expand_user, required=True, help="path of the tokenizer without .model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
@@ -33,7 +35,7 @@ def main() -> None:
         default=256 << 20,
         help="train on a random sample of at most this much text (default: 256 MiB)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     tokenizer = train_tokenizer(
         arguments.input,
         arguments.output_prefix,

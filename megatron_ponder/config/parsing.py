@@ -70,7 +70,7 @@ def to_yaml(config: Config) -> str:
 
 @functools.cache
 def _parser():
-    parser = parser_of(Config, "--config", "Sections and keys, with their defaults:")
+    parser = parser_of("train", Config, "--config", "Sections and keys, with their defaults:")
     parser.add_argument(PRINT_CONFIG, action="store_true", help="Show the configuration of the other arguments.")
     return parser
 

@@ -13,10 +13,14 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@command
 def fail(error: Exception) -> None:
-    """Raises what it is given."""
-    raise error
+    """Run a command that raises an error."""
+
+    @command
+    def failing(argv) -> None:
+        raise error
+
+    failing([])
 
 
 def printed(capsys, error: Exception) -> str:
@@ -41,8 +45,8 @@ def test_a_user_error_is_one_line(capsys):
 
 def test_success_returns_quietly(capsys):
     seen = []
-    command(seen.append)(3)
-    assert seen == [3]
+    command(seen.append)(["--a", "b"])
+    assert seen == [["--a", "b"]]
     assert capsys.readouterr() == ("", "")
 
 
@@ -92,13 +96,19 @@ def test_errors_of_the_system_name_the_file_and_a_remedy(capsys, tmp_path):
 
 
 def test_the_decorated_command_keeps_its_name():
-    assert (fail.__name__, fail.__doc__) == ("fail", "Raises what it is given.")
+    decorated = command(fail)
+    assert (decorated.__name__, decorated.__doc__) == ("fail", "Run a command that raises an error.")
 
 
-def test_a_command_line_that_is_no_text_is_refused_before_any_work(capsys, monkeypatch):
+@pytest.mark.parametrize("given", [True, False])
+def test_a_command_line_that_is_no_text_is_refused_before_any_work(capsys, monkeypatch, given):
     """As Python gives arguments whose bytes are not UTF-8."""
-    monkeypatch.setattr("sys.argv", ["tool", "--prompt", "caf\udce9"])
-    assert printed(capsys, UserError("some work")) == (
+    words, seen = ["--prompt", "caf\udce9"], []
+    monkeypatch.setattr("sys.argv", ["ponder", *words])
+    with pytest.raises(SystemExit):
+        command(seen.append)(words if given else None)
+    assert not seen
+    assert capsys.readouterr().err == (
         "error: 'caf\\udce9' cannot be written as utf-8: leave out or replace '\\udce9'\n"
     )
 

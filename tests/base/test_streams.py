@@ -10,14 +10,13 @@ from megatron_ponder.runs.metrics import read_metrics
 from tests.finished_runs import REPOSITORY, STEPS, tiny_arguments
 
 PRINTS = """
-import sys
 from megatron_ponder.base.errors import command
 
 @command
-def main():
-    for number in range(int(sys.argv[1])):
+def main(argv):
+    for number in range(int(argv[0])):
         print("naïve ☕", number)
-    with open(sys.argv[2], "w") as file:
+    with open(argv[1], "w") as file:
         file.write("whole")
 
 main()

@@ -8,7 +8,7 @@ from megatron_ponder.base.errors import command
 
 
 @command
-def succeed() -> None:
+def succeed(argv) -> None:
     """Does nothing."""
 
 

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
 """Export a checkpoint to a folder that Hugging Face transformers loads.
 
 Example:
     python tools/convert_to_hf.py --checkpoint runs/tiny --output exported
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -16,8 +16,9 @@ from megatron_ponder.hf.measured import measured_section
 
 
 @command
-def main() -> None:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line, do it, print what came of it."""
+    parser = Parser("export-hf", __doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=get_args(DataType), default="float32", help="of the exported weights")
@@ -25,7 +26,7 @@ def main() -> None:
         "--metrics", type=Path, nargs="+", help="files of tools/evaluate.py --output, for the model card"
     )
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder = resolve_checkpoint(arguments.checkpoint)
     export(
         read_weights(folder),

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Turn a Hugging Face model into a checkpoint: a plain llama or gpt_neox, a PonderLM-2, or an export of this package.
+"""Turn a Hugging Face model into a checkpoint: plain, a PonderLM-2, or an export of this package.
 
 Any configuration key may follow as --section.key value; --ponder.embedding_scale is 1 for a plain model unless given,
 so that without additional steps it computes what it computed before.
@@ -8,6 +7,7 @@ Example:
     python tools/convert_from_hf.py --model downloaded/pythia-70m --output start --ponder.mode adaptive
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ponder.base.command_line import Parser
@@ -17,11 +17,12 @@ from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 
 
 @command
-def main() -> None:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line, do it, print what came of it."""
+    parser = Parser("import-hf", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and safetensors")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder; must not exist or be empty")
-    arguments, overrides = parser.parse_with_overrides()
+    arguments, overrides = parser.parse_with_overrides(argv)
     weights, config = import_pretrained(arguments.model, overrides)
     tokenizer = tokenizer_of(arguments.model, config)
     write_weights_checkpoint(arguments.output, weights, config, tokenizer)
