@@ -152,11 +152,12 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     from megatron_ponder.data.loader import batches
     from megatron_ponder.parallel.mesh import build_mesh
     from megatron_ponder.parallel.process_group import process_group
+    from megatron_ponder.training.boundary import Boundary
     from megatron_ponder.training.deepspeed_engine import Engine
-    from megatron_ponder.training.guards import LossSpikes, SkippedSteps
+    from megatron_ponder.training.loss_spikes import LossSpikes
     from megatron_ponder.training.objective import Objective
-    from megatron_ponder.training.preemption import Boundary
     from megatron_ponder.training.setup import build_model, open_parts
+    from megatron_ponder.training.skipped_steps import SkippedSteps
 
     torch.set_num_threads(1)
     config = read_config([f"--{key}={value}" for key, value in (settings | {"training.run_dir": folder}).items()])

@@ -27,11 +27,13 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
-from megatron_ponder.runs.metrics import MetricsLog, RunLog, RunProgress
+from megatron_ponder.runs.metrics import MetricsLog
+from megatron_ponder.runs.progress_bar import RunProgress
+from megatron_ponder.runs.run_log import RunLog
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.step_watch import StepWatch
 from megatron_ponder.training.validation import measure_each_step
-from megatron_ponder.training.watch import StepWatch
 
 BATCH, LENGTH, REFINEMENTS, PASSES = 4, 256, 2, 4
 INTERVAL = 100  # of `logging.own_losses_interval` unless set

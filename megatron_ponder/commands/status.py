@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.durations import format_duration
 from megatron_ponder.base.errors import UserError, command, describe
 from megatron_ponder.runs.status import RunStatus, run_status
 
@@ -99,7 +100,7 @@ def table_of(found: list[RunStatus]) -> Table:
 
 def lines_of(status: RunStatus) -> dict[str, str]:
     """What is known of a run, in words."""
-    age = "" if status.age is None else f", last record {duration(status.age)} ago"
+    age = "" if status.age is None else f", last record {format_duration(status.age)} ago"
     why = f" ({status.end})" if status.state == "stopped" else ""
     lines = {"state": status.state + why + age}
     if status.step == 0:
@@ -114,7 +115,7 @@ def lines_of(status: RunStatus) -> dict[str, str]:
         used = "" if status.mfu is None else f", MFU {status.mfu:.1%}"
         lines["rate"] = f"{status.tokens_per_second:,.0f} tokens/s{used}"
     if status.seconds_left is not None:
-        lines["left"] = duration(status.seconds_left)
+        lines["left"] = format_duration(status.seconds_left)
     if status.slowest_rank is not None:
         lines["slowest rank"] = f"{status.slowest_rank}, {status.slowest_over_median:.2f} × the median"
     return lines | _saved(status)
@@ -124,7 +125,7 @@ def _saved(status: RunStatus) -> dict[str, str]:
     lines = {"checkpoint": "none"}
     if status.checkpoint is not None:
         whole = "complete" if status.checkpoint.complete else "damaged: files are missing or cut off"
-        lines["checkpoint"] = f"{status.checkpoint.name}, {duration(status.checkpoint.age)} ago, {whole}"
+        lines["checkpoint"] = f"{status.checkpoint.name}, {format_duration(status.checkpoint.age)} ago, {whole}"
     if status.saving is not None:
         lines["unfinished save"] = status.saving
     if status.starts is not None:
@@ -135,12 +136,3 @@ def _saved(status: RunStatus) -> dict[str, str]:
         reason += f" ({ended})" if ended else ""
         lines["restarts"] = f"{status.restarts}{reason if status.restarts else ''}"
     return lines
-
-
-def duration(seconds: float) -> str:
-    """3 days 4:05:06, 4:05:06 or 12 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    days, rest = divmod(round(seconds), 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days} days {clock}" if days else clock

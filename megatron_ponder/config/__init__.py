@@ -4,7 +4,6 @@
 resolved form, so that nothing is ever derived twice.
 """
 
-from megatron_ponder.base.durations import parse_duration
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.layout import (
     check_layout,
@@ -50,7 +49,6 @@ __all__ = [
     "largest_tensor",
     "load_config",
     "micro_batches",
-    "parse_duration",
     "read_config",
     "resolve",
     "stage_layers",

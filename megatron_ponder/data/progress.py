@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from megatron_ponder.base.durations import format_duration
 from megatron_ponder.data.shards import Shard
 from megatron_ponder.data.text_files import Segment, Tally
 
@@ -68,7 +69,7 @@ class ThroughputDisplay:
     def describe(self, seconds: float, documents: int, text_bytes: int, tokens: int, input_bytes: int) -> str:
         """The line for counts since the beginning and the bytes of input that are done in all."""
         done = input_bytes - self._at_first
-        left = f"{_clock((self._total - input_bytes) * seconds / done)} left" if done > 0 else "? left"
+        left = f"{format_duration((self._total - input_bytes) * seconds / done)} left" if done > 0 else "? left"
         seconds = max(seconds, 1e-9)
         return (
             f"{100 * input_bytes / max(1, self._total):.1f} %  {documents:,} documents  {documents / seconds:,.0f} "
@@ -132,9 +133,3 @@ class StageDisplay:
 def warn(line: str) -> None:
     """Say on stderr, before the work, what somebody may want to stop it for."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_ponder.base.errors import Preempted
 from megatron_ponder.base.files import write_atomically
+from megatron_ponder.runs.json_lines import records_in
 from megatron_ponder.runs.run_folder import RunFolder
 
 STARTS, END = "starts.jsonl", "end.json"
@@ -35,21 +36,16 @@ class Phases:
 def read_starts(run_dir: Path) -> list[dict]:
     """All starts of a run, in order; a line cut off by a crash is left out."""
     path = run_dir / STARTS
-    starts = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            starts.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return starts
+    return records_in(path.read_bytes()) if path.is_file() else []
 
 
 def read_end(run_dir: Path) -> dict | None:
     """How the last start ended, with `time` and `reason`; None while it runs, and after it was killed."""
     try:
-        return json.loads((run_dir / END).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        end = json.loads((run_dir / END).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
+    return end if isinstance(end, dict) and "reason" in end else None
 
 
 @contextmanager

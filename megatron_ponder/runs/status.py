@@ -1,6 +1,5 @@
 """How a run is doing, from its folder alone: nothing is asked of its processes, and PyTorch is not imported."""
 
-import json
 import mmap
 import time
 from dataclasses import asdict, dataclass
@@ -10,10 +9,12 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import did_you_mean
 from megatron_ponder.base.yaml_files import read_mapping
 from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
+from megatron_ponder.runs.json_lines import records_in
+from megatron_ponder.runs.metrics import METRICS
+from megatron_ponder.runs.starts import read_end, read_starts
 
 RECENT = 50  # records that pace and rate are taken from
 PATIENCE = 120.0  # seconds without a record that no pace makes suspicious
-STARTS, END = "starts.jsonl", "end.json"
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     now = time.time() if now is None else now
     config = _config(run_dir)
     steps = config["training"]["steps"]
-    recent, validation = _records(run_dir / "metrics.jsonl")
-    starts, end = _json_lines(run_dir / STARTS), _end(run_dir / END)
+    recent, validation = _records(run_dir / METRICS)
+    starts, end = read_starts(run_dir), read_end(run_dir)
     common = {
         "run_dir": str(run_dir),
         "steps": steps,
@@ -111,12 +112,12 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         "saving": next((path.name for path in sorted((run_dir / "checkpoints").glob("*.partial"))), None),
         "starts": len(starts) or None,
         "last_start": starts[-1] if starts else None,
-        "end": end,
+        "end": None if end is None else str(end["reason"]),
     }
     if not recent:
         return RunStatus(state="not started" if end is None else "stopped", step=0, **common)
     last = recent[-1]
-    written = last.get("time", (run_dir / "metrics.jsonl").stat().st_mtime)
+    written = last.get("time", (run_dir / METRICS).stat().st_mtime)
     age, pace = max(0.0, now - written), _pace(recent)
     if last["step"] >= steps:
         state = "finished"
@@ -166,38 +167,13 @@ def _records(path: Path) -> tuple[list[dict], dict]:
         start = content.rfind(b"\n") + 1  # what follows is still being written, or was cut off
         for _ in range(RECENT):
             start = content.rfind(b"\n", 0, max(0, start - 1)) + 1
-        recent = _parse(content[start:])
+        recent = records_in(content[start:])
         found = content.rfind(b'"validation_loss"')
         validation = {}
         if found >= 0:
             line = content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found) + 1]
-            validation = next(iter(_parse(line)), {})
+            validation = next(iter(records_in(line)), {})
     return recent, validation
-
-
-def _json_lines(path: Path) -> list[dict]:
-    return _parse(path.read_bytes()) if path.is_file() else []
-
-
-def _end(path: Path) -> str | None:
-    """The reason that a run has noted when it ended; it removes the note when it starts again."""
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _parse(lines: bytes) -> list[dict]:
-    """Complete lines that hold JSON objects; others have been cut off."""
-    records = []
-    for line in lines.splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _pace(records: list[dict]) -> float | None:

@@ -3,46 +3,37 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.completeness import check_state
 from megatron_ponder.checkpoint.manifest import (
     Manifest,
     checkpoint_name,
-    checkpoints_in,
-    latest_checkpoint,
-    latest_problem,
-    read_manifest,
 )
 from megatron_ponder.checkpoint.store import (
     partial_folder,
     partial_folders_in,
     point_latest,
     publish,
-    resolve_checkpoint,
     retain,
-    verify,
     write_description,
 )
 from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.config import Config
-from megatron_ponder.data.mixture import same_past
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.penalty import UNSTEERED, PenaltyState
+from megatron_ponder.training.shares import shared_out
 
-Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
@@ -238,142 +229,3 @@ class Checkpointer:
             retain(self.folder, self._config.checkpoint.keep)
 
         together(lambda: describe() if rank == 0 else None, self._group)
-
-
-def shared_out(items: Iterable[Item], size: Callable[[Item], int], ranks: int) -> Iterator[tuple[int, Item]]:
-    """Share items out between ranks, each to the one that has the fewest bytes; alike on all that see the same sizes.
-
-    No rank gets more than an even share and the largest item.
-
-    Args:
-        items: in an order that all ranks share.
-        size: of an item in bytes.
-        ranks: number of ranks.
-
-    Returns:
-        Each item with the rank that it belongs to.
-    """
-    loads = [0] * ranks
-    for item in items:
-        rank = loads.index(min(loads))
-        loads[rank] += size(item)
-        yield rank, item
-
-
-def verify_together(folder: Path, resumable: bool = False) -> None:
-    """Verify a checkpoint, each rank a share of its files, so that each is read once in the whole job; a collective.
-
-    Args:
-        folder: of the checkpoint.
-        resumable: whether it must have the whole state of a run, all of it finite.
-
-    Raises:
-        UserError: on every rank, naming what is missing, damaged or not finite.
-    """
-
-    def verify_share() -> tuple[Manifest, dict[str, tuple[int, str]]]:
-        manifest = read_manifest(folder)
-        shares = shared_out(manifest.files.items(), lambda file: file[1][0], dist.get_world_size())
-        own = dict(file for rank, file in shares if rank == dist.get_rank())
-        verify(folder, replace(manifest, files=own))
-        return manifest, own
-
-    manifest, own = together(verify_share)
-    if resumable:
-        together(lambda: check_state(folder, manifest, own))
-
-
-def find_resume(config: Config) -> tuple[Path | None, list[str]]:
-    """The verified checkpoint folder to go on from; None to start anew; a collective.
-
-    With `auto` it is the latest of the run folder, and where that is damaged the newest that is not.
-
-    Returns:
-        The folder, and what is wrong with each that has been passed over.
-
-    Raises:
-        UserError: on every rank, if the run folder has checkpoints that a new run would overwrite, there is none to
-            resume, or none is whole.
-    """
-    resume = config.checkpoint.resume
-    candidates, pointer = together(lambda: (_candidates(config), _pointer_problem(config)))
-    damage: list[str] = []
-    for folder in candidates:
-        try:
-            verify_together(folder, resumable=True)
-            return folder, [*pointer, *damage]
-        except UserError as error:
-            if resume != "auto":
-                raise
-            damage.append(str(error))
-    if damage:
-        error = UserError(
-            f"all {len(damage)} checkpoints in {candidates[0].parent} are damaged ({damage[0]}); resume from a copy "
-            "with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew"
-        )
-        error.shared = True
-        raise error
-    return None, []
-
-
-def _candidates(config: Config) -> list[Path]:
-    """Checkpoint folders that the run may go on from, the best first; none to start anew."""
-    resume, run_dir = config.checkpoint.resume, Path(config.training.run_dir)
-    if resume not in ("auto", "none"):
-        return [resolve_checkpoint(Path(resume))]
-    latest = latest_checkpoint(run_dir / "checkpoints")
-    if latest is None:
-        return []
-    if resume == "auto":
-        others = [folder for folder in checkpoints_in(run_dir / "checkpoints") if folder != latest]
-        return [latest, *reversed(others)]
-    raise UserError(
-        f"{run_dir} already holds checkpoints, the last one {latest.name}; add --checkpoint.resume auto to go on "
-        "from it, or choose another --training.run_dir"
-    )
-
-
-def _pointer_problem(config: Config) -> list[str]:
-    """What is wrong with `latest` of the run folder, where it is to say which checkpoint counts."""
-    problem = latest_problem(Path(config.training.run_dir) / "checkpoints")
-    return [problem] if problem is not None and config.checkpoint.resume == "auto" else []
-
-
-def initial_weights(config: Config) -> Path | None:
-    """The checkpoint whose weights a new run starts from; None for initial ones from the seed.
-
-    Raises:
-        UserError: if there is no such checkpoint.
-    """
-    source = config.checkpoint.initialize_from
-    return None if source is None else resolve_checkpoint(Path(source))
-
-
-def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Manifest:
-    """The manifest of a checkpoint that this run can go on from.
-
-    Raises:
-        UserError: if it was made from other data or with another tokenizer, or is ahead of this run.
-    """
-    manifest = read_manifest(folder)
-    stored = manifest.data_fingerprint
-    same = stored is None or same_past(stored, data_fingerprint, manifest.samples)
-    if not same and not config.checkpoint.allow_data_change:
-        alone = isinstance(config.data.path, str) and not config.data.phases
-        what = f"the dataset {config.data.path}" if alone else "a dataset, a weight, a phase that has begun"
-        raise UserError(
-            f"the data are not those that {folder} was trained on: {what}, data.split, "
-            "data.sequence_length or training.seed has changed; put it back, or add "
-            "--checkpoint.allow_data_change true to go on all the same"
-        )
-    known = manifest.tokenizer_fingerprint
-    if known is not None and tokenizer_fingerprint is not None and known != tokenizer_fingerprint:
-        raise UserError(
-            f"the tokenizer {config.tokenizer.path} is not the one that {folder} was trained with; "
-            "set tokenizer.path to the tokenizer of that run"
-        )
-    if manifest.step > config.training.steps:
-        raise UserError(
-            f"{folder} has done {manifest.step} steps already; set training.steps to more than that to go on"
-        )
-    return manifest

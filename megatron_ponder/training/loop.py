@@ -15,18 +15,22 @@ from megatron_ponder.model.router import Pruning
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.runs.metrics import MetricsLog, RunProgress, Value, nats
+from megatron_ponder.runs.metrics import MetricsLog, Value
+from megatron_ponder.runs.progress_bar import RunProgress, nats
 from megatron_ponder.runs.run_folder import RunFolder
+from megatron_ponder.training.boundary import Boundary
+from megatron_ponder.training.careful_reader import CarefulReader
 from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import Engine
-from megatron_ponder.training.guards import WINDOW, CarefulReader, LossSpikes, SkippedSteps, router_complaint
 from megatron_ponder.training.interruption import Abandoned, Interruption
+from megatron_ponder.training.loss_spikes import WINDOW, LossSpikes
 from megatron_ponder.training.penalty import Penalty, PenaltyState
-from megatron_ponder.training.preemption import Boundary
+from megatron_ponder.training.router_health import router_complaint
 from megatron_ponder.training.schedules import learning_rate, refinements, rule
 from megatron_ponder.training.setup import RunParts
+from megatron_ponder.training.skipped_steps import SkippedSteps
+from megatron_ponder.training.step_watch import StepWatch
 from megatron_ponder.training.validation import measure_each_step, validate
-from megatron_ponder.training.watch import StepWatch
 
 
 class TrainingLoop:

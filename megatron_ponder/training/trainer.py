@@ -16,26 +16,24 @@ from megatron_ponder.config import Config, data_parallel_size, to_yaml
 from megatron_ponder.estimates.layout_table import describe_layout
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
-from megatron_ponder.runs.metrics import MetricsLog, RunLog, RunProgress
+from megatron_ponder.runs.metrics import MetricsLog
 from megatron_ponder.runs.plots import plot_training
+from megatron_ponder.runs.progress_bar import RunProgress
 from megatron_ponder.runs.run_folder import RunFolder
+from megatron_ponder.runs.run_log import RunLog
 from megatron_ponder.runs.starts import Phases, recorded
 from megatron_ponder.training.agreement import check_same
-from megatron_ponder.training.checkpointer import (
-    Checkpointer,
-    check_resumable,
-    find_resume,
-    initial_weights,
-    verify_together,
-)
+from megatron_ponder.training.boundary import Boundary
+from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.preemption import Boundary, seconds_left
+from megatron_ponder.training.resuming import check_resumable, find_resume, initial_weights, verify_together
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
-from megatron_ponder.training.watch import StepWatch
+from megatron_ponder.training.step_watch import StepWatch
+from megatron_ponder.training.time_limit import seconds_left
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.model.router import Pruning
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.boundary import Boundary
+from megatron_ponder.training.careful_reader import CarefulReader
 from megatron_ponder.training.deepspeed_engine import Engine
-from megatron_ponder.training.guards import CarefulReader
-from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.setup import RunParts
 
 

@@ -15,7 +15,7 @@ from megatron_ponder.checkpoint.manifest import CONFIG, LATEST, MANIFEST, checkp
 from megatron_ponder.checkpoint.store import open_tensors, point_latest
 from megatron_ponder.checkpoint.tensor_files import seal
 from megatron_ponder.config import Config
-from megatron_ponder.training.checkpointer import find_resume
+from megatron_ponder.training.resuming import find_resume
 from tests.checkpoint.saved import FILES, fields_of, put, put_without_checksum, save, tensors_of_a_run
 from tests.damage import changed_bytes, changed_fields, draws
 from tests.finished_runs import alone

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 import megatron_ponder
+from megatron_ponder.base.durations import parse_duration
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.config import parse_duration, read_config, to_yaml
+from megatron_ponder.config import read_config, to_yaml
 from megatron_ponder.config.other_names import NAMES, VALUES, nearest_key
 from megatron_ponder.config.parsing import KEYS
 from tests.finished_runs import REPOSITORY

@@ -11,8 +11,9 @@ from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.lasting_file import LastingFile
-from megatron_ponder.runs.metrics import RUN_LOG, read_metrics
+from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.runs.run_folder import OWNER, RunFolder
+from megatron_ponder.runs.run_log import RUN_LOG
 from megatron_ponder.runs.starts import read_end
 from tests.finished_runs import LATEST, alone, contents, refused, tiny_arguments
 from tests.training.test_faults import Attempt, attempt

@@ -11,7 +11,8 @@ import pytest
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import LATEST, MANIFEST
 from megatron_ponder.runs.metrics import METRICS
-from megatron_ponder.runs.status import END, PATIENCE, RECENT, STARTS, run_status
+from megatron_ponder.runs.starts import END, STARTS
+from megatron_ponder.runs.status import PATIENCE, RECENT, run_status
 from tests.finished_runs import LATEST as LATEST_NAME
 from tests.finished_runs import STEPS, finished_runs
 

@@ -20,7 +20,7 @@ from megatron_ponder.checkpoint.manifest import KINDS
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
-from megatron_ponder.training.watch import MEASURED
+from megatron_ponder.training.step_watch import MEASURED
 from tests.distributed import run_distributed
 from tests.finished_runs import train_in_turn
 

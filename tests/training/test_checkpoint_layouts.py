@@ -24,8 +24,10 @@ from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpointer as saving
-from megatron_ponder.training.checkpointer import Checkpointer, shared_out, verify_together
+from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import StateTensor
+from megatron_ponder.training.resuming import verify_together
+from megatron_ponder.training.shares import shared_out
 from tests.distributed import run_distributed
 from tests.finished_runs import alone, contents
 from tests.models import small_config

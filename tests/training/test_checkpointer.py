@@ -19,9 +19,10 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training import checkpointer as saving
-from megatron_ponder.training.checkpointer import Checkpointer, find_resume
+from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.resuming import find_resume
 from megatron_ponder.training.schedules import refinements
 from megatron_ponder.training.setup import open_parts
 from megatron_ponder.training.trainer import train

@@ -9,7 +9,7 @@ from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.runs.metrics import read_metrics
-from megatron_ponder.training.checkpointer import check_resumable
+from megatron_ponder.training.resuming import check_resumable
 from megatron_ponder.training.setup import open_parts
 from tests.distributed import run_distributed
 from tests.finished_runs import LATEST, finished_runs, refused, tiny_arguments, train_in_turn

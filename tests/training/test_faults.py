@@ -26,7 +26,7 @@ from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.runs.run_folder import RunFolder
 from megatron_ponder.training import checkpointer as saving
 from megatron_ponder.training import objective, trainer
-from megatron_ponder.training.guards import LossSpikes
+from megatron_ponder.training.loss_spikes import LossSpikes
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
 from tests.finished_runs import alone, tiny_arguments

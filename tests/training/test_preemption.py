@@ -5,56 +5,29 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.base.errors import EXIT_PREEMPTED, Preempted, UserError
+from megatron_ponder.base.errors import EXIT_PREEMPTED, Preempted
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
-from megatron_ponder.config import parse_duration, read_config
+from megatron_ponder.config import read_config
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.runs.run_folder import RunFolder
 from megatron_ponder.runs.starts import read_end, read_starts, recorded
-from megatron_ponder.training.preemption import Boundary, seconds_left
+from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
 from tests.finished_runs import catches, tiny_arguments
-from tests.models import small_config
 from tests.training.test_failures import end_all, start_ranks, wait_for
 from tests.training.test_resume import essentials, final_state
 
 STOPPED = r"stopped at step (\d+) by (SIG\w+); checkpoint \S+/step-0*\1; resume with --checkpoint\.resume auto"
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 5400), ("1:30:00", 5400), ("0:00:05", 5), ("2-01:00:30", 2 * 86400 + 3630)]
-)
-def test_durations(text, seconds):
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "1:30", "an hour", "-5", "1:2:3"])
-def test_other_durations_are_refused(text):
-    with pytest.raises(UserError, match="write minutes or H:MM:SS, such as 90"):
-        parse_duration(text)
-
-
-def test_the_sooner_of_two_ends_counts():
-    signals = StopSignals()
-    assert seconds_left(small_config(), signals, {}) is None
-    slurm = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
-    assert 90 < seconds_left(small_config(), signals, slurm) <= 101
-    assert 90 < seconds_left(small_config(training__time_limit="3"), signals, slurm) <= 101
-    assert 50 < seconds_left(small_config(training__time_limit="1"), signals, slurm) <= 60
-    assert seconds_left(small_config(), signals, {"SLURM_JOB_END_TIME": " "}) is None
-    with pytest.raises(UserError, match='SLURM_JOB_END_TIME is "tomorrow", not a number from 1'):
-        seconds_left(small_config(), signals, {"SLURM_JOB_END_TIME": "tomorrow"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

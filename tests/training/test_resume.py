@@ -13,7 +13,7 @@ import torch
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.runs.metrics import read_metrics
-from megatron_ponder.training.watch import MEASURED
+from megatron_ponder.training.step_watch import MEASURED
 
 REPOSITORY = Path(__file__).parents[2]
 

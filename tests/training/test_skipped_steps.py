@@ -12,9 +12,9 @@ from megatron_ponder.config import TrainingConfig
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import objective
 from megatron_ponder.training.deepspeed_engine import Engine
-from megatron_ponder.training.guards import SkippedSteps
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import rule
+from megatron_ponder.training.skipped_steps import SkippedSteps
 from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
 
 LLAMA = MODELS["llama adaptive"]

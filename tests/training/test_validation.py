@@ -13,9 +13,9 @@ from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.preemption import Boundary
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.validation import measure_each_step, validate
 from tests.distributed import run_distributed

@@ -1,18 +1,14 @@
 """Stopping before the end with nothing lost: what ranks agree on about signals and the end of a job's time."""
 
-import os
 import time
 from collections import deque
-from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ponder.base.environment import read_number
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.signals import SIGNALS, StopSignals
-from megatron_ponder.config import Config, parse_duration
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 
@@ -128,21 +124,3 @@ class Boundary:
 def _raise(problem: str | None) -> None:
     if problem is not None:
         raise UserError(problem)
-
-
-def seconds_left(config: Config, signals: StopSignals, environ: Mapping[str, str] = os.environ) -> float | None:
-    """Until `training.time_limit` from the start of this process on, or SLURM's end of the job, whichever is sooner.
-
-    Returns:
-        None if neither is known.
-
-    Raises:
-        UserError: SLURM_JOB_END_TIME is no time.
-    """
-    known = []
-    if config.training.time_limit is not None:
-        known.append(parse_duration(config.training.time_limit) - (time.monotonic() - signals.created))
-    end = read_number(environ, "SLURM_JOB_END_TIME", 1)
-    if end is not None:
-        known.append(end - time.time())
-    return min(known, default=None)

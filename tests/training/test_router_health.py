@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatron_ponder.model.tally import Tally
-from megatron_ponder.training.guards import FORMING, router_complaint
+from megatron_ponder.training.router_health import FORMING, router_complaint
 from tests.models import small_config
 
 

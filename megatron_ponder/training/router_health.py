@@ -1,0 +1,43 @@
+"""Whether a router decides anything, by the tokens that it spreads over steps."""
+
+from megatron_ponder.config import PonderConfig
+from megatron_ponder.model.tally import Tally
+
+# Optimiser steps in which a router may still treat all tokens alike, and the share of tokens that counts as all.
+FORMING, ALL = 200, 0.999
+# Nats per token that pruning may cost.
+COSTLY = 0.01
+
+
+def router_complaint(tally: Tally, cost: float, step: int, ponder: PonderConfig) -> str | None:
+    """What is wrong with how a router spreads its tokens over steps, once the penalty has its full weight.
+
+    Args:
+        tally: of a validation.
+        cost: nats per token that the steps below τ were worth in it.
+        step: optimiser steps done.
+        ponder: of the model.
+    """
+    if step < max(ponder.penalty_end, ponder.router_start + FORMING):
+        return None
+    most, last = max(range(len(tally.steps)), key=tally.steps.__getitem__), ponder.steps
+    if cost > COSTLY:
+        return (
+            f"without the steps whose weight is below ponder.threshold ({ponder.threshold:g}) the loss is {cost:.3f} "
+            "nats higher: attention uses small weights too; lower ponder.threshold, or set ponder.prune_start, so that "
+            "the last part of training prunes as inference does"
+        )
+    if tally.steps[most] < ALL * tally.tokens:
+        return None
+    if most == 0:
+        return (
+            f"{ALL:.1%} of tokens or more take no additional step: the router has collapsed; lower "
+            "ponder.penalty_weight or ponder.threshold, begin with a higher ponder.router_initial_bias, or compare "
+            "with fixed mode, which tells whether steps help at all"
+        )
+    if most == last:
+        return (
+            f"{ALL:.1%} of tokens or more take all {last} additional steps: nothing is pruned; raise ponder.threshold "
+            f"({ponder.threshold:g}) or ponder.penalty_weight ({ponder.penalty_weight:g})"
+        )
+    return f"{ALL:.1%} of tokens or more take {most} additional steps: the router does not tell tokens apart"
