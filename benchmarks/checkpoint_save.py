@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ponder.base.launch import Launch, discover
-from megatron_ponder.checkpoint.manifest import FIRST_MOMENT, SECOND_MOMENT, WEIGHT
+from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
@@ -57,7 +57,7 @@ class State:
         self._items = [
             StateTensor(kind, name, weight if kind == WEIGHT else torch.randn_like(weight))
             for name, weight in weights.items()
-            for kind in (WEIGHT, FIRST_MOMENT, SECOND_MOMENT)
+            for kind in KINDS
         ]
 
     def state(self) -> Iterator[StateTensor]:

@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.finite import require_finite
-from megatron_ponder.checkpoint.manifest import KINDS, WEIGHT, Manifest
+from megatron_ponder.checkpoint.manifest import Manifest
+from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
 from megatron_ponder.checkpoint.store import read_config_of
 from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM

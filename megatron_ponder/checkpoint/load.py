@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.manifest import WEIGHT
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.store import open_tensors, read_config_of, resolve_checkpoint, tokenizer_path
 from megatron_ponder.config import Config, even_layers
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer

@@ -12,10 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import checksum, write_atomically
+from megatron_ponder.checkpoint.optimizer_state import KINDS
 
 MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
-# What a tensor of a parameter is: the weight itself, or one of AdamW's two moments.
-WEIGHT, FIRST_MOMENT, SECOND_MOMENT = KINDS = "weight", "exp_avg", "exp_avg_sq"
 FORMAT = 2
 FORMAT_WITHOUT_CHECKSUM = 1
 _LARGEST = 2**63  # no count of a run comes near

@@ -23,13 +23,13 @@ from megatron_ponder.checkpoint.manifest import (
     CONFIG,
     LATEST,
     MANIFEST,
-    WEIGHT,
     Manifest,
     checkpoints_in,
     latest_checkpoint,
     read_manifest,
     write_manifest,
 )
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.tensor_files import problem_of, seal, sync, tensors_problem, write_tensors
 from megatron_ponder.config import Config, load_config, to_yaml
 

@@ -12,12 +12,12 @@ from megatron_ponder.checkpoint.completeness import expected_tensors, kinds_of
 from megatron_ponder.checkpoint.finite import not_finite
 from megatron_ponder.checkpoint.manifest import (
     CONFIG,
-    WEIGHT,
     Manifest,
     checkpoints_in,
     latest_checkpoint,
     read_manifest,
 )
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.store import damaged, partial_folders_in, read_config_of
 from megatron_ponder.checkpoint.tensor_files import problem_of, tensors_problem
 from megatron_ponder.config import Config

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from megatron_ponder.checkpoint.optimizer_state import MOMENTS, WEIGHT_BYTES
 from megatron_ponder.estimates.rank import FP32, Rank, rank_parameters, vocabulary_parameters
 from megatron_ponder.model.attention import FOLDED_CHANNELS
 from megatron_ponder.model.baselines import CANDIDATES
@@ -63,8 +64,8 @@ def optimizer_bytes(rank: Rank) -> float:
     where = rank.config.parallel.offload_optimizer
     if where == "nvme" or (where == "cpu" and rank.device != "cpu"):
         return 0.0
-    count = rank_parameters(rank)
-    return 2 * FP32 * count if _stage(rank) == 0 else 3 * FP32 * count / rank.data
+    count, moments = rank_parameters(rank), sum(MOMENTS.values())
+    return moments * count if _stage(rank) == 0 else (WEIGHT_BYTES + moments) * count / rank.data
 
 
 def _stage(rank: Rank) -> int:

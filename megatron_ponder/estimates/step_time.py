@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_ponder.checkpoint.optimizer_state import MOMENTS, WEIGHT_BYTES
 from megatron_ponder.cluster.hardware import Cluster
 from megatron_ponder.config import Config, stage_layers
 from megatron_ponder.estimates.communication import FP32, Formula, Term, mesh_on_paper, parameter_sizes
@@ -256,13 +257,14 @@ class RankStep:
         return sum(count for _, count in parameter_sizes(self.rank))
 
     def optimizer(self) -> float:
-        """AdamW reads four fp32 numbers of a parameter and writes three; norm and clipping read and write gradients.
+        """Weight and moments are read and written, the gradient read thrice and, for clipping, written, all in fp32.
 
-        40 bytes for each of N / D parameters; N without ZeRO.
+        Of AdamW 40 bytes for each of N / D parameters; N without ZeRO.
         """
         stage = self.rank.config.parallel.zero_stage
         shared = stage > 0 or self.rank.width < FP32
-        return self.moved(40 * self.parameters / (self.rank.data if shared else 1))
+        size = 2 * (WEIGHT_BYTES + sum(MOMENTS.values())) + 4 * FP32
+        return self.moved(size * self.parameters / (self.rank.data if shared else 1))
 
     def terms(self) -> Iterator[tuple[Term, float]]:
         """Everything that is communicated, with its seconds."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ponder.checkpoint.manifest import FIRST_MOMENT, SECOND_MOMENT, WEIGHT
+from megatron_ponder.checkpoint.optimizer_state import KINDS, MOMENTS, WEIGHT
 from megatron_ponder.checkpoint.store import open_tensors
 from megatron_ponder.config import Config
 from megatron_ponder.model.router import Pruning
@@ -28,8 +28,6 @@ from megatron_ponder.training.deepspeed_config import deepspeed_config, effectiv
 from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.pipelined import PipelinedObjective
-
-MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ class Engine:
             else:
                 parts = [safe_get_full_fp32_param(parameter).detach()]
                 parts += [safe_get_full_optimizer_state(parameter, kind).detach() for kind in MOMENTS]
-            for kind, part in zip((WEIGHT, *MOMENTS), parts, strict=True):
+            for kind, part in zip(KINDS, parts, strict=True):
                 yield StateTensor(kind, name, self._whole(part, spec).cpu())
 
     def restore(self, checkpoint: Path, step: int) -> None:
@@ -251,7 +249,7 @@ class Engine:
             checkpoint: its folder, verified.
             step: optimiser steps that it has done, without skipped ones, for AdamW's bias correction.
         """
-        kinds = (WEIGHT, *MOMENTS) if self._low_precision else MOMENTS
+        kinds = KINDS if self._low_precision else MOMENTS
         with open_tensors(checkpoint, verified=True) as tensors:
             for name, parameter, spec, axis in self._declarations():
                 for kind in kinds:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.base.files import checksum
-from megatron_ponder.checkpoint.manifest import KINDS, MANIFEST, Manifest
+from megatron_ponder.checkpoint.manifest import MANIFEST, Manifest
+from megatron_ponder.checkpoint.optimizer_state import KINDS
 from megatron_ponder.checkpoint.store import staged, write_description
 from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.parallel.sharding import declarations

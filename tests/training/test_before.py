@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.manifest import KINDS
+from megatron_ponder.checkpoint.optimizer_state import KINDS
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint import store, tensor_files
 from megatron_ponder.checkpoint.manifest import checkpoints_in, read_manifest
+from megatron_ponder.checkpoint.optimizer_state import KINDS
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.parallel.mesh import Mesh
@@ -32,7 +33,6 @@ from tests.distributed import run_distributed
 from tests.finished_runs import alone, contents
 from tests.models import small_config
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 BLOCK = {str(width): (32, width) for width in (8, 9, 10, 11, 12)}
 SHAPES = (  # of each pipeline stage
     {"embedding.weight": (61, 32)} | {f"transformer.blocks.0.{name}": shape for name, shape in BLOCK.items()},
