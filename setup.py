@@ -42,6 +42,7 @@ setup(
         "protobuf>=5.26,<8",
         "psutil>=5.9,<8",
         "packaging>=23,<27",
+        "filelock>=3.20,<5",
     ],
     extras_require={
         "dev": [

@@ -21,7 +21,6 @@ from pathlib import Path
 import psutil
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.base.files import create
 
 SECONDS_BETWEEN_SIGNS = 10.0
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -144,8 +143,16 @@ class Claim:
         return json.dumps(asdict(self._own))
 
     def _create(self) -> bool:
-        """Write the file, unless there is one."""
-        return create(self.path, self._content())
+        """Write the file, unless there is one; whether it was made. If it cannot be written whole, it is not there."""
+        try:
+            with open(self.path, "x", encoding="utf-8") as file:
+                file.write(self._content())
+        except FileExistsError:
+            return False
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
 
     def _replace(self) -> None:
         """Take over from an owner that is gone; of several that do so at once, the last one has the claim."""

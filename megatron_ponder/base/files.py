@@ -133,19 +133,6 @@ def checksum(content: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def create(path: Path, content: str) -> bool:
-    """Make a file, unless there is one; whether it was made. If its content cannot be written, it is not there."""
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(content)
-    except FileExistsError:
-        return False
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return True
-
-
 def _is_no_file(path: Path) -> bool:
     """Whether a path is a device, a pipe, or an open file as `/dev/stdout` is, none of which can be replaced."""
     link = os.readlink(path) if path.is_symlink() else ""

@@ -1,36 +1,31 @@
 """Arrays that are built once and memory-mapped by every process: of a node, or of all nodes that share the folder.
 
 A file is named by what its arrays are, written aside under a name of its own, and renamed, so that it never matters
-who writes it or how often. A claim beside it only saves work: the process that made it builds, the others wait. A claim
-whose process is gone counts for nothing.
+who writes it or how often. A lock beside it only saves work: whoever has it builds, the others wait. The system takes
+it from a process that is gone.
 """
 
 import hashlib
 import json
 import mmap
 import os
-import socket
 import struct
-import threading
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.base.files import create
 from megatron_ponder.data.stamps import Stamps
 
 MAGIC = b"PONDIDX1"
 HEADER = struct.Struct("<8sI")  # magic, CRC-32 of all that follows
 LENGTH = struct.Struct("<I")  # bytes of the description, which comes next
 ALIGNMENT = 64
-SECONDS_BETWEEN_SIGNS = 1.0
-SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class IndexCache:
@@ -38,7 +33,7 @@ class IndexCache:
 
     Args:
         folder: made if needed; of one node, or shared by several.
-        patience: seconds without a sign of life after which a builder on another node is taken for dead.
+        patience: seconds to wait for another process before building the same.
 
     Attributes:
         stamps: spares reading all of a file at each start, to see that it is sound.
@@ -47,7 +42,7 @@ class IndexCache:
         UserError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: str | Path, patience: float = 60.0):
+    def __init__(self, folder: str | Path, patience: float = 600.0):
         self.folder = Path(folder)
         self.patience = patience
         self.stamps = Stamps(self.folder / "stamps")
@@ -66,14 +61,9 @@ class IndexCache:
         """
         path = self.path(description)
         while (arrays := self._read(path, description)) is None:
-            with self._explained(), self._claim(path) as ours:
-                if ours:
-                    # Another may have been ready just before.
-                    if self._read(path, description) is None:
-                        self._write(path, description, build())
-                else:
-                    self._wait(path)
-        self._tidy(path)
+            with self._explained(), self._turn(path):
+                if self._read(path, description) is None:  # else another process has built it meanwhile
+                    self._write(path, description, build())
         return arrays
 
     def path(self, description: str) -> Path:
@@ -95,51 +85,15 @@ class IndexCache:
             ) from None
 
     @contextmanager
-    def _claim(self, path: Path) -> Iterator[bool]:
-        """Whether the right to build was free, which is then held with signs of life until the block ends."""
-        claim = _claim_path(path)
-        if not create(claim, f"{socket.gethostname()} {os.getpid()}"):
-            yield False
-            return
-        finished = threading.Event()
-        signs = threading.Thread(target=_show_life, args=(claim, finished), daemon=True)
-        signs.start()
+    def _turn(self, path: Path) -> Iterator[None]:
+        """Wait for whoever builds the same, and keep others waiting; without an end of patience, build all the same."""
+        lock = FileLock(f"{path}.lock")
+        with suppress(Timeout):
+            lock.acquire(timeout=self.patience)
         try:
-            yield True
+            yield
         finally:
-            finished.set()
-            signs.join()
-            claim.unlink(missing_ok=True)
-
-    def _wait(self, path: Path) -> None:
-        """Until the claim is given back, or its process is gone, in which case the claim goes too.
-
-        Whether a sign is new is seen by its change, as clocks of nodes differ.
-        """
-        claim = _claim_path(path)
-        last, since = None, time.monotonic()
-        while True:
-            try:
-                sign = claim.stat().st_mtime_ns
-                holder = claim.read_text()
-            except FileNotFoundError:
-                return
-            if sign != last:
-                last, since = sign, time.monotonic()
-            if _is_gone(holder) or time.monotonic() - since > self.patience:
-                # If two see it and the second removes the claim of the first, both build the same file.
-                claim.unlink(missing_ok=True)
-                return
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-    def _tidy(self, path: Path) -> None:
-        """Remove the claim of a process that was killed between the last two steps, on which nobody waits any more."""
-        claim = _claim_path(path)
-        try:
-            if _is_gone(claim.read_text()):
-                claim.unlink(missing_ok=True)
-        except OSError:
-            pass  # there is none, or the folder is only for reading
+            lock.release()
 
     def _write(self, path: Path, description: str, arrays: Sequence[np.ndarray]) -> None:
         for left_over in self.folder.glob(f"{path.name}.*.partial"):
@@ -197,29 +151,3 @@ def _is_sound(content: mmap.mmap) -> bool:
         return False
     magic, checksum = HEADER.unpack_from(content)
     return magic == MAGIC and zlib.crc32(memoryview(content)[HEADER.size :]) == checksum
-
-
-def _claim_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.claim")
-
-
-def _show_life(claim: Path, finished: threading.Event) -> None:
-    while not finished.wait(SECONDS_BETWEEN_SIGNS):
-        try:
-            os.utime(claim)
-        except OSError:
-            return  # taken away by a process that waited too long; it builds the same
-
-
-def _is_gone(holder: str) -> bool:
-    """Whether a claim's process was on this machine and is no more. One that cannot be told is not gone."""
-    host, _, number = holder.partition(" ")
-    if host != socket.gethostname() or not number.isdigit():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        pass
-    return False

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import decoders, normalizers
 
 from megatron_ponder.base.errors import UserError
@@ -13,10 +13,8 @@ from megatron_ponder.base.files import write_atomically
 from megatron_ponder.checkpoint.store import copy_tokenizer
 from megatron_ponder.data.tokenizer import SPACE_SYMBOL, Tokenizer, load_tokenizer
 
-# Types of pieces, and of the model, in SentencePiece's own numbering.
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-_KNOWN_TYPES = (_NORMAL, _UNKNOWN, _CONTROL, _BYTE)
-_BPE = 2
+Piece = ModelProto.SentencePiece
+_KNOWN_TYPES = (Piece.NORMAL, Piece.UNKNOWN, Piece.CONTROL, Piece.BYTE)
 # Names that padding has in tokenizers with a piece for it.
 _PADDING = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
@@ -75,16 +73,15 @@ def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     Raises:
         UserError: for a unigram model, or one that changes the text before it encodes it.
     """
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(path.read_bytes())
+    model = ModelProto.FromString(path.read_bytes())
     training, normalizer = model.trainer_spec, model.normalizer_spec
     # Pieces with the space itself, so that it and the symbol differ in text, as in our own use of SentencePiece.
     pieces = {
-        piece.piece.replace(SPACE_SYMBOL, " ") if piece.type == _NORMAL else piece.piece: piece
+        piece.piece.replace(SPACE_SYMBOL, " ") if piece.type == Piece.NORMAL else piece.piece: piece
         for piece in model.pieces
     }
     if (
-        training.model_type != _BPE
+        training.model_type != TrainerSpec.BPE
         or normalizer.precompiled_charsmap
         or normalizer.remove_extra_whitespaces
         or any(piece.type not in _KNOWN_TYPES for piece in model.pieces)
@@ -93,14 +90,14 @@ def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
             f"{path} is no plain byte-pair model that leaves the text as it is, which alone can be converted exactly; "
             "put its tokenizer.json beside it"
         )
-    normal = {name: piece.score for name, piece in pieces.items() if piece.type == _NORMAL}
+    normal = {name: piece.score for name, piece in pieces.items() if piece.type == Piece.NORMAL}
     merges = [
         (name[:cut], name[cut:])
         for name in sorted(normal, key=normal.__getitem__, reverse=True)
         for cut in range(1, len(name))
         if name[:cut] in normal and name[cut:] in normal
     ]
-    special = [name for name, piece in pieces.items() if piece.type in (_UNKNOWN, _CONTROL)]
+    special = [name for name, piece in pieces.items() if piece.type in (Piece.UNKNOWN, Piece.CONTROL)]
     bpe = tokenizers.models.BPE(
         {name: index for index, name in enumerate(pieces)},
         merges,

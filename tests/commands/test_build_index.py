@@ -37,7 +37,7 @@ def build(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.glob("*.index")}
 
 
 def test_the_tool_builds_what_a_run_reads(prefix, tmp_path):
@@ -76,7 +76,7 @@ def test_kill_9_at_any_moment_leaves_nothing_that_the_next_build_would_believe(p
     killed = 0
     for moment in range(4):
         process = subprocess.Popen(command(prefix, *options, "--data.cache_path", cache), stdout=subprocess.PIPE)
-        while not (cache.exists() and list(cache.glob("*.claim"))) and process.poll() is None:
+        while not (cache.exists() and list(cache.glob("*.lock"))) and process.poll() is None:
             time.sleep(0.001)
         time.sleep(0.03 * moment)
         process.send_signal(signal.SIGKILL)

@@ -3,17 +3,17 @@
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.data import index_cache, stamps
+from megatron_ponder.data import stamps
 from megatron_ponder.data.index_cache import IndexCache
 
 ARRAYS = [np.arange(1000, dtype=np.int32), np.arange(60).reshape(30, 2), np.zeros(0, np.int64)]
@@ -38,7 +38,7 @@ def test_arrays_come_back_mapped_and_are_built_once(tmp_path):
     assert_arrays(IndexCache(cache.folder).load("a", unneeded))
     (other,) = cache.load("b", lambda: [np.ones(3)])
     assert other.tolist() == [1, 1, 1]
-    assert {path.suffix for path in cache.folder.iterdir()} == {".index"}
+    assert {path.suffix for path in cache.folder.iterdir()} == {".index", ".lock"}
 
 
 def test_every_damaged_region_is_noticed_and_built_again(tmp_path):
@@ -84,7 +84,7 @@ def test_many_processes_at_once_build_once(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 8
     assert counts.value == 1
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.index"))) == 1
 
 
 BUILD_FOREVER = """
@@ -111,53 +111,38 @@ def test_kill_9_during_a_build_is_made_good_by_those_who_wait(tmp_path):
     waiting.join(30)
     assert waiting.exitcode == 0 and counts.value == 1
     assert_arrays(IndexCache(tmp_path).load("a", unneeded))
-    assert len(list(tmp_path.iterdir())) == 1, "neither the claim nor what was written aside is left"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".index", ".lock"}, "what was written aside is gone"
 
 
-def test_the_claim_of_a_builder_killed_when_all_was_done_goes_too(tmp_path):
+def test_a_lock_that_a_process_has_left_is_nobodys(tmp_path):
     cache = IndexCache(tmp_path)
-    cache.load("a", lambda: ARRAYS)
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    claim = tmp_path / f"{cache.path('a').name}.claim"
-    claim.write_text(f"{socket.gethostname()} {gone.stdout.strip()}")
-    assert_arrays(cache.load("a", unneeded))
-    assert not claim.exists()
-
-
-@pytest.mark.parametrize("holder", ["another-node 1", f"{socket.gethostname()} 1", ""])
-def test_a_claim_without_signs_of_life_counts_for_a_while_only(tmp_path, holder):
-    """The process cannot be seen from here, or is another one by now, or died before it wrote who it was."""
-    cache = IndexCache(tmp_path, patience=0.5)
-    claim = tmp_path / f"{cache.path('a').name}.claim"
-    claim.write_text(holder)
-    started = time.monotonic()
+    Path(f"{cache.path('a')}.lock").touch()
     assert_arrays(cache.load("a", lambda: ARRAYS))
-    assert 0.5 < time.monotonic() - started < 10
-    assert not claim.exists()
 
 
-def build_slowly(folder):
-    IndexCache(folder).load("a", lambda: (time.sleep(1.5), ARRAYS)[1])
+def hold(folder, seconds):
+    IndexCache(folder).load("a", lambda: (time.sleep(seconds), ARRAYS)[1])
 
 
-def test_a_slow_builder_that_lives_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_cache, "SECONDS_BETWEEN_SIGNS", 0.1)
-    process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(tmp_path,))
+@pytest.mark.parametrize(("patience", "built"), [(30, 0), (0.5, 1)])
+def test_a_slow_builder_is_waited_for_while_patience_lasts(tmp_path, patience, built):
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, 3))
     process.start()
-    cache = IndexCache(tmp_path, patience=0.7)
-    claim = tmp_path / f"{cache.path('a').name}.claim"
-    while not claim.exists():
+    cache, builds = IndexCache(tmp_path, patience=patience), []
+    while not Path(f"{cache.path('a')}.lock").exists():
         time.sleep(0.01)
-    assert_arrays(cache.load("a", unneeded))
+    time.sleep(0.1)  # between the making of the file and its lock
+    assert_arrays(cache.load("a", lambda: builds.append(1) or ARRAYS))
+    assert len(builds) == built
     process.join()
 
 
-def test_a_builder_that_fails_gives_its_claim_back(tmp_path):
+def test_a_builder_that_fails_gives_its_lock_back(tmp_path):
     cache = IndexCache(tmp_path)
     with pytest.raises(ZeroDivisionError):
         cache.load("a", lambda: 1 / 0)
-    assert list(tmp_path.iterdir()) == []
-    assert_arrays(cache.load("a", lambda: ARRAYS))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
+    assert_arrays(IndexCache(tmp_path).load("a", lambda: ARRAYS))
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
