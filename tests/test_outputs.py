@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.base.claims import Claim
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.base.files import check_output, check_writable, create, replacing, write_atomically
+from megatron_ponder.base.files import check_output, check_writable, replacing, write_atomically
 from megatron_ponder.checkpoint.manifest import Manifest, write_manifest
 from megatron_ponder.checkpoint.store import point_latest, write_weights_checkpoint
 from megatron_ponder.config import LoggingConfig
@@ -64,7 +65,7 @@ def open_metrics(folder: Path) -> None:
 WRITERS: list[Callable[[Path], object]] = [
     lambda folder: write_atomically(folder / "a", "content"),
     write_with_library,
-    lambda folder: create(folder / "claim", "content") or write_atomically(folder / "claim", "content"),
+    lambda folder: Claim(folder / "claim", "the folder", "choose another").take(),
     lambda folder: write_rows([{"a": 1, "b": 2}], folder / "a.csv"),
     write_figures,
     write_training_plot,
