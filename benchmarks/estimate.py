@@ -29,7 +29,7 @@ from megatron_ponder.base.launch import discover
 from megatron_ponder.cluster.hardware import Cluster
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.step_time import step_time
-from megatron_ponder.model.cpu_attention import BLOCK, causal_attention
+from megatron_ponder.kernels.attention import Call, attend, choose
 from megatron_ponder.parallel.process_group import process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
@@ -107,8 +107,8 @@ def measure_machine(length: int, together: bool) -> Machine:
     x, up, down = torch.randn(slots, HIDDEN), torch.randn(HIDDEN, FFN), torch.randn(FFN, HIDDEN)
     product = seconds(lambda: [(x @ up) @ down for _ in range(20)]) / 20
     q, k, v = (torch.randn(1, slots, HEADS, HIDDEN // HEADS, requires_grad=True) for _ in range(3))
-    attended = seconds(lambda: causal_attention(q, k, v, 0.1).sum().backward())
-    pairs = slots * (slots + min(BLOCK, slots)) / 2
+    attended = seconds(lambda: attend(q, k, v, 0.1, None, causal=True).sum().backward())
+    pairs = choose(Call("cpu", q.dtype)).pairs(slots)
     a, b, out = torch.randn(slots, HIDDEN), torch.randn(slots, HIDDEN), torch.empty(slots, HIDDEN)
     added = seconds(lambda: [torch.add(a, b, out=out) for _ in range(50)]) / 50
     link, latency = float("inf"), 0.0

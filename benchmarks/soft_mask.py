@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_ponder.model.attention import FOLDED_CHANNELS, attend, key_channels, query_channels
+from megatron_ponder.kernels.attention import FOLDED_CHANNELS, attend, key_channels, query_channels
 from megatron_ponder.model.rope import Rotation, rotate, rotation
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 

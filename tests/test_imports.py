@@ -16,6 +16,7 @@ FLOORS = [
     "config",
     "cluster",
     "parallel",
+    "kernels",
     "model",
     "data",
     "checkpoint",

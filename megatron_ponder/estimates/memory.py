@@ -11,9 +11,8 @@ import torch
 
 from megatron_ponder.checkpoint.optimizer_state import MOMENTS, WEIGHT_BYTES
 from megatron_ponder.estimates.rank import FP32, Rank, rank_parameters, vocabulary_parameters
-from megatron_ponder.model.attention import FOLDED_CHANNELS
+from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 from megatron_ponder.model.baselines import CANDIDATES
-from megatron_ponder.model.cpu_attention import BLOCK
 from megatron_ponder.model.passes import Shape
 from megatron_ponder.parallel.pipeline import packed_size
 
@@ -138,20 +137,16 @@ def _packed_bytes(rank: Rank, shapes: tuple[Shape, Shape | None]) -> int:
 def attention_bytes(rank: Rank, p: Pass, kept: int) -> float:
     """q, k, v and what the kernel and the output projection need.
 
-    T b (q + k + v) for the kernel that computes in blocks of queries; others keep their output as well, and a mask if
-    there is one. The projection keeps its input, kept H/t b, which is the kernel's output unless channels or slots are
-    cut from it. With sequence parallelism T H b, the gathered input.
+    T b (q + k + v + output), one statistic a query and head, and a mask if there is one. The projection keeps its
+    input, kept H/t b, which is the kernel's output unless channels or slots are cut from it. With sequence parallelism
+    T H b, the gathered input.
     """
     model, t, b = rank.config.model, rank.config.parallel.tensor, rank.width
     query, key = _head_channels(rank, p)
-    masked, grouped = rank.config.data.reset_at_eod, model.num_kv_heads < model.num_heads
-    blocks = rank.device == "cpu" and b == FP32 and not masked and not grouped
-    size = p.slots * b * (query + 2 * key)
-    if not blocks:
-        size += p.slots * (b * query + FP32 * model.num_heads // t)
-    if blocks or p.folded or kept < p.slots:
+    size = p.slots * (b * 2 * (query + key) + FP32 * model.num_heads // t)
+    if p.folded or kept < p.slots:
         size += kept * b * model.hidden_size // t
-    if masked:
+    if rank.config.data.reset_at_eod:
         size += b * p.slots**2 / rank.config.training.micro_batch_size
     return size + (p.slots * b * model.hidden_size if rank.config.parallel.sequence_parallel else 0)
 
@@ -250,18 +245,14 @@ def workspace_bytes(rank: Rank, p: Pass) -> float:
     """The backward pass of one block: two gradients of the stream, 2 T H b, and the largest of three moments.
 
     Feed-forward: 4 T F/t b (product, its gradient, those of gate and up) or 2 T F/t b. Attention: gradients of its
-    output, q, k and v, and three blocks of probabilities where it computes in blocks. RMSNorm: in bf16 four fp32
-    tensors of the stream. When the last two begin, what feed-forward kept is gone. What is recomputed exists again,
-    the outputs of its norms included.
+    output, q, k and v. RMSNorm: in bf16 four fp32 tensors of the stream. When the last two begin, what feed-forward
+    kept is gone. What is recomputed exists again, the outputs of its norms included.
     """
     model, t, b = rank.config.model, rank.config.parallel.tensor, rank.width
     query, key = _head_channels(rank, p)
     llama, slots, stream = model.family == "llama", p.slots, rank.residual(p.slots) * model.hidden_size
     feed_forward = (4 if llama else 2) * slots * b * model.ffn_hidden_size // t
     attention = slots * b * 2 * (query + key)
-    if rank.device == "cpu" and b == FP32:
-        per_sequence = slots // rank.config.training.micro_batch_size
-        attention += 3 * slots * b * model.num_heads // t * min(BLOCK, per_sequence)
     if p.recompute == "attention":
         attention += attention_bytes(rank, p, slots) + stream * b
     later = max(attention, 4 * FP32 * stream if llama and b < FP32 else 0) - feed_forward_bytes(rank, p, slots)

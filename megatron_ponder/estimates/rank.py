@@ -6,7 +6,10 @@ Symbols: H hidden size, F feed-forward width, t tensor ranks, D data-parallel ra
 import math
 from dataclasses import dataclass
 
+import torch
+
 from megatron_ponder.config import Config, micro_batches, stage_layers
+from megatron_ponder.kernels.attention import Call, Kernel, choose
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.passes import Passes, Sizes
 
@@ -48,6 +51,13 @@ class Rank:
     def width(self) -> int:
         """b."""
         return 2 if self.config.training.precision == "bf16" else FP32
+
+    @property
+    def attention(self) -> Kernel:
+        """The kernel that its attention takes."""
+        model, dtype = self.config.model, torch.bfloat16 if self.width < FP32 else torch.float32
+        grouped = model.num_kv_heads < model.num_heads
+        return choose(Call(self.device, dtype, grouped, self.config.data.reset_at_eod))
 
     @property
     def chain(self) -> Passes:

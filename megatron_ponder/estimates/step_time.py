@@ -17,8 +17,7 @@ from megatron_ponder.config import Config, stage_layers
 from megatron_ponder.estimates.communication import FP32, Formula, Term, mesh_on_paper, parameter_sizes
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD, slots_of_passes, training_flops
 from megatron_ponder.estimates.rank import Rank, vocabulary_parameters
-from megatron_ponder.model.attention import FOLDED_CHANNELS
-from megatron_ponder.model.cpu_attention import BLOCK
+from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 
 PARTS = ("matrices", "attention", "element-wise", "gradient sums", "collectives", "bubble", "reduction", "optimiser")
 # The kernels' backward pass computes probabilities anew and then four products, after two in the forward pass.
@@ -168,15 +167,14 @@ class RankStep:
     def attention(self, run: int, folded: bool) -> Work:
         """Everything of a block up to the output projection, forward.
 
-        Products with 2 T (H² + 2 H kv)/t operations, attention with 4 H/t for each query and key that it may see (on
-        CPUs for whole blocks of queries), the norm (T 2 H b), rotations of q and k (T 2 (H + kv)/t b).
+        Products with 2 T (H² + 2 H kv)/t operations, attention with 4 H/t for each query and key that it may see (whole
+        blocks of keys), the norm (T 2 H b), rotations of q and k (T 2 (H + kv)/t b).
         """
         model, rank, b = self.rank.config.model, self.rank, self.rank.width
         batch, hidden = rank.config.training.micro_batch_size, model.hidden_size
         own, _, kv = self._sharded
         rows = batch * run
-        block = min(BLOCK, run) if rank.device == "cpu" and b == FP32 else 1
-        pairs = batch * run * (run + block) / 2
+        pairs = batch * rank.attention.pairs(run)
         channels = (model.head_size + FOLDED_CHANNELS) / model.head_size if folded else 1.0
         return Work(
             self.product(rows, hidden, own) + 2 * self.product(rows, hidden, kv),

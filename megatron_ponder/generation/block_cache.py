@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.generation.forward import Forward
-from megatron_ponder.model.attention import DEAD, FOLDED_CHANNELS, attend, key_channels
+from megatron_ponder.kernels.attention import DEAD, FOLDED_CHANNELS, attend, key_channels
 from megatron_ponder.parallel.mesh import Axis
 
 BLOCK = 32

@@ -1,30 +1,19 @@
-"""Causal self-attention in which a key may carry a weight: log w is added to its logit for every query.
-
-The bias depends on the key alone, so one more channel makes it exact with any causal kernel:
-q' = [q, c] and k' = [k, log w · √d / c] give q'·k'/√d = q·k/√d + log w. No T × T mask exists, in training or in the
-key-value cache, and the gradient of log w comes from the kernel's gradient of k'.
-"""
+"""Causal self-attention in which a key may carry a weight: log w is added to its logit for every query."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
-from megatron_ponder.model.cpu_attention import causal_attention
+from megatron_ponder.kernels.attention import FOLDED_CHANNELS, attend, folded_channels
 from megatron_ponder.model.rope import Rotation, rotate
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import enter
 from megatron_ponder.parallel.sharding import ShardedModule, normal
-
-# Kernels want head sizes in multiples of 8, so folding costs eight channels of which it uses one or two.
-FOLDED_CHANNELS = 8
-# A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
-DEAD = -1e4
 
 
 class LayerCache(Protocol):
@@ -65,65 +54,6 @@ class Slots(NamedTuple):
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
         return x if self.kept == slice(None) else x.unflatten(1, (tokens, -1))[:, :, self.kept].flatten(1, 2)
-
-
-def query_channels(q: Tensor, head_size: int) -> Tensor:
-    """The constant channels of folded queries, (1, 1, FOLDED_CHANNELS), in the type of q.
-
-    The constant is the power of two nearest √d, which every floating-point type holds exactly.
-    """
-    channels = q.new_zeros(1, 1, FOLDED_CHANNELS)
-    channels[..., :2] = _constant(head_size)
-    return channels
-
-
-def key_channels(log_w_BT: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
-    """The channels that carry log w in folded keys, (B, T, FOLDED_CHANNELS): its value, and what rounding it lost.
-
-    In bf16 the first alone would keep 8 bits of log w; in fp32 and fp64 the second is zero.
-    """
-    scaled = log_w_BT * (math.sqrt(head_size) / _constant(head_size))
-    high = scaled.to(dtype)
-    low = (scaled - high.to(scaled.dtype)).to(dtype)
-    return F.pad(torch.stack([high, low], -1), (0, FOLDED_CHANNELS - 2))
-
-
-def folded_channels(log_w_BT: Tensor, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The channels of queries and of keys, in the type of `like`."""
-    return query_channels(like, head_size), key_channels(log_w_BT, head_size, like.dtype)
-
-
-def _constant(head_size: int) -> float:
-    return 2.0 ** round(math.log2(math.sqrt(head_size)))
-
-
-def attend(q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
-    """Scaled dot-product attention; every call of attention goes through here and is given the kernel that suits it.
-
-    Args:
-        q_BTND: queries of N heads.
-        k_BSMD, v_BSMD: keys and values of M heads; M divides N.
-        scale: factor on the logits.
-        mask: bool (B, 1, T, S), true where a query may look; None for no mask but the causal one.
-        causal: mask the future; only with mask None and T = S.
-
-    Returns:
-        (B, T, N, D).
-    """
-    grouped = q_BTND.shape[2] != k_BSMD.shape[2]
-    plain = causal and mask is None and not grouped
-    if plain and q_BTND.device.type == "cpu" and q_BTND.dtype != torch.bfloat16 and torch.is_grad_enabled():
-        return causal_attention(q_BTND, k_BSMD, v_BSMD, scale)
-    out = F.scaled_dot_product_attention(
-        q_BTND.transpose(1, 2),
-        k_BSMD.transpose(1, 2),
-        v_BSMD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=scale,
-        enable_gqa=grouped,
-    )
-    return out.transpose(1, 2)
 
 
 class Attention(ShardedModule):

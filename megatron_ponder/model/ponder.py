@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig, PonderConfig
-from megatron_ponder.model.attention import LayerCache, Slots, folded_channels
+from megatron_ponder.kernels.attention import folded_channels
+from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.baselines import PauseEmbedding
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.passes import Interleaving, PassResult, PassState, Sizes, State, Stream, interleaving

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import ModelConfig, PonderConfig
-from megatron_ponder.model.attention import DEAD
+from megatron_ponder.kernels.attention import DEAD
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import on_residual
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, normal

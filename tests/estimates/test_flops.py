@@ -1,10 +1,10 @@
 """Counted operations against PyTorch's own count of what really runs."""
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ponder.estimates.flops import block_flops, forward_flops, head_flops, slots_of_passes, training_flops
-from megatron_ponder.model.cpu_attention import BLOCK
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.training.objective import Objective
 from tests.models import random_tokens, small_config, small_model
@@ -43,7 +43,7 @@ def counted(overrides: dict) -> tuple[float, float]:
     model = small_model(**settings)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Modules()
-    with counter:
+    with counter, sdpa_kernel(SDPBackend.MATH):  # of PyTorch's fused kernels on a CPU nothing is counted
         loss, _ = Objective(model)(random_tokens(BATCH, LENGTH + 1), R, model.pruning(hard=False))
         loss.backward()
     by_operation = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
@@ -71,13 +71,12 @@ def test_products_with_weights_are_those_that_run(overrides):
 def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
     config = small_config(data__sequence_length=LENGTH, ponder__mode=mode)
     slots = slots_of_passes(config, R)
-    assert max(run for run, _ in slots) <= BLOCK  # one block of queries against all keys: whole squares
     expected = 0.0
     for index, ((run, _), flops) in enumerate(zip(slots, forward_flops(config, R), strict=True)):
         square = flops.attention * 2 * run / (run + 1)
         head = config.model.head_size
         folded = (head + 8) / head if mode == "adaptive" and index > 0 else 1
-        expected += 7 / 2 * square * folded  # of 2 products forward; 4 backward, and the probabilities anew
+        expected += 6 / 2 * square * folded  # of 2 products forward; 4 backward
     if mode == "adaptive":
         expected += 3 * 2 * LENGTH * config.model.hidden_size * (config.ponder.max_steps + 1)
     _, stacks = counted({"ponder__mode": mode})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ponder.model.attention import DEAD
+from megatron_ponder.kernels.attention import DEAD
 from megatron_ponder.model.router import fusion_weights
 
 CANDIDATES = 100

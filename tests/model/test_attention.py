@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
-from megatron_ponder.model.attention import DEAD, FOLDED_CHANNELS, Attention, Slots, key_channels, query_channels
+from megatron_ponder.kernels.attention import DEAD, FOLDED_CHANNELS, key_channels, query_channels
+from megatron_ponder.model.attention import Attention, Slots
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Pruning, route
 from megatron_ponder.parallel.mesh import Axis

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.model.attention import DEAD, Slots
+from megatron_ponder.kernels.attention import DEAD
+from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.passes import PassState, interleaving, pass_slots
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import declarations

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig, PonderConfig
-from megatron_ponder.model.attention import DEAD
+from megatron_ponder.kernels.attention import DEAD
 from megatron_ponder.model.router import Pruning, Router, fusion_weights, key_log_weights, route
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import initialize
