@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 # Inputs other than text and JSON Lines: Parquet, saved datasets, .zst.
 DATA = ["pyarrow>=23,<27", "datasets>=5.0,<6", "zstandard>=0.23,<0.26"]
 
-# The server of tools/serve.py.
+# The server of ponder serve.
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "prometheus-client>=0.22,<1", "pydantic>=2.10,<3"]
 
 # Fine-tuning of exports, by transformers' Trainer and with low-rank adapters.

@@ -109,6 +109,7 @@ def runner(folder: Path) -> Run:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     search = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PATH": path, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment["BASH_FUNC_ponder%%"] = '() { python -m megatron_ponder "$@"; }'  # this package's, installed or not
 
     def run(words: list[str], given: str | None) -> str:
         done = subprocess.run(

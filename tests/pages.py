@@ -64,7 +64,7 @@ def commands(page: Path) -> list[tuple[int, str, str]]:
 
 
 def calls(program: str, pages: tuple[Path, ...] = PAGES) -> list[Call]:
-    """Every start of a program on pages, such as of `python tools/submit.py`."""
+    """Every start of a program on pages, such as of `ponder submit`."""
     begun, found = program.split(), []
     for page in pages:
         for line, command, answer in commands(page):

@@ -9,15 +9,17 @@ import yaml
 
 from docs.refresh import drawn, exchanges, link_repository, pages, refreshed, runner, scripts, shortened
 from megatron_ponder import __version__
+from megatron_ponder.commands.ponder import COMMANDS
 from tests.finished_runs import REPOSITORY, finished_runs
+from tests.pages import calls
 
 EVERY_PAGE = [*pages(), *sorted((REPOSITORY / "examples").rglob("*.md")), *REPOSITORY.glob("CHANGELOG.md")]
 # Options that make a command of a page take seconds on a tiny model.
 SMALLER = {
-    "pretrain_ponder.py --config examples/quickstart/adaptive.yaml\n": " --training.steps 4 --training.eval_interval 2"
+    "ponder train --config examples/quickstart/adaptive.yaml\n": " --training.steps 4 --training.eval_interval 2"
     " --checkpoint.interval 2 --logging.interval 1 --training.run_dir runs/anew --model.hidden_size 16"
     " --model.ffn_hidden_size 32 --model.num_layers 1 --data.sequence_length 16 --training.eval_samples 2",
-    "tools/train_tokenizer.py ": " --sample-bytes 400000",
+    "ponder train-tokenizer ": " --sample-bytes 400000",
     "--tasks ": " --limit 2",
 }
 QUICK = ("README", "configuration")
@@ -68,6 +70,13 @@ def test_every_page_is_in_the_list_of_the_readme():
     listed = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Documentation")[1]
     for page in (REPOSITORY / "docs").glob("*.md"):
         assert f"](docs/{page.name})" in listed
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_commands_that_a_page_names_are_there(page):
+    named = {call.words[0] for call in calls("ponder", (page,))}
+    named |= set(re.findall(r"`ponder ([a-z][\w-]*)", page.read_text(encoding="utf-8")))
+    assert named <= {*COMMANDS, "COMMAND", "--help", "--version"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/development.md"])

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         for run in runs:
             read_config(run.arguments)  # refuses what is wrong
-            print(shlex.join(["python", "pretrain_ponder.py", *run.arguments]))
+            print(shlex.join(["ponder", "train", *run.arguments]))
         return
     prepare_data(arguments.size, data)
     train(runs, arguments.jobs)

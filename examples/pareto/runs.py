@@ -32,7 +32,7 @@ class Run:
     Attributes:
         variant: what it shows, a name of `variants.yaml`.
         seed: of weights and data order.
-        arguments: of `pretrain_ponder.py`.
+        arguments: of `ponder train`.
         folder: of the run.
     """
 
@@ -79,18 +79,18 @@ def prepare_data(size: str, folder: Path) -> None:
     text = str(folder / "corpus.jsonl")
     _command("examples/quickstart/make_corpus.py", "--output", text, *CORPUS[size])
     tokenizer = ("--output-prefix", str(folder / "tokenizer"), "--vocab-size", str(VOCABULARY[size]))
-    _command("tools/train_tokenizer.py", "--input", text, *tokenizer)
+    _command("-m", "megatron_ponder", "train-tokenizer", "--input", text, *tokenizer)
     _preprocess(Path(text), folder / "tokenizer.model", folder)
 
 
 def _preprocess(text: Path, tokenizer: Path, folder: Path) -> None:
     words = ("--input", str(text), "--output-prefix", str(folder / "corpus"), "--tokenizer", str(tokenizer))
-    _command("tools/preprocess_data.py", *words, "--append-eod")
+    _command("-m", "megatron_ponder", "preprocess", *words, "--append-eod")
 
 
-def _command(script: str, *arguments: str) -> None:
-    if subprocess.run([sys.executable, str(REPOSITORY / script), *arguments], cwd=REPOSITORY, check=False).returncode:
-        raise UserError(f"{script} {' '.join(arguments)} failed; see above")
+def _command(*words: str) -> None:
+    if subprocess.run([sys.executable, *words], cwd=REPOSITORY, check=False).returncode:
+        raise UserError(f"python {' '.join(words)} failed; see above")
 
 
 def train(runs: Sequence[Run], jobs: int) -> None:
@@ -103,7 +103,7 @@ def train(runs: Sequence[Run], jobs: int) -> None:
     for run in runs:
         if not run.finished:
             run.folder.mkdir(parents=True, exist_ok=True)
-            commands[run.folder] = ("pretrain_ponder.py", *run.arguments)
+            commands[run.folder] = ("train", *run.arguments)
     _run_all(commands, jobs, "training")
 
 
@@ -123,12 +123,12 @@ def analyse(parts: Mapping[Path, Sequence[Run]], data: Path, samples: int, jobs:
         newest = max((run.folder / "checkpoints").stat().st_mtime for run in runs)
         if not done.exists() or done.stat().st_mtime < newest:
             options = ("--output", str(folder), "--samples", str(samples), *depths)
-            commands[folder] = ("tools/analyze_pondering.py", "--checkpoint", *checkpoints, *options)
+            commands[folder] = ("analyze", "--checkpoint", *checkpoints, *options)
     _run_all(commands, jobs, "analysis")
 
 
 def _run_all(commands: Mapping[Path, Sequence[str]], jobs: int, title: str) -> None:
-    """Run scripts of the repository, each with its output in console.log of the folder that it fills."""
+    """Run commands of the package, each with its output in console.log of the folder that it fills."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     failed = []
     with ThreadPoolExecutor(jobs) as pool, Progress(*columns, TimeElapsedColumn()) as progress:
@@ -146,5 +146,5 @@ def _run_all(commands: Mapping[Path, Sequence[str]], jobs: int, title: str) -> N
 def _run(folder: Path, words: Sequence[str]) -> int:
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     with (folder / "console.log").open("a", encoding="utf-8") as log:
-        command = [sys.executable, str(REPOSITORY / words[0]), *words[1:]]
+        command = [sys.executable, "-m", "megatron_ponder", *words]
         return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode

@@ -26,16 +26,17 @@ from megatron_ponder.base.files import make_folder, write_atomically
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = {
-    "text": "examples/quickstart/make_corpus.py --output data/stdlib.jsonl",
-    "tokenizer": "tools/train_tokenizer.py --input data/stdlib.jsonl --output-prefix data/tokenizer --vocab-size 2048",
-    "dataset": "tools/preprocess_data.py --input data/stdlib.jsonl --output-prefix data/stdlib "
+    "text": "python examples/quickstart/make_corpus.py --output data/stdlib.jsonl",
+    "tokenizer": "ponder train-tokenizer --input data/stdlib.jsonl --output-prefix data/tokenizer --vocab-size 2048",
+    "dataset": "ponder preprocess --input data/stdlib.jsonl --output-prefix data/stdlib "
     "--tokenizer data/tokenizer.model --workers 2 --append-eod",
-    "training": "pretrain_ponder.py --config examples/quickstart/adaptive.yaml",
-    "evaluation": "tools/evaluate.py --checkpoint runs/quickstart --samples 16",
-    "generation": "tools/generate.py --checkpoint runs/quickstart --prompt 'def main(argv):' --max-new-tokens 8",
-    "export": "tools/convert_to_hf.py --checkpoint runs/quickstart --output runs/export",
-    "use": "examples/quickstart/use_export.py --model runs/export --prompt 'def main(argv):' --max-new-tokens 8",
+    "training": "ponder train --config examples/quickstart/adaptive.yaml",
+    "evaluation": "ponder evaluate --checkpoint runs/quickstart --samples 16",
+    "generation": "ponder generate --checkpoint runs/quickstart --prompt 'def main(argv):' --max-new-tokens 8",
+    "export": "ponder export-hf --checkpoint runs/quickstart --output runs/export",
+    "use": "python examples/quickstart/use_export.py --model runs/export --prompt 'def main(argv):' --max-new-tokens 8",
 }
+PROGRAMS = {"python": [sys.executable], "ponder": [sys.executable, "-m", "megatron_ponder"]}
 # What these commands write, files and folders, and where it is noted in which state they have left it.
 MADE = (
     "data/stdlib.jsonl", "data/tokenizer.model", "data/tokenizer.vocab", "data/stdlib_text_document.bin",
@@ -107,7 +108,7 @@ class Steps:
 
         Args:
             title: to print above it.
-            line: script and arguments, as they are typed in the repository.
+            line: as it is typed in the repository.
             capture: return what it prints, which otherwise appears as it comes.
 
         Raises:
@@ -115,12 +116,12 @@ class Steps:
         """
         words = [self._found(word) for word in shlex.split(line)]
         self._console.rule(f"[bold]{title}")
-        self._console.print(f"$ python {shlex.join(words)}", style="cyan", markup=False)
+        self._console.print(f"$ {shlex.join(words)}", style="cyan", markup=False)
         begun = time.perf_counter()
         pipe = subprocess.PIPE if capture else None
-        done = subprocess.run([sys.executable, *words], cwd=self._folder, stdout=pipe, text=True, check=False)
+        done = subprocess.run([*PROGRAMS[words[0]], *words[1:]], cwd=self._folder, stdout=pipe, text=True, check=False)
         if done.returncode:
-            raise UserError(f"`python {shlex.join(words)}` failed with exit code {done.returncode}; see above")
+            raise UserError(f"`{shlex.join(words)}` failed with exit code {done.returncode}; see above")
         now = time.perf_counter()
         self._console.print(f"{now - begun:.1f} s, {now - self._started:.1f} s in all", style="dim")
         return done.stdout or ""

@@ -78,7 +78,7 @@ def render(job: Job, cluster: Cluster, arguments: Sequence[str], repository: Pat
         job: what is to run.
         cluster: where.
         arguments: of the job.
-        repository: the folder with `pretrain_ponder.py`, in which the job runs.
+        repository: the folder with `ponder train`, in which the job runs.
         after: number of a job that has to succeed first.
 
     Raises:

@@ -1,7 +1,7 @@
 """Show what models do with their additional steps: figures, tables, a page with shaded text.
 
-    python tools/analyze_pondering.py --checkpoint runs/quickstart --output runs/analysis
-    python tools/analyze_pondering.py --checkpoint runs/vanilla runs/fixed runs/adaptive --output runs/analysis
+    ponder analyze --checkpoint runs/quickstart --output runs/analysis
+    ponder analyze --checkpoint runs/vanilla runs/fixed runs/adaptive --output runs/analysis
 
 All checkpoints are measured on the same tokens, those of the first one's validation split unless others are named. The
 folder then holds index.html with everything inside, a PNG, an SVG and a CSV of every figure, and analysis.json.

@@ -1,8 +1,8 @@
 """Build the index cache of a training run ahead, so that its ranks find the order ready.
 
-    python tools/build_index.py --config FILE.yaml --data.cache_path FOLDER [--section.key value ...]
+    ponder build-index --config FILE.yaml --data.cache_path FOLDER [--section.key value ...]
 
-Takes the arguments of pretrain_ponder.py, and builds every epoch that training.steps read of each dataset. What is
+Takes the arguments of ponder train, and builds every epoch that training.steps read of each dataset. What is
 there already is checked and kept; several of these, or training runs, may be at work at the same time.
 """
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         return
     config = read_config(argv)
     if not config.data.path:
-        raise UserError("data.path is empty; give the prefix that tools/preprocess_data.py wrote (without .bin)")
+        raise UserError("data.path is empty; give the prefix that ponder preprocess wrote (without .bin)")
     if config.data.cache_path is None:
         raise UserError("data.cache_path is not set; add --data.cache_path with the folder that the run will use")
     training = config.training

@@ -1,9 +1,9 @@
 """Estimate memory, time and cost of a training run on a cluster, before there is one.
 
-    python tools/estimate.py --config examples/configs/llama_410m.yaml --gpu H100-SXM --nodes 2 --tokens 30e9
-    python tools/estimate.py --config FILE.yaml --gpu H100-SXM --gpus 64 --search
-    python tools/estimate.py --config FILE.yaml --cluster examples/clusters/h100.yaml --search
-    python tools/estimate.py --config FILE.yaml --nodes 4 --gpus-per-node 8 --memory-gib 80 --tflops 312 \\
+    ponder estimate --config examples/configs/llama_410m.yaml --gpu H100-SXM --nodes 2 --tokens 30e9
+    ponder estimate --config FILE.yaml --gpu H100-SXM --gpus 64 --search
+    ponder estimate --config FILE.yaml --cluster examples/clusters/h100.yaml --search
+    ponder estimate --config FILE.yaml --nodes 4 --gpus-per-node 8 --memory-gib 80 --tflops 312 \\
         --memory-bandwidth 2039 --intra-bandwidth 300 --inter-bandwidth 25 --parallel.tensor 4
 
 Keys of the configuration can be overridden as in training. What does not fit ends with exit code 2 and the nearest

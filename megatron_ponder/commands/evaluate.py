@@ -1,8 +1,8 @@
 """Evaluate a checkpoint on its validation split, a text file, or tasks of lm-evaluation-harness.
 
-    python tools/evaluate.py --checkpoint runs/quickstart
-    python tools/evaluate.py --checkpoint runs/quickstart --text README.md --threshold 0.3
-    python tools/evaluate.py --checkpoint runs/quickstart --tasks stdlib_next_line --tasks-path examples/evaluation
+    ponder evaluate --checkpoint runs/quickstart
+    ponder evaluate --checkpoint runs/quickstart --text README.md --threshold 0.3
+    ponder evaluate --checkpoint runs/quickstart --tasks stdlib_next_line --tasks-path examples/evaluation
 
 Every row says which rule (soft mask or hard pruning) and which evaluation (jacobi(R), or exact, which equals sequential
 decoding) it is about.

@@ -1,7 +1,7 @@
 """Export a checkpoint to a folder that Hugging Face transformers loads.
 
 Example:
-    python tools/convert_to_hf.py --checkpoint runs/tiny --output exported
+    ponder export-hf --checkpoint runs/tiny --output exported
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its latest) or checkpoint folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=get_args(DataType), default="float32", help="of the exported weights")
-    parser.add_argument(
-        "--metrics", type=Path, nargs="+", help="files of tools/evaluate.py --output, for the model card"
-    )
+    parser.add_argument("--metrics", type=Path, nargs="+", help="files of ponder evaluate --output, for the model card")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
     arguments = parser.parse_args(argv)
     folder = resolve_checkpoint(arguments.checkpoint)

@@ -1,9 +1,9 @@
 """Continue prompts with a trained model, showing how many additional steps each token got.
 
-python tools/generate.py --checkpoint runs/quickstart --prompt "def main():" --max-new-tokens 60
-python tools/generate.py --checkpoint runs/quickstart --prompts-file prompts.jsonl --output results.jsonl
-python tools/generate.py --checkpoint runs/quickstart --interactive --temperature 0.8
-torchrun --nproc_per_node 4 tools/generate.py --checkpoint runs/quickstart --tensor 2 --pipeline 2 --prompt "import"
+ponder generate --checkpoint runs/quickstart --prompt "def main():" --max-new-tokens 60
+ponder generate --checkpoint runs/quickstart --prompts-file prompts.jsonl --output results.jsonl
+ponder generate --checkpoint runs/quickstart --interactive --temperature 0.8
+torchrun --nproc_per_node 4 -m megatron_ponder generate --checkpoint runs/quickstart --tensor 2 --pipeline 2
 
 Also under srun and mpirun. Ranks beyond one copy of the model are further copies, which share the prompts.
 """

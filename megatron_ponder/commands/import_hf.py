@@ -4,7 +4,7 @@ Any configuration key may follow as --section.key value; --ponder.embedding_scal
 so that without additional steps it computes what it computed before.
 
 Example:
-    python tools/convert_from_hf.py --model downloaded/pythia-70m --output start --ponder.mode adaptive
+    ponder import-hf --model downloaded/pythia-70m --output start --ponder.mode adaptive
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Show what is inside a checkpoint, and whether it is whole and finite.
 
 Example:
-    python tools/inspect_checkpoint.py --checkpoint runs/tiny
+    ponder inspect-checkpoint --checkpoint runs/tiny
 
 The exit code is 0 if every file is as it was written, nothing is missing and every value is finite, else 2.
 """

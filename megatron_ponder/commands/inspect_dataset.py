@@ -3,7 +3,7 @@
 With --verify, all of it is read and checked.
 
 Example:
-    python tools/inspect_dataset.py data/corpus_text_document --tokenizer data/tokenizer.model --verify
+    ponder inspect-dataset data/corpus_text_document --tokenizer data/tokenizer.model --verify
 """
 
 from collections.abc import Sequence

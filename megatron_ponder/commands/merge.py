@@ -1,7 +1,7 @@
 """Join indexed datasets of the same tokenizer into one, in the order given.
 
 Example:
-    python tools/merge_datasets.py --input data/a_text_document data/b_text_document --output-prefix data/both
+    ponder merge --input data/a_text_document data/b_text_document --output-prefix data/both
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ Started by mpirun, srun or torchrun, the ranks share the work. A run that was in
 shards when started again.
 
 Example:
-    python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
+    ponder preprocess --input corpus/*.jsonl.zst --output-prefix data/corpus \\
         --tokenizer data/tokenizer.model --workers 8 --append-eod
 """
 

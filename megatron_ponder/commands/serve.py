@@ -1,8 +1,8 @@
 """Serve a trained model over HTTP, with OpenAI's completions endpoint.
 
-python tools/serve.py --checkpoint runs/quickstart
-python tools/serve.py --checkpoint runs/quickstart --port 8080 --threshold 0.3 --api-key-file key.txt
-torchrun --nproc_per_node 4 tools/serve.py --checkpoint runs/quickstart --tensor 2 --pipeline 2
+ponder serve --checkpoint runs/quickstart
+ponder serve --checkpoint runs/quickstart --port 8080 --threshold 0.3 --api-key-file key.txt
+torchrun --nproc_per_node 4 -m megatron_ponder serve --checkpoint runs/quickstart --tensor 2 --pipeline 2
 
 Also under srun and mpirun. The key may stand in the environment variable PONDER_API_KEY instead of a file.
 """

@@ -1,8 +1,8 @@
 """Say how runs are doing: step, loss, rate, time left, last checkpoint, restarts.
 
-    python tools/status.py runs/quickstart
-    python tools/status.py runs/* --watch 10
-    python tools/status.py runs/quickstart --json
+    ponder status runs/quickstart
+    ponder status runs/* --watch 10
+    ponder status runs/quickstart --json
 
 Reads run folders and nothing else, so that it works from any machine that sees them, during a run and after it. What
 is no run is left out, with a line on stderr. The exit code is 1 if a run is silent: it should have written something

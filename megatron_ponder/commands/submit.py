@@ -1,8 +1,8 @@
 """Write the script of a SLURM job, show it, and with --submit submit it.
 
-    python tools/submit.py --cluster FILE.yaml train --config FILE.yaml --parallel.tensor 8
-    python tools/submit.py --cluster FILE.yaml --nodes 16 --submit train --config FILE.yaml --parallel.tensor 8
-    python tools/submit.py --cluster FILE.yaml --after 4711 --submit evaluate --checkpoint runs/x
+    ponder submit --cluster FILE.yaml train --config FILE.yaml --parallel.tensor 8
+    ponder submit --cluster FILE.yaml --nodes 16 --submit train --config FILE.yaml --parallel.tensor 8
+    ponder submit --cluster FILE.yaml --after 4711 --submit evaluate --checkpoint runs/x
 
 As with sbatch, options come before the job, and the arguments of the job after it. Jobs: train, train-one-node,
 train-torchrun, seeds, preprocess, generate, evaluate.

@@ -2,7 +2,7 @@
 
 Takes the arguments of torchrun.
 
-    python tools/torchrun.py --nproc_per_node 8 pretrain_ponder.py --config FILE.yaml
+    ponder torchrun --nproc_per_node 8 -m megatron_ponder train --config FILE.yaml
 
 SIGUSR1, SIGTERM and SIGINT are passed on to the ranks, which save and end; the exit code is theirs.
 """

@@ -1,6 +1,6 @@
 """Pretrain a model, in one process or on any number of ranks.
 
-    python pretrain_ponder.py --config FILE.yaml [--section.key value ...]
+    ponder train --config FILE.yaml [--section.key value ...]
 
 The same command runs as one process, under torchrun, srun or mpirun. `--help` lists every key.
 """

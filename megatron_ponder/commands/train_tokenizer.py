@@ -1,7 +1,7 @@
 """Train a SentencePiece tokenizer on text, JSON Lines, Parquet and saved datasets.
 
 Example:
-    python tools/train_tokenizer.py --input corpus/ --output-prefix data/tokenizer --vocab-size 32000
+    ponder train-tokenizer --input corpus/ --output-prefix data/tokenizer --vocab-size 32000
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from megatron_ponder.data.tokenizer_training import train_tokenizer
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("train-tokenizer", __doc__)
-    parser.add_argument("--input", type=expand_user, nargs="+", required=True, help="as of tools/preprocess_data.py")
+    parser.add_argument("--input", type=expand_user, nargs="+", required=True, help="as of ponder preprocess")
     parser.add_argument("--output-prefix", type=expand_user, required=True, help="path of the tokenizer without .model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
     parser.add_argument(

@@ -64,7 +64,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         reason = "it is no JSON"
     except ValueError as error:
         reason = str(error)
-    raise UserError(f"{path} is damaged ({reason}): make the dataset again with tools/preprocess_data.py")
+    raise UserError(f"{path} is damaged ({reason}): make the dataset again with ponder preprocess")
 
 
 def _checked(content: object) -> Manifest:

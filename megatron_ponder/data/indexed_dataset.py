@@ -64,7 +64,7 @@ class IndexedDataset:
             if not path.is_file():
                 raise UserError(
                     f"{path} does not exist: give the path of a dataset without .bin or .idx, "
-                    "or make one with tools/preprocess_data.py"
+                    "or make one with ponder preprocess"
                 )
         self.dtype, num_sequences, num_boundaries = _read_header(idx_path)
         # Samples are read and not mapped, because a file that has become shorter, or a disk that fails, would kill a
@@ -297,4 +297,4 @@ def _state(file: BinaryIO) -> tuple[int, int]:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}: make the dataset again with tools/preprocess_data.py")
+    return UserError(f"{path} {what}: make the dataset again with ponder preprocess")

@@ -124,7 +124,7 @@ class _Careful(Dataset):
             raise UserError(
                 f"sample {first:,} ({self._samples.describe(first)}) has the token id {token}, and the model knows 0 "
                 f"to {self._vocab_size - 1}{f'; so have samples{named[1:]}' if named else ''}: the dataset is damaged; "
-                "look at it with tools/inspect_dataset.py --verify, and make it again"
+                "look at it with ponder inspect-dataset --verify, and make it again"
             )
 
 

@@ -194,7 +194,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path} holds neither tokenizer.model nor tokenizer.json: give another folder or a file")
     if path.exists():
         require_file(path)
-    raise UserError(f"{path} does not exist: give a tokenizer, or make one with tools/train_tokenizer.py")
+    raise UserError(f"{path} does not exist: give a tokenizer, or make one with ponder train-tokenizer")
 
 
 def _printable(text: str) -> str:

@@ -128,7 +128,7 @@ def evaluate_tasks(
 
     config = read_json(folder / "config.json")
     if config.get("model_type") != "ponderlm":
-        raise UserError(f"{folder} is no export of this package; write one with tools/convert_to_hf.py")
+        raise UserError(f"{folder} is no export of this package; write one with ponder export-hf")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer to read tasks with; put its tokenizer.json there")
     model = HFLM(

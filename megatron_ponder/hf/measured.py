@@ -1,4 +1,4 @@
-"""Measured figures for the model card, from the files that `tools/evaluate.py --output` writes."""
+"""Measured figures for the model card, from the files that `ponder evaluate --output` writes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def measured_section(files: Sequence[Path], checkpoint: str) -> str:
     """What was measured, as Markdown.
 
     Args:
-        files: JSON files; what `tools/evaluate.py --output` writes, or an object of names and numbers.
+        files: JSON files; what `ponder evaluate --output` writes, or an object of names and numbers.
         checkpoint: name of the checkpoint that is exported.
 
     Raises:
@@ -42,10 +42,10 @@ def _section(path: Path, checkpoint: str) -> str:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); give the file that tools/evaluate.py --output wrote") from None
+        raise UserError(f"{path} is not JSON ({error}); give the file that ponder evaluate --output wrote") from None
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} must hold a JSON object of measured figures; give the file that tools/evaluate.py --output wrote"
+            f"{path} must hold a JSON object of measured figures; give the file that ponder evaluate --output wrote"
         )
     if "evaluations" not in content and "tasks" not in content:
         return table(["", ""], [[name, str(value)] for name, value in content.items()])
@@ -57,7 +57,7 @@ def _section(path: Path, checkpoint: str) -> str:
         return _evaluation(content) if "evaluations" in content else _tasks(content)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} lacks figures ({type(error).__name__}: {error}); write it again with tools/evaluate.py --output"
+            f"{path} lacks figures ({type(error).__name__}: {error}); write it again with ponder evaluate --output"
         ) from None
 
 

@@ -46,7 +46,7 @@ def check_memory(config: Config, data_size: int, device: torch.device) -> str | 
         return f"{found}: it may end for want of memory"
     error = UserError(
         f"{found}; lower training.micro_batch_size, set training.recompute to block, or use more ranks "
-        "(tools/estimate.py tells what fits); training.allow_memory_overcommit true starts it all the same"
+        "(ponder estimate tells what fits); training.allow_memory_overcommit true starts it all the same"
     )
     error.shared = True
     raise error

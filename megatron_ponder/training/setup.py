@@ -41,7 +41,7 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
         UserError: for a missing or damaged dataset, a tokenizer that is not the dataset's, ids beyond the vocabulary.
     """
     if not config.data.path:
-        raise UserError("data.path is empty; give the prefix that tools/preprocess_data.py wrote (without .bin)")
+        raise UserError("data.path is empty; give the prefix that ponder preprocess wrote (without .bin)")
     tokenizer = load_tokenizer(Path(config.tokenizer.path)) if config.tokenizer.path else None
     mixture = open_mixture(config.data, config.training.seed)
     if "train" not in mixture.samples:

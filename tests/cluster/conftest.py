@@ -51,7 +51,7 @@ def description(tmp_path) -> Cluster:
 
 @pytest.fixture
 def submit(cluster, description, tmp_path):
-    """Submits a job of `tools/submit.py`, without starting that; returns the job's number.
+    """Submits a job of `ponder submit`, without starting that; returns the job's number.
 
     What the cluster is asked for can be changed: `submit("train", *arguments, nodes=1)`.
     """

@@ -136,7 +136,7 @@ def test_a_folder_without_tokenizer_and_data(tool, corpus, tmp_path):
     ("arguments", "problem", "remedy"),
     [
         (["--split", "test"], 'data.split "90,10,0" has no test part', "choose another --split, or --text"),
-        (["--data", "no/such"], "no/such.bin does not exist", "tools/preprocess_data.py"),
+        (["--data", "no/such"], "no/such.bin does not exist", "ponder preprocess"),
         (["--text", "no/such.txt"], "No such file or directory (no/such.txt)", "check the path"),
         (["--samples", "0"], "there is nothing to evaluate", "another split"),
         (["--threshold", "-1"], "threshold -1.0 is not a weight", "choose it between 0"),

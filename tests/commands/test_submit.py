@@ -99,7 +99,7 @@ def test_what_sbatch_says_is_passed_on(command, sbatch, tmp_path):
     assert (code, errors) == (2, "error: sbatch refuses: sbatch: error: invalid partition\n")
 
 
-@pytest.mark.parametrize("call", calls("python tools/submit.py"), ids=str)
+@pytest.mark.parametrize("call", calls("ponder submit"), ids=str)
 def test_what_the_pages_submit_is_accepted_with_the_example_of_a_cluster(command, sbatch, call):
     known = {"$data": "41", "$job": "42", "--submit": None}
     words = [known.get(word, word) for word in call.filled_in()]

@@ -266,7 +266,7 @@ def test_other_data_if_the_user_says_so(run, corpus):
 
 # The documentation
 
-TRAINING = ("pretrain_ponder.py", "examples/single_node/train.sh", "examples/mpi/train.sh")
+TRAINING = ("ponder train", "megatron_ponder train", "examples/single_node/train.sh", "examples/mpi/train.sh")
 
 
 @pytest.mark.parametrize("call", [call for program in TRAINING for call in calls(program)], ids=str)

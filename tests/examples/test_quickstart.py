@@ -75,4 +75,4 @@ def test_its_commands_are_those_of_the_readme():
         (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## The first ten minutes")[1].split("\n## ")[0]
     )
     shown = [shlex.split(line.replace("\\\n", "")) for line, _ in exchanges(section)]
-    assert shown == [["python", *shlex.split(line)] for line in COMMANDS.values()]
+    assert shown == [shlex.split(line) for line in COMMANDS.values()]

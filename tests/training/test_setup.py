@@ -32,13 +32,13 @@ def cut(path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem", "remedy"),
     [
-        (["--data.path="], "data.path is empty", "give the prefix that tools/preprocess_data.py wrote"),
-        (["--data.path=no/such"], "no/such.bin does not exist", "make one with tools/preprocess_data.py"),
+        (["--data.path="], "data.path is empty", "give the prefix that ponder preprocess wrote"),
+        (["--data.path=no/such"], "no/such.bin does not exist", "make one with ponder preprocess"),
         (["--data.sequence_length=999999"], "sequence longer than the data", "set data.sequence_length to at most"),
         (["--data.split=90,1,0"], "leaves no document", "give it a larger weight, or 0 to go without"),
         (["--data.split=0,1,0"], "leaves nothing to train on", "give its first part a weight"),
         (["--data.split=a,b"], 'data.split is "a,b"', 'such as "969,30,1"'),
-        (["--tokenizer.path=no/such.model"], "no/such.model does not exist", "make one with tools/train_tokenizer.py"),
+        (["--tokenizer.path=no/such.model"], "no/such.model does not exist", "make one with ponder train-tokenizer"),
         (["--model.vocab_size=300"], "the tokenizer has 512 tokens", "leave model.vocab_size out"),
         (["--tokenizer.path=", "--model.vocab_size=300"], "token ids up to 511", "model.vocab_size to at least 512"),
         (["--training.global_batch_size=5"], "is not a multiple of", "set training.global_batch_size to 4"),
@@ -75,7 +75,7 @@ def test_a_truncated_dataset(run_arguments, tmp_path, dataset, ending, size, pro
     cut(Path(f"{dataset}.{ending}"), size)
     message = refused([*run_arguments, f"--data.path={dataset}"])
     assert problem in message
-    assert "make the dataset again with tools/preprocess_data.py" in message
+    assert "make the dataset again with ponder preprocess" in message
     assert not (tmp_path / "run").exists()
 
 
