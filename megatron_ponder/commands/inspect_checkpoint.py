@@ -82,7 +82,8 @@ def table_of_checkpoint(found: Inspection) -> Table:
     table.add_row("samples", f"{manifest.samples:,}")
     if config is not None:
         table.add_row("tokens", f"{manifest.samples * config.data.sequence_length:,}")
-        table.add_row("model", f"{config.model.family}, {config.ponder.mode}, {config.ponder.steps} additional steps")
+        steps = f"{config.ponder.mode}, {config.ponder.steps} additional steps"
+        table.add_row("model", f"{config.model.description}, {steps}")
     table.add_row("parameters", f"{found.parameters:,}")
     types = sorted({tensor.dtype for tensor in found.tensors})
     table.add_row("stored as", ", ".join(types))

@@ -6,6 +6,8 @@ Names are written with underscores, lower case and without the section that they
 import difflib
 from collections.abc import Collection
 
+from megatron_ponder.config.families import FAMILIES
+
 NAMES = {
     "model.family": ("model_type", "architectures", "model_name", "architecture"),
     "model.hidden_size": ("n_embd", "d_model", "n_embed", "embed_dim", "dim", "model_dim", "width"),
@@ -31,7 +33,11 @@ NAMES = {
     ),
     "model.rope_theta": ("rotary_base", "rotary_emb_base", "rope_base", "base"),
     "model.rotary_fraction": ("rotary_percent", "rotary_pct", "partial_rotary_factor"),
-    "model.parallel_residual": ("use_parallel_residual", "parallel_attn"),
+    "model.norm": ("normalization", "norm_type", "layernorm_type"),
+    "model.gated_ffn": ("swiglu", "gated_linear_unit", "glu", "gated_mlp"),
+    "model.activation": ("hidden_act", "activation_func", "hidden_activation", "activation_function"),
+    "model.biases": ("attention_bias", "mlp_bias", "add_bias_linear", "disable_bias_linear", "bias"),
+    "model.residual": ("use_parallel_residual", "parallel_residual", "parallel_attn"),
     "model.tie_embeddings": ("tie_word_embeddings", "untie_embeddings_and_output_weights", "share_embeddings"),
     "model.init_std": ("init_method_std", "initializer_range", "initialization_std"),
     "ponder.max_steps": ("num_latent_thoughts", "latent_steps", "ponder_steps", "pondering_steps", "k"),
@@ -143,7 +149,7 @@ VALUES = {
     },
     "model.family": dict.fromkeys(("gpt2", "gpt", "opt", "bloom"), "pythia models are of the family gpt_neox")
     | dict.fromkeys(("gptneox", "gpt-neox", "pythia", "neox"), "write gpt_neox")
-    | dict.fromkeys(("llama2", "llama3", "mistral", "qwen2"), "write llama"),
+    | dict.fromkeys({"llama2", "llama3", "mistral", "qwen2"} - FAMILIES.keys(), "write llama"),
     "ponder.mode": dict.fromkeys(("none", "off", "baseline"), "write vanilla")
     | dict.fromkeys(("router", "ponderlm3", "ponderlm-3"), "write adaptive")
     | dict.fromkeys(("ponderlm2", "ponderlm-2"), "write fixed"),

@@ -13,6 +13,7 @@ from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapp
 from megatron_ponder.config.blends import read_blend, read_phases
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
+from megatron_ponder.config.former_names import current
 from megatron_ponder.config.other_names import VALUES, nearest_key
 from megatron_ponder.config.sections import Config, resolve
 
@@ -84,15 +85,18 @@ def _rewritten(arguments: Sequence[str]) -> list[str]:
         elif name == "config":
             rewritten.append(f"--config={_read_file(user_path(value))}")
         else:
+            name, value = current(name, value)
             _check_key(name, "on the command line")
             rewritten.append(f"--{name}={_option(name, value)}")
     return rewritten
 
 
 def _option(key: str, value: str) -> str:
+    if value is None:
+        return "null"
     _check_value(key, value)
     read = _FORMS[key](key, value) if key in _FORMS else value
-    return value if isinstance(read, str) or read is None else dump_yaml(read)
+    return read if isinstance(read, str) else dump_yaml(read)
 
 
 def _read_file(path: Path) -> str:
@@ -104,12 +108,11 @@ def _read_file(path: Path) -> str:
         if not isinstance(keys, dict):
             _check_section(f"{section}", f"in {path}")
             raise UserError(f"section `{section}` in {path} must hold keys below it")
-        for key, value in keys.items():
-            name = f"{section}.{key}"
+        for key in list(keys):
+            name, value = current(f"{section}.{key}", keys.pop(key))
             _check_key(name, f"in {path}")
             _check_value(name, value)
-            if name in _FORMS:
-                keys[key] = _FORMS[name](name, value)
+            keys[name.partition(".")[2]] = _FORMS[name](name, value) if name in _FORMS else value
     return content_of(content)
 
 

@@ -5,29 +5,34 @@ from dataclasses import MISSING, dataclass, field, replace
 from typing import Literal
 
 from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
+from megatron_ponder.config.families import FAMILIES, Family
 
-Family = Literal["llama", "gpt_neox"]
 Mode = Literal["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer.
+    """The transformer. A feature that is not given is the family's.
 
     Attributes:
-        family: `llama` (RMSNorm, SwiGLU, grouped-query heads) or `gpt_neox` (LayerNorm, GELU, partial rotary, biases).
+        family: name of a set of features: `llama` or `gpt_neox`.
         hidden_size: width H of the residual stream.
         num_layers: number of blocks.
         num_heads: number of query heads; must divide hidden_size.
         num_kv_heads: number of key and value heads; num_heads unless given.
-        ffn_hidden_size: width of the feed-forward layer; 8/3 H rounded up to 16 for llama, 4 H for gpt_neox.
+        ffn_hidden_size: width of the feed-forward layer; 8/3 H rounded up to 16 if it is gated, 4 H if not.
         vocab_size: number of tokens; the tokenizer's unless given.
         max_position_embeddings: longest sequence in tokens that the model is meant for; the training sequence length
             unless given.
+        norm: `rms` (RMSNorm) or `layer` (LayerNorm).
         norm_epsilon: added to the variance in the norms.
+        gated_ffn: the feed-forward layer multiplies what is activated by a second projection, as SwiGLU does.
+        activation: of the feed-forward layer, `silu` or `gelu`, which is the exact one.
+        biases: linear layers that have one: `none` or `all`, output head aside.
         rope_theta: base of the rotary frequencies.
-        rotary_fraction: share of each head's channels that are rotated; 1 for llama, 0.25 for gpt_neox.
-        parallel_residual: gpt_neox only: attention and feed-forward read the same input.
+        rotary_fraction: share of each head's channels that are rotated.
+        residual: `sequential` (the feed-forward layer reads what attention has changed) or `parallel` (both read the
+            same).
         tie_embeddings: use the input embedding as output head.
         init_std: standard deviation of the initial weights of linear layers.
     """
@@ -40,10 +45,14 @@ class ModelConfig:
     ffn_hidden_size: int | None = number_field(None, 1, 2**22)
     vocab_size: int | None = number_field(None, 2, 2**24)
     max_position_embeddings: int | None = number_field(None, 1, 2**24)
+    norm: Literal["rms", "layer"] | None = None
     norm_epsilon: float = number_field(1e-5, 1e-12, 0.1)
+    gated_ffn: bool | None = None
+    activation: Literal["silu", "gelu"] | None = None
+    biases: Literal["none", "all"] | None = None
     rope_theta: float = number_field(10000.0, 1, 1e12)
     rotary_fraction: float | None = number_field(None, 0, 1, above=True)
-    parallel_residual: bool = True
+    residual: Literal["sequential", "parallel"] | None = None
     tie_embeddings: bool = False
     init_std: float = number_field(0.02, 1e-6, 10)
 
@@ -51,6 +60,36 @@ class ModelConfig:
     def head_size(self) -> int:
         """Channels of one head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def rotated_channels(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def qkv_biases(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return self.biases == "all"
+
+    @property
+    def other_biases(self) -> bool:
+        """Whether all other linear layers of a block have one."""
+        return self.biases == "all"
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of the initial weights of layers whose output is added to the residual stream."""
+        return self.init_std / math.sqrt(2 * self.num_layers)
+
+    @property
+    def description(self) -> str:
+        """The family, and in what the model differs from it."""
+        own = [
+            f"{name} {getattr(self, name)}"
+            for name, usual in FAMILIES[self.family].items()
+            if getattr(self, name) != usual
+        ]
+        return f"{self.family} with {', '.join(own)}" if own else self.family
 
 
 @dataclass(frozen=True)
@@ -353,14 +392,14 @@ class Config:
 def resolve(config: Config) -> Config:
     """Fill in the fields that are derived from others. Idempotent."""
     model, ponder = config.model, config.ponder
-    llama = model.family == "llama"
+    features = {name: usual for name, usual in FAMILIES[model.family].items() if getattr(model, name) is None}
+    model = replace(model, **features)
     if model.ffn_hidden_size is None:
-        ffn = math.ceil(8 * model.hidden_size / 3 / 16) * 16 if llama else 4 * model.hidden_size
+        gated = math.ceil(8 * model.hidden_size / 3 / 16) * 16
+        ffn = gated if model.gated_ffn else 4 * model.hidden_size
         model = replace(model, ffn_hidden_size=ffn)
     if model.num_kv_heads is None:
         model = replace(model, num_kv_heads=model.num_heads)
-    if model.rotary_fraction is None:
-        model = replace(model, rotary_fraction=1.0 if llama else 0.25)
     if model.max_position_embeddings is None:
         model = replace(model, max_position_embeddings=config.data.sequence_length)
     if ponder.embedding_scale is None:

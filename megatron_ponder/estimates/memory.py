@@ -165,7 +165,7 @@ def feed_forward_bytes(rank: Rank, p: Pass, kept: int) -> float:
     """
     model, parallel, b = rank.config.model, rank.config.parallel, rank.width
     llama = model.family == "llama"
-    shared = not llama and model.parallel_residual and kept == p.slots
+    shared = model.residual == "parallel" and kept == p.slots
     size = kept * b * model.ffn_hidden_size // parallel.tensor * (2 if llama else 1)
     size += rank.residual(kept) * _norm_bytes(rank, 0 if shared else 1)
     return size + (kept * b * model.hidden_size if parallel.sequence_parallel else 0)

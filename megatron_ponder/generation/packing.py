@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ponder.model.attention import Attention
-from megatron_ponder.model.block import SwiGLU
+from megatron_ponder.model.block import GatedFeedForward
 from megatron_ponder.parallel.layers import ParallelLinear
 
 # Linear layers that read the same input become one product: which, and the method that returns their outputs.
-TOGETHER = {Attention: (("q_proj", "k_proj", "v_proj"), "project"), SwiGLU: (("gate_proj", "up_proj"), "expand")}
+TOGETHER = {
+    Attention: (("q_proj", "k_proj", "v_proj"), "project"),
+    GatedFeedForward: (GatedFeedForward.INPUTS, "expand"),
+}
 
 
 def packed(module: nn.Module) -> nn.Module:

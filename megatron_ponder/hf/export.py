@@ -116,7 +116,7 @@ def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> Ponder
             "layer_norm_eps": model.norm_epsilon,
             "rotary_pct": model.rotary_fraction,
             "rotary_emb_base": model.rope_theta,
-            "use_parallel_residual": model.parallel_residual,
+            "use_parallel_residual": model.residual == "parallel",
         }
     return PonderLMConfig(
         base_family=model.family,

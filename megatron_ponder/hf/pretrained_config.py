@@ -199,7 +199,7 @@ def _gpt_neox_fields(fields: Fields) -> dict[str, object]:
     return {
         "model.family": "gpt_neox",
         "model.norm_epsilon": fields.number("layer_norm_eps", 1e-5),
-        "model.parallel_residual": fields.flag("use_parallel_residual", True),
+        "model.residual": "parallel" if fields.flag("use_parallel_residual", True) else "sequential",
     }
 
 

@@ -62,14 +62,12 @@ class Attention(ShardedModule):
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__(axis)
         self.head_size = config.head_size
-        self.rotated = int(config.head_size * config.rotary_fraction)
-        bias = config.family == "gpt_neox"
-        initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
-        kv_size = config.num_kv_heads * config.head_size
-        self.q_proj = ColumnParallelLinear(config.hidden_size, config.hidden_size, axis, initial, bias)
-        self.k_proj = ColumnParallelLinear(config.hidden_size, kv_size, axis, initial, bias)
-        self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, axis, initial, bias)
-        self.o_proj = RowParallelLinear(config.hidden_size, config.hidden_size, axis, last, bias)
+        hidden, bias, initial = config.hidden_size, config.qkv_biases, normal(config.init_std)
+        q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        self.q_proj = ColumnParallelLinear(hidden, q_size, axis, initial, bias)
+        self.k_proj = ColumnParallelLinear(hidden, kv_size, axis, initial, bias)
+        self.v_proj = ColumnParallelLinear(hidden, kv_size, axis, initial, bias)
+        self.o_proj = RowParallelLinear(q_size, hidden, axis, normal(config.residual_std), config.other_biases)
 
     def project(self, x_BTH: Tensor) -> Sequence[Tensor]:
         """This rank's queries, keys and values, (B, T, heads · head size) each."""

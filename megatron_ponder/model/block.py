@@ -1,7 +1,6 @@
-"""Pre-norm decoder blocks of the two families."""
+"""Pre-norm decoder blocks."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,68 +15,76 @@ from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import enter
 from megatron_ponder.parallel.sharding import ShardedModule, normal
 
+# Activation functions, and what autograd makes of a gradient with their input.
+ACTIVATIONS = {"silu": (F.silu, torch.ops.aten.silu_backward), "gelu": (F.gelu, torch.ops.aten.gelu_backward)}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
 
 def make_norm(config: ModelConfig, axis: Axis) -> RMSNorm | LayerNorm:
-    """The family's norm over the residual stream."""
-    norm = RMSNorm if config.family == "llama" else LayerNorm
-    return norm(config.hidden_size, config.norm_epsilon, axis)
+    """The norm over the residual stream."""
+    return NORMS[config.norm](config.hidden_size, config.norm_epsilon, axis)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up that keeps only its two inputs."""
+def make_feed_forward(config: ModelConfig, axis: Axis) -> "FeedForward":
+    """The feed-forward layer, gated or not."""
+    return (GatedFeedForward if config.gated_ffn else FeedForward)(config, axis)
+
+
+class _Gate(torch.autograd.Function):
+    """act(gate) · up that keeps only its two inputs."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return ACTIVATIONS[activation][0](gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_up = F.silu(gate).mul_(grad)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, grad_up
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        (act, act_backward), (gate, up) = ACTIVATIONS[ctx.activation], ctx.saved_tensors
+        grad_up = act(gate).mul_(grad)
+        return None, act_backward(grad * up, gate), grad_up
 
 
-class SwiGLU(ShardedModule):
-    """Feed-forward of the llama family: W_down (silu(W_gate x) · W_up x)."""
+class FeedForward(ShardedModule):
+    """W_down act(W_up x)."""
+
+    INPUTS = ("up_proj",)
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__(axis)
-        hidden, ffn = config.hidden_size, config.ffn_hidden_size
-        initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
-        self.gate_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
-        self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial)
-        self.down_proj = RowParallelLinear(ffn, hidden, axis, last)
+        hidden, ffn, bias = config.hidden_size, config.ffn_hidden_size, config.other_biases
+        self.activation = config.activation
+        for name in self.INPUTS:
+            self.add_module(name, ColumnParallelLinear(hidden, ffn, axis, normal(config.init_std), bias))
+        self.down_proj = RowParallelLinear(ffn, hidden, axis, normal(config.residual_std), bias)
+
+    def forward(self, x: Tensor, tokens: int, recipes: bool = False) -> Tensor:
+        """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps recipes of what down_proj reads."""
+        activated, recipe = self.activate(enter(x, self.axis, tokens))
+        with keep_recipe(recipes, activated, recipe):
+            return self.down_proj(activated, tokens)
+
+    def activate(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """What down_proj reads, (B, T, this rank's share of its width), and how to compute it again."""
+        act, up = ACTIVATIONS[self.activation][0], self.up_proj(x)
+        return act(up), lambda: act(up)
+
+
+class GatedFeedForward(FeedForward):
+    """W_down (act(W_gate x) · W_up x)."""
+
+    INPUTS = ("gate_proj", "up_proj")
 
     def expand(self, x: Tensor) -> Sequence[Tensor]:
         """W_gate x and W_up x, this rank's features of them."""
         return self.gate_proj(x), self.up_proj(x)
 
-    def forward(self, x: Tensor, tokens: int, recipes: bool = False) -> Tensor:
-        """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the product's recipe for the backward pass."""
-        gate, up = self.expand(enter(x, self.axis, tokens))
-        product = _SwiGLU.apply(gate, up) if not torch.is_inference_mode_enabled() else F.silu(gate).mul_(up)
-        with keep_recipe(recipes, product, lambda: F.silu(gate).mul_(up)):
-            return self.down_proj(product, tokens)
-
-
-class GeluMLP(ShardedModule):
-    """Feed-forward of the gpt_neox family: W_down gelu(W_up x), with biases."""
-
-    def __init__(self, config: ModelConfig, axis: Axis) -> None:
-        super().__init__(axis)
-        hidden, ffn = config.hidden_size, config.ffn_hidden_size
-        initial, last = normal(config.init_std), normal(config.init_std / math.sqrt(2 * config.num_layers))
-        self.up_proj = ColumnParallelLinear(hidden, ffn, axis, initial, bias=True)
-        self.down_proj = RowParallelLinear(ffn, hidden, axis, last, bias=True)
-
-    def forward(self, x: Tensor, tokens: int, recipes: bool = False) -> Tensor:
-        """(B, slots of `tokens` tokens, H) to the same; `recipes` keeps the recipe of gelu for the backward pass."""
-        up = self.up_proj(enter(x, self.axis, tokens))
-        activated = F.gelu(up)
-        with keep_recipe(recipes, activated, lambda: F.gelu(up)):
-            return self.down_proj(activated, tokens)
+    def activate(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        gate, up = self.expand(x)
+        again = lambda: ACTIVATIONS[self.activation][0](gate).mul_(up)
+        product = again() if torch.is_inference_mode_enabled() else _Gate.apply(self.activation, gate, up)
+        return product, again
 
 
 class Block(ShardedModule):
@@ -85,11 +92,11 @@ class Block(ShardedModule):
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__(axis)
-        self.parallel_residual = config.family == "gpt_neox" and config.parallel_residual
+        self.parallel_residual = config.residual == "parallel"
         self.attention_norm = make_norm(config, axis)
         self.attention = Attention(config, axis)
         self.mlp_norm = make_norm(config, axis)
-        self.mlp = (SwiGLU if config.family == "llama" else GeluMLP)(config, axis)
+        self.mlp = make_feed_forward(config, axis)
 
     def forward(
         self,

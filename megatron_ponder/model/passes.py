@@ -274,8 +274,7 @@ class Interleaving:
     def angles(self, slots: int, config: ModelConfig, dtype: torch.dtype) -> Rotation:
         """Rotations of the L · slots positions."""
         if slots not in self._angles:
-            rotated = int(config.head_size * config.rotary_fraction)
-            base = rotation(self.positions_BL, rotated, config.rope_theta, dtype)
+            base = rotation(self.positions_BL, config.rotated_channels, config.rope_theta, dtype)
             self._angles[slots] = base.repeat(slots)
         return self._angles[slots]
 

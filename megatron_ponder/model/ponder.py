@@ -248,8 +248,7 @@ class PonderLM(nn.Module):
             (T, H), the residual stream that leaves; in the last part the hidden states of the slots.
         """
         config = self.model_config
-        rotated = int(config.head_size * config.rotary_fraction)
-        angles = rotation(positions_T.unsqueeze(0), rotated, config.rope_theta, x_TH.dtype)
+        angles = rotation(positions_T.unsqueeze(0), config.rotated_channels, config.rope_theta, x_TH.dtype)
         log_w_BT = log_w_T.unsqueeze(0)
         channels = folded_channels(log_w_BT, config.head_size, x_TH)
         slots = Slots(len(x_TH), angles, log_w_BT, channels=channels)

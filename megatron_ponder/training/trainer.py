@@ -135,7 +135,7 @@ def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:
     steps = f"{limit}{ponder.steps or 'no'} additional steps"
     start = f"going on after step {step}" if step else "starting"
     return (
-        f"{start}: {config.model.family}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "
+        f"{start}: {config.model.description}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "
         f"{parts.datasets['train'].samples_per_epoch:,} samples of {config.data.sequence_length} tokens an epoch, "
         f"{training.global_batch_size} a step"
     )

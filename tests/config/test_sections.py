@@ -216,10 +216,8 @@ def test_wrong_types(key, value, got):
     [
         ({"model__hidden_size": 100}, "100 is not divisible by model.num_heads 12; choose a multiple, for example 108"),
         ({"model__num_kv_heads": 5}, "model.num_heads 12 is not divisible by model.num_kv_heads 5"),
-        ({"model__family": "gpt_neox", "model__num_kv_heads": 4}, "gpt_neox family has no grouped-query heads"),
         ({"model__family": "gpt_neox", "model__rotary_fraction": 0.3}, "head of 64 channels is 19.2; it must be a pos"),
         ({"model__hidden_size": 36}, "model.rotary_fraction 1.0 of a head of 3 channels is 3"),
-        ({"model__rotary_fraction": 0.5}, "the llama family rotates whole heads"),
         ({"ponder__max_steps": 0}, "ponder.mode adaptive needs ponder.max_steps of at least 1, not 0"),
         ({"ponder__mode": "fixed", "ponder__max_steps": 0}, "ponder.mode fixed needs ponder.max_steps"),
         ({"ponder__mode": "loop", "ponder__max_steps": 0}, "ponder.mode loop needs ponder.max_steps"),

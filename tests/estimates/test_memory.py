@@ -147,7 +147,7 @@ def forward_and_backward(config: Config, mesh: Mesh, eod_id: int | None = None) 
 ACTIVATIONS = [
     {},
     {"model__family": "gpt_neox", "model__ffn_hidden_size": 512},
-    {"model__family": "gpt_neox", "model__parallel_residual": "false"},
+    {"model__family": "gpt_neox", "model__residual": "sequential"},
     {"model__num_kv_heads": 2},
     {"ponder__mode": "fixed"},
     {"ponder__mode": "vanilla"},

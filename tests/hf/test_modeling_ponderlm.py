@@ -30,7 +30,7 @@ def varied_model(**overrides):
     return small_model(router_scale=4.0, **overrides)
 
 
-@pytest.mark.parametrize("family", [LLAMA, GPT_NEOX, GPT_NEOX | {"model__parallel_residual": False}])
+@pytest.mark.parametrize("family", [LLAMA, GPT_NEOX, GPT_NEOX | {"model__residual": "sequential"}])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("refinements", [0, 2])
 @torch.no_grad()

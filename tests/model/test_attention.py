@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ponder.config import ModelConfig
+from megatron_ponder.config import Config, ModelConfig, resolve
 from megatron_ponder.kernels.attention import DEAD, FOLDED_CHANNELS, key_channels, query_channels
 from megatron_ponder.model.attention import Attention, Slots
 from megatron_ponder.model.rope import rotation
@@ -23,16 +23,17 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def build(heads: int = 4, kv_heads: int = 4, head_size: int = 8, family: str = "llama") -> Attention:
     """A layer whose logits are of order 1."""
-    config = ModelConfig(
+    given = ModelConfig(
         family=family,
         hidden_size=heads * head_size,
         num_layers=1,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        rotary_fraction=1.0 if family == "llama" else 0.25,
         init_std=(heads * head_size) ** -0.5,
     )
-    layer = Attention(config, Axis()).double()
+    model = resolve(Config(given)).model
+    layer = Attention(model, Axis()).double()
+    layer.rotated = model.rotated_channels
     initialize(layer, seed=1)
     return layer
 

@@ -5,35 +5,37 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ponder.model.attention import Slots
-from megatron_ponder.model.block import LayerNorm, RMSNorm, _SwiGLU, make_norm
+from megatron_ponder.model.block import LayerNorm, RMSNorm, _Gate, make_norm
 from megatron_ponder.model.passes import interleaving
 from megatron_ponder.parallel.mesh import Axis
 from tests.models import random_tokens, small_model
 
 
-def test_swiglu_equals_its_formula_with_gradients():
+@pytest.mark.parametrize(("activation", "formula"), [("silu", F.silu), ("gelu", F.gelu)])
+def test_a_gate_equals_its_formula_with_gradients(activation, formula):
     gate, up = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.equal(_SwiGLU.apply(gate, up), F.silu(gate) * up)
-    leaves = (gate.detach().requires_grad_(), up.detach().requires_grad_())
-    assert torch.autograd.gradcheck(_SwiGLU.apply, leaves)
+    assert torch.equal(_Gate.apply(activation, gate, up), formula(gate) * up)
+    leaves = (activation, gate.detach().requires_grad_(), up.detach().requires_grad_())
+    assert torch.autograd.gradcheck(_Gate.apply, leaves)
 
 
 @pytest.mark.parametrize(
-    ("family", "parallel", "norm"),
-    [("llama", True, RMSNorm), ("gpt_neox", True, LayerNorm), ("gpt_neox", False, LayerNorm)],
+    ("family", "norm", "kind"), [("llama", None, RMSNorm), ("gpt_neox", None, LayerNorm), ("llama", "layer", LayerNorm)]
 )
-def test_residual_stream(family, parallel, norm):
-    model = small_model(model__family=family, model__parallel_residual=parallel, ponder__mode="vanilla")
+@pytest.mark.parametrize("residual", ["sequential", "parallel"])
+def test_residual_stream(family, norm, kind, residual):
+    given = {"model__norm": norm} if norm else {}
+    model = small_model(model__family=family, model__residual=residual, ponder__mode="vanilla", **given)
     block = model.transformer.blocks["0"]
     tokens = random_tokens(2, 5)
     x = model.embed(tokens)
     angles = interleaving(tokens, None).angles(1, model.model_config, x.dtype)
     slots = Slots(5, angles)
     attended = block.attention(block.attention_norm(x), slots)
-    mlp_input = x if family == "gpt_neox" and parallel else x + attended
+    mlp_input = x if residual == "parallel" else x + attended
     torch.testing.assert_close(block(x, slots), x + attended + block.mlp(block.mlp_norm(mlp_input), 5))
-    assert isinstance(block.mlp_norm, norm)
-    assert isinstance(make_norm(model.model_config, Axis()), norm)
+    assert isinstance(block.mlp_norm, kind)
+    assert isinstance(make_norm(model.model_config, Axis()), kind)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -19,7 +19,7 @@ CASES = {
     "gpt_neox, fixed, sequential residual": {
         "model__family": "gpt_neox",
         "ponder__mode": "fixed",
-        "model__parallel_residual": False,
+        "model__residual": "sequential",
     },
 }
 
