@@ -1,6 +1,5 @@
 """Causal self-attention in which a key may carry a weight: log w is added to its logit for every query."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
