@@ -177,7 +177,7 @@ def count_step(mesh: Mesh, config: Config) -> Count:
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     for _ in range(4):
         with Traffic(mesh) as traffic:
-            engine.forward_backward(list(tokens), REFINEMENTS, engine.pruning(hard=False), 0.0, 1 / tokens.numel())
+            engine.forward_backward(list(tokens), REFINEMENTS, engine.rule("soft"), 0.0, 1 / tokens.numel())
             engine.step(1e-4)
     return Count(traffic.volumes(), formula.terms(), formula.textbook())
 

@@ -40,7 +40,7 @@ from megatron_ponder.hf.export import export_config
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from megatron_ponder.hf.weights import to_export, to_llama
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 VOCABULARY, STEPS, BATCH = 8192, 3, 16
@@ -110,8 +110,8 @@ class Stream:
         rates: tokens/s of each call.
     """
 
-    def __init__(self, model: PonderLM, sequences: int, pruning: Pruning | None = None) -> None:
-        self.engine = Engine(model, pruning=pruning, batching=Batching(max_sequences=sequences))
+    def __init__(self, model: PonderLM, sequences: int, rule: Rule | None = None) -> None:
+        self.engine = Engine(model, rule=rule, batching=Batching(max_sequences=sequences))
         tokens = model.model_config.max_position_embeddings - PROMPT
         self._sequences = [self.engine.submit(Request(tuple(prompt), tokens)) for prompt in prompts(sequences, PROMPT)]
         while self.engine.usage.tokens < sequences:
@@ -141,15 +141,15 @@ class Stream:
         return flops, 4 * (blocks + read_head * head + cached)
 
 
-def calibrated(model: PonderLM, target: float) -> Pruning:
+def calibrated(model: PonderLM, target: float) -> Rule:
     """The rule whose α gives about this mean K̂ to sequences that the model generates."""
     low, high = -30.0, 30.0
     for _ in range(9):
-        pruning = Pruning(True, THRESHOLD, (low + high) / 2)
-        results = generate(model, prompts(BATCH, PROMPT), 16, pruning)
+        rule = Rule("hard", THRESHOLD, (low + high) / 2)
+        results = generate(model, prompts(BATCH, PROMPT), 16, rule)
         mean = statistics.fmean(step for result in results for step in result.executed_steps[PROMPT:])
-        low, high = (pruning.bias, high) if mean < target else (low, pruning.bias)
-    return pruning
+        low, high = (rule.bias, high) if mean < target else (low, rule.bias)
+    return rule
 
 
 def measure_adaptive(device: torch.device, rounds: int) -> None:
@@ -197,10 +197,10 @@ def measure_batch(device: torch.device, rounds: int) -> None:
     CONSOLE.print(f"rows in use while requests wait: {rows:.1%}")
 
 
-def rows_in_use(model: PonderLM, pruning: Pruning) -> float:
+def rows_in_use(model: PonderLM, rule: Rule) -> float:
     """Share of rows, of forwards that began while requests waited."""
     draw = random.Random(0)
-    engine = Engine(model, pruning=pruning, batching=Batching(max_sequences=BATCH))
+    engine = Engine(model, rule=rule, batching=Batching(max_sequences=BATCH))
     for prompt in prompts(4 * BATCH, 64):
         engine.submit(Request(tuple(prompt[: draw.randint(1, 64)]), draw.randint(1, 48)))
     used, forwards = 0, 0
@@ -270,14 +270,12 @@ class Reader:
         forwards: that it took.
     """
 
-    def __init__(
-        self, model: PonderLM, prompt: tuple[int, ...], pruning: Pruning | None, prefill: Prefill | None
-    ) -> None:
-        self._model, self._prompt, self._pruning, self._prefill = model, prompt, pruning, prefill
+    def __init__(self, model: PonderLM, prompt: tuple[int, ...], rule: Rule | None, prefill: Prefill | None) -> None:
+        self._model, self._prompt, self._rule, self._prefill = model, prompt, rule, prefill
         self.generation, self.forwards = Generation([]), 0
 
     def __call__(self) -> None:
-        engine = Engine(self._model, pruning=self._pruning, batching=Batching(prefill=self._prefill))
+        engine = Engine(self._model, rule=self._rule, batching=Batching(prefill=self._prefill))
         self.generation = engine.submit(Request(self._prompt, 1)).generation
         engine.run()
         self.forwards = engine.usage.forwards
@@ -292,11 +290,11 @@ def measure_prompts(device: torch.device, rounds: int, length: int) -> None:
     prompt = tuple(prompts(1, length)[0])
     for mode in ("vanilla", "fixed", "adaptive"):
         model = build(mode, device)[0]
-        pruning = calibrated(model, 1.5) if mode == "adaptive" else None
+        rule = calibrated(model, 1.5) if mode == "adaptive" else None
         ways = {"slots": None, "to the fixed point": Prefill(), "R = 3": Prefill(refinements=3)}
         if mode == "vanilla":  # nothing is iterated
             ways = {"slots": None, "once": Prefill()}
-        readers = {name: Reader(model, prompt, pruning, prefill) for name, prefill in ways.items()}
+        readers = {name: Reader(model, prompt, rule, prefill) for name, prefill in ways.items()}
         times = in_turn(readers, rounds)
         slots = readers["slots"].generation
         for name, reader in list(readers.items())[1:]:

@@ -95,7 +95,7 @@ def take_steps(config: Config, mesh, steps: int) -> None:
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, 8192, (own, config.data.sequence_length + 1), generator=generator).to(mesh.device)
         micro_batches = tokens.split(config.training.micro_batch_size)
-        engine.forward_backward(micro_batches, 1, engine.pruning(hard=False), 0.0, 1e-3)
+        engine.forward_backward(micro_batches, 1, engine.rule("soft"), 0.0, 1e-3)
         engine.step(1e-4)
 
 

@@ -170,7 +170,7 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
         steps, guards = [], []
         for step in range(40 * repeats):
             begun = time.perf_counter()
-            sums = engine.forward_backward(next(loader), 2, engine.pruning(hard=False), 0.0, 1 / (8 * 128))
+            sums = engine.forward_backward(next(loader), 2, engine.rule("soft"), 0.0, 1 / (8 * 128))
             norm = engine.step(1e-3)
             between = time.perf_counter()
             boundary.begin(1.0)

@@ -66,8 +66,8 @@ class Step:
         self.flops = 6 * (blocks * slots + model.head.weight.numel()) * BATCH * LENGTH
 
     def __call__(self) -> None:
-        pruning = self._engine.pruning(hard=False)
-        self._engine.forward_backward([self._tokens], REFINEMENTS, pruning, 0.0, 1 / (BATCH * LENGTH))
+        rule = self._engine.rule("soft")
+        self._engine.forward_backward([self._tokens], REFINEMENTS, rule, 0.0, 1 / (BATCH * LENGTH))
         self._engine.step(1e-4)
 
 

@@ -61,8 +61,8 @@ class Step:
         dist.barrier()
         begun = time.perf_counter()
         if not self._idle:
-            pruning = self._engine.pruning(hard=False)
-            self._engine.forward_backward(self._micro_batches, refinements, pruning, 0.0, self._scale)
+            rule = self._engine.rule("soft")
+            self._engine.forward_backward(self._micro_batches, refinements, rule, 0.0, self._scale)
             self._engine.step(1e-4)
         dist.barrier()
         return time.perf_counter() - begun

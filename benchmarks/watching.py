@@ -91,8 +91,8 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
                 clock(watch.begin)
                 clock(watch.mark)
                 with watch.aside():
-                    own_clock(measure_each_step, mesh, engine, [tokens], REFINEMENTS, engine.pruning(hard=False))
-                engine.forward_backward([tokens], REFINEMENTS, engine.pruning(hard=False), 0.0, 1 / (BATCH * LENGTH))
+                    own_clock(measure_each_step, mesh, engine, [tokens], REFINEMENTS, engine.rule("soft"))
+                engine.forward_backward([tokens], REFINEMENTS, engine.rule("soft"), 0.0, 1 / (BATCH * LENGTH))
                 clock(watch.mark)
                 norm = engine.step(1e-4)
                 clock(watch.mark)

@@ -4,7 +4,7 @@
     ponder evaluate --checkpoint runs/quickstart --text README.md --threshold 0.3
     ponder evaluate --checkpoint runs/quickstart --tasks stdlib_next_line --tasks-path examples/evaluation
 
-Every row says which rule (soft mask or hard pruning) and which evaluation (jacobi(R), or exact, which equals sequential
+Every row says which rule (`soft` or `hard`) and which evaluation (jacobi(R), or exact, which equals sequential
 decoding) it is about.
 """
 

@@ -147,7 +147,7 @@ class _SubjectAnalysis:
     ) -> None:
         self.subject, self.model, self.batches, self.plan, self.piece = subject, subject.model, batches, plan, piece
         self.announce, self.analysis = announce, analysis
-        self.own = Setting(self.model.pruning(hard=True), plan.refinements)
+        self.own = Setting(self.model.rule("hard"), plan.refinements)
 
     def run(self, stated: np.ndarray | None) -> None:
         config = self.model.ponder_config
@@ -192,16 +192,16 @@ class _SubjectAnalysis:
         """Loss against mean K̂ over τ and over α, random choices of K̂, and what α does to each half of the tokens."""
         thresholds, biases = self.plan.sweep(self.model)
         for threshold in thresholds:
-            pruning = replace(self.own.pruning, threshold=threshold)
-            measured = self.at(f"τ = {threshold:g}", pruning, own)
+            rule = replace(self.own.rule, threshold=threshold)
+            measured = self.at(f"τ = {threshold:g}", rule, own)
             self.quality("threshold", measured)
             for seed in range(self.plan.random_seeds):
-                random = replace(self.own, pruning=shuffled(measured, seed))
+                random = replace(self.own, rule=shuffled(measured, seed))
                 control = self.measure(f"random K̂ at the mean of τ = {threshold:g}", random)
                 self.quality("random", control, seed)
         reference = [own.loss[halves == half].mean() for half in range(2)]
         for bias in biases:
-            measured = self.at(f"α = {bias:g}", replace(self.own.pruning, bias=bias), own)
+            measured = self.at(f"α = {bias:g}", replace(self.own.rule, bias=bias), own)
             self.quality("bias", measured)
             for half, name in enumerate(HALVES):
                 loss = measured.loss[halves == half].mean()
@@ -209,7 +209,7 @@ class _SubjectAnalysis:
                     "shifting",
                     evaluation=self.own.name,
                     half=name,
-                    threshold=measured.setting.pruning.threshold,
+                    threshold=measured.setting.rule.threshold,
                     bias=bias,
                     own=measured.setting == self.own,
                     mean_steps=float(measured.executed.mean()),
@@ -218,18 +218,18 @@ class _SubjectAnalysis:
                     loss_change=float(loss - reference[half]),
                 )
 
-    def at(self, what: str, pruning, own: TokenMeasurements) -> TokenMeasurements:
-        setting = replace(self.own, pruning=pruning)
+    def at(self, what: str, rule, own: TokenMeasurements) -> TokenMeasurements:
+        setting = replace(self.own, rule=rule)
         return own if setting == self.own else self.measure(what, setting)
 
     def quality(self, sweep: str, measured: TokenMeasurements, seed: int | None = None) -> None:
-        decides, pruning = self.subject.decides, measured.setting.pruning
+        decides, rule = self.subject.decides, measured.setting.rule
         self.add(
             "quality_compute",
             evaluation=measured.setting.name,
             sweep=sweep,
-            threshold=pruning.threshold if decides else None,
-            bias=pruning.bias if decides else None,
+            threshold=rule.threshold if decides else None,
+            bias=rule.bias if decides else None,
             own=measured.setting == self.own,
             seed=seed,
             mean_steps=float(measured.executed.mean()),
@@ -322,19 +322,19 @@ class _SubjectAnalysis:
 
     def gaps(self) -> None:
         """What the hard rule and a few parallel passes change, against what they stand for."""
-        ponder, hard = self.model.ponder_config, self.own.pruning
+        ponder, hard = self.model.ponder_config, self.own.rule
         gaps = self.summary["gaps"] = []
-        prunings = [hard]
+        rules = [hard]
         if self.subject.decides:
-            prunings = [replace(hard, threshold=threshold) for threshold in sorted({PAPER_THRESHOLD, ponder.threshold})]
-            soft = self.measure("soft–hard gap", Setting(replace(hard, hard=False), None)).loss.mean()
-        for pruning in prunings:
-            exact = self.measure("gaps", Setting(pruning, None)).loss.mean()
-            threshold = {"threshold": pruning.threshold if self.subject.decides else None}
+            rules = [replace(hard, threshold=threshold) for threshold in sorted({PAPER_THRESHOLD, ponder.threshold})]
+            soft = self.measure("soft–hard gap", Setting(replace(hard, kind="soft"), None)).loss.mean()
+        for rule in rules:
+            exact = self.measure("gaps", Setting(rule, None)).loss.mean()
+            threshold = {"threshold": rule.threshold if self.subject.decides else None}
             if self.subject.decides:
                 gaps.append({"of": "hard, exact", "from": "soft, exact", **threshold, "loss": float(exact - soft)})
             for refinements in sorted({0, 3, self.subject.refinements}):
-                way = Setting(pruning, refinements)
+                way = Setting(rule, refinements)
                 loss = self.measure("Jacobi–sequential gap", way).loss.mean() - exact
                 gaps.append({"of": way.name, "from": "hard, exact", **threshold, "loss": float(loss)})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 
 
@@ -19,18 +19,18 @@ class Setting:
     """One way of evaluating a model.
 
     Attributes:
-        pruning: soft mask or hard rule, with τ and α.
+        rule: `soft` or `hard`, with τ and α.
         refinements: R of `jacobi`; None for `exact`, which equals sequential decoding.
     """
 
-    pruning: Pruning
+    rule: Rule
     refinements: int | None
 
     @property
     def name(self) -> str:
         """For tables: `hard, exact` or `soft, jacobi(3)`."""
         evaluation = "exact" if self.refinements is None else f"jacobi({self.refinements})"
-        return f"{'hard' if self.pruning.hard else 'soft'}, {evaluation}"
+        return f"{self.rule.kind}, {evaluation}"
 
 
 @dataclass
@@ -91,13 +91,13 @@ def evaluate(
     for batch in batches:
         inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
         if setting.refinements is None:
-            result = model.exact(inputs, setting.pruning)
+            result = model.exact(inputs, setting.rule)
         else:
-            result = model.jacobi(inputs, setting.refinements, setting.pruning)
+            result = model.jacobi(inputs, setting.refinements, setting.rule)
         losses = vocab_parallel_cross_entropy(
             model.head(result.output_BLH), labels, model.axis, model.model_config.vocab_size
         )
-        if result.routing is None or not setting.pruning.hard:
+        if result.routing is None or setting.rule.kind != "hard":
             executed = torch.full_like(labels, steps)  # the soft mask runs every step
         else:
             executed = result.routing.executed
@@ -145,9 +145,9 @@ def settings(model: PonderLM, threshold: float | None, bias: float | None, refin
 
     Without a router soft and hard are the same thing; without an iteration so are jacobi(R) and exact.
     """
-    rules = [True] if model.router is None else [False, True]
+    kinds = ["hard"] if model.router is None else ["soft", "hard"]
     ways = [*refinements, None] if model.passes.iterated else [None]
-    return [Setting(model.pruning(hard, threshold, bias), way) for hard in rules for way in ways]
+    return [Setting(model.rule(kind, threshold, bias), way) for kind in kinds for way in ways]
 
 
 def windows(tokens: Sequence[int], length: int) -> Iterator[Tensor]:

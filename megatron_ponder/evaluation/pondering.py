@@ -11,7 +11,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, check_finite
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 
 # Below this many units of rounding, the distance to the fixed point is noise and says nothing about contraction.
@@ -52,8 +52,8 @@ class TokenMeasurements:
 def run(model: PonderLM, inputs_BL: Tensor, setting: Setting) -> PonderOutput:
     """Evaluate by a setting."""
     if setting.refinements is None:
-        return model.exact(inputs_BL, setting.pruning)
-    return model.jacobi(inputs_BL, setting.refinements, setting.pruning)
+        return model.exact(inputs_BL, setting.rule)
+    return model.jacobi(inputs_BL, setting.refinements, setting.rule)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def measure(model: PonderLM, batches: Iterable[Tensor], setting: Setting) -> Tok
     """
     steps = model.ponder_config.steps
     device = model.embedding.weight.device
-    chosen = setting.pruning.executed
+    chosen = setting.rule.executed
     columns: dict[str, list[Tensor]] = {}
     at = 0
     for batch in batches:
@@ -78,9 +78,9 @@ def measure(model: PonderLM, batches: Iterable[Tensor], setting: Setting) -> Tok
         way = setting
         if chosen is not None:
             part = chosen[at : at + labels.numel()].view(labels.shape).to(device)
-            way = replace(setting, pruning=replace(setting.pruning, executed=part))
+            way = replace(setting, rule=replace(setting.rule, executed=part))
         result = run(model, inputs, way)
-        ran_all = result.routing is None or not setting.pruning.hard
+        ran_all = result.routing is None or setting.rule.kind != "hard"
         executed = torch.full_like(labels, steps) if ran_all else result.routing.executed
         found = {
             "tokens": inputs,
@@ -109,13 +109,13 @@ def _cross_entropy(model: PonderLM, output_BLH: Tensor, labels_BL: Tensor) -> Te
     return vocab_parallel_cross_entropy(logits, labels_BL, model.axis, model.model_config.vocab_size)
 
 
-def shuffled(measured: TokenMeasurements, seed: int) -> Pruning:
+def shuffled(measured: TokenMeasurements, seed: int) -> Rule:
     """The rule that gives the same K̂ to as many tokens as were measured to have it, but to any of them.
 
     Everything else is as it was: keys keep the router's weights, and the last executed step takes what is left of s.
     """
     drawn = np.random.default_rng(seed).permutation(measured.executed)
-    return replace(measured.setting.pruning, executed=torch.from_numpy(drawn))
+    return replace(measured.setting.rule, executed=torch.from_numpy(drawn))
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def contraction(model: PonderLM, batches: Sequence[Tensor], iterations: int) -> 
         UserError: if there is nothing to measure, or it is not finite.
     """
     device = model.embedding.weight.device
-    soft = model.pruning(hard=False)
+    soft = model.rule("soft")
     squares, size, count = torch.zeros(iterations, dtype=torch.float64), 0.0, 0
     for batch in batches:
         inputs = batch[:, :-1].to(device)

@@ -15,7 +15,7 @@ from megatron_ponder.generation.request import Generation, Request
 from megatron_ponder.generation.sampling import Sampling
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.mesh import Mesh
 
 OnProgress = Callable[[int, Generation], None]
@@ -25,7 +25,7 @@ def generate(
     model: PonderLM,
     prompts: Sequence[str | Sequence[int] | Request],
     max_new_tokens: int = 64,
-    pruning: Pruning | None = None,
+    rule: Rule | None = None,
     sampling: Sampling | None = None,
     stop_ids: Collection[int] = (),
     on_token: OnProgress | None = None,
@@ -47,7 +47,7 @@ def generate(
         prompts: texts, which need the tokenizer; token ids, at least one each; or requests, for which the arguments
             from `max_new_tokens` to `samples` do not hold. An empty text is continued as a document begins.
         max_new_tokens: of each continuation.
-        pruning: τ and α; the model's own unless given.
+        rule: τ and α; the model's own unless given.
         sampling: greedy unless given; sample i of a prompt draws from its `seed` + i.
         stop_ids: tokens that end a continuation, and are kept as its last.
         on_token: called with the index of the result after each of its tokens and at its end, on the rank that
@@ -83,7 +83,7 @@ def generate(
         except UserError as error:
             raise UserError(f"prompt {index}: {error}") from None
     results: dict[int, Generation] = {}
-    with Engine(model, mesh, pruning, batching, tokenizer) as engine:
+    with Engine(model, mesh, rule, batching, tokenizer) as engine:
         if engine.drives:
             for index, request in enumerate(requests):
                 try:

@@ -15,7 +15,7 @@ from megatron_ponder.generation.runner import Runner
 from megatron_ponder.generation.scheduler import Scheduler
 from megatron_ponder.generation.sequences import Batching, OnToken, Sequence, Usage
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.messages import Mailbox
 
@@ -40,7 +40,7 @@ class Engine:
         self,
         model: PonderLM,
         mesh: Mesh | None = None,
-        pruning: Pruning | None = None,
+        rule: Rule | None = None,
         batching: Batching | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -49,7 +49,7 @@ class Engine:
         Args:
             model: in evaluation mode; this rank's part. Its weights must not change while the engine is in use.
             mesh: tensor and pipeline ranks; a single process unless given.
-            pruning: τ and α; the model's own unless given.
+            rule: τ and α; the model's own unless given.
             batching: limits, of each group of sequences.
             tokenizer: for text and stop strings.
 
@@ -61,13 +61,13 @@ class Engine:
         mesh = mesh or Mesh()
         weight = next(model.parameters())
         batching = batching or Batching()
-        pruning = pruning or model.pruning(hard=True)
+        rule = rule or model.rule("hard")
         self._tensor, self._pipeline = Mailbox(mesh.tensor, weight), Mailbox(mesh.pipeline, weight)
         self._rank, self._ranks = mesh.pipeline.rank, mesh.pipeline.size
         self._leads = mesh.tensor.rank == 0
         self.drives = mesh.model.rank == 0 and self._rank == 0 and self._leads
         model = packed(model)
-        self._runners = [Runner(model, pruning, batching.max_sequences) for _ in range(self._ranks)]
+        self._runners = [Runner(model, rule, batching.max_sequences) for _ in range(self._ranks)]
         self._schedulers: list[Scheduler] = []
         if self.drives:
             self._schedulers = [

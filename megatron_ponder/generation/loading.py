@@ -18,7 +18,7 @@ from megatron_ponder.generation.ranks import build_ranks, check_sizes
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.scheduler import Scheduler
 from megatron_ponder.generation.sequences import Batching
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 
@@ -59,14 +59,14 @@ class CheckedSetup:
         setup: as it was wanted.
         folder: the checkpoint, whose files are undamaged.
         config: of the model.
-        pruning: τ and α.
+        rule: τ and α.
         precision: a name of `PRECISIONS`.
     """
 
     setup: Setup
     folder: Path
     config: Config
-    pruning: Pruning
+    rule: Rule
     precision: str
 
     def tokenizer(self) -> Tokenizer | None:
@@ -95,13 +95,13 @@ def check_setup(setup: Setup, launch: Launch, device: torch.device, copies: bool
     verify(folder, read_manifest(folder))
     config = read_config_of(folder)
     check_sizes(config.model, setup.tensor, setup.pipeline, launch.world_size, copies)
-    pruning = Pruning(
+    rule = Rule(
         True,
         config.ponder.threshold if setup.threshold is None else setup.threshold,
         config.ponder.router_bias if setup.router_bias is None else setup.router_bias,
     )
     precision = setup.precision or (config.training.precision if device.type == "cuda" else "fp32")
-    return CheckedSetup(setup, folder, config, pruning, precision)
+    return CheckedSetup(setup, folder, config, rule, precision)
 
 
 def load_engine(checked: CheckedSetup, launch: Launch, device: torch.device) -> tuple[Engine, LoadedModel, Mesh]:
@@ -120,4 +120,4 @@ def load_engine(checked: CheckedSetup, launch: Launch, device: torch.device) -> 
     """
     mesh = build_ranks(device, launch, checked.setup.tensor, checked.setup.pipeline)
     loaded = together(lambda: load_model(checked.folder, mesh, PRECISIONS[checked.precision], verified=True))
-    return Engine(loaded.model, mesh, checked.pruning, checked.setup.batching, loaded.tokenizer), loaded, mesh
+    return Engine(loaded.model, mesh, checked.rule, checked.setup.batching, loaded.tokenizer), loaded, mesh

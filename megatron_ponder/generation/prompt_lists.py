@@ -55,8 +55,8 @@ def begin_file(file: ResultFile, checked: CheckedSetup, tasks: Sequence[Task]) -
         {
             "checkpoint": hashlib.sha256(manifest).hexdigest(),
             "list of prompts": fingerprint(tasks),
-            "threshold": checked.pruning.threshold,
-            "router bias": checked.pruning.bias,
+            "threshold": checked.rule.threshold,
+            "router bias": checked.rule.bias,
             "prefill": repr(checked.setup.batching.prefill),
             "precision": checked.precision,
         }

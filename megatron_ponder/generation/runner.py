@@ -11,7 +11,7 @@ from megatron_ponder.generation.block_cache import BlockCache
 from megatron_ponder.generation.forward import Forward, Outcome, PromptEnd
 from megatron_ponder.model.passes import LatentReads
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.router import Pruning, fusion_weights
+from megatron_ponder.model.router import Rule, fusion_weights
 
 
 class Runner:
@@ -23,16 +23,16 @@ class Runner:
             rank hands it to the first.
     """
 
-    def __init__(self, model: PonderLM, pruning: Pruning, rows: int) -> None:
+    def __init__(self, model: PonderLM, rule: Rule, rows: int) -> None:
         """Start without any sequence.
 
         Args:
             model: in evaluation mode; this rank's part.
-            pruning: τ and α; the hard rule holds whatever its `hard` says.
+            rule: τ and α; they are applied by the hard rule, whatever its kind.
             rows: sequences that may be live.
         """
         self.model, self._lanes = model, model.passes.lanes
-        self._pruning = Pruning(True, pruning.threshold, pruning.bias)
+        self._rule = Rule("hard", rule.threshold, rule.bias)
         weight = next(model.parameters())
         self.cache = BlockCache(model.model_config, len(model.part.layers), model.axis, rows * self._lanes, weight)
         self._steps, self._vocab_size = model.ponder_config.steps, model.model_config.vocab_size
@@ -106,9 +106,9 @@ class Runner:
         return x_TH
 
     def _route(self, hidden_FH: Tensor) -> "_Routed":
-        routing = self.model.route(hidden_FH, self._pruning)
+        routing = self.model.route(hidden_FH, self._rule)
         if routing is not None:
-            return _Routed(routing.executed, routing.log_w, fusion_weights(routing, self._pruning))
+            return _Routed(routing.executed, routing.log_w, fusion_weights(routing, self._rule))
         # Every token takes all steps, all keys have weight 1, and the last step is the output.
         log_w_FK = hidden_FH.new_zeros(len(hidden_FH), self._steps + 1, dtype=self._wide)
         weights_FK = log_w_FK.clone()

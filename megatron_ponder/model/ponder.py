@@ -15,7 +15,7 @@ from megatron_ponder.model.baselines import PauseEmbedding
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.passes import Interleaving, PassResult, PassState, Sizes, State, Stream, interleaving
 from megatron_ponder.model.rope import rotation
-from megatron_ponder.model.router import Pruning, Router, Routing, fusion_weights, key_log_weights, route
+from megatron_ponder.model.router import Router, Routing, Rule, RuleKind, fusion_weights, key_log_weights, route
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
 from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
@@ -87,24 +87,24 @@ class PonderLM(nn.Module):
             if model.tie_embeddings:
                 self.head.weight = self.embedding.weight
 
-    def pruning(self, hard: bool, threshold: float | None = None, bias: float | None = None) -> Pruning:
-        """The rule for `jacobi` and `exact`, with the configured τ and α unless others are given."""
+    def rule(self, kind: RuleKind, threshold: float | None = None, bias: float | None = None) -> Rule:
+        """A rule for `jacobi` and `exact`, with the configured τ and α unless others are given."""
         config = self.ponder_config
-        return Pruning(
-            hard,
+        return Rule(
+            kind,
             config.threshold if threshold is None else threshold,
             config.router_bias if bias is None else bias,
         )
 
     def jacobi(
-        self, tokens_BL: Tensor, refinements: int, pruning: Pruning, gradient_passes: int | None = None
+        self, tokens_BL: Tensor, refinements: int, rule: Rule, gradient_passes: int | None = None
     ) -> PonderOutput:
         """Evaluate all tokens in parallel by growth passes, `refinements` Jacobi passes and a final pass.
 
         Args:
             tokens_BL: int64 ids.
             refinements: R.
-            pruning: soft mask or hard rule.
+            rule: how a routing is applied.
             gradient_passes: let gradients flow through the last so many passes only; None for all.
         """
         plan = self.passes.plan(refinements)
@@ -114,13 +114,13 @@ class PonderLM(nn.Module):
         for index in range(len(plan)):
             truncated = gradient_passes is not None and index < len(plan) - gradient_passes
             with torch.no_grad() if truncated else nullcontext():
-                result = self.run_pass(embedded, state, layout, pruning, index, plan)
+                result = self.run_pass(embedded, state, layout, rule, index, plan)
                 if index + 1 < len(plan):
-                    state = self.next_state(result, pruning, plan[index + 1])
-        return self.output(result, pruning, len(plan))
+                    state = self.next_state(result, rule, plan[index + 1])
+        return self.output(result, rule, len(plan))
 
     @torch.no_grad()
-    def exact(self, tokens_BL: Tensor, pruning: Pruning, tolerance: float | None = None) -> PonderOutput:
+    def exact(self, tokens_BL: Tensor, rule: Rule, tolerance: float | None = None) -> PonderOutput:
         """Iterate the Jacobi passes to their fixed point, which is the sequential model up to rounding.
 
         A position is right after at most as many passes as there are slots up to it; contraction makes it far fewer.
@@ -128,24 +128,24 @@ class PonderLM(nn.Module):
 
         Args:
             tokens_BL: int64 ids.
-            pruning: soft mask or hard rule.
+            rule: how a routing is applied.
             tolerance: largest change of a latent, relative to the largest latent, at which to stop; 16 units of
                 rounding unless given.
         """
         if not self.passes.iterated:
-            return self.jacobi(tokens_BL, 0, pruning)
+            return self.jacobi(tokens_BL, 0, rule)
         steps = self.ponder_config.steps
         layout = interleaving(tokens_BL, self.eod_id)
         embedded = self.embed(tokens_BL)
         tolerance = 16 * torch.finfo(embedded.dtype).eps if tolerance is None else tolerance
         state = PassState()
         for passes in range(1, tokens_BL.shape[1] * (steps + 1) + steps + 2):
-            result = self.run_pass(embedded, state, layout, pruning)
-            following = self.next_state(result, pruning, min(passes, steps) + 1)
+            result = self.run_pass(embedded, state, layout, rule)
+            following = self.next_state(result, rule, min(passes, steps) + 1)
             if passes > steps + 1 and _settled(state, following, tolerance):
                 break
             state = following
-        return self.output(result, pruning, passes)
+        return self.output(result, rule, passes)
 
     def sizes(self, batch: int, tokens: int) -> Sizes:
         """Of micro-batches of so many sequences of L tokens."""
@@ -161,7 +161,7 @@ class PonderLM(nn.Module):
         embedded_BLH: Tensor,
         state: State | None,
         layout: Interleaving,
-        pruning: Pruning,
+        rule: Rule,
         index: int = 0,
         plan: tuple[int, ...] = (),
     ) -> PassResult:
@@ -171,11 +171,11 @@ class PonderLM(nn.Module):
             embedded_BLH: e of every token.
             state: what the pass before handed over; None in the first.
             layout: positions and visibility.
-            pruning: soft mask or hard rule.
+            rule: how a routing is applied.
             index, plan: as in `run_blocks`.
         """
         stream = self.passes.enter(self, embedded_BLH, state)
-        return self.end_pass(self.run_blocks(stream, layout, index, plan), layout, pruning, embedded_BLH)
+        return self.end_pass(self.run_blocks(stream, layout, index, plan), layout, rule, embedded_BLH)
 
     def run_blocks(self, stream: Stream, layout: Interleaving, index: int = 0, plan: tuple[int, ...] = ()) -> Stream:
         """What this part's blocks do in one pass.
@@ -203,35 +203,35 @@ class PonderLM(nn.Module):
         return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute if recomputed else "none"))
 
     def end_pass(
-        self, stream: Stream, layout: Interleaving, pruning: Pruning, embedded_BLH: Tensor | None = None
+        self, stream: Stream, layout: Interleaving, rule: Rule, embedded_BLH: Tensor | None = None
     ) -> PassResult:
         """The result of a pass, from what leaves the last block; `embedded_BLH` is wanted if the router reads it."""
         h_BLSH = stream.x_BTH.unflatten(1, (self.axis.share(layout.tokens), -1))
         read_BLH = embedded_BLH if self.ponder_config.routes_by_token else h_BLSH[:, :, 0]
-        return PassResult(h_BLSH, self.route(read_BLH, pruning), stream.inputs_BTH, layout)
+        return PassResult(h_BLSH, self.route(read_BLH, rule), stream.inputs_BTH, layout)
 
-    def output(self, result: PassResult, pruning: Pruning, passes: int) -> PonderOutput:
+    def output(self, result: PassResult, rule: Rule, passes: int) -> PonderOutput:
         """What comes of the final pass."""
         hidden_BLSH, routing, _, layout = result
-        fused = enter(self.fuse(hidden_BLSH, routing, pruning), self.axis, layout.tokens)
+        fused = enter(self.fuse(hidden_BLSH, routing, rule), self.axis, layout.tokens)
         if routing is not None:
             routing = Routing(*(all_tokens(part, self.axis, layout.tokens) for part in routing))
         return PonderOutput(fused, hidden_BLSH, routing, passes)
 
-    def route(self, h_token: Tensor, pruning: Pruning) -> Routing | None:
+    def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
         """The routing from what the router reads, (..., H); None unless the mode is `adaptive`."""
-        return None if self.router is None else route(self.router(h_token), pruning)
+        return None if self.router is None else route(self.router(h_token), rule)
 
-    def next_state(self, result: PassResult, pruning: Pruning, next_slots: int) -> State:
+    def next_state(self, result: PassResult, rule: Rule, next_slots: int) -> State:
         """What the next pass starts from."""
-        log_w = None if result.routing is None else key_log_weights(result.routing, pruning)
+        log_w = None if result.routing is None else key_log_weights(result.routing, rule)
         return self.passes.leave(self, result, log_w, next_slots)
 
-    def fuse(self, hidden_BLSH: Tensor, routing: Routing | None, pruning: Pruning) -> Tensor:
+    def fuse(self, hidden_BLSH: Tensor, routing: Routing | None, rule: Rule) -> Tensor:
         """The head's input: Σ_k s_k h_{t,k}, or without a router the hidden state of the token's last slot."""
         if routing is None:
             return hidden_BLSH[:, :, -1]
-        weights = fusion_weights(routing, pruning).to(hidden_BLSH.dtype)
+        weights = fusion_weights(routing, rule).to(hidden_BLSH.dtype)
         return (weights.unsqueeze(-2) @ hidden_BLSH).squeeze(-2)
 
     def run_slots(self, x_TH: Tensor, positions_T: Tensor, log_w_T: Tensor, caches: Sequence[LayerCache]) -> Tensor:

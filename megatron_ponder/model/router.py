@@ -1,7 +1,7 @@
 """The router: how much of each additional step a token gets, as a softmax over steps and its reversed tails."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from megatron_ponder.kernels.attention import DEAD
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import on_residual
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, normal
+
+RuleKind = Literal["soft", "hard", "all"]
 
 
 class Routing(NamedTuple):
@@ -30,22 +32,21 @@ class Routing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pruning:
+class Rule:
     """How a routing is applied.
 
     Attributes:
-        hard: steps beyond K̂ are not there; otherwise every step is, with its weight.
+        kind: `soft`, every step is there, with its weight; `hard`, steps beyond K̂ are not; `all`, every token takes K
+            steps, as in `fixed` mode, and the router learns nothing.
         threshold: τ.
         bias: α, added k times to the logit of step k.
         executed: int64 (B, L), K̂ of every token in place of what τ gives, for comparison with other choices.
-        all_steps: every token takes K steps, as in `fixed` mode, and the router learns nothing.
     """
 
-    hard: bool
+    kind: RuleKind
     threshold: float
     bias: float = 0.0
     executed: Tensor | None = None
-    all_steps: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -89,20 +90,20 @@ def _favour_last(bias: float):
     return fill
 
 
-def route(logits: Tensor, pruning: Pruning) -> Routing:
+def route(logits: Tensor, rule: Rule) -> Routing:
     """The routing that logits (..., K + 1) stand for.
 
     log w is a reversed logcumsumexp: it keeps its value and gradient where w underflows, unlike log(clamp(w)).
     """
-    if pruning.all_steps:  # gradients are 0, and not what rounding leaves, which Adam would make large
+    if rule.kind == "all":  # gradients are 0, and not what rounding leaves, which Adam would make large
         logits = 0 * logits
         logits = torch.cat([logits[..., :-1] + DEAD, logits[..., -1:]], -1)
-    if pruning.bias:
-        logits = logits + pruning.bias * torch.arange(logits.shape[-1], device=logits.device)
+    if rule.bias:
+        logits = logits + rule.bias * torch.arange(logits.shape[-1], device=logits.device)
     tails = logits.flip(-1).logcumsumexp(-1).flip(-1)
     log_total = tails[..., :1]
     log_w = tails - log_total
-    chosen = executed_steps(log_w, pruning.threshold) if pruning.executed is None else pruning.executed
+    chosen = executed_steps(log_w, rule.threshold) if rule.executed is None else rule.executed
     return Routing(logits - log_total, log_w, chosen)
 
 
@@ -115,20 +116,20 @@ def executed_steps(log_w: Tensor, threshold: float) -> Tensor:
     return (w >= threshold).sum(-1)
 
 
-def key_log_weights(routing: Routing, pruning: Pruning) -> Tensor:
+def key_log_weights(routing: Routing, rule: Rule) -> Tensor:
     """log w as attention sees it, (..., K + 1): under the hard rule, steps beyond K̂ are dead."""
-    if not pruning.hard:
+    if rule.kind != "hard":
         return routing.log_w
     step = torch.arange(routing.log_w.shape[-1], device=routing.log_w.device)
     return routing.log_w.masked_fill(step > routing.executed.unsqueeze(-1), DEAD)
 
 
-def fusion_weights(routing: Routing, pruning: Pruning) -> Tensor:
+def fusion_weights(routing: Routing, rule: Rule) -> Tensor:
     """Weights of h_{t,0} .. h_{t,K} in the output, (..., K + 1), which sum to 1.
 
     Soft: s. Hard: s for steps before K̂, and w at K̂, so that the last executed step takes the remaining mass.
     """
-    if not pruning.hard:
+    if rule.kind != "hard":
         return routing.log_s.exp()
     step = torch.arange(routing.log_s.shape[-1], device=routing.log_s.device)
     last = routing.executed.unsqueeze(-1)

@@ -13,7 +13,7 @@ from megatron_ponder.config import PonderConfig
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.passes import Shape, Sizes, interleaving
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.pipeline import pack, packed_size, unpack
 
 Finish = Callable[[PonderOutput, Tensor], Tensor]
@@ -55,21 +55,21 @@ class PassStage(nn.Module):
 
     Attributes:
         model: this rank's part.
-        pruning: soft mask or hard rule.
+        rule: how a routing is applied.
     """
 
-    def __init__(self, model: PonderLM, index: int, shapes: PassShapes, pruning: Pruning, finish: Finish) -> None:
+    def __init__(self, model: PonderLM, index: int, shapes: PassShapes, rule: Rule, finish: Finish) -> None:
         """Prepare one stage.
 
         Args:
             model: this rank's part; stages of all passes share it.
             index: of the pass.
             shapes: of what travels.
-            pruning: soft mask or hard rule.
+            rule: how a routing is applied.
             finish: makes the last stage's result of the model's output and the tokens.
         """
         super().__init__()
-        self.model, self.pruning = model, pruning
+        self.model, self.rule = model, rule
         self._index, self._shapes, self._finish = index, shapes, finish
 
     def forward(self, received: Tensor, tokens: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class PassStage(nn.Module):
         stream = model.run_blocks(stream, layout, index, plan)
         if not model.part.last:
             return pack(*passes.pack_stream(stream))
-        result = model.end_pass(stream, layout, self.pruning)
+        result = model.end_pass(stream, layout, self.rule)
         if index + 1 < len(plan):
-            return pack(*model.next_state(result, self.pruning, plan[index + 1]))
-        return self._finish(model.output(result, self.pruning, len(plan)), tokens)
+            return pack(*model.next_state(result, self.rule, plan[index + 1]))
+        return self._finish(model.output(result, self.rule, len(plan)), tokens)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_ponder.checkpoint.optimizer_state import KINDS, MOMENTS, WEIGHT
 from megatron_ponder.checkpoint.store import open_tensors
 from megatron_ponder.config import Config
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule, RuleKind
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import ParameterSpec, declarations
@@ -135,19 +135,19 @@ class Engine:
         transformer.register_forward_pre_hook(point)
         transformer.register_forward_hook(before_backward)
 
-    def pruning(self, hard: bool) -> Pruning:
+    def rule(self, kind: RuleKind) -> Rule:
         """The model's rule with α = 0, as training and validation use it."""
-        return self._objective.model.pruning(hard, bias=0.0)
+        return self._objective.model.rule(kind, bias=0.0)
 
     def forward_backward(
-        self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, penalty: float, scale: float
+        self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: float, scale: float
     ) -> Tensor:
         """Forward and backward of this rank's micro-batches of a step; gradients are reduced over the data ranks.
 
         Args:
             micro_batches: int64 (B, L + 1) each.
             refinements: R.
-            pruning: soft, or hard from `ponder.prune_start` on.
+            rule: how a routing is applied.
             penalty: λ.
             scale: factor on the sum over tokens; 1 / supervised tokens of the whole step, over all ranks.
 
@@ -157,12 +157,12 @@ class Engine:
         # DeepSpeed averages over data-parallel ranks what has been divided by the global count already
         scale = scale * self._mesh.data.size
         if self._pipelined is not None:
-            sums = self._pipelined.forward_backward(micro_batches, refinements, pruning, penalty, scale)
+            sums = self._pipelined.forward_backward(micro_batches, refinements, rule, penalty, scale)
             self._engine.allreduce_gradients()
             return sums
         total = 0
         for tokens in micro_batches:
-            loss, sums = self._engine(tokens, refinements, pruning, penalty)
+            loss, sums = self._engine(tokens, refinements, rule, penalty)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()  # updates nothing; it counts the micro-batch
@@ -171,7 +171,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, micro_batches: Sequence[Tensor], rounds: int, refinements: int, pruning: Pruning, each_step: bool
+        self, micro_batches: Sequence[Tensor], rounds: int, refinements: int, rule: Rule, each_step: bool
     ) -> Tensor:
         """Sums of a `Tally` over micro-batches, without gradients.
 
@@ -179,19 +179,19 @@ class Engine:
             micro_batches: int64 (at most B, L + 1) each.
             rounds: the most micro-batches that any data-parallel rank has.
             refinements: R.
-            pruning: soft or hard.
+            rule: how a routing is applied.
             each_step: measure also what every step predicts by itself.
         """
         if self._pipelined is not None:
-            return self._pipelined.evaluate(micro_batches, refinements, pruning, each_step)
+            return self._pipelined.evaluate(micro_batches, refinements, rule, each_step)
         width = Tally.width(self._objective.model.ponder_config.steps)
         total = torch.zeros(width, dtype=torch.float64, device=self._mesh.device)
         for tokens in micro_batches:
-            total += self._objective(tokens, refinements, pruning, each_step=each_step)[1].sum(0)
+            total += self._objective(tokens, refinements, rule, each_step=each_step)[1].sum(0)
         # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
         for _ in range(rounds - len(micro_batches)):
             idle = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
-            self._objective(idle, refinements, pruning, each_step=each_step)
+            self._objective(idle, refinements, rule, each_step=each_step)
         return total
 
     def step(self, learning_rate: float) -> float:
@@ -302,7 +302,7 @@ class Engine:
         micro_batches = [tokens] * self._accumulation
         # Zero even where a weight is no number, because a step that is skipped creates nothing.
         hooks = [parameter.register_hook(torch.zeros_like) for _, parameter, *_ in self._declarations()]
-        self.forward_backward(micro_batches, refinements=0, pruning=self.pruning(hard=False), penalty=0.0, scale=0.0)
+        self.forward_backward(micro_batches, refinements=0, rule=self.rule("soft"), penalty=0.0, scale=0.0)
         self.step(learning_rate=0.0)
         for hook in hooks:
             hook.remove()

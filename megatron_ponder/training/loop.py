@@ -11,7 +11,7 @@ from megatron_ponder.checkpoint.manifest import Manifest, checkpoint_name
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import batches
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
@@ -26,7 +26,7 @@ from megatron_ponder.training.interruption import Abandoned, Interruption
 from megatron_ponder.training.loss_spikes import WINDOW, LossSpikes
 from megatron_ponder.training.penalty import Penalty, PenaltyState
 from megatron_ponder.training.router_health import router_complaint
-from megatron_ponder.training.schedules import learning_rate, refinements, rule
+from megatron_ponder.training.schedules import learning_rate, refinements, training_rule
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.skipped_steps import SkippedSteps
 from megatron_ponder.training.step_watch import StepWatch
@@ -144,16 +144,16 @@ class TrainingLoop:
         micro_batches = self._reader.read(self._loader, self._micro_batches)
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
         self._watch.mark()
-        pruning, own = rule(step, ponder), {}
+        rule, own = training_rule(step, ponder), {}
         interval = self._config.logging.own_losses_interval
         if self._routed and interval > 0 and (step + 1) % interval == 0:
             with self._watch.aside():
-                own = _own(measure_each_step(self._mesh, self._engine, micro_batches, r, pruning))
+                own = _own(measure_each_step(self._mesh, self._engine, micro_batches, r, rule))
         tokens_per_step = training.global_batch_size * self._config.data.sequence_length
         # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
         scale = math.nan if self._reader.problem else 1 / tokens_per_step
         with self._interruption.possible(self._boundary.step_seconds):
-            sums = self._engine.forward_backward(micro_batches, r, pruning, penalty, scale)
+            sums = self._engine.forward_backward(micro_batches, r, rule, penalty, scale)
         self._watch.mark()
         norm = self._engine.step(rate)
         self._watch.mark()
@@ -207,11 +207,11 @@ class TrainingLoop:
     def _validate(self) -> dict[str, float]:
         """Fields of the record; none if the run is to stop before they are known."""
         self._validated = False
-        pruning = rule(self._step - 1, self._config.ponder)  # of the last step
+        rule = training_rule(self._step - 1, self._config.ponder)  # of the last step
         try:
-            pruned = tally = self._measure(pruning, each_step=True)
-            if tally is not None and self._routed and not (pruning.hard or pruning.all_steps):
-                pruned = self._measure(replace(pruning, hard=True), each_step=False)
+            pruned = tally = self._measure(rule, each_step=True)
+            if tally is not None and self._routed and rule.kind == "soft":
+                pruned = self._measure(replace(rule, kind="hard"), each_step=False)
         except UserError:
             self._save()
             raise
@@ -234,9 +234,9 @@ class TrainingLoop:
             **{f"validation_{name}": value for name, value in _own(tally).items()},
         }
 
-    def _measure(self, pruning: Pruning, each_step: bool) -> Tally | None:
+    def _measure(self, rule: Rule, each_step: bool) -> Tally | None:
         parts = self._mesh, self._parts, self._engine
-        return validate(self._config, *parts, pruning, self._boundary, self._watchdog, each_step)
+        return validate(self._config, *parts, rule, self._boundary, self._watchdog, each_step)
 
     def _save(self) -> None:
         """Save, or begin to; if that fails, training goes on all the same.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 from megatron_ponder.parallel.regions import enter
@@ -28,7 +28,7 @@ class Objective(nn.Module):
         self,
         tokens: Tensor,
         refinements: int,
-        pruning: Pruning,
+        rule: Rule,
         penalty_weight: float = 0.0,
         each_step: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -37,14 +37,14 @@ class Objective(nn.Module):
         Args:
             tokens: int64 (B, L + 1).
             refinements: R.
-            pruning: soft in training, or hard from `ponder.prune_start` on.
+            rule: how a routing is applied.
             penalty_weight: λ.
             each_step: as in `measure`.
 
         Returns:
             As `measure`.
         """
-        result = self.model.jacobi(tokens[:, :-1], refinements, pruning, self.model.ponder_config.gradient_passes)
+        result = self.model.jacobi(tokens[:, :-1], refinements, rule, self.model.ponder_config.gradient_passes)
         return self.measure(result, tokens, penalty_weight, each_step)
 
     def measure(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.model.ponder import PonderOutput
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
@@ -41,14 +41,14 @@ class PipelinedObjective:
         self.interruption: Interruption | None = None
 
     def forward_backward(
-        self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, penalty: float, scale: float
+        self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: float, scale: float
     ) -> Tensor:
         """All micro-batches of a step; gradients add up in the parameters.
 
         Args:
             micro_batches: int64 (B, L + 1) each, the same on all pipeline ranks.
             refinements: R.
-            pruning: soft, or hard from `ponder.prune_start` on.
+            rule: how a routing is applied.
             penalty: λ.
             scale: factor on the loss.
 
@@ -56,7 +56,7 @@ class PipelinedObjective:
             Sums of a `Tally`, the same on all pipeline ranks.
         """
         self._penalty, self._scale, self._sums = penalty, scale, []
-        schedule = self._schedule(micro_batches, refinements, pruning, training=True)
+        schedule = self._schedule(micro_batches, refinements, rule, training=True)
         tokens = torch.cat(list(micro_batches))
         last = {"target": tokens} if self._objective.model.part.last else {}
         run_step(schedule, *([tokens] if self._objective.model.part.first else []), tokens=tokens, **last)
@@ -65,7 +65,7 @@ class PipelinedObjective:
         return self._share(sum(sums.sum(0) for sums in self._sums) if self._sums else None)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, each_step: bool) -> Tensor:
+    def evaluate(self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, each_step: bool) -> Tensor:
         """As `Engine.evaluate`, the same on all pipeline ranks; some micro-batches may be smaller."""
         part, ranks = self._objective.model.part, self._mesh.pipeline.size
         self._each_step, total = each_step, None
@@ -75,7 +75,7 @@ class PipelinedObjective:
             # the schedule's shapes are fixed, so that what is missing is filled up and not counted
             full = [torch.cat([tokens, tokens[:1].expand(size - len(tokens), -1)]) for tokens in group]
             full += [full[0]] * (ranks - len(group))
-            schedule = self._schedule(full, refinements, pruning, training=False)
+            schedule = self._schedule(full, refinements, rule, training=False)
             tokens = torch.cat(full)
             sums = run_step(schedule, *([tokens] if part.first else []), tokens=tokens)
             if part.last:
@@ -91,16 +91,16 @@ class PipelinedObjective:
         torch.distributed.all_reduce(sums, group=self._mesh.pipeline.group)
         return sums
 
-    def _schedule(self, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning, training: bool):
+    def _schedule(self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, training: bool):
         batch, width = micro_batches[0].shape
-        key = (refinements, len(micro_batches), batch, width, pruning, training)
+        key = (refinements, len(micro_batches), batch, width, rule, training)
         if key not in self._schedules:
             model, axis = self._objective.model, self._mesh.pipeline
             sizes = model.sizes(batch, width - 1)
             shapes = PassShapes(model.ponder_config, refinements, sizes)
             finish = self._finish if training else self._measure
             self._schedules[key] = build_schedule(
-                rounds=[PassStage(model, index, shapes, pruning, finish) for index in range(len(shapes.plan))],
+                rounds=[PassStage(model, index, shapes, rule, finish) for index in range(len(shapes.plan))],
                 carried=shapes.carried(axis.size, self._dtype),
                 first_input=micro_batches[0],
                 last_output=torch.empty(1) if training else torch.empty(batch, Tally.width(model.ponder_config.steps)),

@@ -4,7 +4,7 @@ import hashlib
 import math
 
 from megatron_ponder.config import OptimizerConfig, PonderConfig
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
@@ -29,11 +29,13 @@ def refinements(step: int, seed: int, config: PonderConfig) -> int:
     return choices[int.from_bytes(digest[:8], "little") % len(choices)]
 
 
-def rule(step: int, config: PonderConfig) -> Pruning:
+def training_rule(step: int, config: PonderConfig) -> Rule:
     """How the passes of this optimiser step apply the routing.
 
     Before `router_start` every token takes all steps, as in `fixed` mode; from `prune_start` on steps beyond K̂ are not
     there, as at inference; between them the mask is soft.
     """
-    hard = config.prune_start is not None and step >= config.prune_start
-    return Pruning(hard, config.threshold, all_steps=step < config.router_start)
+    if step < config.router_start:
+        return Rule("all", config.threshold)
+    prunes = config.prune_start is not None and step >= config.prune_start
+    return Rule("hard" if prunes else "soft", config.threshold)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import validation_batches
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.boundary import Boundary
@@ -24,7 +24,7 @@ def validate(
     mesh: Mesh,
     parts: RunParts,
     engine: Engine,
-    pruning: Pruning,
+    rule: Rule,
     boundary: Boundary,
     watchdog: Watchdog,
     each_step: bool,
@@ -38,7 +38,7 @@ def validate(
         mesh: the ranks.
         parts: of the run, with a validation part.
         engine: that evaluates.
-        pruning: soft or hard.
+        rule: how a routing is applied.
         boundary: where the ranks agree.
         watchdog: told of every micro-batch.
         each_step: measure also what every step predicts by itself.
@@ -63,12 +63,12 @@ def validate(
         if boundary.poll(reader.problem):
             return None
         micro_batches = [tokens.to(mesh.device) for tokens in micro_batches]
-        sums = sums + engine.evaluate(micro_batches, min(at_once, rounds - first), r, pruning, each_step)
+        sums = sums + engine.evaluate(micro_batches, min(at_once, rounds - first), r, rule, each_step)
     return _over_data_ranks(sums, mesh)
 
 
 def measure_each_step(
-    mesh: Mesh, engine: Engine, micro_batches: Sequence[Tensor], refinements: int, pruning: Pruning
+    mesh: Mesh, engine: Engine, micro_batches: Sequence[Tensor], refinements: int, rule: Rule
 ) -> Tally:
     """What every step predicts by itself, on the first sequences of a training step: an eighth of a micro-batch.
 
@@ -80,10 +80,10 @@ def measure_each_step(
         engine: that evaluates.
         micro_batches: of this data-parallel rank in the training step, int64 (B, L + 1) each.
         refinements: R.
-        pruning: of the training step.
+        rule: of the training step.
     """
     first = [tokens[: math.ceil(len(tokens) / 8)] for tokens in micro_batches[: mesh.pipeline.size]]
-    return _over_data_ranks(engine.evaluate(first, len(first), refinements, pruning, each_step=True), mesh)
+    return _over_data_ranks(engine.evaluate(first, len(first), refinements, rule, each_step=True), mesh)
 
 
 def _over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:

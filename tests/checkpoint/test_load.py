@@ -51,8 +51,8 @@ def test_a_loaded_model_computes_the_same(tmp_path, tokenizer, overrides):
     model, config = save(tmp_path / "c", tokenizer, **overrides)
     loaded = load_model(tmp_path / "c")
     tokens = random_tokens(2, 8)
-    expected = model.head(model.jacobi(tokens, 1, model.pruning(True)).output_BLH)
-    got = loaded.model.head(loaded.model.jacobi(tokens, 1, loaded.model.pruning(True)).output_BLH)
+    expected = model.head(model.jacobi(tokens, 1, model.rule("hard")).output_BLH)
+    got = loaded.model.head(loaded.model.jacobi(tokens, 1, loaded.model.rule("hard")).output_BLH)
     assert torch.equal(got, expected)
     assert not loaded.model.training
     assert (loaded.config, loaded.folder) == (config, tmp_path / "c")

@@ -96,7 +96,7 @@ def test_a_server_from_its_start_to_its_end(checkpoint, tmp_path):
     ) as server:
         status, answer = server.answer({"prompt": [5, 90], "temperature": 0, "max_tokens": 8, "logprobs": 0})
         loaded = load_model(checkpoint)
-        want = generate(loaded.model, [[5, 90]], 8, loaded.model.pruning(True, 0.01, 0.5))[0]
+        want = generate(loaded.model, [[5, 90]], 8, loaded.model.rule("hard", 0.01, 0.5))[0]
         assert (status, answer["model"]) == (200, "small")
         got = answer["choices"][0]["logprobs"]["token_logprobs"]
         assert got == pytest.approx(want.log_probabilities, abs=1e-4)

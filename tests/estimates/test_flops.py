@@ -44,7 +44,7 @@ def counted(overrides: dict) -> tuple[float, float]:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Modules()
     with counter, sdpa_kernel(SDPBackend.MATH):  # of PyTorch's fused kernels on a CPU nothing is counted
-        loss, _ = Objective(model)(random_tokens(BATCH, LENGTH + 1), R, model.pruning(hard=False))
+        loss, _ = Objective(model)(random_tokens(BATCH, LENGTH + 1), R, model.rule("soft"))
         loss.backward()
     by_operation = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     weights = sum(count for name, count in by_operation.items() if name in ("aten.mm", "aten.addmm"))

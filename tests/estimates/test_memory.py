@@ -137,7 +137,7 @@ def forward_and_backward(config: Config, mesh: Mesh, eod_id: int | None = None) 
         for parameter in model.parameters():
             parameter.detach()  # seen, so that their views are not taken for something new
         assert alive.now == parameters
-        loss, _ = objective(tokens, R, model.pruning(hard=False))
+        loss, _ = objective(tokens, R, model.rule("soft"))
         left = alive.now - parameters
         loss.backward()
     torch.set_flush_denormal(False)
@@ -284,7 +284,7 @@ def measure_engine(mesh: Mesh, config: Config) -> int:
             gc.collect()
             alive.most = alive.now
             tokens = random_tokens(own, LENGTH + 1, VOCABULARY, seed=step).split(BATCH)
-            engine.forward_backward(tokens, R, engine.pruning(hard=False), 0.1, 1e-3)
+            engine.forward_backward(tokens, R, engine.rule("soft"), 0.1, 1e-3)
             engine.step(1e-3)
     return alive.most
 

@@ -40,7 +40,7 @@ def analysis(subjects, announced):
 def own(subjects):
     """The adaptive model as it was trained."""
     model = subjects["a"].model
-    return measure(model, BATCHES, Setting(model.pruning(True), 1))
+    return measure(model, BATCHES, Setting(model.rule("hard"), 1))
 
 
 def rows_of(analysis, table, **values):
@@ -58,14 +58,14 @@ def test_quality_and_compute(analysis, subjects):
         rows = rows_of(analysis, "quality_compute", model="a", sweep=sweep)
         assert [row[name] for row in rows] == values
         for row in rows:
-            pruning = model.pruning(True, row["threshold"], row["bias"])
-            want = evaluate(model, BATCHES, Setting(pruning, 1))
+            rule = model.rule("hard", row["threshold"], row["bias"])
+            want = evaluate(model, BATCHES, Setting(rule, 1))
             assert row["evaluation"] == "hard, jacobi(1)"
             assert row["loss"] == pytest.approx(want.cross_entropy)
             assert row["mean_steps"] == pytest.approx(want.mean_steps)
             assert row["mflops"] == pytest.approx(want.flops / 1e6)
             if sweep == "threshold":
-                measured = measure(model, BATCHES, Setting(pruning, 1))
+                measured = measure(model, BATCHES, Setting(rule, 1))
                 controls = rows_of(analysis, "quality_compute", sweep="random", threshold=row["threshold"])
                 assert [control["seed"] for control in controls] == [0, 1]
                 for control in controls:
@@ -75,7 +75,7 @@ def test_quality_and_compute(analysis, subjects):
     for label, steps in (("f", 2), ("v", 0)):
         (row,) = rows_of(analysis, "quality_compute", model=label)
         assert (row["sweep"], row["mean_steps"], row["threshold"]) == ("trained", steps, None)
-        want = evaluate(subjects[label].model, BATCHES, Setting(model.pruning(True), 1))
+        want = evaluate(subjects[label].model, BATCHES, Setting(model.rule("hard"), 1))
         assert row["loss"] == pytest.approx(want.cross_entropy)
 
 
@@ -84,7 +84,7 @@ def test_shifts_of_each_half(analysis, subjects, own):
     assert hard.sum() == len(hard) // 2
     model = subjects["a"].model
     for bias in (-2.0, 0.0, 2.0):
-        shifted = measure(model, BATCHES, Setting(model.pruning(True, bias=bias), 1))
+        shifted = measure(model, BATCHES, Setting(model.rule("hard", bias=bias), 1))
         for name, half in (("easy", ~hard), ("hard", hard)):
             (row,) = rows_of(analysis, "shifting", model="a", bias=bias, half=name)
             assert row["loss"] == pytest.approx(shifted.loss[half].mean())
@@ -159,7 +159,7 @@ def test_gaps_are_differences_of_evaluations(analysis, subjects):
         def loss(name, threshold, model=model):
             rule, evaluation = name.split(", ")
             refinements = None if evaluation == "exact" else int(evaluation[7:-1])
-            setting = Setting(model.pruning(rule == "hard", threshold), refinements)
+            setting = Setting(model.rule(rule, threshold), refinements)
             return evaluate(model, BATCHES, setting).cross_entropy
 
         gaps = analysis.summary[label]["gaps"]

@@ -81,7 +81,7 @@ def log_probability(loaded: LoadedModel, context: list[int], continuation: list[
     """Of a continuation, by parallel passes with the hard rule."""
     tokens = torch.tensor([context + continuation])
     refinements = loaded.config.ponder.evaluation_refinements
-    result = loaded.model.jacobi(tokens[:, :-1], refinements, loaded.model.pruning(hard=True))
+    result = loaded.model.jacobi(tokens[:, :-1], refinements, loaded.model.rule("hard"))
     scores = loaded.model.head(result.output_BLH)[0].double().log_softmax(-1)[len(context) - 1 :]
     return float(scores.gather(1, torch.tensor(continuation).unsqueeze(1)).sum())
 
@@ -145,7 +145,7 @@ def test_text_and_generation(folder, corpus, tmp_path, monkeypatch):
         bits -= log_probability(loaded, [loaded.tokenizer.eod_id], ids) / math.log(2)
         prompt = tokens = torch.tensor([loaded.tokenizer.encode(text)])
         for _ in range(6):
-            exact = loaded.model.exact(tokens, loaded.model.pruning(hard=True))
+            exact = loaded.model.exact(tokens, loaded.model.rule("hard"))
             tokens = torch.cat([tokens, loaded.model.head(exact.output_BLH[:, -1:]).argmax(-1)], 1)
         continuation = loaded.tokenizer.decode(tokens[0, prompt.shape[1] :].tolist())
         rows.append({"text": text, "continuation": continuation})

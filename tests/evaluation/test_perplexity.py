@@ -23,25 +23,25 @@ def model():
 
 
 @torch.no_grad()
-def sequential(model, pruning, batch):
+def sequential(model, rule, batch):
     """Loss summed over tokens and K̂ of every token, slot by slot."""
     total, executed = 0.0, []
     for row in batch:
-        outputs, steps = decode(model, pruning, row[:-1])
+        outputs, steps = decode(model, rule, row[:-1])
         total += float(F.cross_entropy(model.head(outputs), row[1:], reduction="sum"))
         executed += steps.tolist()
     return total, executed
 
 
 @pytest.mark.parametrize("refinements", [0, 2])
-@pytest.mark.parametrize("hard", [False, True])
-def test_cross_entropy_is_that_of_the_logits(model, hard, refinements):
-    pruning = model.pruning(hard, threshold=0.3)
-    got = evaluate(model, BATCHES, Setting(pruning, refinements))
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_cross_entropy_is_that_of_the_logits(model, kind, refinements):
+    rule = model.rule(kind, threshold=0.3)
+    got = evaluate(model, BATCHES, Setting(rule, refinements))
     losses = []
     with torch.no_grad():
         for batch in BATCHES:
-            logits = model.head(model.jacobi(batch[:, :-1], refinements, pruning).output_BLH)
+            logits = model.head(model.jacobi(batch[:, :-1], refinements, rule).output_BLH)
             losses.append(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
     want = torch.cat(losses)
     assert got.tokens == len(want) == 68
@@ -49,15 +49,15 @@ def test_cross_entropy_is_that_of_the_logits(model, hard, refinements):
     assert got.perplexity == pytest.approx(math.exp(want.mean()), rel=1e-12)
     assert got.passes == model.ponder_config.max_steps + refinements + 1
     assert got.bits_per_byte is None
-    assert got.setting == f"{'hard' if hard else 'soft'}, jacobi({refinements})"
+    assert got.setting == f"{kind}, jacobi({refinements})"
 
 
 @pytest.mark.parametrize("overrides", [{}, {"model__family": "gpt_neox"}, {"ponder__mode": "fixed"}])
 def test_hard_exact_is_sequential_decoding(overrides):
     model = small_model(router_scale=4.0, **overrides).eval()
-    pruning = model.pruning(hard=True, threshold=0.3)
-    got = evaluate(model, BATCHES, Setting(pruning, None))
-    results = [sequential(model, pruning, batch) for batch in BATCHES]
+    rule = model.rule("hard", threshold=0.3)
+    got = evaluate(model, BATCHES, Setting(rule, None))
+    results = [sequential(model, rule, batch) for batch in BATCHES]
     executed = [steps for _, row in results for steps in row]
     assert got.setting == "hard, exact"
     assert got.cross_entropy == pytest.approx(sum(total for total, _ in results) / 68, rel=1e-9)
@@ -74,8 +74,8 @@ def test_hard_exact_is_sequential_decoding(overrides):
 
 
 def test_the_soft_mask_runs_every_step_and_the_hard_rule_fewer(model):
-    soft = evaluate(model, BATCHES, Setting(model.pruning(False, 0.3), 2))
-    hard = evaluate(model, BATCHES, Setting(model.pruning(True, 0.3), 2))
+    soft = evaluate(model, BATCHES, Setting(model.rule("soft", 0.3), 2))
+    hard = evaluate(model, BATCHES, Setting(model.rule("hard", 0.3), 2))
     assert (soft.mean_steps, soft.step_shares) == (2.0, [0.0, 0.0, 1.0])
     assert 0 < hard.mean_steps < 2
     assert hard.flops < soft.flops
@@ -84,17 +84,17 @@ def test_the_soft_mask_runs_every_step_and_the_hard_rule_fewer(model):
 
 def test_threshold_and_bias_move_the_steps(model):
     def steps(threshold, bias=0.0):
-        return evaluate(model, BATCHES, Setting(model.pruning(True, threshold, bias), None)).mean_steps
+        return evaluate(model, BATCHES, Setting(model.rule("hard", threshold, bias), None)).mean_steps
 
     assert (steps(0.0), steps(1.0)) == (2.0, 0.0)
     assert steps(0.1) > steps(0.3) > steps(0.6)
     assert steps(0.3, bias=-2.0) < steps(0.3) < steps(0.3, bias=2.0)
     with pytest.raises(UserError, match=r"threshold 1\.5 is not a weight"):
-        model.pruning(True, 1.5)
+        model.rule("hard", 1.5)
 
 
 def test_bits_per_byte_by_hand(model):
-    got = evaluate(model, BATCHES, Setting(model.pruning(True), 1), count_bytes=lambda ids: sum(i % 3 for i in ids))
+    got = evaluate(model, BATCHES, Setting(model.rule("hard"), 1), count_bytes=lambda ids: sum(i % 3 for i in ids))
     size = sum(int(token) % 3 for batch in BATCHES for token in batch[:, 1:].flatten())
     assert got.bits_per_byte == pytest.approx(got.cross_entropy * 68 / math.log(2) / size)
 
@@ -124,16 +124,16 @@ def test_windows_predict_every_token_but_the_first_once():
 
 def test_nothing_to_evaluate(model):
     with pytest.raises(UserError, match="nothing to evaluate; give a longer text"):
-        evaluate(model, [], Setting(model.pruning(True), None))
+        evaluate(model, [], Setting(model.rule("hard"), None))
 
 
 @pytest.mark.parametrize("way", [0, None], ids=["jacobi", "exact"])
-@pytest.mark.parametrize("hard", [False, True])
-def test_a_model_with_a_weight_that_is_no_number_is_refused_in_words(way, hard):
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_model_with_a_weight_that_is_no_number_is_refused_in_words(way, kind):
     model = small_model().eval()
     with torch.no_grad():
         next(model.transformer.parameters()).flatten()[5] = math.nan
-    setting = Setting(model.pruning(hard), way)
+    setting = Setting(model.rule(kind), way)
     with pytest.raises(UserError, match=rf"{re.escape(setting.name)}\) is not finite: .*earlier checkpoint"):
         evaluate(model, BATCHES, setting)
     with pytest.raises(UserError, match="not finite"):

@@ -12,12 +12,12 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.evaluation.pondering import contraction, measure, shuffled
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from tests.generation.sequential import Sequential, feed
 from tests.models import random_tokens, small_model
 
 BATCHES = [random_tokens(2, 15, seed=0), random_tokens(1, 8, seed=1)]
-AT_ONCE = Pruning(hard=True, threshold=1.0)  # every w but the first is smaller: no additional step
+AT_ONCE = Rule("hard", threshold=1.0)  # every w but the first is smaller: no additional step
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model():
 
 
 @torch.no_grad()
-def by_hand(model, pruning, chosen=None):
+def by_hand(model, rule, chosen=None):
     """Token by token: K̂, the losses of the fused state and of h_{t,0}, and s; K̂ is `chosen` if that is given."""
     rows = []
     for row in (row for batch in BATCHES for row in batch):
@@ -34,10 +34,10 @@ def by_hand(model, pruning, chosen=None):
         for token, label in zip(row[:-1].tolist(), row[1:], strict=True):
             first = copy.deepcopy(state)
             first_logits = feed(model, AT_ONCE, first, token)
-            rule = pruning if chosen is None else replace(pruning, executed=chosen[len(rows)].view(1))
-            logits = feed(model, rule, state, token)
+            own = rule if chosen is None else replace(rule, executed=chosen[len(rows)].view(1))
+            logits = feed(model, own, state, token)
             steps = torch.arange(model.ponder_config.steps + 1)
-            s = (model.router(first.outputs[-1]) + pruning.bias * steps).softmax(-1)
+            s = (model.router(first.outputs[-1]) + rule.bias * steps).softmax(-1)
             losses = [float(F.cross_entropy(x, label)) for x in (logits, first_logits)]
             rows.append((state.executed[-1], *losses, s.numpy()))
     return [np.array(column) for column in zip(*rows, strict=True)]
@@ -45,9 +45,9 @@ def by_hand(model, pruning, chosen=None):
 
 @pytest.mark.parametrize(("threshold", "bias"), [(0.3, 0.0), (0.1, -1.0)])
 def test_every_token_under_the_hard_rule(model, threshold, bias):
-    pruning = model.pruning(True, threshold, bias)
-    got = measure(model, BATCHES, Setting(pruning, None))
-    executed, loss, first_loss, distribution = by_hand(model, pruning)
+    rule = model.rule("hard", threshold, bias)
+    got = measure(model, BATCHES, Setting(rule, None))
+    executed, loss, first_loss, distribution = by_hand(model, rule)
     assert len(set(executed.tolist())) == 3
     assert got.executed.tolist() == executed.tolist()
     for name, want in (("loss", loss), ("first_loss", first_loss), ("distribution", distribution)):
@@ -60,17 +60,17 @@ def test_every_token_under_the_hard_rule(model, threshold, bias):
 
 
 def test_steps_chosen_from_outside_are_those_that_run(model):
-    pruning = model.pruning(True, 0.3)
+    rule = model.rule("hard", 0.3)
     chosen = torch.randint(0, 3, (35,), generator=torch.Generator().manual_seed(0))
-    got = measure(model, BATCHES, Setting(replace(pruning, executed=chosen), None))
-    executed, loss, first_loss, _ = by_hand(model, pruning, chosen)
+    got = measure(model, BATCHES, Setting(replace(rule, executed=chosen), None))
+    executed, loss, first_loss, _ = by_hand(model, rule, chosen)
     assert got.executed.tolist() == executed.tolist() == chosen.tolist()
     assert got.loss == pytest.approx(loss, abs=1e-9)
     assert got.first_loss == pytest.approx(first_loss, abs=1e-9)
 
 
 def test_random_steps_are_as_many_but_elsewhere(model):
-    measured = measure(model, BATCHES, Setting(model.pruning(True, 0.3), 1))
+    measured = measure(model, BATCHES, Setting(model.rule("hard", 0.3), 1))
     drawn = [shuffled(measured, seed).executed for seed in (0, 0, 1)]
     assert drawn[0].tolist() == drawn[1].tolist() != drawn[2].tolist()
     for chosen in drawn:
@@ -83,9 +83,9 @@ def test_random_steps_are_as_many_but_elsewhere(model):
 
 
 @pytest.mark.parametrize("refinements", [0, 2, None])
-@pytest.mark.parametrize("hard", [False, True])
-def test_means_are_those_of_an_evaluation(model, hard, refinements):
-    setting = Setting(model.pruning(hard, 0.3), refinements)
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_means_are_those_of_an_evaluation(model, kind, refinements):
+    setting = Setting(model.rule(kind, 0.3), refinements)
     got, want = measure(model, BATCHES, setting), evaluate(model, BATCHES, setting)
     assert got.loss.mean() == pytest.approx(want.cross_entropy, abs=1e-12)
     assert got.executed.mean() == pytest.approx(want.mean_steps)
@@ -95,11 +95,11 @@ def test_means_are_those_of_an_evaluation(model, hard, refinements):
 @pytest.mark.parametrize("mode", ["fixed", "vanilla"])
 def test_models_without_a_router(mode):
     model = small_model(ponder__mode=mode).eval()
-    pruning = model.pruning(True)
-    got = measure(model, BATCHES, Setting(pruning, None))
+    rule = model.rule("hard")
+    got = measure(model, BATCHES, Setting(rule, None))
     assert got.distribution is None
     assert set(got.executed.tolist()) == {model.ponder_config.steps}
-    want = torch.cat([model.head(model.exact(batch[:, :-1], pruning).output_BLH).flatten(0, 1) for batch in BATCHES])
+    want = torch.cat([model.head(model.exact(batch[:, :-1], rule).output_BLH).flatten(0, 1) for batch in BATCHES])
     loss = F.cross_entropy(want, torch.from_numpy(got.labels), reduction="none")
     assert got.loss == pytest.approx(loss.detach().numpy(), abs=1e-9)
     if mode == "vanilla":
@@ -107,7 +107,7 @@ def test_models_without_a_router(mode):
     else:
         assert abs(got.gain).mean() > 1e-3
         # a few parallel passes keep no hidden state from before the steps
-        assert measure(model, BATCHES, Setting(pruning, 1)).first_loss is None
+        assert measure(model, BATCHES, Setting(rule, 1)).first_loss is None
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_models_without_a_router(mode):
 def test_contraction_is_the_distance_to_an_iterate_far_away(mode):
     model = small_model(ponder__mode=mode).eval()
     iterates = [
-        torch.cat([model.jacobi(batch[:, :-1], r, model.pruning(False)).hidden_BLSH.flatten() for batch in BATCHES])
+        torch.cat([model.jacobi(batch[:, :-1], r, model.rule("soft")).hidden_BLSH.flatten() for batch in BATCHES])
         for r in (0, 1, 2, 3, 4, 5, 80)
     ]
     want = [float((hidden - iterates[-1]).square().mean().sqrt()) for hidden in iterates[:6]]
@@ -144,6 +144,6 @@ def test_contraction_stops_at_rounding_and_is_nothing_without_iterates():
 
 def test_nothing_to_measure(model):
     with pytest.raises(UserError, match="nothing to measure; give a longer text"):
-        measure(model, [], Setting(model.pruning(True), None))
+        measure(model, [], Setting(model.rule("hard"), None))
     with pytest.raises(UserError, match="nothing to measure; give a longer text"):
         contraction(model, [], 3)

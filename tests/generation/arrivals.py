@@ -43,7 +43,7 @@ def prompts() -> list[list[int]]:
 
 def expected(model) -> list[tuple[list[int], list[float], list[int]]]:
     """Tokens, log-probabilities and K̂ of each, one at a time."""
-    return [continue_greedily(model, model.pruning(hard=True), prompt, NEW) for prompt in prompts()]
+    return [continue_greedily(model, model.rule("hard"), prompt, NEW) for prompt in prompts()]
 
 
 def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[list, int] | None:

@@ -50,7 +50,7 @@ class Sequential:
         return model.run_slots(x, torch.tensor([self.position]), log_w, caches)
 
 
-def fixed(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+def fixed(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
     """Every latent slot reads the slot before it; no step for `vanilla`."""
     hidden, steps = state.run(model, embedded), model.ponder_config.steps
     for _ in range(steps):
@@ -58,11 +58,11 @@ def fixed(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, 
     return hidden, steps
 
 
-def adaptive(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+def adaptive(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
     """As many latent slots as the router asks for, as keys and in the output with their weights."""
     hidden = state.run(model, embedded)
-    routing = model.route(hidden, pruning)
-    steps, weights = int(routing.executed), fusion_weights(routing, pruning)[0]
+    routing = model.route(hidden, rule)
+    steps, weights = int(routing.executed), fusion_weights(routing, rule)[0]
     output = weights[0] * hidden
     for step in range(1, steps + 1):
         hidden = state.run(model, hidden, routing.log_w[:, step])
@@ -71,7 +71,7 @@ def adaptive(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tenso
     return output, steps
 
 
-def pause(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+def pause(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
     """K learned embeddings, scaled like tokens, follow the token."""
     hidden = state.run(model, embedded)
     for pause_H in model.pauses.weight:
@@ -79,7 +79,7 @@ def pause(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, 
     return hidden, len(model.pauses.weight)
 
 
-def loop(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+def loop(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
     """Every pass reads the one before it, and sees what earlier tokens were in the same pass."""
     hidden, steps = embedded, model.ponder_config.steps
     for index in range(steps + 1):
@@ -87,7 +87,7 @@ def loop(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, i
     return hidden, steps
 
 
-def ponderlm(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
+def ponderlm(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
     """Every pass reads e_t plus the embeddings of all predictions before, each the mean over its 100 likeliest."""
     x, steps = embedded, model.ponder_config.steps
     for index in range(steps + 1):
@@ -100,14 +100,14 @@ def ponderlm(model, pruning, state: Sequential, embedded: Tensor) -> tuple[Tenso
     return hidden, steps
 
 
-RULES = {rule.__name__: rule for rule in (fixed, adaptive, pause, loop, ponderlm)} | {"vanilla": fixed}
+DEFINITIONS = {each.__name__: each for each in (fixed, adaptive, pause, loop, ponderlm)} | {"vanilla": fixed}
 
 
 @torch.no_grad()
-def feed(model, pruning, state: Sequential, token: int) -> Tensor:
+def feed(model, rule, state: Sequential, token: int) -> Tensor:
     """Run all slots of one token; its logits."""
-    rule = RULES[model.ponder_config.mode]
-    output, steps = rule(model, pruning, state, model.embed(torch.tensor([token])))
+    define = DEFINITIONS[model.ponder_config.mode]
+    output, steps = define(model, rule, state, model.embed(torch.tensor([token])))
     state.position += 1
     state.outputs.append(output[0])
     state.executed.append(steps)
@@ -116,23 +116,23 @@ def feed(model, pruning, state: Sequential, token: int) -> Tensor:
     return model.head(output)[0]
 
 
-def decode(model, pruning, tokens) -> tuple[Tensor, Tensor]:
+def decode(model, rule, tokens) -> tuple[Tensor, Tensor]:
     """Outputs (L, H) and executed steps (L,) of a sequence."""
     state = Sequential()
     for token in tokens.tolist():
-        feed(model, pruning, state, token)
+        feed(model, rule, state, token)
     return torch.stack(state.outputs), torch.tensor(state.executed)
 
 
-def continue_greedily(model, pruning, prompt, new: int) -> tuple[list[int], list[float], list[int]]:
+def continue_greedily(model, rule, prompt, new: int) -> tuple[list[int], list[float], list[int]]:
     """Likeliest tokens, their log-probabilities, and K̂ of all tokens fed."""
     state, tokens, values = Sequential(), [], []
     for token in prompt:
-        logits = feed(model, pruning, state, token)
+        logits = feed(model, rule, state, token)
     while True:
         log_p = logits.log_softmax(-1)
         tokens.append(int(log_p.argmax()))
         values.append(float(log_p.max()))
         if len(tokens) == new:
             return tokens, values, state.executed
-        logits = feed(model, pruning, state, tokens[-1])
+        logits = feed(model, rule, state, tokens[-1])

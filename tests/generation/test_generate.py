@@ -46,7 +46,7 @@ def test_greedy_is_the_argmax_of_exact_evaluation():
     tokens = random_tokens(1, 4)
     result = generate(model, [tokens[0].tolist()], 6, top_log_probabilities=3)[0]
     for place, expected in enumerate(result.tokens):
-        output = model.exact(tokens, model.pruning(hard=True)).output_BLH[:, -1]
+        output = model.exact(tokens, model.rule("hard")).output_BLH[:, -1]
         log_p = model.head(output)[0].detach().log_softmax(-1)
         assert int(log_p.argmax()) == expected
         assert result.log_probabilities[place] == pytest.approx(float(log_p[expected]), abs=1e-9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ponder.generation.packing import packed
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from tests.models import random_tokens, small_model
 
 WITH_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -14,10 +14,10 @@ WITH_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reaso
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_twin_computes_the_same(family):
     model = small_model(model__family=family).float().eval()
-    twin, pruning, tokens = packed(model), Pruning(True, 0.3), random_tokens(2, 9)
+    twin, rule, tokens = packed(model), Rule("hard", 0.3), random_tokens(2, 9)
     assert twin is not model and twin.head is not model.head
     with torch.no_grad():
-        ours, theirs = (each.head(each.jacobi(tokens, 1, pruning).output_BLH) for each in (model, twin))
+        ours, theirs = (each.head(each.jacobi(tokens, 1, rule).output_BLH) for each in (model, twin))
     assert not torch.equal(ours, torch.zeros_like(ours))
     assert (ours - theirs).abs().max() <= 1e-4 * ours.abs().max()
 

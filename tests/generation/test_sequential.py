@@ -14,9 +14,9 @@ def test_adaptive_equals_exact(family, steps, threshold):
     scale = 20.0 if threshold == 1e-4 else 4.0  # sharp enough for weights below the threshold
     model = small_model(seed=steps, router_scale=scale, model__family=family, ponder__max_steps=steps)
     tokens = random_tokens(1, 24, seed=steps)
-    pruning = model.pruning(hard=True, threshold=threshold)
-    want, executed = decode(model, pruning, tokens[0])
-    got = model.exact(tokens, pruning)
+    rule = model.rule("hard", threshold=threshold)
+    want, executed = decode(model, rule, tokens[0])
+    got = model.exact(tokens, rule)
 
     assert len(set(executed.tolist())) == 1 if threshold == 0 else len(set(executed.tolist())) > 1
     assert torch.equal(got.routing.executed[0], executed)
@@ -28,8 +28,8 @@ def test_adaptive_equals_exact(family, steps, threshold):
 def test_fixed_equals_exact(family, steps):
     model = small_model(seed=steps, model__family=family, ponder__max_steps=steps, ponder__mode="fixed")
     tokens = random_tokens(1, 24, seed=steps)
-    want, executed = decode(model, model.pruning(hard=True), tokens[0])
-    got = model.exact(tokens, model.pruning(hard=True))
+    want, executed = decode(model, model.rule("hard"), tokens[0])
+    got = model.exact(tokens, model.rule("hard"))
     assert executed.tolist() == [steps] * 24
     assert (model.head(got.output_BLH[0]) - model.head(want)).abs().max() < 1e-9
 
@@ -37,8 +37,8 @@ def test_fixed_equals_exact(family, steps):
 def test_vanilla_and_grouped_query_heads_equal_one_pass():
     model = small_model(ponder__mode="vanilla", model__num_kv_heads=2)
     tokens = random_tokens(1, 20)
-    want, executed = decode(model, model.pruning(hard=True), tokens[0])
-    got = model.jacobi(tokens, 0, model.pruning(hard=True))
+    want, executed = decode(model, model.rule("hard"), tokens[0])
+    got = model.jacobi(tokens, 0, model.rule("hard"))
     assert got.passes == 1 and executed.sum() == 0
     assert (got.output_BLH[0] - want).abs().max() < 1e-12
 
@@ -48,9 +48,9 @@ def test_router_bias_shifts_steps_in_both_evaluations():
     tokens = random_tokens(1, 24)
     means = []
     for bias in (-2.0, 0.0, 2.0):
-        pruning = model.pruning(hard=True, threshold=0.1, bias=bias)
-        want, executed = decode(model, pruning, tokens[0])
-        got = model.exact(tokens, pruning)
+        rule = model.rule("hard", threshold=0.1, bias=bias)
+        want, executed = decode(model, rule, tokens[0])
+        got = model.exact(tokens, rule)
         assert torch.equal(got.routing.executed[0], executed)
         assert (got.output_BLH[0] - want).abs().max() < 1e-9
         means.append(executed.double().mean())
@@ -61,6 +61,6 @@ def test_documents_are_confined_in_both_evaluations():
     model = small_model(router_scale=3.0, eod_id=7)
     tokens = random_tokens(1, 20)
     tokens[0, [5, 6, 13]] = 7
-    pruning = model.pruning(hard=True, threshold=0.2)
-    want, _ = decode(model, pruning, tokens[0])
-    assert (model.exact(tokens, pruning).output_BLH[0] - want).abs().max() < 1e-9
+    rule = model.rule("hard", threshold=0.2)
+    want, _ = decode(model, rule, tokens[0])
+    assert (model.exact(tokens, rule).output_BLH[0] - want).abs().max() < 1e-9

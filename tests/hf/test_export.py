@@ -142,12 +142,12 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
     assert got["without_prompt"] == got["after_an_end"]  # as documents of the training begin
 
     tokens = torch.tensor([got["ids"]])
-    pruning = model.pruning(hard=True)
+    rule = model.rule("hard")
     with torch.no_grad():
-        expected = model.head(model.jacobi(tokens, config.ponder.evaluation_refinements, pruning).output_BLH)[0]
+        expected = model.head(model.jacobi(tokens, config.ponder.evaluation_refinements, rule).output_BLH)[0]
         assert (torch.tensor(got["logits"]) - expected).abs().max() < 1e-5 * expected.abs().max()
         for _ in range(6):
-            exact = model.exact(tokens, pruning)
+            exact = model.exact(tokens, rule)
             tokens = torch.cat([tokens, model.head(exact.output_BLH[:, -1:]).argmax(-1)], 1)
     assert got["generated"] == tokens[0].tolist()
     assert got["executed"] == exact.routing.executed[0].tolist()
@@ -257,7 +257,7 @@ def test_the_end_of_documents_is_carried(tmp_path, sentencepiece_model):
     assert loaded.config.ponder_eod_id == 2
     tokens = random_tokens(1, 9)
     tokens[0, 4] = 2
-    expected = model.head(model.jacobi(tokens, 3, model.pruning(hard=True)).output_BLH)
+    expected = model.head(model.jacobi(tokens, 3, model.rule("hard")).output_BLH)
     assert (loaded(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

@@ -160,7 +160,7 @@ def test_documents_in_padded_batches(family):
             assert (parallel.logits[row][mask[row].bool()] - expected.logits[0]).abs().max() < 1e-10
             tokens = prompt
             for step in range(6):
-                exact = model.exact(tokens, model.pruning(hard=True))
+                exact = model.exact(tokens, model.rule("hard"))
                 logits = model.head(exact.output_BLH[:, -1:])
                 following = torch.tensor([[EOD]]) if step == 2 else logits.argmax(-1)
                 tokens = torch.cat([tokens, following], 1)

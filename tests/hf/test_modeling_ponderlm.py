@@ -39,7 +39,7 @@ def test_forward_equals_the_model(family, mode, refinements):
     tokens = random_tokens(3, 12)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = model.to(dtype)
-        expected = model.jacobi(tokens, refinements, model.pruning(hard=True))
+        expected = model.jacobi(tokens, refinements, model.rule("hard"))
         got = hugging_face(model, refinements)(tokens)
         logits = model.head(expected.output_BLH)
         assert (got.logits - logits).abs().max() < tolerance * logits.abs().max()
@@ -58,7 +58,7 @@ def test_forward_equals_the_model(family, mode, refinements):
 def test_options_of_the_model(option):
     model = varied_model(**option)
     tokens = random_tokens(2, 10)
-    expected = model.head(model.jacobi(tokens, 1, model.pruning(hard=True)).output_BLH)
+    expected = model.head(model.jacobi(tokens, 1, model.rule("hard")).output_BLH)
     assert (hugging_face(model, 1)(tokens).logits - expected).abs().max() < 1e-10
 
 
@@ -67,7 +67,7 @@ def test_options_of_the_model(option):
 def test_the_cache_equals_the_fixed_point(family, mode):
     model = varied_model(**family, **mode)
     tokens = random_tokens(3, 14)
-    exact = model.exact(tokens, model.pruning(hard=True))
+    exact = model.exact(tokens, model.rule("hard"))
     got = hugging_face(model)(tokens, use_cache=True)
     assert (got.logits - model.head(exact.output_BLH)).abs().max() < 1e-10
     cache = got.past_key_values
@@ -92,7 +92,7 @@ def test_pruned_steps_do_not_run():
 def oracle(model, tokens, new):
     """Greedy continuation by the fixed point over the whole growing sequence, and K̂ of all tokens that were run."""
     for _ in range(new):
-        exact = model.exact(tokens, model.pruning(hard=True))
+        exact = model.exact(tokens, model.rule("hard"))
         tokens = torch.cat([tokens, model.head(exact.output_BLH[:, -1:]).argmax(-1)], 1)
     executed = None if exact.routing is None else exact.routing.executed
     return tokens, executed
@@ -150,10 +150,10 @@ def test_documents_are_kept_apart():
     tokens = random_tokens(2, 13)
     tokens[tokens == eod_id] = 8
     tokens[0, 5] = tokens[0, 6] = tokens[1, 2] = tokens[1, 12] = eod_id
-    pruning = model.pruning(hard=True)
-    expected = model.jacobi(tokens, 2, pruning)
+    rule = model.rule("hard")
+    expected = model.jacobi(tokens, 2, rule)
     assert (twin(tokens).logits - model.head(expected.output_BLH)).abs().max() < 1e-10
-    exact, cached = model.exact(tokens, pruning), twin(tokens, use_cache=True)
+    exact, cached = model.exact(tokens, rule), twin(tokens, use_cache=True)
     assert (cached.logits - model.head(exact.output_BLH)).abs().max() < 1e-10
     last_document = 6 + cached.executed_steps[0, 7:].sum()
     assert cached.past_key_values.lengths[0] == last_document

@@ -70,7 +70,7 @@ def test_a_plain_model_computes_what_it_computed(tmp_path, theirs):
     ours = built(weights, config)
     tokens = random_tokens(2, 20)
     expected = theirs(tokens).logits
-    got = ours.head(ours.jacobi(tokens, 0, ours.pruning(hard=True)).output_BLH)
+    got = ours.head(ours.jacobi(tokens, 0, ours.rule("hard")).output_BLH)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
     renamed = to_llama(weights) if config.model.family == "llama" else to_gpt_neox(weights, 4)
     saved = load_file(tmp_path / "model.safetensors")
@@ -312,7 +312,7 @@ def test_a_ponderlm_2_checkpoint_computes_what_it_computed(tmp_path, theirs):
     path.write_text(json.dumps(json.loads(path.read_text()) | PONDERLM_2))
     weights, config = import_pretrained(tmp_path)
     ours, tokens = built(weights, config), random_tokens(2, 10)
-    got = ours.head(ours.jacobi(tokens, config.ponder.evaluation_refinements, ours.pruning(hard=True)).output_BLH)
+    got = ours.head(ours.jacobi(tokens, config.ponder.evaluation_refinements, ours.rule("hard")).output_BLH)
     expected = jacobi_of_ponderlm_2(theirs, tokens, 3, 4, math.sqrt(2.5 * 32))
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (got - jacobi_of_ponderlm_2(theirs, tokens, 3, 4, 1.0)).abs().max() > 0.1 * expected.abs().max()

@@ -10,7 +10,7 @@ from megatron_ponder.config import Config, ModelConfig, resolve
 from megatron_ponder.kernels.attention import DEAD, FOLDED_CHANNELS, key_channels, query_channels
 from megatron_ponder.model.attention import Attention, Slots
 from megatron_ponder.model.rope import rotation
-from megatron_ponder.model.router import Pruning, route
+from megatron_ponder.model.router import Rule, route
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import initialize
 
@@ -118,7 +118,7 @@ def test_faint_steps_keep_their_gradient(log_weight, head_size):
         layer.to(dtype)
         logits = torch.tensor([0.0, log_weight / 2, log_weight]) + 0.1 * random(BATCH, LENGTH // 3, 3, seed=4)
         logits = logits.to(dtype).requires_grad_()
-        log_w = route(logits, Pruning(hard=False, threshold=1e-4)).log_w.flatten(1)
+        log_w = route(logits, Rule("soft", threshold=1e-4)).log_w.flatten(1)
         x = random(BATCH, LENGTH, 4 * head_size).to(dtype)
         y = layer(x, slots_for(layer, dtype, log_w)) if dtype == torch.float32 else oracle(layer, x, log_w)
         (y * random(*y.shape, seed=2).to(dtype)).sum().backward()

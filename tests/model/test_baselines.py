@@ -33,10 +33,10 @@ def baseline(mode: str, family: str = "llama", steps: int = 2, eod_id: int | Non
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_passes_are_the_sequential_definition(mode, family, steps):
     model, tokens = baseline(mode, family, steps), random_tokens(1, 24, VOCABULARY)
-    pruning = model.pruning(hard=True)
-    want, executed = decode(model, pruning, tokens[0])
+    rule = model.rule("hard")
+    want, executed = decode(model, rule, tokens[0])
     assert executed.tolist() == [steps] * 24
-    for got in (model.jacobi(tokens, 2, pruning), model.exact(tokens, pruning)):
+    for got in (model.jacobi(tokens, 2, rule), model.exact(tokens, rule)):
         assert got.passes == (1 if mode == "pause" else steps + 1)
         assert (model.head(got.output_BLH[0]) - model.head(want)).abs().max() < 1e-9
 
@@ -45,18 +45,18 @@ def test_the_passes_are_the_sequential_definition(mode, family, steps):
 def test_documents_are_confined(mode):
     model, tokens = baseline(mode, eod_id=EOD), random_tokens(1, 20, VOCABULARY)
     tokens[0, [5, 6, 13]] = EOD
-    pruning = model.pruning(hard=True)
-    want, _ = decode(model, pruning, tokens[0])
-    assert (model.exact(tokens, pruning).output_BLH[0] - want).abs().max() < 1e-9
+    rule = model.rule("hard")
+    want, _ = decode(model, rule, tokens[0])
+    assert (model.exact(tokens, rule).output_BLH[0] - want).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("mode", BASELINES)
 def test_a_token_changes_nothing_before_it(mode):
     model, tokens = baseline(mode), random_tokens(2, 12, VOCABULARY)
-    pruning = model.pruning(hard=True)
+    rule = model.rule("hard")
     changed = tokens.clone()
     changed[:, 7] = (changed[:, 7] + 1) % VOCABULARY
-    before, after = (model.jacobi(ids, 0, pruning).output_BLH for ids in (tokens, changed))
+    before, after = (model.jacobi(ids, 0, rule).output_BLH for ids in (tokens, changed))
     difference = (after - before).abs().amax((0, 2))
     assert difference[:7].max() < 1e-12
     assert difference[7:].min() > 1e-6
@@ -73,7 +73,7 @@ def test_each_step_matters():
                 for parameter in model.parameters():
                     torch.manual_seed(0)
                     parameter.normal_(0, parameter.shape[-1] ** -0.5)
-            outputs.append(model.jacobi(tokens, 0, model.pruning(True)).output_BLH)
+            outputs.append(model.jacobi(tokens, 0, model.rule("hard")).output_BLH)
     vanilla = outputs[-2:]
     assert torch.equal(*vanilla)
     for index, one in enumerate(outputs[:-1]):
@@ -109,7 +109,7 @@ def slots_of(model, length: int):
 def test_gradients_are_those_of_a_naive_loop(mode, family):
     model, tokens = baseline(mode, family), random_tokens(2, 9, VOCABULARY)
     expected = torch.autograd.grad(naive_loss(model, tokens), list(model.parameters()))
-    loss, _ = Objective(model)(tokens, 1, model.pruning(hard=False))
+    loss, _ = Objective(model)(tokens, 1, model.rule("soft"))
     got = torch.autograd.grad(loss, list(model.parameters()))
     assert loss.item() == pytest.approx(naive_loss(model, tokens).item(), rel=1e-12)
     for (name, _), one, other in zip(model.named_parameters(), got, expected, strict=True):
@@ -127,7 +127,7 @@ def test_gradients_of_embeddings_by_finite_differences(mode):
     def loss(step):
         with torch.no_grad():
             parameter.copy_(start + step.detach() * direction)
-        return Objective(model)(tokens, 0, model.pruning(False))[0]
+        return Objective(model)(tokens, 0, model.rule("soft"))[0]
 
     loss(torch.zeros(())).backward()
     slope = (parameter.grad * direction).sum()
@@ -139,10 +139,10 @@ def test_gradients_of_embeddings_by_finite_differences(mode):
 
 def test_gradient_passes_cut_the_earlier_ones_off():
     model, tokens = baseline("loop"), random_tokens(1, 6, VOCABULARY)
-    Objective(model)(tokens, 0, model.pruning(False))[0].backward()
+    Objective(model)(tokens, 0, model.rule("soft"))[0].backward()
     whole = model.embedding.weight.grad.norm()
     model.zero_grad()
-    result = model.jacobi(tokens, 0, model.pruning(False), gradient_passes=1)
+    result = model.jacobi(tokens, 0, model.rule("soft"), gradient_passes=1)
     model.head(result.output_BLH).sum().backward()
     assert whole > 0
     assert model.embedding.weight.grad is None

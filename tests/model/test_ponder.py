@@ -22,7 +22,7 @@ TINY = {"model__hidden_size": 16, "model__num_heads": 2, "model__ffn_hidden_size
 
 def soft_loss(model: PonderLM, tokens: Tensor, refinements: int = 2, gradient_passes: int | None = None) -> Tensor:
     """The training loss, with a penalty where there is a router."""
-    result = model.jacobi(tokens[:, :-1], refinements, model.pruning(hard=False), gradient_passes)
+    result = model.jacobi(tokens[:, :-1], refinements, model.rule("soft"), gradient_passes)
     loss = F.cross_entropy(model.head(result.output_BLH).flatten(0, 1), tokens[:, 1:].flatten())
     return loss if result.routing is None else loss + 0.05 * result.routing.log_w[..., 1:].exp().sum(-1).mean()
 
@@ -36,7 +36,7 @@ def gradients(model: PonderLM, loss: Tensor) -> dict[str, Tensor]:
 # The chain of passes ----------------------------------------------------------------------------------------------
 
 
-def naive_chain(model: PonderLM, tokens: list[int], refinements: int, hard: bool, threshold: float) -> Tensor:
+def naive_chain(model: PonderLM, tokens: list[int], refinements: int, kind: str, threshold: float) -> Tensor:
     """The definition word by word for one sequence, slot lists and all: what the head reads, (L, H)."""
     length, steps = len(tokens), model.ponder_config.steps
     embedded = [model.ponder_config.embedding_scale * model.embedding.weight[token] for token in tokens]
@@ -61,11 +61,12 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, hard: bool
             last = [max(k for k in range(steps + 1) if w[t][k] >= threshold) for t in range(length)]
             dead = torch.tensor(DEAD, dtype=sequence.dtype)
             weights = [
-                [dead if hard and k > last[t] else w[t][k].log() for k in range(steps + 1)] for t in range(length)
+                [dead if kind == "hard" and k > last[t] else w[t][k].log() for k in range(steps + 1)]
+                for t in range(length)
             ]
     if model.router is None:
         return torch.stack([h[t][-1] for t in range(length)])
-    if not hard:
+    if kind == "soft":
         return torch.stack([s[t] @ h[t] for t in range(length)])
     fused = [sum(s[t][k] * h[t][k] for k in range(last[t])) + w[t][last[t]] * h[t][last[t]] for t in range(length)]
     return torch.stack(fused)
@@ -74,28 +75,28 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, hard: bool
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize(("steps", "refinements"), [(1, 0), (2, 1), (3, 2)])
-def test_passes_equal_a_naive_chain(family, mode, hard, steps, refinements):
+def test_passes_equal_a_naive_chain(family, mode, kind, steps, refinements):
     model = small_model(router_scale=4.0, ponder__mode=mode, ponder__max_steps=steps, **family)
     tokens = random_tokens(2, 9)
-    got = model.jacobi(tokens, refinements, model.pruning(hard, threshold=0.2))
-    expected = torch.stack([naive_chain(model, row, refinements, hard, 0.2) for row in tokens.tolist()])
+    got = model.jacobi(tokens, refinements, model.rule(kind, threshold=0.2))
+    expected = torch.stack([naive_chain(model, row, refinements, kind, 0.2) for row in tokens.tolist()])
     assert (got.output_BLH - expected).abs().max() < 1e-11
     assert got.passes == len(pass_slots(model.ponder_config.steps, refinements))
-    if mode == "adaptive" and hard:
+    if mode == "adaptive" and kind == "hard":
         assert len(got.routing.executed.unique()) > 1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])
-@pytest.mark.parametrize("hard", [False, True])
-def test_refinements_converge_to_the_exact_fixed_point(mode, hard):
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_refinements_converge_to_the_exact_fixed_point(mode, kind):
     model = small_model(router_scale=1.0, ponder__mode=mode)
-    tokens, pruning = random_tokens(2, 6), model.pruning(hard, threshold=0.2)
-    exact = model.exact(tokens, pruning).output_BLH
+    tokens, rule = random_tokens(2, 6), model.rule(kind, threshold=0.2)
+    exact = model.exact(tokens, rule).output_BLH
     counts = (0, 2, 4, 6, 18)
-    errors = [(model.jacobi(tokens, r, pruning).output_BLH - exact).abs().max().item() for r in counts]
+    errors = [(model.jacobi(tokens, r, rule).output_BLH - exact).abs().max().item() for r in counts]
     assert errors[0] > 1e-3
     assert all(after < before for before, after in itertools.pairwise(errors))
     assert errors[-1] < 1e-11  # after as many passes as there are slots every position is right
@@ -106,11 +107,11 @@ def test_refinements_converge_to_the_exact_fixed_point(mode, hard):
 def test_early_positions_are_right_first(mode):
     """Each pass puts at least one slot more right, so that K + 1 passes do for one more token."""
     model = small_model(ponder__mode=mode, router_scale=4.0)
-    tokens, pruning = random_tokens(1, 8), model.pruning(True, threshold=0.2)
-    exact = model.exact(tokens, pruning).output_BLH
+    tokens, rule = random_tokens(1, 8), model.rule("hard", threshold=0.2)
+    exact = model.exact(tokens, rule).output_BLH
     for count, refinements in ((1, 0), (2, 3), (3, 6)):
         assert len(pass_slots(2, refinements)) == 3 * count
-        wrong = (model.jacobi(tokens, refinements, pruning).output_BLH - exact).abs().amax(-1)[0] > 1e-11
+        wrong = (model.jacobi(tokens, refinements, rule).output_BLH - exact).abs().amax(-1)[0] > 1e-11
         assert not wrong[:count].any()
         assert wrong[count:].any() or refinements > 3
 
@@ -157,16 +158,16 @@ def test_recompute_changes_no_gradient(family, mode, recompute):
 def test_truncated_gradients_equal_detached_states(mode, kept):
     model = small_model(ponder__mode=mode)
     tokens = random_tokens(2, 8)
-    inputs, pruning = tokens[:, :-1], model.pruning(hard=False)
+    inputs, rule = tokens[:, :-1], model.rule("soft")
     layout, plan = interleaving(inputs, None), pass_slots(2, 2)
     state = None
     for index, slots in enumerate(plan):
         if index == len(plan) - kept and state is not None:
             state = PassState(*[None if part is None else part.detach() for part in state])
-        result = model.run_pass(model.embed(inputs), state, layout, pruning)
-        state = model.next_state(result, pruning, min(slots + 1, 3))
+        result = model.run_pass(model.embed(inputs), state, layout, rule)
+        state = model.next_state(result, rule, min(slots + 1, 3))
     routing = result.routing
-    logits = model.head(model.fuse(result.hidden_BLSH, routing, pruning))
+    logits = model.head(model.fuse(result.hidden_BLSH, routing, rule))
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     if routing is not None:
         loss = loss + 0.05 * routing.log_w[..., 1:].exp().sum(-1).mean()
@@ -200,15 +201,15 @@ def test_tied_embeddings_are_one_parameter():
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ALL_MODES)
-@pytest.mark.parametrize("hard", [False, True])
-def test_no_output_depends_on_a_later_token(family, mode, hard):
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_no_output_depends_on_a_later_token(family, mode, kind):
     model = small_model(router_scale=4.0, ponder__mode=mode, **family)
-    tokens, pruning = random_tokens(1, 8), model.pruning(hard, threshold=0.2)
-    before = model.jacobi(tokens, 2, pruning).output_BLH
+    tokens, rule = random_tokens(1, 8), model.rule(kind, threshold=0.2)
+    before = model.jacobi(tokens, 2, rule).output_BLH
     for position in (0, 4, 7):
         changed = tokens.clone()
         changed[0, position] = (changed[0, position] + 1) % 61
-        difference = (model.jacobi(changed, 2, pruning).output_BLH - before).abs().amax(-1)[0]
+        difference = (model.jacobi(changed, 2, rule).output_BLH - before).abs().amax(-1)[0]
         assert (difference[:position] < 1e-13).all()
         assert (difference[position:] > 1e-6).all()
 
@@ -218,9 +219,9 @@ def test_no_output_depends_on_a_later_token(family, mode, hard):
 def test_documents_do_not_see_each_other(mode):
     model = small_model(router_scale=4.0, ponder__mode=mode, eod_id=7)
     first, second = torch.tensor([[3, 4, 5, 7]]), torch.tensor([[8, 9, 10]])
-    pruning = model.pruning(hard=False)
-    packed = model.jacobi(torch.cat([first, second], 1), 2, pruning).output_BLH
-    apart = [model.jacobi(tokens, 2, pruning).output_BLH for tokens in (first, second)]
+    rule = model.rule("soft")
+    packed = model.jacobi(torch.cat([first, second], 1), 2, rule).output_BLH
+    apart = [model.jacobi(tokens, 2, rule).output_BLH for tokens in (first, second)]
     assert (packed - torch.cat(apart, 1)).abs().max() < 1e-12
 
 
@@ -247,35 +248,35 @@ def alike(model: PonderLM, mode: str) -> PonderLM:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize("refinements", [0, 2])
-def test_all_weight_on_the_last_step_is_fixed(hard, refinements):
+def test_all_weight_on_the_last_step_is_fixed(kind, refinements):
     model, tokens = with_constant_routing(2), random_tokens(2, 10)
-    fixed = alike(model, "fixed").jacobi(tokens, refinements, model.pruning(hard)).output_BLH
-    assert (model.jacobi(tokens, refinements, model.pruning(hard)).output_BLH - fixed).abs().max() < 1e-12
+    fixed = alike(model, "fixed").jacobi(tokens, refinements, model.rule(kind)).output_BLH
+    assert (model.jacobi(tokens, refinements, model.rule(kind)).output_BLH - fixed).abs().max() < 1e-12
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("hard", [False, True])
-def test_all_weight_on_step_0_is_vanilla(hard):
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_all_weight_on_step_0_is_vanilla(kind):
     model, tokens = with_constant_routing(0), random_tokens(2, 10)
-    vanilla = alike(model, "vanilla").jacobi(tokens, 0, model.pruning(hard)).output_BLH
-    assert (model.jacobi(tokens, 2, model.pruning(hard)).output_BLH - vanilla).abs().max() < 1e-12
+    vanilla = alike(model, "vanilla").jacobi(tokens, 0, model.rule(kind)).output_BLH
+    assert (model.jacobi(tokens, 2, model.rule(kind)).output_BLH - vanilla).abs().max() < 1e-12
 
 
 @torch.no_grad()
 def test_a_threshold_of_0_leaves_soft_and_hard_equal():
     model, tokens = small_model(router_scale=2.0), random_tokens(2, 10)
-    outputs = [model.jacobi(tokens, 2, model.pruning(hard, threshold=0.0)).output_BLH for hard in (False, True)]
+    outputs = [model.jacobi(tokens, 2, model.rule(kind, threshold=0.0)).output_BLH for kind in ("soft", "hard")]
     assert (outputs[0] - outputs[1]).abs().max() < 1e-12
 
 
 @torch.no_grad()
 def test_rules_come_from_the_configuration_unless_given():
     model = small_model(ponder__threshold=0.25, ponder__router_bias=-0.5)
-    assert (model.pruning(True).threshold, model.pruning(True).bias) == (0.25, -0.5)
-    given_rule = model.pruning(False, threshold=0.0, bias=0.0)
-    assert (given_rule.hard, given_rule.threshold, given_rule.bias) == (False, 0.0, 0.0)
+    assert (model.rule("hard").threshold, model.rule("hard").bias) == (0.25, -0.5)
+    given_rule = model.rule("soft", threshold=0.0, bias=0.0)
+    assert (given_rule.kind, given_rule.threshold, given_rule.bias) == ("soft", 0.0, 0.0)
 
 
 def test_a_router_that_reads_the_token_decides_alike_wherever_it_stands():
@@ -283,11 +284,11 @@ def test_a_router_that_reads_the_token_decides_alike_wherever_it_stands():
     with torch.no_grad():
         model.router.output.weight.normal_(std=0.5)
     tokens = torch.tensor([[3, 7, 3, 5, 7, 3]])
-    log_w = model.jacobi(tokens, 1, model.pruning(hard=False)).routing.log_w[0]
+    log_w = model.jacobi(tokens, 1, model.rule("soft")).routing.log_w[0]
     assert torch.equal(log_w[0], log_w[2]) and torch.equal(log_w[0], log_w[5]) and torch.equal(log_w[1], log_w[4])
     assert not torch.allclose(log_w[0], log_w[1])
     context = small_model().eval()
     with torch.no_grad():
         context.router.output.weight.normal_(std=0.5)
-    log_w = context.jacobi(tokens, 1, context.pruning(hard=False)).routing.log_w[0]
+    log_w = context.jacobi(tokens, 1, context.rule("soft")).routing.log_w[0]
     assert not torch.allclose(log_w[0], log_w[2])

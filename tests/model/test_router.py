@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.kernels.attention import DEAD
-from megatron_ponder.model.router import Pruning, Router, fusion_weights, key_log_weights, route
+from megatron_ponder.model.router import Router, Rule, fusion_weights, key_log_weights, route
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import initialize
 
@@ -25,8 +25,8 @@ def logit_tensors(draw) -> Tensor:
     return scale * torch.tensor(draw(st.lists(row, min_size=1, max_size=4)), dtype=torch.float64)
 
 
-def soft(threshold: float = 1e-4, bias: float = 0.0) -> Pruning:
-    return Pruning(hard=False, threshold=threshold, bias=bias)
+def soft(threshold: float = 1e-4, bias: float = 0.0) -> Rule:
+    return Rule("soft", threshold=threshold, bias=bias)
 
 
 @unhurried
@@ -57,7 +57,7 @@ def test_logits_that_are_not_finite_execute_no_step_that_there_is_not(bad, thres
     logits = torch.zeros(3, 4)
     logits[0, 2] = bad
     logits[1] = bad
-    for rule in (Pruning(False, threshold), Pruning(True, threshold), Pruning(False, threshold, all_steps=True)):
+    for rule in (Rule("soft", threshold), Rule("hard", threshold), Rule("all", threshold)):
         executed = route(logits, rule).executed
         assert set(executed.tolist()) <= {0, 1, 2, 3}
         assert F.one_hot(executed, 4).sum() == 3
@@ -68,11 +68,11 @@ def test_logits_that_are_not_finite_execute_no_step_that_there_is_not(bad, thres
 def test_executed_steps_that_are_given(logits, threshold, data):
     last = logits.shape[1] - 1
     chosen = torch.tensor(data.draw(st.lists(st.integers(0, last), min_size=len(logits), max_size=len(logits))))
-    pruning = Pruning(True, threshold, executed=chosen)
-    routing, own = route(logits, pruning), route(logits, Pruning(True, threshold))
+    rule = Rule("hard", threshold, executed=chosen)
+    routing, own = route(logits, rule), route(logits, Rule("hard", threshold))
     assert torch.equal(routing.executed, chosen)
     assert torch.equal(routing.log_w, own.log_w) and torch.equal(routing.log_s, own.log_s)
-    weights, keys = fusion_weights(routing, pruning), key_log_weights(routing, pruning)
+    weights, keys = fusion_weights(routing, rule), key_log_weights(routing, rule)
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(logits), dtype=weights.dtype), rtol=1e-9, atol=1e-9)
     for token, steps in enumerate(chosen.tolist()):
         assert not weights[token, steps + 1 :].any()
@@ -80,16 +80,16 @@ def test_executed_steps_that_are_given(logits, threshold, data):
 
 
 @unhurried
-@given(logits=logit_tensors(), threshold=thresholds, hard=st.booleans())
-def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, hard):
-    pruning = Pruning(hard, threshold)
-    routing = route(logits, pruning)
-    weights = fusion_weights(routing, pruning)
+@given(logits=logit_tensors(), threshold=thresholds, kind=st.sampled_from(["soft", "hard"]))
+def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, kind):
+    rule = Rule(kind, threshold)
+    routing = route(logits, rule)
+    weights = fusion_weights(routing, rule)
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(logits), dtype=weights.dtype), rtol=1e-9, atol=1e-9)
     s, w = routing.log_s.exp(), routing.log_w.exp()
     for token, last in enumerate(routing.executed.tolist()):
-        if not hard:
+        if kind == "soft":
             assert torch.equal(weights[token], s[token])
             continue
         assert torch.equal(weights[token, :last], s[token, :last])
@@ -102,7 +102,7 @@ def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, hard):
 def test_steps_that_do_not_run_are_dead_as_keys(logits, threshold):
     routing = route(logits, soft(threshold))
     assert torch.equal(key_log_weights(routing, soft(threshold)), routing.log_w)
-    hard = key_log_weights(routing, Pruning(True, threshold))
+    hard = key_log_weights(routing, Rule("hard", threshold))
     for token, last in enumerate(routing.executed.tolist()):
         assert torch.equal(hard[token, : last + 1], routing.log_w[token, : last + 1])
         assert (hard[token, last + 1 :] == DEAD).all()

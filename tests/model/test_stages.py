@@ -45,12 +45,12 @@ def loss_of(output: PonderOutput) -> Tensor:
 
 def chain(parts: list[PonderLM], tokens: Tensor, refinements: int, travelled: list[Tensor]) -> Tensor:
     """The loss, from all stages of all parts in turn."""
-    pruning = parts[0].pruning(hard=False)
+    rule = parts[0].rule("soft")
     shapes = PassShapes(parts[0].ponder_config, refinements, parts[0].sizes(BATCH, LENGTH))
     carried = tokens
     for index in range(len(shapes.plan)):
         for part in parts:
-            carried = PassStage(part, index, shapes, pruning, lambda output, _: loss_of(output))(carried, tokens)
+            carried = PassStage(part, index, shapes, rule, lambda output, _: loss_of(output))(carried, tokens)
             travelled.append(carried)
     assert [x.numel() for x in travelled[:-1]] == shapes.carried(len(parts), torch.float64)
     return carried
@@ -61,7 +61,7 @@ def chain(parts: list[PonderLM], tokens: Tensor, refinements: int, travelled: li
 @pytest.mark.parametrize("ranks", CUTS)
 def test_a_chain_of_stages_equals_the_whole_model(family, mode, refinements, ranks):
     model, tokens = whole_model(family, mode), random_tokens(BATCH, LENGTH + 1)
-    expected = loss_of(model.jacobi(tokens[:, :-1], refinements, model.pruning(hard=False)))
+    expected = loss_of(model.jacobi(tokens[:, :-1], refinements, model.rule("soft")))
     expected.backward()
     parts, travelled = cut(model, CUTS[ranks]), []
     got = chain(parts, tokens, refinements, travelled)
@@ -85,18 +85,18 @@ def test_stages_see_documents_as_the_whole_model_does():
     losses = {}
     for eod_id in (None, EOD):
         model = whole_model("llama", "adaptive", eod_id)
-        losses[eod_id] = loss_of(model.jacobi(tokens[:, :-1], 1, model.pruning(hard=False))).item()
+        losses[eod_id] = loss_of(model.jacobi(tokens[:, :-1], 1, model.rule("soft"))).item()
         got = chain(cut(model, CUTS[2]), tokens, 1, []).item()
         assert got == pytest.approx(losses[eod_id], rel=1e-12)
     assert losses[None] != pytest.approx(losses[EOD], rel=1e-3)
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_the_last_stage_gives_the_whole_output(hard):
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_the_last_stage_gives_the_whole_output(kind):
     """Output, routing and number of passes, under both rules."""
     model, tokens = whole_model("gpt_neox", "adaptive"), random_tokens(BATCH, LENGTH + 1)
-    pruning = model.pruning(hard, threshold=0.3)
-    expected = model.jacobi(tokens[:, :-1], 2, pruning)
+    rule = model.rule(kind, threshold=0.3)
+    expected = model.jacobi(tokens[:, :-1], 2, rule)
     assert len(set(expected.routing.executed.flatten().tolist())) > 1
     parts, outputs = cut(model, CUTS[3]), []
     shapes = PassShapes(model.ponder_config, 2, model.sizes(BATCH, LENGTH))
@@ -109,7 +109,7 @@ def test_the_last_stage_gives_the_whole_output(hard):
     carried = tokens
     for index in range(len(shapes.plan)):
         for part in parts:
-            carried = PassStage(part, index, shapes, pruning, keep)(carried, tokens)
+            carried = PassStage(part, index, shapes, rule, keep)(carried, tokens)
     (got,) = outputs
     torch.testing.assert_close(got.output_BLH, expected.output_BLH, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got.routing.log_w, expected.routing.log_w, rtol=1e-12, atol=1e-12)

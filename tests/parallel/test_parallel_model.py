@@ -36,7 +36,7 @@ def evaluate(mesh: Mesh, overrides: dict) -> dict[str, Part]:
             axis, vocabulary = model.axis, model.model_config.vocab_size
             table[max(0, vocabulary - axis.rank * len(table)) :] = 100  # whatever padding holds must not matter
     tokens = random_tokens(2, 14)
-    result = model.jacobi(tokens[:, :-1], 2, model.pruning(hard=False))
+    result = model.jacobi(tokens[:, :-1], 2, model.rule("soft"))
     logits = model.head(result.output_BLH)
     loss = vocab_parallel_cross_entropy(logits, tokens[:, 1:], model.axis, model.model_config.vocab_size).sum()
     if result.routing is not None:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.router import RuleKind
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.schedules import rule
+from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.setup import model_part
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
@@ -38,7 +39,7 @@ MODELS = {
 }
 
 
-Evaluation = tuple[int, bool]  # number of samples, whether the rule is hard
+Evaluation = tuple[int, RuleKind]  # number of samples, how a routing is applied
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,14 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     """
     config = layout.config(case)
     engine = Engine(Objective(model_for(config, mesh)), config, mesh)
-    pruning, scale = rule(0, config.ponder), 1 / (config.training.global_batch_size * LENGTH)
+    rule, scale = training_rule(0, config.ponder), 1 / (config.training.global_batch_size * LENGTH)
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
         own = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
         micro_batches = own.split(config.training.micro_batch_size)
         penalty = config.ponder.penalty_weight
-        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], pruning, penalty, scale)
+        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty, scale)
         gradients = engine.full_gradients()
         norm = engine.step(RATE)
         steps.append(Step(over_data_ranks(sums, mesh), gradients, norm))
@@ -144,14 +145,14 @@ def train_all(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, R
     return {name: train(mesh, layout, case) for name, case in cases.items()}
 
 
-def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, hard: bool) -> Tally:
+def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, kind: RuleKind) -> Tally:
     """On the first samples of the validation batch, divided over the data-parallel ranks as training divides them."""
     size, rank = mesh.data.size, mesh.data.rank
     own = EVALUATED[count * rank // size : count * (rank + 1) // size]
     per_batch = config.training.micro_batch_size
     micro_batches = own.split(per_batch) if len(own) else []
     rounds = ceil(ceil(count / size) / per_batch)
-    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.pruning(hard), each_step=True), mesh)
+    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.rule(kind), each_step=True), mesh)
 
 
 def over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
@@ -203,7 +204,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     """PyTorch alone, the whole batch at once; it must be able to tell right from wrong."""
     config = Layout().config(dict(items))
     objective = Objective(model_for(config))
-    model, pruning = objective.model, rule(0, config.ponder)
+    model, rule = objective.model, training_rule(0, config.ponder)
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
@@ -216,14 +217,14 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
         with torch.no_grad():
             evaluations.append(
                 {
-                    (count, hard): Tally.of(
-                        objective(EVALUATED[:count], 2, model.pruning(hard, bias=0.0), each_step=True)[1].sum(0)
+                    (count, kind): Tally.of(
+                        objective(EVALUATED[:count], 2, model.rule(kind, bias=0.0), each_step=True)[1].sum(0)
                     )
-                    for count, hard in wanted
+                    for count, kind in wanted
                 }
             )
         tokens = batch_of(config, step)
-        total, sums = objective(tokens, REFINEMENTS[step], pruning, config.ponder.penalty_weight)
+        total, sums = objective(tokens, REFINEMENTS[step], rule, config.ponder.penalty_weight)
         (total / tokens[:, 1:].numel()).backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         clipping = config.optimizer.gradient_clipping

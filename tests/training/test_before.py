@@ -44,7 +44,7 @@ def go_on(mesh: Mesh, folder: Path, commands: list[list[str]]) -> Tensor:
     model = load_model(Path("gpt_neox")).model
     with torch.no_grad():
         tokens = load_file("gpt_neox.safetensors")["tokens"]
-        return model.head(model.jacobi(tokens, 1, model.pruning(hard=True)).output_BLH)
+        return model.head(model.jacobi(tokens, 1, model.rule("hard")).output_BLH)
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_bf16_stays_near_fp32(layout):
 
 
 # Ragged micro-batches and unequal shares of the data-parallel ranks; a rank without any.
-EVALUATIONS = ((9, False), (9, True), (1, False))
+EVALUATIONS = ((9, "soft"), (9, "hard"), (1, "soft"))
 
 
 def train_and_evaluate(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, tuple]:
@@ -163,7 +163,7 @@ def train_with_drawn_refinements(mesh: Mesh, layout: Layout, case: dict) -> list
     for step in range(6):
         executed.clear()
         drawn = refinements(step, config.training.seed, config.ponder)
-        engine.forward_backward(batch_of(config, step).split(2), drawn, engine.pruning(hard=False), 0.0, 1.0)
+        engine.forward_backward(batch_of(config, step).split(2), drawn, engine.rule("soft"), 0.0, 1.0)
         engine.step(1e-3)
         seen.append((drawn, len(executed)))
     return seen

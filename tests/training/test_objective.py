@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ponder.config import PonderConfig
-from megatron_ponder.model.router import Pruning
+from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.schedules import rule
+from megatron_ponder.training.schedules import training_rule
 from tests.models import random_tokens, small_model
 
 TOKENS = random_tokens(3, 18)
-PRUNING = Pruning(False, 0.4)
+RULE = Rule("soft", 0.4)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def model():
     return small_model()
 
 
-def tally(model, each_step: bool, pruning: Pruning = PRUNING) -> Tally:
-    return Tally.of(Objective(model)(TOKENS, 2, pruning, 0.3, each_step)[1].sum(0))
+def tally(model, each_step: bool, rule: Rule = RULE) -> Tally:
+    return Tally.of(Objective(model)(TOKENS, 2, rule, 0.3, each_step)[1].sum(0))
 
 
 def nats(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def nats(model, hidden: torch.Tensor) -> torch.Tensor:
 
 def test_sums_are_those_of_the_formulas(model):
     with torch.no_grad():
-        result = model.jacobi(TOKENS[:, :-1], 2, PRUNING)
+        result = model.jacobi(TOKENS[:, :-1], 2, RULE)
         got = tally(model, each_step=True)
         losses = [nats(model, hidden) for hidden in result.hidden_BLSH.unbind(2)]
         whole = nats(model, result.output_BLH)
@@ -49,24 +49,24 @@ def test_sums_are_those_of_the_formulas(model):
     assert min(got.steps) > 0
     table = torch.stack([executed.flatten().double(), losses[0].flatten()])
     assert got.steps_follow_loss == pytest.approx(float(torch.corrcoef(table)[0, 1]))
-    assert len(Objective(model)(TOKENS, 2, PRUNING)[1][0]) == Tally.width(2)
+    assert len(Objective(model)(TOKENS, 2, RULE)[1][0]) == Tally.width(2)
 
 
 def test_own_losses_are_measured_when_they_are_wanted_and_change_nothing_else(model):
     without, with_them = tally(model, False), tally(model, True)
     assert without.own_losses == [0, 0, 0] and without.first_squared == without.steps_first == 0
     assert without[:5] == with_them[:5]
-    losses = [Objective(model)(TOKENS, 2, PRUNING, 0.3, each_step)[0] for each_step in (False, True)]
+    losses = [Objective(model)(TOKENS, 2, RULE, 0.3, each_step)[0] for each_step in (False, True)]
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert sum(gradient.square().sum() for gradient in gradients[0]) > 0
 
 
 def test_what_is_minimised(model):
-    result = model.jacobi(TOKENS[:, :-1], 2, PRUNING)
+    result = model.jacobi(TOKENS[:, :-1], 2, RULE)
     s = result.routing.log_s.exp()
     want = nats(model, result.output_BLH).sum() + 0.3 * (s[..., 1] + 2 * s[..., 2]).sum()
-    got, _ = Objective(model)(TOKENS, 2, PRUNING, 0.3)
+    got, _ = Objective(model)(TOKENS, 2, RULE, 0.3)
     assert got.item() == pytest.approx(want.item())
     expected, gradients = (torch.autograd.grad(loss, list(model.parameters())) for loss in (want, got))
     for gradient, other in zip(gradients, expected, strict=True):
@@ -76,10 +76,10 @@ def test_what_is_minimised(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
     """Loss, gradients and steps; the router learns nothing, whatever it would say."""
-    model, pruning = small_model().to(dtype), rule(0, PonderConfig(router_start=1))
+    model, rule = small_model().to(dtype), training_rule(0, PonderConfig(router_start=1))
     fixed = small_model(ponder__mode="fixed", ponder__embedding_scale=model.ponder_config.embedding_scale).to(dtype)
     fixed.load_state_dict({name: value for name, value in model.state_dict().items() if "router" not in name})
-    losses, sums = zip(*(Objective(each)(TOKENS, 2, pruning, 0.3) for each in (model, fixed)), strict=True)
+    losses, sums = zip(*(Objective(each)(TOKENS, 2, rule, 0.3) for each in (model, fixed)), strict=True)
     penalty = 0.3 * 2 * TOKENS[:, 1:].numel()  # the same for every token
     tolerance = 1e-5 if dtype == torch.float32 else 1e-11
     assert losses[0].item() - penalty == pytest.approx(losses[1].item(), rel=tolerance)
@@ -95,8 +95,8 @@ def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
 
 
 def test_a_router_that_treats_all_tokens_alike_follows_nothing(model):
-    assert tally(model, True, Pruning(True, 0.0)).steps == [0, 0, 51]
-    assert tally(model, True, Pruning(True, 0.0)).steps_follow_loss is None
+    assert tally(model, True, Rule("hard", 0.0)).steps == [0, 0, 51]
+    assert tally(model, True, Rule("hard", 0.0)).steps_follow_loss is None
 
 
 def test_a_step_that_is_never_taken_has_no_entropy():

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.config import OptimizerConfig, PonderConfig
-from megatron_ponder.model.router import Pruning
-from megatron_ponder.training.schedules import learning_rate, refinements, rule
+from megatron_ponder.model.router import Rule
+from megatron_ponder.training.schedules import learning_rate, refinements, training_rule
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
@@ -39,8 +39,7 @@ def test_refinements_are_drawn_uniformly_and_depend_on_seed_and_step_only():
 
 def test_pruning_and_the_router_begin_at_their_steps():
     config = PonderConfig(prune_start=20, router_start=10, threshold=0.25)
-    rules = [rule(step, config) for step in (0, 9, 10, 19, 20, 99)]
-    assert [pruning.hard for pruning in rules] == [False, False, False, False, True, True]
-    assert [pruning.all_steps for pruning in rules] == [True, True, False, False, False, False]
-    assert {pruning.threshold for pruning in rules} == {0.25}
-    assert rule(10**9, PonderConfig()) == Pruning(False, 1e-4) == rule(0, PonderConfig())
+    rules = [training_rule(step, config) for step in (0, 9, 10, 19, 20, 99)]
+    assert [rule.kind for rule in rules] == ["all", "all", "soft", "soft", "hard", "hard"]
+    assert {rule.threshold for rule in rules} == {0.25}
+    assert training_rule(10**9, PonderConfig()) == Rule("soft", 1e-4) == training_rule(0, PonderConfig())

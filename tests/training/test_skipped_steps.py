@@ -13,7 +13,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import objective
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.schedules import rule
+from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.skipped_steps import SkippedSteps
 from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
 
@@ -98,7 +98,7 @@ def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tup
         with at_fault(fault, engine) if fault is not None and last else nullcontext():
             scale = 1 / (config.training.global_batch_size * LENGTH)
             micro_batches = tokens.split(config.training.micro_batch_size)
-            engine.forward_backward(micro_batches, 1, rule(step, config.ponder), 0.05, scale)
+            engine.forward_backward(micro_batches, 1, training_rule(step, config.ponder), 0.05, scale)
             norms.append(engine.step(RATE))
     return norms, {(item.kind, item.name): item.tensor.clone() for item in engine.state()}
 

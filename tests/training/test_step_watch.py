@@ -31,10 +31,10 @@ def test_the_parts_of_a_step_are_where_the_time_went():
     watch.mark()
     with watch.aside(), torch.no_grad():
         time.sleep(0.2)
-        model.jacobi(random_tokens(1, 64), 2, model.pruning(hard=False))
+        model.jacobi(random_tokens(1, 64), 2, model.rule("soft"))
     time.sleep(0.06)
     with torch.no_grad():
-        model.jacobi(random_tokens(1, 64), 2, model.pruning(hard=False))
+        model.jacobi(random_tokens(1, 64), 2, model.rule("soft"))
     watch.mark()
     time.sleep(0.01)
     watch.mark()

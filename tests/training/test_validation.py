@@ -56,7 +56,7 @@ def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]
         config, parts, model = prepared(arguments, *case, mesh)
         engine = Engine(Objective(model), config, mesh)
         boundary = Boundary(StopSignals(), None, mesh)
-        rule = engine.pruning(hard=False)
+        rule = engine.rule("soft")
         tally, without = (
             validate(config, mesh, parts, engine, rule, boundary, Watchdog(0), each_step) for each_step in (True, False)
         )
@@ -95,7 +95,7 @@ def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
     config, parts, model = prepared(arguments, *CASES[index])
     dataset = parts.datasets["valid"]
     count = min(CASES[index][0], dataset.samples_per_epoch)
-    soft = model.pruning(hard=False)
+    soft = model.rule("soft")
     r = config.ponder.evaluation_refinements
     want = evaluate(model, validation_batches(dataset, count, 5, 0, 1), Setting(soft, r))
     routed = [
@@ -118,7 +118,7 @@ def test_the_first_sequences_of_a_training_step_tell_what_each_step_predicts(ran
     micro_batches = [tokens[: max(1, len(tokens) // 8)] for tokens in step_batch(config).chunk(4)]
     first = torch.cat([micro_batches[rank * 4 // data + place] for rank in range(data) for place in range(pipeline)])
     with torch.no_grad():
-        want = Tally.of(Objective(model)(first, 1, model.pruning(hard=False), each_step=True)[1].sum(0))
+        want = Tally.of(Objective(model)(first, 1, model.rule("soft"), each_step=True)[1].sum(0))
     assert min(want.own_losses) > 0
     for rank in tallies:
         _, tally = rank[index]
