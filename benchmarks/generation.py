@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.generation.generate import generate
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.request import Generation, Request
 from megatron_ponder.generation.sequences import Batching
@@ -111,11 +111,13 @@ class Stream:
     """
 
     def __init__(self, model: PonderLM, sequences: int, rule: Rule | None = None) -> None:
-        self.engine = Engine(model, rule=rule, batching=Batching(max_sequences=sequences))
+        self.generator = Generator(model, rule=rule, batching=Batching(max_sequences=sequences))
         tokens = model.model_config.max_position_embeddings - PROMPT
-        self._sequences = [self.engine.submit(Request(tuple(prompt), tokens)) for prompt in prompts(sequences, PROMPT)]
-        while self.engine.usage.tokens < sequences:
-            self.engine.step()
+        self._sequences = [
+            self.generator.submit(Request(tuple(prompt), tokens)) for prompt in prompts(sequences, PROMPT)
+        ]
+        while self.generator.usage.tokens < sequences:
+            self.generator.step()
         self._model, self.rates = model, []
 
     @property
@@ -125,9 +127,9 @@ class Stream:
         return statistics.fmean(executed)
 
     def __call__(self) -> None:
-        before = self.engine.usage.tokens
-        elapsed = seconds(lambda: [self.engine.step() for _ in range(FORWARDS)])
-        self.rates.append((self.engine.usage.tokens - before) / elapsed)
+        before = self.generator.usage.tokens
+        elapsed = seconds(lambda: [self.generator.step() for _ in range(FORWARDS)])
+        self.rates.append((self.generator.usage.tokens - before) / elapsed)
 
     def work(self) -> tuple[float, float]:
         """FLOPs and bytes of a forward: its slots' matrix products, its weights, its keys and values."""
@@ -135,7 +137,7 @@ class Stream:
         blocks = sum(parameter.numel() for parameter in model.transformer.parameters())
         head, completed = model.head.weight.numel(), 1 / (1 + self.mean_steps)
         config = model.model_config
-        cached = self.engine.cached_slots * config.num_layers * 2 * config.num_kv_heads * config.head_size
+        cached = self.generator.cached_slots * config.num_layers * 2 * config.num_kv_heads * config.head_size
         flops = 2 * rows * (blocks + completed * head) + 4 * cached / 2
         read_head = 1 - (1 - completed) ** rows if model.ponder_config.mode == "adaptive" else completed
         return flops, 4 * (blocks + read_head * head + cached)
@@ -200,16 +202,16 @@ def measure_batch(device: torch.device, rounds: int) -> None:
 def rows_in_use(model: PonderLM, rule: Rule) -> float:
     """Share of rows, of forwards that began while requests waited."""
     draw = random.Random(0)
-    engine = Engine(model, rule=rule, batching=Batching(max_sequences=BATCH))
+    generator = Generator(model, rule=rule, batching=Batching(max_sequences=BATCH))
     for prompt in prompts(4 * BATCH, 64):
-        engine.submit(Request(tuple(prompt[: draw.randint(1, 64)]), draw.randint(1, 48)))
+        generator.submit(Request(tuple(prompt[: draw.randint(1, 64)]), draw.randint(1, 48)))
     used, forwards = 0, 0
-    while not engine.idle:
-        waiting, before = engine.waiting, engine.usage
-        engine.step()
-        if waiting and engine.waiting:
-            used += engine.usage.rows - before.rows
-            forwards += engine.usage.forwards - before.forwards
+    while not generator.idle:
+        waiting, before = generator.waiting, generator.usage
+        generator.step()
+        if waiting and generator.waiting:
+            used += generator.usage.rows - before.rows
+            forwards += generator.usage.forwards - before.forwards
     return used / forwards / BATCH
 
 
@@ -275,10 +277,10 @@ class Reader:
         self.generation, self.forwards = Generation([]), 0
 
     def __call__(self) -> None:
-        engine = Engine(self._model, rule=self._rule, batching=Batching(prefill=self._prefill))
-        self.generation = engine.submit(Request(self._prompt, 1)).generation
-        engine.run()
-        self.forwards = engine.usage.forwards
+        generator = Generator(self._model, rule=self._rule, batching=Batching(prefill=self._prefill))
+        self.generation = generator.submit(Request(self._prompt, 1)).generation
+        generator.run()
+        self.forwards = generator.usage.forwards
 
 
 def measure_prompts(device: torch.device, rounds: int, length: int) -> None:

@@ -23,7 +23,7 @@ from megatron_ponder.base.environment import without_local_rank
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.launch import Launch, discover
 from megatron_ponder.generation.interactive import converse, line_source
-from megatron_ponder.generation.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_engine
+from megatron_ponder.generation.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_generator
 from megatron_ponder.generation.options import Options
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.prompt_lists import Summary, begin_file, print_results, write_results
@@ -88,22 +88,22 @@ def main(argv: Sequence[str]) -> None:
     launch = discover()
     with joined(launch) as device:
         options, checked, tasks, done = from_first(partial(check, arguments, launch, device))
-        engine, loaded, mesh = load_engine(checked, launch, device)
+        generator, loaded, mesh = load_generator(checked, launch, device)
         first, console = launch.rank == 0, Console(soft_wrap=True, highlight=False)
         if arguments.interactive:
-            with engine:
-                if engine.drives:
-                    converse(engine, options, loaded.tokenizer, console, line_source(console))
+            with generator:
+                if generator.drives:
+                    converse(generator, options, loaded.tokenizer, console, line_source(console))
         elif arguments.output is not None:
-            summary = write_results(engine, mesh, tasks, ResultFile(arguments.output), done, silent=not first)
+            summary = write_results(generator, mesh, tasks, ResultFile(arguments.output), done, silent=not first)
             close(summary, len(tasks), console if first else None, arguments.output)
         elif arguments.json or arguments.prompts_file is not None:
-            summary = print_results(engine, mesh, tasks, LinePrinter(tasks))
+            summary = print_results(generator, mesh, tasks, LinePrinter(tasks))
             close(summary, len(tasks), Console(stderr=True, soft_wrap=True, highlight=False) if first else None)
         else:
             after = partial(steps_line, tokenizer=loaded.tokenizer)
             summary = print_results(
-                engine, mesh, tasks, ShadedPrinter(console, loaded.tokenizer, arguments.stream, after=after)
+                generator, mesh, tasks, ShadedPrinter(console, loaded.tokenizer, arguments.stream, after=after)
             )
             close(summary, len(tasks), console if first else None)
 
@@ -114,7 +114,7 @@ def check(
     """Read all input and refuse what cannot be, on the first rank, before anything is computed.
 
     Returns:
-        Options of prompts that do not say otherwise, what is known of the engine, what is to be generated, and which
+        Options of prompts that do not say otherwise, what is known of the generator, what is to be generated, and which
         of it is done already.
     """
     options, setup = read_options(arguments), read_setup(arguments)
@@ -135,7 +135,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
 
 
 def read_setup(arguments: argparse.Namespace) -> Setup:
-    """What is wanted of the engine."""
+    """What is wanted of the generator."""
     if arguments.prefill == "sequential" and (arguments.refinements is not None or arguments.tolerance is not None):
         raise UserError("--refinements and --tolerance are for --prefill jacobi; leave them out")
     prefill = Prefill(arguments.refinements, arguments.tolerance, arguments.chunk)

@@ -17,8 +17,8 @@ from megatron_ponder.base.environment import without_local_rank
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.launch import discover
 from megatron_ponder.base.texts import read_text
-from megatron_ponder.generation.generator import Engine
-from megatron_ponder.generation.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_engine
+from megatron_ponder.generation.generator import Generator
+from megatron_ponder.generation.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_generator
 from megatron_ponder.generation.ranks import joined
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.parallel.collectives import from_first, together
@@ -91,11 +91,11 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(f"{checked.folder} has no tokenizer; train with tokenizer.path set to serve text")
             return checked
 
-        def load() -> tuple[Engine, ServedModel]:
-            engine, loaded, _ = load_engine(from_first(check), launch, device)
+        def load() -> tuple[Generator, ServedModel]:
+            generator, loaded, _ = load_generator(from_first(check), launch, device)
             name = arguments.model_name or arguments.checkpoint.resolve().name
             longest = loaded.config.model.max_position_embeddings
-            return engine, ServedModel(name, loaded.tokenizer, longest, int(time.time()))
+            return generator, ServedModel(name, loaded.tokenizer, longest, int(time.time()))
 
         first = launch.rank == 0
         listening = together(lambda: listen(Address(arguments.host, arguments.port)) if first else None)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.tokenizer import Tokenizer
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.options import Options
 from megatron_ponder.generation.request import Generation, Request
 from megatron_ponder.generation.sampling import Sampling
@@ -83,29 +83,29 @@ def generate(
         except UserError as error:
             raise UserError(f"prompt {index}: {error}") from None
     results: dict[int, Generation] = {}
-    with Engine(model, mesh, rule, batching, tokenizer) as engine:
-        if engine.drives:
+    with Generator(model, mesh, rule, batching, tokenizer) as generator:
+        if generator.drives:
             for index, request in enumerate(requests):
                 try:
-                    engine.check(request)
+                    generator.check(request)
                 except UserError as error:
                     raise UserError(f"prompt {index // samples}: {error}") from None
             mine = islice(enumerate(requests), mesh.data.rank, None, mesh.data.size)
-            results.update(complete(engine, mine, on_token))
+            results.update(complete(generator, mine, on_token))
     results = _gathered(results, mesh)
     return [results[index] for index in range(len(requests))]
 
 
 def complete(
-    engine: Engine,
+    generator: Generator,
     requests: Iterable[tuple[int, Request]],
     on_token: OnProgress | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Generation]]:
-    """Run requests on the rank that schedules, handing them to the engine as it gets to them.
+    """Run requests on the rank that schedules, handing them to the generator as it gets to them.
 
     Args:
-        engine: whose block has been entered.
+        generator: whose block has been entered.
         requests: each with its index.
         on_token: called with the index of a request after each of its tokens and at its end.
         stopped: asked before every forward; when it says so, requests that have not ended are cancelled, and no more
@@ -126,19 +126,19 @@ def complete(
             ended.append((index, generation))
             under_way.pop(index, None)
 
-    ahead = 2 * engine.sequences_per_forward * engine.groups
+    ahead = 2 * generator.sequences_per_forward * generator.groups
     while True:
-        for index, request in islice(requests, max(0, ahead - engine.waiting)):
-            sequence = engine.submit(request, partial(note, index))
+        for index, request in islice(requests, max(0, ahead - generator.waiting)):
+            sequence = generator.submit(request, partial(note, index))
             if sequence.generation.finish_reason is None:
                 under_way[index] = sequence
         if under_way and stopped():
             requests = iter(())
             for sequence in list(under_way.values()):
-                engine.cancel(sequence)
-        if engine.idle and not ended:
+                generator.cancel(sequence)
+        if generator.idle and not ended:
             return
-        engine.step()
+        generator.step()
         while ended:
             yield ended.popleft()
 

@@ -20,16 +20,16 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.messages import Mailbox
 
 
-class Engine:
+class Generator:
     """Context manager that continues prompts.
 
     Inside the block, the rank that drives submits requests and calls `step` while there is work; on every other rank,
     entering the block takes part in the work until the driving rank leaves it.
 
-        with Engine(model) as engine:
-            if engine.drives:
-                sequence = engine.submit(Request(prompt, max_new_tokens=20))
-                engine.run()
+        with Generator(model) as generator:
+            if generator.drives:
+                sequence = generator.submit(Request(prompt, max_new_tokens=20))
+                generator.run()
 
     Attributes:
         drives: whether this is the rank that schedules.
@@ -47,7 +47,7 @@ class Engine:
         """Start without requests.
 
         Args:
-            model: in evaluation mode; this rank's part. Its weights must not change while the engine is in use.
+            model: in evaluation mode; this rank's part. Its weights must not change while the generator is in use.
             mesh: tensor and pipeline ranks; a single process unless given.
             rule: τ and α; the model's own unless given.
             batching: limits, of each group of sequences.
@@ -78,7 +78,7 @@ class Engine:
         self._turn = 0
         self.sequences_per_forward = batching.max_sequences
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> "Generator":
         if not self.drives:
             self._follow()
         return self

@@ -13,7 +13,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.texts import decode, open_standard_input
 from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.generation.generate import complete
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.interrupts import noted_signals
 from megatron_ponder.generation.options import Options
 from megatron_ponder.generation.prompts import Prompt, Task, tasks_of
@@ -23,13 +23,15 @@ from megatron_ponder.generation.totals import Totals
 SECONDS_BETWEEN_BEATS = 60.0
 
 
-def converse(engine: Engine, options: Options, tokenizer: Tokenizer, console: Console, ask: Callable[[], str]) -> None:
+def converse(
+    generator: Generator, options: Options, tokenizer: Tokenizer, console: Console, ask: Callable[[], str]
+) -> None:
     """Continue one prompt after another, each as it is typed, until there are no more.
 
     On a terminal tokens are shaded by their steps. Control-C ends what is being generated; at the prompt it ends all.
 
     Args:
-        engine: whose block has been entered.
+        generator: whose block has been entered.
         options: of every prompt.
         tokenizer: of the model.
         console: to print to.
@@ -39,17 +41,17 @@ def converse(engine: Engine, options: Options, tokenizer: Tokenizer, console: Co
         console.print(_legend(), end="\n\n")
     while True:
         try:
-            with _kept_alive(engine):
+            with _kept_alive(generator):
                 text = ask()
             if not text:
                 continue
-            tasks = tasks_of([Prompt(text, options, "")], tokenizer, engine.check)
+            tasks = tasks_of([Prompt(text, options, "")], tokenizer, generator.check)
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as error:
             console.print(str(error), style="red", markup=False, highlight=False)
             continue
-        totals = _answer(engine, tasks, ShadedPrinter(console, tokenizer, stream=True))
+        totals = _answer(generator, tasks, ShadedPrinter(console, tokenizer, stream=True))
         console.print(totals, style="dim", highlight=False, end="\n\n")
 
 
@@ -70,26 +72,26 @@ def line_source(console: Console) -> Callable[[], str]:
     return lambda: console.input("[bold]> [/]")
 
 
-def _answer(engine: Engine, tasks: list[Task], printer: ShadedPrinter) -> str:
+def _answer(generator: Generator, tasks: list[Task], printer: ShadedPrinter) -> str:
     """Print continuations as they come; what they have cost."""
     totals, before, begun = Totals(), Totals(), time.perf_counter()
-    before.observe(engine)
+    before.observe(generator)
     requests = ((index, task.request) for index, task in enumerate(tasks))
     with noted_signals() as stop:
-        for _, generation in complete(engine, requests, printer, stop.is_set):
+        for _, generation in complete(generator, requests, printer, stop.is_set):
             totals.add(generation)
-    totals.observe(engine)
+    totals.observe(generator)
     return (totals - before).closing_line(time.perf_counter() - begun)
 
 
 @contextmanager
-def _kept_alive(engine: Engine) -> Iterator[None]:
+def _kept_alive(generator: Generator) -> Iterator[None]:
     """Let the other ranks hear from this one now and then, while it waits for a person."""
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(SECONDS_BETWEEN_BEATS):
-            engine.keep_alive()
+            generator.keep_alive()
 
     thread = threading.Thread(target=beat, name="keep alive", daemon=True)
     thread.start()

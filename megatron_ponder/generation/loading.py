@@ -1,4 +1,4 @@
-"""An engine from a checkpoint folder, on the ranks of a job: first checked by one of them, then loaded by all."""
+"""A generator from a checkpoint folder, on the ranks of a job: first checked by one of them, then loaded by all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from megatron_ponder.checkpoint.store import read_config_of, resolve_checkpoint,
 from megatron_ponder.config import Config
 from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.ranks import build_ranks, check_sizes
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.scheduler import Scheduler
@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setup:
-    """What a user wants of an engine.
+    """What a user wants of a generator.
 
     Attributes:
         checkpoint: run folder or checkpoint folder.
@@ -75,7 +75,7 @@ class CheckedSetup:
         return None if source is None else load_tokenizer(source)
 
     def request_check(self, tokenizer: Tokenizer | None) -> Callable[[Request], None]:
-        """What refuses requests that the engine could never run, before there is an engine."""
+        """What refuses requests that the generator could never run, before there is a generator."""
         return Scheduler(self.config.model, self.config.ponder, self.setup.batching, tokenizer).check
 
 
@@ -104,7 +104,7 @@ def check_setup(setup: Setup, launch: Launch, device: torch.device, copies: bool
     return CheckedSetup(setup, folder, config, rule, precision)
 
 
-def load_engine(checked: CheckedSetup, launch: Launch, device: torch.device) -> tuple[Engine, LoadedModel, Mesh]:
+def load_generator(checked: CheckedSetup, launch: Launch, device: torch.device) -> tuple[Generator, LoadedModel, Mesh]:
     """Load this rank's part of the model; on all ranks together.
 
     Args:
@@ -113,11 +113,11 @@ def load_engine(checked: CheckedSetup, launch: Launch, device: torch.device) -> 
         device: of this one.
 
     Returns:
-        The engine, the model, and the grid of ranks.
+        The generator, the model, and the grid of ranks.
 
     Raises:
         UserError: some rank cannot read the checkpoint; on every rank.
     """
     mesh = build_ranks(device, launch, checked.setup.tensor, checked.setup.pipeline)
     loaded = together(lambda: load_model(checked.folder, mesh, PRECISIONS[checked.precision], verified=True))
-    return Engine(loaded.model, mesh, checked.rule, checked.setup.batching, loaded.tokenizer), loaded, mesh
+    return Generator(loaded.model, mesh, checked.rule, checked.setup.batching, loaded.tokenizer), loaded, mesh

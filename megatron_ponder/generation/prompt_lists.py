@@ -9,7 +9,7 @@ from typing import Protocol
 
 from megatron_ponder.checkpoint.manifest import MANIFEST
 from megatron_ponder.generation.generate import complete
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.interrupts import noted_signals
 from megatron_ponder.generation.loading import CheckedSetup
 from megatron_ponder.generation.prompts import Task
@@ -63,13 +63,13 @@ def begin_file(file: ResultFile, checked: CheckedSetup, tasks: Sequence[Task]) -
     )
 
 
-def print_results(engine: Engine, mesh: Mesh, tasks: Sequence[Task], printer: Printer) -> Summary:
+def print_results(generator: Generator, mesh: Mesh, tasks: Sequence[Task], printer: Printer) -> Summary:
     """Run tasks and print what they give, on the first rank: as it comes from one copy, at the end from several.
 
     All ranks call this together.
 
     Args:
-        engine: of this rank.
+        generator: of this rank.
         mesh: the ranks.
         tasks: all of them, on every rank.
         printer: takes sequences; only its calls with ended ones matter to a job on several copies.
@@ -77,31 +77,31 @@ def print_results(engine: Engine, mesh: Mesh, tasks: Sequence[Task], printer: Pr
     alone, results = mesh.data.size == 1, {}
     begun = time.perf_counter()
     totals = Totals()
-    with noted_signals() as stop, engine:
-        if engine.drives:
+    with noted_signals() as stop, generator:
+        if generator.drives:
             requests = ((index, tasks[index].request) for index in range(mesh.data.rank, len(tasks), mesh.data.size))
-            for index, generation in complete(engine, requests, printer if alone else None, stop.is_set):
+            for index, generation in complete(generator, requests, printer if alone else None, stop.is_set):
                 if generation.finish_reason != "cancelled":
                     totals.add(generation)
                 if not alone:
                     results[index] = generation
-            totals.observe(engine)
+            totals.observe(generator)
     parts = from_all((totals, results))
-    if engine.drives and mesh.data.rank == 0:
+    if generator.drives and mesh.data.rank == 0:
         for index, generation in sorted({index: each for _, part in parts for index, each in part.items()}.items()):
             printer(index, generation)
     return _summary([each for each, _ in parts], begun, 0)
 
 
 def write_results(
-    engine: Engine, mesh: Mesh, tasks: Sequence[Task], file: ResultFile, done: set[int], silent: bool
+    generator: Generator, mesh: Mesh, tasks: Sequence[Task], file: ResultFile, done: set[int], silent: bool
 ) -> Summary:
     """Run the tasks that are not done, and write the file when all of them are.
 
     All ranks call this together.
 
     Args:
-        engine: of this rank.
+        generator: of this rank.
         mesh: the ranks.
         tasks: all of them, on every rank.
         file: that has been begun.
@@ -111,20 +111,20 @@ def write_results(
     begun = time.perf_counter()
     totals = Totals()
     missing = [index for index in range(len(tasks)) if index not in done][mesh.data.rank :: mesh.data.size]
-    with noted_signals() as stop, engine, ExitStack() as stack:
-        if engine.drives:
+    with noted_signals() as stop, generator, ExitStack() as stack:
+        if generator.drives:
             of_copy = len(missing) + (len(done) if mesh.data.size == 1 else 0)
             progress = stack.enter_context(TaskProgress(of_copy, of_copy - len(missing), silent))
             writer = stack.enter_context(file.appending(mesh.data.rank))
             requests = ((index, tasks[index].request) for index in missing)
-            for index, generation in complete(engine, requests, stopped=stop.is_set):
+            for index, generation in complete(generator, requests, stopped=stop.is_set):
                 if generation.finish_reason != "cancelled":
                     writer.add(index, line(tasks[index], generation))
                     totals.add(generation)
                     progress.update(totals)
-            totals.observe(engine)
+            totals.observe(generator)
     summary = _summary(from_all(totals), begun, len(done))
-    if summary.finished == len(tasks) and engine.drives and mesh.data.rank == 0:
+    if summary.finished == len(tasks) and generator.drives and mesh.data.rank == 0:
         file.publish(len(tasks))
     return summary
 

@@ -100,7 +100,7 @@ def tasks_of(prompts: Sequence[Prompt], tokenizer: Tokenizer | None, check: Call
     Args:
         prompts: given.
         tokenizer: of the model; None if it has none, so that only token ids can be continued.
-        check: refuses requests that can never run; that of the scheduler or of the engine.
+        check: refuses requests that can never run; that of the scheduler or of the generator.
 
     Raises:
         UserError: a prompt cannot be continued; what is wrong with the first one, and how many more there are.

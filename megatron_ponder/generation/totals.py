@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.request import Generation
 
 SECONDS_BETWEEN_LINES = 60.0
@@ -45,10 +45,10 @@ class Totals:
         self.fed += len(generation.executed_steps)
         self.executed += sum(generation.executed_steps)
 
-    def observe(self, engine: Engine) -> None:
-        """Take over what the engine has run since its beginning."""
-        usage = engine.usage
-        self.slots, self.rows, self.places = usage.slots, usage.rows, usage.forwards * engine.sequences_per_forward
+    def observe(self, generator: Generator) -> None:
+        """Take over what the generator has run since its beginning."""
+        usage = generator.usage
+        self.slots, self.rows, self.places = usage.slots, usage.rows, usage.forwards * generator.sequences_per_forward
 
     def __add__(self, other: "Totals") -> "Totals":
         return Totals(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

@@ -38,7 +38,7 @@ class Metrics:
         )
 
     def watch(self, snapshot: Callable[[], Snapshot]) -> None:
-        """Show the state of the engine, which this function gives."""
+        """Show the state of the generator, which this function gives."""
         self._registry.register(_EngineCollector(snapshot))
 
     def count_request(self, path: str, status: int) -> None:
@@ -60,7 +60,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads the counts that the engine keeps, when they are asked for."""
+    """Reads the counts that the generator keeps, when they are asked for."""
 
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self._snapshot = snapshot

@@ -1,4 +1,4 @@
-"""One server process: the engine in the thread that calls, the web server in another."""
+"""One server process: the generator in the thread that calls, the web server in another."""
 
 import ipaddress
 import os
@@ -15,16 +15,16 @@ import uvicorn
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.watchdog import Watchdog
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.serving.application import Application, Limits
 from megatron_ponder.serving.connections import Connection, ConnectionLimits
 from megatron_ponder.serving.prometheus import Metrics
 from megatron_ponder.serving.protocol import ServedModel
 from megatron_ponder.serving.worker import Worker
 
-# For answers to reach their clients once the engine has ended.
+# For answers to reach their clients once the generator has ended.
 SECONDS_TO_SEND = 5
-# For clients to hear of an engine that hangs, before the process ends.
+# For clients to hear of a generator that hangs, before the process ends.
 SECONDS_TO_HEAR = 1.0
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -138,7 +138,7 @@ def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
 
 
 def serve(
-    load: Callable[[], tuple[Engine, ServedModel]],
+    load: Callable[[], tuple[Generator, ServedModel]],
     listening: socket.socket,
     limits: Limits,
     connections: ConnectionLimits,
@@ -151,17 +151,17 @@ def serve(
     When nothing happens for too long, because another rank hangs, all clients hear of it and the process ends.
 
     Args:
-        load: makes the engine; clients are told to wait meanwhile.
+        load: makes the generator; clients are told to wait meanwhile.
         listening: socket, which is closed at the end.
         limits: of requests.
         connections: limits of all of them together.
         most_sequences: that run or wait at a time.
         grace: seconds that requests have to finish, after a signal.
-        step_timeout: seconds that a step of the engine may take, unless ten times the longest so far is more.
+        step_timeout: seconds that a step of the generator may take, unless ten times the longest so far is more.
 
     Raises:
         UserError: the model cannot be loaded, or the system does not allow so many connections.
-        RuntimeError: the engine failed; the cause is attached.
+        RuntimeError: the generator failed; the cause is attached.
     """
     connections.reserve_files()
     metrics = Metrics()
@@ -175,26 +175,26 @@ def serve(
     if limits.api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         print("warning: other machines may reach this server, and it asks for no API key", file=sys.stderr)
     with web_server(application, listening, worker, connections), _stopped_by_signals(worker, grace):
-        engine, application.model = load()
+        generator, application.model = load()
         print(f"serving {application.model.name} at {url(listening)}", file=sys.stderr, flush=True)
-        with Watchdog(step_timeout, "--step-timeout", give_up) as watchdog, engine:
+        with Watchdog(step_timeout, "--step-timeout", give_up) as watchdog, generator:
             try:
-                worker.serve(engine, watchdog.beat)
+                worker.serve(generator, watchdog.beat)
             except Exception as error:
-                raise RuntimeError("the engine failed while it served") from error
+                raise RuntimeError("the generator failed while it served") from error
 
 
-def follow(load: Callable[[], tuple[Engine, ServedModel]]) -> None:
+def follow(load: Callable[[], tuple[Generator, ServedModel]]) -> None:
     """Take part in what the rank that serves runs, until it stops; signals are for that rank to obey.
 
     Args:
-        load: makes this rank's engine.
+        load: makes this rank's generator.
 
     Raises:
         UserError: the model cannot be loaded.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    engine, _ = load()
-    with engine:
+    generator, _ = load()
+    with generator:
         pass

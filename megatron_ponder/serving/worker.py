@@ -1,6 +1,6 @@
-"""The thread that owns an engine: requests join its running batch, and what becomes of them goes back.
+"""The thread that owns a generator: requests join its running batch, and what becomes of them goes back.
 
-Whatever happens to the engine happens in the thread that calls `Worker.serve`; other threads hand over commands.
+Whatever happens to the generator happens in the thread that calls `Worker.serve`; other threads hand over commands.
 """
 
 import math
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.request import FinishReason, Generation, Request
 from megatron_ponder.generation.sequences import Sequence, Usage
 
@@ -26,7 +26,7 @@ State = Literal["loading", "ready", "stopping", "failed", "stopped"]
 
 
 class UnavailableError(Exception):
-    """There is no engine that could take a job."""
+    """There is no generator that could take a job."""
 
 
 class QueueFullError(Exception):
@@ -34,11 +34,11 @@ class QueueFullError(Exception):
 
 
 class EngineFailedError(Exception):
-    """The engine broke down while a job was under way."""
+    """The generator broke down while a job was under way."""
 
 
 class JobFailedError(Exception):
-    """A job could not be begun, for a reason that the server's log has; the engine goes on."""
+    """A job could not be begun, for a reason that the server's log has; the generator goes on."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where the engine was after its newest step.
+    """Where the generator was after its newest step.
 
     Attributes:
         waiting, live: sequences.
@@ -107,16 +107,16 @@ class Snapshot:
 
 
 class Worker:
-    """Runs jobs on an engine.
+    """Runs jobs on a generator.
 
     Attributes:
         most_sequences: accepted at a time, whether they run or wait.
-        state: of the engine.
-        snapshot: of the engine.
+        state: of the generator.
+        snapshot: of the generator.
     """
 
     def __init__(self, most_sequences: int, observe: Callable[[Generation], None]) -> None:
-        """Wait for an engine.
+        """Wait for a generator.
 
         Args:
             most_sequences: accepted at a time.
@@ -131,7 +131,7 @@ class Worker:
         self._accepted = 0
         self._fed = self._executed = 0
         self._stop_by = math.inf
-        self._engine: Engine | None = None
+        self._generator: Generator | None = None
         self._jobs: list[Job] = []
         self._outbox: dict[Job, list[Event]] = {}
 
@@ -139,7 +139,7 @@ class Worker:
         """Hand over a job, from any thread.
 
         Raises:
-            UnavailableError: there is no engine, or it takes no more jobs.
+            UnavailableError: there is no generator, or it takes no more jobs.
             QueueFullError: until others have ended.
         """
         with self._lock:
@@ -162,36 +162,36 @@ class Worker:
         self._stop_by = min(self._stop_by, time.monotonic() + grace)
         self._commands.put(lambda: None)
 
-    def serve(self, engine: Engine, beat: Callable[[], None] = lambda: None) -> None:
+    def serve(self, generator: Generator, beat: Callable[[], None] = lambda: None) -> None:
         """Run jobs until stopped.
 
         Args:
-            engine: whose block has been entered.
+            generator: whose block has been entered.
             beat: called before everything that may take a while.
 
         Raises:
-            Exception: whatever the engine raised; every job has been told.
+            Exception: whatever the generator raised; every job has been told.
         """
-        self._engine = engine
+        self._generator = generator
         self._become("ready")
         try:
             while self.state == "ready" or self._accepted:
                 beat()
-                self._obey(wait=engine.idle)
+                self._obey(wait=generator.idle)
                 beat()
                 if self._stop_by < math.inf and self.state == "ready":
                     self._become("stopping")
                 if time.monotonic() >= self._stop_by:
                     for job in list(self._jobs):
                         self._cancel(job)
-                if engine.idle:
-                    engine.keep_alive()
+                if generator.idle:
+                    generator.keep_alive()
                 else:
-                    engine.step()
+                    generator.step()
                 self._report()
-            while not engine.idle:  # those that were cancelled last leave the cache
+            while not generator.idle:  # those that were cancelled last leave the cache
                 beat()
-                engine.step()
+                generator.step()
             self._report()
             self._become("stopped")
         except BaseException:
@@ -204,14 +204,14 @@ class Worker:
             self._fail_jobs()
 
     def give_up(self) -> None:
-        """The engine hangs: take no more jobs, and let all that there are hear of it; from any thread."""
+        """The generator hangs: take no more jobs, and let all that there are hear of it; from any thread."""
         self._become("failed")
         self._obey(wait=False)
         self._fail_jobs()
 
     def _fail_jobs(self) -> None:
         for job in list(self._jobs):
-            job.post([EngineFailedError("the engine failed; see the server's log")])
+            job.post([EngineFailedError("the generator failed; see the server's log")])
 
     def _become(self, state: State) -> None:
         with self._lock:
@@ -234,7 +234,7 @@ class Worker:
             return
         try:
             for request in job.requests:
-                self._engine.check(request)
+                self._generator.check(request)
         except UserError as error:
             self._drop(job, error)
             return
@@ -243,7 +243,7 @@ class Worker:
             self._drop(job, JobFailedError("the request could not be begun; see the server's log"))
             return
         for index, request in enumerate(job.requests):
-            job.sequences.append(self._engine.submit(request, _Reporter(self, job, index)))
+            job.sequences.append(self._generator.submit(request, _Reporter(self, job, index)))
 
     def _drop(self, job: Job, error: UserError | JobFailedError) -> None:
         """Forget a job of which nothing has begun."""
@@ -254,7 +254,7 @@ class Worker:
     def _cancel(self, job: Job) -> None:
         if self.state != "failed":
             for sequence in job.sequences:
-                self._engine.cancel(sequence)
+                self._generator.cancel(sequence)
 
     def note(self, job: Job, progress: Progress, generation: Generation) -> None:
         """Take the progress of a sequence, in the worker's thread."""
@@ -273,9 +273,9 @@ class Worker:
             self._accepted -= sequences
 
     def _report(self) -> None:
-        engine = self._engine
+        generator = self._generator
         self.snapshot = Snapshot(
-            engine.waiting, len(engine.live), engine.cached_slots, engine.usage, self._fed, self._executed
+            generator.waiting, len(generator.live), generator.cached_slots, generator.usage, self._fed, self._executed
         )
         self._post()
 

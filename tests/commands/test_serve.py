@@ -239,18 +239,18 @@ def patched(tmp_path: Path, patch: str) -> Path:
     return script
 
 
-def test_an_engine_that_fails_ends_the_process_with_its_traceback(checkpoint, tmp_path):
+def test_a_generator_that_fails_ends_the_process_with_its_traceback(checkpoint, tmp_path):
     patch = """
-        from megatron_ponder.generation.generator import Engine
+        from megatron_ponder.generation.generator import Generator
 
-        step = Engine.step
+        step = Generator.step
 
-        def failing(engine):
-            if engine.usage.tokens >= 3:
+        def failing(generator):
+            if generator.usage.tokens >= 3:
                 raise RuntimeError("out of luck")
-            step(engine)
+            step(generator)
 
-        Engine.step = failing
+        Generator.step = failing
     """
     with started(patched(tmp_path, patch), "--checkpoint", checkpoint, "--port", 0) as server:
         status, answer = server.answer({"max_tokens": 50, "ignore_eos": True})
@@ -258,7 +258,7 @@ def test_an_engine_that_fails_ends_the_process_with_its_traceback(checkpoint, tm
         assert server.process.wait(60) == 1
         error = server.process.stderr.read()
         assert "RuntimeError: out of luck" in error
-        assert "the engine failed while it served" in error
+        assert "the generator failed while it served" in error
 
 
 def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):

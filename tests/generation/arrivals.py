@@ -3,7 +3,7 @@
 import torch
 
 from megatron_ponder.checkpoint.load import even_part, load_weights
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.sequences import Batching
@@ -58,18 +58,18 @@ def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[li
         model = PonderLM(whole.model_config, whole.ponder_config, mesh, part=part).double().eval()
         load_weights(model, whole.state_dict())
     batching = Batching(max_sequences=6, prefill=None if sequential else Prefill(chunk=32, shortest=8))
-    with Engine(model.to(dtype), mesh, batching=batching) as engine:
-        if engine.drives:
-            engine.keep_alive()
+    with Generator(model.to(dtype), mesh, batching=batching) as generator:
+        if generator.drives:
+            generator.keep_alive()
             sequences = []
             for prompt in prompts():
-                sequences.append(engine.submit(Request(tuple(prompt), NEW)))
+                sequences.append(generator.submit(Request(tuple(prompt), NEW)))
                 for _ in range(3):
-                    engine.step()
-            engine.run()
-            engine.keep_alive()
-    if not engine.drives:
+                    generator.step()
+            generator.run()
+            generator.keep_alive()
+    if not generator.drives:
         return None
     results = [sequence.generation for sequence in sequences]
-    held = sum(runner.cache.reserved for runner in engine._runners)
+    held = sum(runner.cache.reserved for runner in generator._runners)
     return [(result.tokens, result.log_probabilities, result.executed_steps) for result in results], held

@@ -11,7 +11,7 @@ from rich.console import Console
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.generation.generate import generate
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.interactive import converse
 from megatron_ponder.generation.options import Options
 from megatron_ponder.generation.predictions import predict
@@ -172,14 +172,14 @@ def served_overflowing(corpus) -> tuple[Served, list[int]]:
 
 def test_requests_that_cannot_be_begun_end_no_server(served_overflowing, monkeypatch, capsys):
     served, _ = served_overflowing
-    check = Engine.check
+    check = Generator.check
 
-    def breaking(engine: Engine, request: Request) -> None:
+    def breaking(generator: Generator, request: Request) -> None:
         if request.prompt == (9, 9):
             raise ZeroDivisionError("a bug")
-        check(engine, request)
+        check(generator, request)
 
-    monkeypatch.setattr(Engine, "check", breaking)
+    monkeypatch.setattr(Generator, "check", breaking)
     with running(served) as server:
         status, answer = server.client.post({"prompt": [9, 9]})
         assert (status, answer["error"]["code"]) == (500, "generation_failed")
@@ -199,7 +199,7 @@ def test_a_conversation_goes_on(served_overflowing):
         except StopIteration:
             raise EOFError from None
 
-    with Engine(served.model, tokenizer=served.tokenizer) as engine:
-        converse(engine, Options(max_new_tokens=40), served.tokenizer, console, ask)
+    with Generator(served.model, tokenizer=served.tokenizer) as generator:
+        converse(generator, Options(max_new_tokens=40), served.tokenizer, console, ask)
     assert out.getvalue().count("failed: the model's logits are not finite") == 1
     assert out.getvalue().count(" tokens in ") == 2

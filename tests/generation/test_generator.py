@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.parallel.mesh import Mesh
 from tests.distributed import run_distributed
 from tests.generation.arrivals import MODELS, arrivals_model, expected, generated
@@ -68,4 +68,4 @@ def test_ranks(name, layout, dtype, tolerance, sequential):
 
 def test_a_router_that_reads_the_token_alone_is_refused():
     with pytest.raises(UserError, match="router_input token, a control that cannot generate"):
-        Engine(small_model(ponder__router_input="token").eval())
+        Generator(small_model(ponder__router_input="token").eval())

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.generation import interactive
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.interactive import converse
 from megatron_ponder.generation.options import Options
 from megatron_ponder.generation.shading import ShadedPrinter
@@ -27,10 +27,10 @@ def talk(corpus):
         model = small_model(router_scale=3.0, model__vocab_size=512, model__max_position_embeddings=4096)
         out = io.StringIO()
         console = Console(file=out, force_terminal=True, color_system=None, soft_wrap=True, highlight=False)
-        with Engine(model, tokenizer=tokenizer) as engine:
-            converse(engine, Options(max_new_tokens=max_new_tokens), tokenizer, console, ask)
-            assert engine.idle
-            assert engine.cached_slots == 0
+        with Generator(model, tokenizer=tokenizer) as generator:
+            converse(generator, Options(max_new_tokens=max_new_tokens), tokenizer, console, ask)
+            assert generator.idle
+            assert generator.cached_slots == 0
         return out.getvalue()
 
     return talk
@@ -83,13 +83,13 @@ def test_control_c_at_the_prompt_ends_all(talk):
 
 
 def test_other_ranks_hear_from_this_one_while_nobody_types(talk, monkeypatch):
-    beats, keep_alive = [], Engine.keep_alive
+    beats, keep_alive = [], Generator.keep_alive
 
-    def counted(engine):
+    def counted(generator):
         beats.append(threading.current_thread().name)
-        keep_alive(engine)
+        keep_alive(generator)
 
-    monkeypatch.setattr(Engine, "keep_alive", counted)
+    monkeypatch.setattr(Generator, "keep_alive", counted)
     monkeypatch.setattr(interactive, "SECONDS_BETWEEN_BEATS", 0.01)
     lines = iter(["import os", None])
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.style import Style
 
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.request import Generation, Request
 from megatron_ponder.generation.sampling import Sampling
 from megatron_ponder.generation.shading import SHADES, ShadedPrinter, ShadedText, shade, steps_line
@@ -21,10 +21,10 @@ def tokenizer(corpus):
     return load_tokenizer(corpus.tokenizer)
 
 
-def engine_with(tokenizer) -> Engine:
+def generator_with(tokenizer) -> Generator:
     """Its tokens take all numbers of steps, and many are parts of characters."""
     model = small_model(router_scale=3.0, model__vocab_size=512, ponder__threshold=0.2, ponder__max_steps=3)
-    return Engine(model, tokenizer=tokenizer)
+    return Generator(model, tokenizer=tokenizer)
 
 
 def requests(tokenizer) -> list[Request]:
@@ -35,7 +35,7 @@ def requests(tokenizer) -> list[Request]:
 
 @pytest.mark.parametrize("wait_for_steps", [True, False])
 def test_pieces_add_up_to_the_text(tokenizer, wait_for_steps):
-    with engine_with(tokenizer) as engine:
+    with generator_with(tokenizer) as generator:
         for request in requests(tokenizer):
             pieces, shaded, counts = [], [], []
 
@@ -45,8 +45,8 @@ def test_pieces_add_up_to_the_text(tokenizer, wait_for_steps):
                 pieces.extend(shaded[0].advance(wait_for_steps))
                 counts.append(len(pieces))
 
-            generation = engine.submit(request, note).generation
-            engine.run()
+            generation = generator.submit(request, note).generation
+            generator.run()
             text = "".join(piece for piece, _ in pieces)
             assert text == tokenizer.decode(list(request.prompt)) + generation.text
             assert len(counts) > 1
@@ -85,12 +85,12 @@ def test_sequences_are_printed_one_after_another(tokenizer, stream, terminal):
         file=out, force_terminal=terminal, soft_wrap=True, highlight=False, color_system="auto" if terminal else None
     )
     printer = ShadedPrinter(console, tokenizer, stream)
-    with engine_with(tokenizer) as engine:
+    with generator_with(tokenizer) as generator:
         sequences = [
-            engine.submit(request, lambda generation, index=index: printer(index, generation))
+            generator.submit(request, lambda generation, index=index: printer(index, generation))
             for index, request in enumerate(requests(tokenizer))
         ]
-        engine.run()
+        generator.run()
     printed = out.getvalue()
     assert ("\x1b[" in printed) == terminal
     if not terminal:

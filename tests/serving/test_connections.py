@@ -57,8 +57,8 @@ def test_clients_that_are_slow_with_the_head_of_a_request(served):
 def test_a_slow_answer_is_waited_for(served):
     """The time of a client does not run while the server works."""
     with running(served, connections=ConnectionLimits(seconds=0.3)) as server:
-        step = server.engine.step
-        server.engine.step = lambda: time.sleep(0.05) or step()
+        step = server.generator.step
+        server.generator.step = lambda: time.sleep(0.05) or step()
         begun = time.monotonic()
         assert server.client.post({"prompt": "a", "max_tokens": 12, "ignore_eos": True})[0] == 200
         assert time.monotonic() - begun > 0.5

@@ -30,9 +30,9 @@ def test_clients_that_leave_are_freed_at_once(served, stream, slots):
     """One runs, three run beside it, and two wait: all leave. In the small cache some have gone back to waiting."""
     gate = threading.Event()
     with running(served, slots=slots, gate=gate) as server:
-        step = server.engine.step
+        step = server.generator.step
         # Long enough that on a busy machine, too, none is finished before all have left.
-        server.engine.step = lambda: time.sleep(0.01) or step()
+        server.generator.step = lambda: time.sleep(0.01) or step()
         connections = [server.client.open(LONG | {"stream": stream, "n": n}) for n in (1, 3, 2)]
         server.wait(lambda: server.worker._accepted == 6)
         gate.set()
@@ -64,8 +64,8 @@ def test_time_out(served):
     """504 where nothing was sent; a stream ends with what there is."""
     # Seconds in which a busy machine writes a token, and steps so slow that it cannot write all.
     with running(served, Limits(seconds=3.0)) as server:
-        step = server.engine.step
-        server.engine.step = lambda: time.sleep(0.03) or step()
+        step = server.generator.step
+        server.generator.step = lambda: time.sleep(0.03) or step()
         status, answer = server.client.post(LONG)
         assert (status, answer["error"]["code"]) == (504, "timeout")
         assert "more than 3 s" in answer["error"]["message"]
@@ -153,7 +153,7 @@ def test_body_limit(served):
         assert server.client.post(SHORT | {"user": "x" * 800})[0] == 200
 
 
-def test_the_engine_fails(served):
+def test_the_generator_fails(served):
     """Whoever waits gets 500, in a stream as an event; others 503; and the thread ends with the error."""
     gate = threading.Event()
     with running(served, gate=gate) as server:
@@ -168,7 +168,7 @@ def test_the_engine_fails(served):
         def broken() -> None:
             raise RuntimeError("broken")
 
-        server.engine.step = broken
+        server.generator.step = broken
         assert json.loads(response.read().split(b"data: ")[-1])["error"]["code"] == "engine_failed"
         statuses = set()
         for connection in waiting:
@@ -183,8 +183,8 @@ def test_the_engine_fails(served):
         assert str(server.failure) == "broken"
 
 
-def test_the_engine_hangs(served):
-    """Who runs and who waits hears of it at once, though the thread that owns the engine is stuck."""
+def test_the_generator_hangs(served):
+    """Who runs and who waits hears of it at once, though the thread that owns the generator is stuck."""
     gate = threading.Event()
     with running(served, gate=gate) as server:
         streaming = server.client.open(LONG | {"stream": True})
@@ -202,21 +202,21 @@ def test_the_engine_hangs(served):
         def broken() -> None:
             raise RuntimeError("broken")
 
-        server.engine.step = broken
+        server.generator.step = broken
         gate.set()
         server.wait(lambda: server.failure is not None)
 
 
-def test_who_has_an_answer_gets_it_though_the_engine_fails(served):
+def test_who_has_an_answer_gets_it_though_the_generator_fails(served):
     with running(served) as server:
-        step = server.engine.step
+        step = server.generator.step
 
         def last() -> None:
             step()
-            if server.engine.usage.tokens == 3:
+            if server.generator.usage.tokens == 3:
                 raise RuntimeError("broken")
 
-        server.engine.step = last
+        server.generator.step = last
         assert server.client.post(SHORT)[0] == 200
         server.wait(lambda: server.failure is not None)
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.generation.generate import generate
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.sampling import Sampling
 from megatron_ponder.generation.sequences import Batching
@@ -87,11 +87,11 @@ class Client:
 
 @dataclass
 class Running:
-    """A server in threads of this process. `failure` is what ended its engine."""
+    """A server in threads of this process. `failure` is what ended its generator."""
 
     client: Client
     worker: Worker
-    engine: Engine
+    generator: Generator
     failure: BaseException | None = None
 
     def wait(self, condition) -> None:
@@ -103,7 +103,7 @@ class Running:
 
     @property
     def at_rest(self) -> bool:
-        return self.worker._accepted == 0 and self.engine.idle
+        return self.worker._accepted == 0 and self.generator.idle
 
 
 @contextmanager
@@ -122,29 +122,31 @@ def running(
         limits: of requests; the defaults unless given.
         waiting: sequences that may wait beside the four that run.
         slots: in the cache at once.
-        gate: holds every step of the engine up until it is set.
+        gate: holds every step of the generator up until it is set.
         connections: limits of all of them; the defaults unless given.
     """
     limits = limits or Limits()
-    engine = Engine(served.model, batching=Batching(4, slots, prefill=Prefill(shortest=2)), tokenizer=served.tokenizer)
+    generator = Generator(
+        served.model, batching=Batching(4, slots, prefill=Prefill(shortest=2)), tokenizer=served.tokenizer
+    )
     if gate is not None:
-        step = engine.step
-        engine.step = lambda: gate.wait(SECONDS) and step()
+        step = generator.step
+        generator.step = lambda: gate.wait(SECONDS) and step()
     metrics = Metrics()
     worker = Worker(4 + waiting, metrics.observe)
     application = Application(worker, metrics, limits)
     listening = listen(Address(port=0))
     headers = {} if limits.api_key is None else {"Authorization": f"Bearer {limits.api_key}"}
-    running = Running(Client(listening.getsockname()[1], **headers), worker, engine)
+    running = Running(Client(listening.getsockname()[1], **headers), worker, generator)
 
-    def own_engine() -> None:
+    def own_generator() -> None:
         try:
-            with engine:
-                worker.serve(engine)
+            with generator:
+                worker.serve(generator)
         except BaseException as error:
             running.failure = error
 
-    thread = threading.Thread(target=own_engine, daemon=True)
+    thread = threading.Thread(target=own_generator, daemon=True)
     with web_server(application, listening, worker, connections or ConnectionLimits()):
         assert running.client.get("/health") == (503, '{"status":"loading"}')
         assert running.client.post({"prompt": "a"})[0] == 503
@@ -163,8 +165,8 @@ def running(
     if running.failure is None:
         assert worker.state == "stopped"
         assert running.at_rest
-        assert (engine.live, engine.waiting, engine.cached_slots) == ([], 0, 0)
-        assert engine._runners[0].cache.reserved == 0
+        assert (generator.live, generator.waiting, generator.cached_slots) == ([], 0, 0)
+        assert generator._runners[0].cache.reserved == 0
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def test_two_hundred_requests(served):
         )
         assert "500" not in statuses
         assert server.client.metric("ponder_cached_slots") == 0
-        usage = server.engine.usage
+        usage = server.generator.usage
         assert usage.slots > usage.rows + 1000  # prompts were iterated too
     assert cancelled > 20
     wanted = {id(body): expected(served, body) for body in possible}

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.generation.generate import generate
-from megatron_ponder.generation.generator import Engine
+from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.model.ponder import PonderLM
@@ -33,9 +33,9 @@ def served_on(mesh: Mesh) -> tuple[list[list[int]], list[list[int]], int] | None
     part = ModelPart(LAYERS[axis.size][axis.rank], axis.rank == 0, axis.rank == axis.size - 1)
     model = PonderLM(whole.model_config, whole.ponder_config, mesh, part=part).double().eval()
     load_weights(model, whole.state_dict())
-    engine = Engine(model, mesh, batching=Batching(max_sequences=2))
-    with engine:
-        if not engine.drives:
+    generator = Generator(model, mesh, batching=Batching(max_sequences=2))
+    with generator:
+        if not generator.drives:
             return None
         worker = Worker(2 * len(PROMPTS), Metrics().observe)
         received: dict[int, list[Progress]] = {index: [] for index in range(2 * len(PROMPTS))}
@@ -66,12 +66,12 @@ def served_on(mesh: Mesh) -> tuple[list[list[int]], list[list[int]], int] | None
 
         thread = threading.Thread(target=client)
         thread.start()
-        worker.serve(engine)
+        worker.serve(generator)
         thread.join()
     tokens = [[token for progress in received[index] for token in progress.tokens] for index in received]
     assert {received[index][-1].finish_reason for index in range(1, len(jobs), 2)} == {"cancelled"}
-    assert (worker.state, engine.live, engine.waiting) == ("stopped", [], 0)
-    return tokens[::2], tokens[1::2], sum(runner.cache.reserved for runner in engine._runners)
+    assert (worker.state, generator.live, generator.waiting) == ("stopped", [], 0)
+    return tokens[::2], tokens[1::2], sum(runner.cache.reserved for runner in generator._runners)
 
 
 def check(result: tuple[list[list[int]], list[list[int]], int]) -> None:
