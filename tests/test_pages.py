@@ -57,7 +57,11 @@ def test_every_page_can_be_reached_from_the_readme():
     assert set(EVERY_PAGE) <= reached
 
 
-@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+# The laboratory book names files of then.
+OF_TODAY = [page for page in EVERY_PAGE if page.name != "lab.md"]
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_every_python_file_that_a_page_names_is_there(page):
     named = re.findall(r"(?<![\w/.:~$*-])((?:[\w-]+/)*[\w-]+\.py)\b", page.read_text(encoding="utf-8"))
     folders = (REPOSITORY, REPOSITORY / "megatron_ponder", page.parent)
