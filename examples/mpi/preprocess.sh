@@ -4,9 +4,9 @@
 #     HOSTS=node1,node2 RANKS=2 examples/mpi/preprocess.sh --input corpus/ --output-prefix data/corpus \
 #         --tokenizer data/tokenizer.model --workers 32 --append-eod
 
-source examples/words.sh
+source megatron_ponder/cluster/scripts/words.sh
 words python "${PYTHON:-python}"
 words options "${MPIRUN_OPTIONS:-}"
 options+=(-np "${RANKS:?how many ranks? set RANKS}")
 [ -n "${HOSTS:-}" ] && options+=(-host "$HOSTS")
-exec mpirun "${options[@]}" "${python[@]}" tools/preprocess_data.py "$@"
+exec mpirun "${options[@]}" "${python[@]}" -m megatron_ponder preprocess "$@"

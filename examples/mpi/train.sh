@@ -7,9 +7,9 @@
 # all ranks are on this machine. MPIRUN_OPTIONS are passed on, for instance --allow-run-as-root in a container.
 # The same command goes on from the latest checkpoint. To stop it: `kill -USR1` on mpirun; it saves and ends with 75.
 
-source examples/words.sh
+source megatron_ponder/cluster/scripts/words.sh
 words python "${PYTHON:-python}"
 words options "${MPIRUN_OPTIONS:-}"
 options+=(-np "${RANKS:?how many ranks? set RANKS}")
 [ -n "${HOSTS:-}" ] && options+=(-host "$HOSTS")
-exec mpirun "${options[@]}" "${python[@]}" pretrain_ponder.py "$@" --checkpoint.resume auto
+exec mpirun "${options[@]}" "${python[@]}" -m megatron_ponder train "$@" --checkpoint.resume auto

@@ -12,6 +12,7 @@ from megatron_ponder.base.launch import Launch
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.config import check_layout, read_config
 
+SCRIPTS = Path(__file__).with_name("scripts")
 # What the folder of a job may not have in its name: sbatch reads a backslash in its own way, and a container's options
 # divide mounts at commas and colons.
 UNQUOTABLE = "\\\n\r\t"
@@ -23,7 +24,7 @@ class Job:
     """A kind of job.
 
     Attributes:
-        script: its file in `examples/slurm`.
+        script: its file in `scripts`.
         trains: its arguments are the configuration of a run, which is checked, and it saves before it ends.
         rank_per_gpu: SLURM itself starts every rank; else it starts as many processes as the script says.
         gpus: it computes on GPUs.
@@ -71,23 +72,25 @@ def check_job(job: Job, cluster: Cluster, arguments: Sequence[str]) -> None:
     check_layout(config, Launch(world_size=nodes * cluster.ranks, local_size=cluster.ranks))
 
 
-def render(job: Job, cluster: Cluster, arguments: Sequence[str], repository: Path, after: int | None = None) -> str:
-    """The script to submit: the options of sbatch, the environment, then the script of the job as it stands.
+def render(job: Job, cluster: Cluster, arguments: Sequence[str], folder: Path, after: int | None = None) -> str:
+    """The script to submit: the options of sbatch, the environment, then the job's script with all that it sources.
+
+    So it needs nothing of the place that this package is installed in, and an update does not change a job that waits.
 
     Args:
         job: what is to run.
         cluster: where.
         arguments: of the job.
-        repository: the folder with `ponder train`, in which the job runs.
+        folder: in which the job runs.
         after: number of a job that has to succeed first.
 
     Raises:
-        UserError: the repository is in a folder whose name a job cannot use.
+        UserError: the folder has a name that a job cannot use.
     """
-    _check_folder(repository, cluster)
-    lines = (repository / "examples" / "slurm" / job.script).read_text(encoding="utf-8").splitlines()
+    _check_folder(folder, cluster)
+    lines = _lines(job.script)
     options = _options([line.split()[1] for line in lines if line.startswith("#SBATCH ")])
-    options |= _options(_asked(job, cluster, options, repository))
+    options |= _options(_asked(job, cluster, options, folder))
     if after is not None:
         options |= {"--dependency": f"afterok:{after}", "--kill-on-invalid-dep": "yes"}
     options |= _options(cluster.sbatch)
@@ -97,9 +100,7 @@ def render(job: Job, cluster: Cluster, arguments: Sequence[str], repository: Pat
     body = [line for line in lines[1:] if not line.startswith("#SBATCH ")]
     while body[0] in ("", "#"):
         body.pop(0)
-    return "\n".join(
-        ["#!/bin/bash", *header, "", *_environment(cluster, repository), "", _set(arguments), "", *body, ""]
-    )
+    return "\n".join(["#!/bin/bash", *header, "", *_environment(cluster, folder), "", _set(arguments), "", *body, ""])
 
 
 def submit(script: str) -> int:
@@ -116,12 +117,19 @@ def submit(script: str) -> int:
     return int(done.stdout.split(";")[0])
 
 
-def _check_folder(repository: Path, cluster: Cluster) -> None:
+def _lines(script: str) -> list[str]:
+    """The lines of a script, with those of a script beside it where that is sourced."""
+    lines = (SCRIPTS / script).read_text(encoding="utf-8").splitlines()
+    sourced = [_lines(Path(line).name) if line.startswith("source ") else [line] for line in lines]
+    return [line for part in sourced for line in part]
+
+
+def _check_folder(folder: Path, cluster: Cluster) -> None:
     """Refuse a folder that options of sbatch, or mounts of a container, cannot name."""
     for character in UNQUOTABLE_IN_MOUNTS if cluster.container is not None else UNQUOTABLE:
-        if character in str(repository):
+        if character in str(folder):
             raise UserError(
-                f"the repository is in {str(repository)!r}, and options of jobs cannot have {character!r}; move it"
+                f"this folder is {str(folder)!r}, and options of jobs cannot have {character!r}; start in another"
             )
 
 
@@ -129,7 +137,7 @@ def _options(words: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
-def _asked(job: Job, cluster: Cluster, own: dict[str, str], repository: Path) -> list[str]:
+def _asked(job: Job, cluster: Cluster, own: dict[str, str], folder: Path) -> list[str]:
     """The options that follow from the description."""
     tasks = cluster.ranks if job.rank_per_gpu else int(own["--ntasks-per-node"])
     pattern = "%x-%A_%a.log" if "--array" in own else "%x-%j.log"
@@ -139,7 +147,7 @@ def _asked(job: Job, cluster: Cluster, own: dict[str, str], repository: Path) ->
         f"--gpus-per-node={cluster.gpus_per_node}",
         f"--time={cluster.time}",
         # in a file's name a % begins a pattern; two of them are one
-        f"--output={str(repository / cluster.log_folder).replace('%', '%%')}/{pattern}",
+        f"--output={str(folder / cluster.log_folder).replace('%', '%%')}/{pattern}",
     ]
     if cluster.account is not None:
         asked.append(f"--account={cluster.account}")
@@ -152,8 +160,8 @@ def _asked(job: Job, cluster: Cluster, own: dict[str, str], repository: Path) ->
     return asked
 
 
-def _environment(cluster: Cluster, repository: Path) -> list[str]:
-    lines = [f"cd {shlex.quote(str(repository))}"]
+def _environment(cluster: Cluster, folder: Path) -> list[str]:
+    lines = [f"cd {shlex.quote(str(folder))}"]
     lines += [f"module load {shlex.quote(module)}" for module in cluster.modules]
     if cluster.venv is not None:
         lines.append(f"source {shlex.quote(str(Path(cluster.venv).absolute() / 'bin' / 'activate'))}")
@@ -161,18 +169,17 @@ def _environment(cluster: Cluster, repository: Path) -> list[str]:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
     if cluster.container is None:
         return lines
-    folder = str(repository)
     if cluster.container_runtime == "pyxis":
         mounts = ",".join([f"{folder}:{folder}", *cluster.container_mounts])
         words = [f"--container-image={cluster.container}", f"--container-mounts={mounts}"]
         return [*lines, _export("SRUN_OPTIONS", [*words, f"--container-workdir={folder}"])]
-    binds = [word for mount in [folder, *cluster.container_mounts] for word in ("--bind", mount)]
+    binds = [word for mount in [str(folder), *cluster.container_mounts] for word in ("--bind", mount)]
     graphics = ["--nv"] if cluster.gpus_per_node else []
     return [*lines, _export("PYTHON", ["apptainer", "exec", *graphics, *binds, cluster.container, "python"])]
 
 
 def _export(name: str, words: Sequence[str]) -> str:
-    """The line that gives words to `examples/words.sh`, which takes them apart again."""
+    """The line that gives words to `words.sh`, which takes them apart again."""
     return f"export {name}={shlex.quote(shlex.join(words))}"
 
 

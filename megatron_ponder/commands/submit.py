@@ -4,8 +4,8 @@
     ponder submit --cluster FILE.yaml --nodes 16 --submit train --config FILE.yaml --parallel.tensor 8
     ponder submit --cluster FILE.yaml --after 4711 --submit evaluate --checkpoint runs/x
 
-As with sbatch, options come before the job, and the arguments of the job after it. Jobs: train, train-one-node,
-train-torchrun, seeds, preprocess, generate, evaluate.
+As with sbatch, options come before the job, the arguments of the job after it, and the job runs in the folder that it
+is submitted in. Jobs: train, train-one-node, train-torchrun, seeds, preprocess, generate, evaluate.
 
 Options:
   --cluster FILE        the description of a cluster, of which examples/slurm/cluster.yaml has every key
@@ -25,8 +25,6 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.cluster.description import options_help, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render, submit
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 @command
 def main(argv: Sequence[str]) -> None:
@@ -37,22 +35,20 @@ def main(argv: Sequence[str]) -> None:
     if argv[:1] == ["--version"]:
         print(version_line())
         return
-    if Path.cwd().resolve() != REPOSITORY:
-        raise UserError(f"start this in {REPOSITORY}, where jobs run, so that paths mean the same to both")
     options, name, arguments = _split(argv)
     wanted = "--submit" in options
     after = _take(options, "--after")
     cluster = read_cluster([option for option in options if option != "--submit"])
     job = JOBS[name]
     check_job(job, cluster, arguments)
-    script = render(job, cluster, arguments, REPOSITORY, after)
+    script = render(job, cluster, arguments, Path.cwd(), after)
     console = Console(soft_wrap=True)
     if console.is_terminal:
         console.print(Syntax(script, "bash", background_color="default"))
     else:
         print(script)
     if wanted:
-        (REPOSITORY / cluster.log_folder).mkdir(parents=True, exist_ok=True)
+        Path(cluster.log_folder).mkdir(parents=True, exist_ok=True)
         print(f"submitted job {submit(script)}")
     elif console.is_terminal:
         console.print("[dim]nothing was submitted; add --submit before the job")

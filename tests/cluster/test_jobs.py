@@ -1,4 +1,4 @@
-"""The script that is submitted for a job: right options, right environment, and the example as it stands."""
+"""The script that is submitted for a job: right options, right environment, and the job's script as it stands."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster
-from megatron_ponder.cluster.jobs import JOBS, check_job, render
+from megatron_ponder.cluster.jobs import JOBS, SCRIPTS, check_job, render
 from tests.finished_runs import REPOSITORY
 
 LARGE = ["--config", str(REPOSITORY / "examples" / "configs" / "llama_410m.yaml")]
@@ -34,14 +34,18 @@ def test_every_job_is_a_script_that_bash_understands(name, tmp_path):
     head = script[: script.index("--flag") + len("--flag")]
     shown = subprocess.run(["bash", "-c", head + '\nprintf "%s\\n" "$@"'], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines() == arguments
-    example = (REPOSITORY / "examples" / "slurm" / JOBS[name].script).read_text().splitlines()
-    own = [line for line in example[1:] if not line.startswith("#SBATCH") and line != "#"]
-    assert [line for line in script.splitlines() if line != "#"][-len(own) :] == own
+    own = [
+        line for line in (SCRIPTS / JOBS[name].script).read_text().splitlines()[1:] if not line.startswith("#SBATCH")
+    ]
+    for line in own:
+        sourced = line.removeprefix("source megatron_ponder/cluster/scripts/")
+        assert (line if sourced == line else (SCRIPTS / sourced).read_text()) in script
+    assert "\nsource " not in script
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_every_example_can_be_submitted_as_it_is(name):
-    own = options((REPOSITORY / "examples" / "slurm" / JOBS[name].script).read_text())
+def test_every_script_can_be_submitted_as_it_is(name):
+    own = options((SCRIPTS / JOBS[name].script).read_text())
     assert {"--job-name", "--nodes", "--ntasks-per-node", "--time", "--output"} <= own.keys()
     assert JOBS[name].rank_per_gpu == (own["--ntasks-per-node"] != "1")
     assert JOBS[name].gpus == ("--gpus-per-node" in own)
@@ -107,7 +111,7 @@ def test_containers(tmp_path, runtime):
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     words = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
-    python = ["python", "tools/evaluate.py", "--checkpoint", "runs/a b"]
+    python = ["python", "-m", "megatron_ponder", "evaluate", "--checkpoint", "runs/a b"]
     if runtime == "pyxis":
         mounts = f"--container-mounts={REPOSITORY}:{REPOSITORY},/scratch"
         image = ["--container-image=/images/ponder.sif", mounts, f"--container-workdir={REPOSITORY}"]
@@ -147,7 +151,7 @@ scontrol() { echo "$@"; }
 sleep() { :; }
 timeout() { shift; "$@"; }
 srun() { return ${NODES_ANSWER:-0}; }
-source examples/slurm/step.sh
+source megatron_ponder/cluster/scripts/step.sh
 run_and_requeue %s
 """
 RANK = """

@@ -16,12 +16,13 @@ import pytest
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, read_cluster
-from megatron_ponder.cluster.jobs import JOBS, render
+from megatron_ponder.cluster.jobs import JOBS, SCRIPTS, render
 from tests.finished_runs import REPOSITORY
 
 # What a shell would execute, expand, or take apart; each command would leave a file behind.
 HOSTILE = "a  $(touch hacked) `touch hacked`; touch hacked & 'b' \"c\" $HOME * ? [d] {e,f} ~ #g !h <(touch hacked) 100%"
 STUBS = ("srun", "mpirun", "module", "scontrol", "squeue", "apptainer", "nvidia-smi")
+GENERATE = "megatron_ponder/cluster/scripts/generate.sh"
 # Its name, its words and its input, each ended by a zero.
 STUB = """#!/bin/bash
 [ "$(basename "$0")" = squeue ] && exit
@@ -61,6 +62,7 @@ class Checkout:
 def checkout(request, tmp_path) -> Checkout:
     folder, programs = tmp_path / request.param, tmp_path / "programs"
     shutil.copytree(REPOSITORY / "examples", folder / "examples")
+    shutil.copytree(SCRIPTS, folder / SCRIPTS.relative_to(REPOSITORY))
     programs.mkdir()
     for name in STUBS:
         (programs / name).write_text(STUB)
@@ -112,7 +114,7 @@ def test_jobs(checkout, name):
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
 def test_containers(checkout, runtime):
     if checkout.folder.name == HOSTILE:
-        with pytest.raises(UserError, match="options of jobs cannot have ','; move it"):  # mounts divide there
+        with pytest.raises(UserError, match="options of jobs cannot have ','; start in another"):  # mounts divide there
             render(JOBS["evaluate"], Cluster(container="a.sif"), [], checkout.folder)
         return
     described = cluster(
@@ -124,10 +126,10 @@ def test_containers(checkout, runtime):
     folder = str(checkout.folder)
     if runtime == "pyxis":
         own = [f"--container-image={HOSTILE}", f"--container-mounts={folder}:{folder},{HOSTILE}"]
-        assert words == [*own, f"--container-workdir={folder}", "python", "tools/evaluate.py", HOSTILE]
+        assert words == [*own, f"--container-workdir={folder}", "python", "-m", "megatron_ponder", "evaluate", HOSTILE]
     else:
         own = ["--nv", "--bind", folder, "--bind", HOSTILE, HOSTILE]
-        assert words == ["apptainer", "exec", *own, "python", "tools/evaluate.py", HOSTILE]
+        assert words == ["apptainer", "exec", *own, "python", "-m", "megatron_ponder", "evaluate", HOSTILE]
 
 
 def test_options_of_sbatch_are_one_word_each(checkout):
@@ -142,7 +144,7 @@ def test_options_of_sbatch_are_one_word_each(checkout):
 
 
 def test_a_folder_that_sbatch_cannot_name(tmp_path):
-    with pytest.raises(UserError, match=r"options of jobs cannot have '.n'; move it"):
+    with pytest.raises(UserError, match=r"options of jobs cannot have '.n'; start in another"):
         render(JOBS["train"], Cluster(), [], tmp_path / "a\n#SBATCH --uid=0")
 
 
@@ -152,9 +154,9 @@ def test_prompts_are_no_options(checkout):
     noted = []
     for task in range(3):
         numbers = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MAX": "2"}
-        words = checkout.run("bash", "examples/slurm/generate.sh", "--x", PROMPTS="-prompts", OUTPUT="-o", **numbers)
-        assert words[:6] in ([], ["srun", "python", "tools/generate.py", "--x", "--prompts-file", "-"])
-        noted += [[json.loads(line) for line in part.splitlines()] for part in words[6:]]
+        words = checkout.run("bash", GENERATE, "--x", PROMPTS="-prompts", OUTPUT="-o", **numbers)
+        assert words[:8] in ([], ["srun", "python", "-m", "megatron_ponder", "generate", "--x", "--prompts-file", "-"])
+        noted += [[json.loads(line) for line in part.splitlines()] for part in words[8:]]
     assert [prompt for part in noted for prompt in part] == prompts
     assert 1 < len(noted) == len(list((checkout.folder / "-o").iterdir()))  # a long line fills a part alone
 
@@ -162,7 +164,7 @@ def test_prompts_are_no_options(checkout):
 @pytest.mark.parametrize("missing", ["PROMPTS", "OUTPUT"])
 def test_a_job_without_prompts_does_not_end_well(checkout, missing):
     environment = checkout.environment | {"PROMPTS": "prompts", "OUTPUT": "out"}
-    command = ["bash", "examples/slurm/generate.sh"]
+    command = ["bash", GENERATE]
     for given in ({name: value for name, value in environment.items() if name != missing}, environment):
         done = subprocess.run(command, cwd=checkout.folder, env=given, capture_output=True, text=True, check=False)
         assert done.returncode not in (0, 75)
@@ -180,7 +182,7 @@ def test_mpi(checkout, script):
         PYTHON=shlex.quote(HOSTILE),
     )
     assert words[:8] == ["mpirun", "-x", HOSTILE, "-np", "2", "-host", HOSTILE, HOSTILE]
-    assert words[9] == HOSTILE
+    assert words[8:12] == ["-m", "megatron_ponder", script, HOSTILE]
 
 
 def test_one_machine(checkout):
@@ -189,10 +191,10 @@ def test_one_machine(checkout):
     python.chmod(0o755)
     quoted = shlex.quote(str(python))
     words = checkout.run("examples/single_node/train.sh", HOSTILE, PYTHON=quoted, GPUS="one\nGPU 1: two")
-    assert words[:6] == ["python", "tools/torchrun.py", "--standalone", "--nproc-per-node", "2", "pretrain_ponder.py"]
-    assert words[6] == HOSTILE
+    agent = ["-m", "megatron_ponder", "torchrun", "--standalone", "--nproc-per-node", "2"]
+    assert words[:11] == ["python", *agent, "-m", "megatron_ponder", "train", HOSTILE]
     words = checkout.run("examples/single_node/train.sh", HOSTILE, PYTHON=quoted, RANKS="3")
-    assert words[4] == "3"
+    assert words[6] == "3"
     command, environment = ["examples/single_node/train.sh"], checkout.environment | {"PYTHON": sys.executable}
     done = subprocess.run(command, cwd=checkout.folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -44,7 +44,8 @@ def test_from_the_login_node_to_a_trained_model(cluster, checkout):
     page = (checkout / "docs" / "clusters.md").read_text()
     blocks = re.findall(r"(?ms)^```bash\n(.*?)^```", page)
     kept = 'for number in "$data" "$job"; do echo "submitted job $number"; done'
-    script = "\n".join(["set -euo pipefail", *blocks, kept]).replace("python ", f"{sys.executable} ")
+    command = 'ponder() { python -m megatron_ponder "$@"; }'
+    script = "\n".join(["set -euo pipefail", command, *blocks, kept]).replace("python ", f"{sys.executable} ")
     said = cluster.run("bash", "-c", script, folder=checkout, timeout=300, environment={"PYTHONPATH": str(checkout)})
     submitted = re.findall(r"submitted job (\d+)", said)
     assert len(submitted) == 5, said

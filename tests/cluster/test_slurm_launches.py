@@ -1,4 +1,4 @@
-"""The scripts of examples/slurm on two real nodes: what they compute is what one process computes."""
+"""The scripts of jobs on two real nodes: what they compute is what one process computes."""
 
 import json
 from pathlib import Path

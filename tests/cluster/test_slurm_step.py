@@ -1,4 +1,4 @@
-"""The loop of examples/slurm/step.sh in SLURM's hands, with ranks that do nothing: what it costs to lose one."""
+"""The loop of step.sh in SLURM's hands, with ranks that do nothing: what it costs to lose one."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def job(cluster, tmp_path):
     """A job of two ranks on each node, which end with what is written into `tmp_path/code`."""
     (tmp_path / "rank.py").write_text(RANK)
     step = f"run_and_requeue srun --wait=60 --label {sys.executable} {tmp_path}/rank.py {tmp_path}/code"
-    script = f"#!/bin/bash\ncd {REPOSITORY}\nsource examples/slurm/step.sh\n{step}\n"
+    script = f"#!/bin/bash\ncd {REPOSITORY}\nsource megatron_ponder/cluster/scripts/step.sh\n{step}\n"
     (tmp_path / "job.sh").write_text(script)
     options = ["--nodes=2", "--ntasks-per-node=2", "--requeue", "--open-mode=append", f"--output={tmp_path}/log"]
     number = cluster.submit(*options, tmp_path / "job.sh")

@@ -130,8 +130,9 @@ class VirtualCluster:
         """The processes of a job that train, by rank."""
         found: dict[int, Process] = {}
         for process in self.processes():
-            program, *words = process.command.split()
-            if "python" in Path(program).name and "pretrain_ponder.py" in words and "tools/torchrun.py" not in words:
+            program = process.command.split()[0]
+            trains = "megatron_ponder train" in process.command and "megatron_ponder torchrun" not in process.command
+            if "python" in Path(program).name and trains:
                 environment = process.environment()
                 rank = environment.get("RANK", environment.get("SLURM_PROCID"))
                 if environment.get("SLURM_JOB_ID") == str(job) and rank is not None:

@@ -109,12 +109,14 @@ def test_what_the_pages_submit_is_accepted_with_the_example_of_a_cluster(command
     assert not sbatch.exists()
 
 
-def test_paths_mean_the_same_to_command_and_job(command, tmp_path):
-    code, _, errors = command(*TRAINING, folder=tmp_path)
-    assert (code, errors) == (
-        2,
-        f"error: start this in {REPOSITORY}, where jobs run, so that paths mean the same to both\n",
-    )
+def test_paths_mean_the_same_to_command_and_job(command, sbatch, tmp_path):
+    folder = tmp_path / "anywhere"
+    folder.mkdir()
+    code, output, errors = command("--submit", *TRAINING, folder=folder)
+    assert (code, errors) == (0, "")
+    assert f"\ncd {folder}\n" in output
+    assert f"#SBATCH --output={folder}/runs/slurm/%x-%j.log\n" in output
+    assert (folder / "runs" / "slurm").is_dir()
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--nodes", "2", "--help"]])

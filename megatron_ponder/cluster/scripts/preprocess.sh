@@ -10,14 +10,14 @@
 #
 # Tokenises a corpus on all nodes, with as many processes on each as it has cores for the job.
 #
-#     sbatch --nodes 4 examples/slurm/preprocess.sh --input corpus/ --output-prefix data/corpus \
+#     sbatch --nodes 4 megatron_ponder/cluster/scripts/preprocess.sh --input corpus/ --output-prefix data/corpus \
 #         --tokenizer data/tokenizer.model --append-eod
 #
 # The files are those of one process, byte for byte. The same command goes on from what is finished.
 
-source examples/words.sh
+source megatron_ponder/cluster/scripts/words.sh
 words srun_options "${SRUN_OPTIONS:-}"
 words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 srun "${srun_options[@]}" --label \
-    "${python[@]}" tools/preprocess_data.py --workers "$SRUN_CPUS_PER_TASK" "$@"
+    "${python[@]}" -m megatron_ponder preprocess --workers "$SRUN_CPUS_PER_TASK" "$@"

@@ -7,10 +7,10 @@
 #
 # Evaluates a run once the job that trains it has succeeded.
 #
-#     sbatch --dependency=afterok:JOB examples/slurm/evaluate.sh --checkpoint runs/x --output runs/x/evaluation.json
+#     sbatch --dependency=afterok:JOB megatron_ponder/cluster/scripts/evaluate.sh --checkpoint runs/x --output runs/x/evaluation.json
 
-source examples/words.sh
+source megatron_ponder/cluster/scripts/words.sh
 words srun_options "${SRUN_OPTIONS:-}"
 words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-srun "${srun_options[@]}" "${python[@]}" tools/evaluate.py "$@"
+srun "${srun_options[@]}" "${python[@]}" -m megatron_ponder evaluate "$@"

@@ -12,15 +12,15 @@
 #
 # Trains one model for each number of the array, from that seed, in a run folder of its own below $RUNS.
 #
-#     RUNS=runs/seeds sbatch --array=0-9 examples/slurm/seeds.sh --config FILE.yaml
+#     RUNS=runs/seeds sbatch --array=0-9 megatron_ponder/cluster/scripts/seeds.sh --config FILE.yaml
 
-source examples/words.sh
-source examples/slurm/step.sh
+source megatron_ponder/cluster/scripts/words.sh
+source megatron_ponder/cluster/scripts/step.sh
 words srun_options "${SRUN_OPTIONS:-}"
 words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 seed=$SLURM_ARRAY_TASK_ID
 
 run_and_requeue srun "${srun_options[@]}" --distribution=block --wait=60 --label \
-    "${python[@]}" pretrain_ponder.py "$@" --checkpoint.resume auto \
+    "${python[@]}" -m megatron_ponder train "$@" --checkpoint.resume auto \
     --training.seed "$seed" --training.run_dir="${RUNS:-runs/seeds}/seed-$seed"

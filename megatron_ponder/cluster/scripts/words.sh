@@ -1,4 +1,4 @@
-# Sourced by the scripts of the folders beside it.
+# Sourced by the scripts beside it, and by those for mpirun and for one machine.
 
 # words NAME TEXT
 #

@@ -8,13 +8,13 @@
 #
 # Trains on the GPUs of one node, one rank on each, until it is done or out of time.
 #
-#     sbatch examples/slurm/train_one_node.sh --config FILE.yaml
+#     sbatch megatron_ponder/cluster/scripts/train_one_node.sh --config FILE.yaml
 #
 # The same command goes on from the latest checkpoint.
 
-source examples/words.sh
+source megatron_ponder/cluster/scripts/words.sh
 words srun_options "${SRUN_OPTIONS:-}"
 words python "${PYTHON:-python}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 srun "${srun_options[@]}" --wait=60 --label \
-    "${python[@]}" pretrain_ponder.py "$@" --checkpoint.resume auto
+    "${python[@]}" -m megatron_ponder train "$@" --checkpoint.resume auto

@@ -1,4 +1,4 @@
-# Sourced by the scripts of this folder that train.
+# Sourced by the scripts beside it that train.
 
 # run_and_requeue COMMAND...
 #

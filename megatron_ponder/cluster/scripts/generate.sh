@@ -8,11 +8,11 @@
 #
 # Continues the prompts in a file, one a line: each job of the array a part of them, on a node of its own.
 #
-#     PROMPTS=prompts.txt OUTPUT=runs/texts sbatch --array=0-15 examples/slurm/generate.sh --checkpoint runs/x
+#     PROMPTS=prompts.txt OUTPUT=runs/texts sbatch --array=0-15 megatron_ponder/cluster/scripts/generate.sh --checkpoint runs/x
 #
 # `cat runs/texts/*.jsonl` has one JSON object for each prompt, in the order of the file.
 
-source examples/words.sh
+source megatron_ponder/cluster/scripts/words.sh
 words srun_options "${SRUN_OPTIONS:-}"
 words python "${PYTHON:-python}"
 : "${PROMPTS:?of which file? set PROMPTS}" "${OUTPUT:?into which folder? set OUTPUT}"
@@ -28,5 +28,5 @@ if [ -z "$prompts" ]; then exit 0; fi # more parts than prompts
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 mkdir -p -- "$OUTPUT" || exit 2
 file=$(printf '%s/part-%05d.jsonl' "$OUTPUT" "$part")
-srun "${srun_options[@]}" "${python[@]}" tools/generate.py "$@" --prompts-file - <<< "$prompts" > "$file.partial" &&
+srun "${srun_options[@]}" "${python[@]}" -m megatron_ponder generate "$@" --prompts-file - <<< "$prompts" > "$file.partial" &&
     mv -- "$file.partial" "$file"
