@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS, attend, key_channels, query_channels
-from megatron_ponder.model.rope import Rotation, rotate, rotation
+from megatron_ponder.kernels.rotary import Rotation, rotate
+from megatron_ponder.model.rope import rotation
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 BATCH, HEADS, SIZE = 4, 4, 64

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
+from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
-from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, check_finite
+from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Rule
-from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 
 # Below this many units of rounding, the distance to the fixed point is noise and says nothing about contraction.
 ROUNDING_UNITS = 256

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS, attend, folded_channels
-from megatron_ponder.model.rope import Rotation, rotate
+from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import enter

@@ -2,48 +2,23 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
+from megatron_ponder.kernels.gated import ACTIVATIONS, gated
 from megatron_ponder.model.attention import Attention, LayerCache, Slots
+from megatron_ponder.model.norms import make_norm
 from megatron_ponder.model.recipes import keep_recipe
-from megatron_ponder.parallel.layers import ColumnParallelLinear, LayerNorm, RMSNorm, RowParallelLinear
+from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import enter
 from megatron_ponder.parallel.sharding import ShardedModule, normal
-
-# Activation functions, and what autograd makes of a gradient with their input.
-ACTIVATIONS = {"silu": (F.silu, torch.ops.aten.silu_backward), "gelu": (F.gelu, torch.ops.aten.gelu_backward)}
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-
-
-def make_norm(config: ModelConfig, axis: Axis) -> RMSNorm | LayerNorm:
-    """The norm over the residual stream."""
-    return NORMS[config.norm](config.hidden_size, config.norm_epsilon, axis)
 
 
 def make_feed_forward(config: ModelConfig, axis: Axis) -> "FeedForward":
     """The feed-forward layer, gated or not."""
     return (GatedFeedForward if config.gated_ffn else FeedForward)(config, axis)
-
-
-class _Gate(torch.autograd.Function):
-    """act(gate) · up that keeps only its two inputs."""
-
-    @staticmethod
-    def forward(ctx, activation: str, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.activation = activation
-        ctx.save_for_backward(gate, up)
-        return ACTIVATIONS[activation][0](gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        (act, act_backward), (gate, up) = ACTIVATIONS[ctx.activation], ctx.saved_tensors
-        grad_up = act(gate).mul_(grad)
-        return None, act_backward(grad * up, gate), grad_up
 
 
 class FeedForward(ShardedModule):
@@ -67,7 +42,7 @@ class FeedForward(ShardedModule):
 
     def activate(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """What down_proj reads, (B, T, this rank's share of its width), and how to compute it again."""
-        act, up = ACTIVATIONS[self.activation][0], self.up_proj(x)
+        act, up = ACTIVATIONS[self.activation].function, self.up_proj(x)
         return act(up), lambda: act(up)
 
 
@@ -82,9 +57,8 @@ class GatedFeedForward(FeedForward):
 
     def activate(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         gate, up = self.expand(x)
-        again = lambda: ACTIVATIONS[self.activation][0](gate).mul_(up)
-        product = again() if torch.is_inference_mode_enabled() else _Gate.apply(self.activation, gate, up)
-        return product, again
+        again = lambda: gated(self.activation, gate, up)
+        return again(), again
 
 
 class Block(ShardedModule):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ponder.config import ModelConfig, PonderConfig
-from megatron_ponder.model.rope import Rotation, rotation
+from megatron_ponder.kernels.rotary import Rotation
+from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Routing
 from megatron_ponder.parallel.mesh import Axis
 

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.model.attention import LayerCache, Slots
-from megatron_ponder.model.block import Block, make_norm
+from megatron_ponder.model.block import Block
+from megatron_ponder.model.norms import make_norm
 from megatron_ponder.parallel.mesh import Axis
 
 Recompute = Literal["none", "block", "attention"]

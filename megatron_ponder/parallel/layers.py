@@ -1,8 +1,5 @@
-"""Linear layers, embedding and norms, split over the tensor ranks or replicated on them."""
+"""Linear layers and embedding, split over the tensor ranks."""
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -115,74 +112,3 @@ class VocabParallelEmbedding(ShardedModule):
         weights = weights.to(self.weight.dtype).flatten(0, -2)
         mixed = F.embedding_bag(ids.flatten(0, -2), self.weight, per_sample_weights=weights, mode="sum")
         return mixed.unflatten(0, ids.shape[:-1])
-
-
-class _RMSNormFunction(torch.autograd.Function):
-    """Root-mean-square norm that keeps its input and one number a row, and touches memory as seldom as it can."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse_rms = mean_square.add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse_rms)
-        return (wide * inverse_rms).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_normed = (grad * weight).to(normed.dtype)
-        along = (grad_normed * normed).mean(-1, keepdim=True)
-        return grad_normed.addcmul_(normed, along, value=-1).mul_(inverse_rms).to(x.dtype), grad_weight, None
-
-
-def _kept(parameter: Tensor) -> Tensor:
-    """The value that a recipe computes with; without gradients no recipe is kept, and no copy is needed."""
-    return parameter.detach().clone() if torch.is_grad_enabled() else parameter.detach()
-
-
-class RMSNorm(ShardedModule):
-    """x / sqrt(mean(x²) + ε) · g over the last dimension, statistics in fp32 or better; replicated."""
-
-    def __init__(self, hidden_size: int, epsilon: float, axis: Axis) -> None:
-        super().__init__(axis)
-        self.epsilon = epsilon
-        self.declare("weight", ParameterSpec((hidden_size,), constant(1.0)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., hidden). Returns the same shape and type."""
-        return self.compute(x, on_residual(self.weight, self.axis))
-
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The norm with a given g."""
-        # With gradients on CPUs, PyTorch composes its norm from many passes over memory.
-        if x.device.type == "cpu" and not torch.is_inference_mode_enabled():
-            return _RMSNormFunction.apply(x, weight, self.epsilon)
-        return F.rms_norm(x, weight.shape, weight, self.epsilon)
-
-    def recipe(self, x: Tensor) -> Callable[[], Tensor]:
-        """Computes `forward(x)` again, also when this rank no longer holds the parameters."""
-        weight = _kept(self.weight)
-        return lambda: self.compute(x, weight)
-
-
-class LayerNorm(ShardedModule):
-    """(x − mean) / sqrt(variance + ε) · g + b over the last dimension; replicated."""
-
-    def __init__(self, hidden_size: int, epsilon: float, axis: Axis) -> None:
-        super().__init__(axis)
-        self.epsilon = epsilon
-        self.declare("weight", ParameterSpec((hidden_size,), constant(1.0)))
-        self.declare("bias", ParameterSpec((hidden_size,), constant(0.0)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., hidden). Returns the same shape and type."""
-        weight, bias = on_residual(self.weight, self.axis), on_residual(self.bias, self.axis)
-        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
-
-    def recipe(self, x: Tensor) -> Callable[[], Tensor]:
-        """Computes `forward(x)` again, also when this rank no longer holds the parameters."""
-        weight, bias = _kept(self.weight), _kept(self.bias)
-        return lambda: F.layer_norm(x, weight.shape, weight, bias, self.epsilon)

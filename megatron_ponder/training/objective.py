@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
-from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 from megatron_ponder.parallel.regions import enter
 
 

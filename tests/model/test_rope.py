@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ponder.model.rope import rotate, rotation
+from megatron_ponder.kernels.rotary import rotate
+from megatron_ponder.model.rope import rotation
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

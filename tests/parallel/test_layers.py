@@ -5,16 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ponder.model.norms import LayerNorm, RMSNorm
 from megatron_ponder.parallel.collectives import copy_to_ranks
 from megatron_ponder.parallel.layers import (
     ColumnParallelLinear,
-    LayerNorm,
-    RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
-    _RMSNormFunction,
 )
-from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.regions import enter
 from megatron_ponder.parallel.sharding import ShardedModule, initialize, normal
@@ -129,37 +127,3 @@ def test_cross_entropy_equals_torch(dtype, scale, tolerance):
     torch.testing.assert_close(got["loss"].tensor, loss.detach(), rtol=tolerance, atol=tolerance)
     rounding = 2**-8 if dtype == torch.bfloat16 else tolerance
     torch.testing.assert_close(got["grad"].tensor, logits.grad, rtol=rounding, atol=tolerance)
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The formula."""
-    return x / ((x * x).mean(-1, keepdim=True) + epsilon).sqrt() * weight
-
-
-def test_rms_norm_equals_its_formula_with_gradients():
-    x, weight = random(3, 4, OUT).requires_grad_(), random(OUT, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: _RMSNormFunction.apply(x, w, 1e-2), (x, weight))
-    got, expected = _RMSNormFunction.apply(x, weight, 1e-2), rms_norm(x, weight, 1e-2)
-    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(got, F.rms_norm(x, (OUT,), weight, 1e-2), rtol=1e-13, atol=1e-13)  # the GPU's path
-    tangent = random(3, 4, OUT, seed=2)
-    grads = torch.autograd.grad(got, (x, weight), tangent), torch.autograd.grad(expected, (x, weight), tangent)
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
-def test_rms_norm_in_low_precision(dtype, tolerance, scale):
-    hidden = 256
-    inputs = [(scale * random(7, hidden)).to(dtype), random(hidden, seed=1, dtype=dtype)]
-    tangent = random(7, hidden, seed=2, dtype=dtype)
-    results = []
-    for kind in (dtype, torch.float64):
-        x, weight = (tensor.to(kind).requires_grad_() for tensor in inputs)
-        norm = _RMSNormFunction.apply if kind == dtype else rms_norm
-        y = norm(x, weight, 1e-5)
-        assert y.dtype == kind
-        results.append([y.detach(), *torch.autograd.grad(y, (x, weight), tangent.to(kind))])
-    for got, expected in zip(*results, strict=True):
-        assert got.dtype == dtype
-        assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.loss import vocab_parallel_cross_entropy
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations
 from tests.distributed import run_distributed

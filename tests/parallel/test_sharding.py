@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_ponder.model.norms import LayerNorm
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.layers import ColumnParallelLinear, LayerNorm
+from megatron_ponder.parallel.layers import ColumnParallelLinear
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, declarations, initialize, normal
 from tests.models import small_config
