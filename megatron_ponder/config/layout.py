@@ -36,14 +36,9 @@ def largest_tensor(model: ModelConfig, at_most: int) -> int:
     return max(size for size in range(1, min(at_most, common) + 1) if common % size == 0)
 
 
-def micro_batches(config: Config, world_size: int) -> int:
-    """M, the micro-batches of one optimiser step on each data-parallel rank.
-
-    Raises:
-        UserError: when layout and batch do not fit the number of ranks.
-    """
-    size = data_parallel_size(config, world_size)
-    return config.training.global_batch_size // (config.training.micro_batch_size * size)
+def micro_batches(config: Config, data_size: int) -> int:
+    """M, the micro-batches of one optimiser step on each of so many data-parallel ranks."""
+    return config.training.global_batch_size // (config.training.micro_batch_size * data_size)
 
 
 def fits_schedule(count: int, pipeline: int) -> bool:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ponder.config import Config, stage_layers
+from megatron_ponder.config import Config, micro_batches, stage_layers
+from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, zero_stage
 from megatron_ponder.estimates.rank import Rank, rank_parameters, vocabulary_parameters
 from megatron_ponder.model.baselines import CANDIDATES
 from megatron_ponder.model.modes import passes_of
@@ -19,9 +20,6 @@ from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Axis, Mesh
 
 FP32, INT64, FP64 = 4, 8, 8  # bytes of a number
-# Parameters up to this size stay whole on every rank at ZeRO 3 (`stage3_param_persistence_threshold`), and from this
-# sum on DeepSpeed lets go of weights between passes (`stage3_max_live_parameters`).
-SMALL_PARAMETER, LIVE_PARAMETERS = 10_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,9 @@ class Formula:
         self._own = mesh.tensor.share(tokens)
         self._tokens = self._own * mesh.tensor.size if mesh.tensor.sequence_parallel else tokens
         self._batch, self._hidden = config.training.micro_batch_size, config.model.hidden_size
-        self._micro_batches = config.training.global_batch_size // (self._batch * mesh.data.size)
+        self._micro_batches = micro_batches(config, mesh.data.size)
         self._width = 2 if config.training.precision == "bf16" else FP32
-        stage = config.parallel.zero_stage
-        self._stage = max(stage, 1) if self._width < FP32 else stage  # bf16 has its master weights from ZeRO
+        self._stage = zero_stage(config)
 
     def terms(self) -> list[Term]:
         """All terms of groups that have more than one rank."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from megatron_ponder.checkpoint.optimizer_state import MOMENTS, WEIGHT_BYTES
+from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.estimates.rank import FP32, Rank, rank_parameters, vocabulary_parameters
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 from megatron_ponder.model.baselines import CANDIDATES
@@ -52,7 +53,7 @@ class RankMemory:
 def weight_bytes(rank: Rank) -> float:
     """N b; at ZeRO 3 each rank's share, N b / D."""
     whole = rank_parameters(rank) * rank.width
-    return whole / rank.data if rank.config.parallel.zero_stage == 3 else whole
+    return whole / rank.data if zero_stage(rank.config) == 3 else whole
 
 
 def optimizer_bytes(rank: Rank) -> float:
@@ -64,13 +65,7 @@ def optimizer_bytes(rank: Rank) -> float:
     if where == "nvme" or (where == "cpu" and rank.device != "cpu"):
         return 0.0
     count, moments = rank_parameters(rank), sum(MOMENTS.values())
-    return moments * count if _stage(rank) == 0 else (WEIGHT_BYTES + moments) * count / rank.data
-
-
-def _stage(rank: Rank) -> int:
-    """bf16 has its fp32 master weights from ZeRO, so that stage 0 is run as stage 1."""
-    stage = rank.config.parallel.zero_stage
-    return max(stage, 1) if rank.width < FP32 else stage
+    return moments * count if zero_stage(rank.config) == 0 else (WEIGHT_BYTES + moments) * count / rank.data
 
 
 # Activations ------------------------------------------------------------------------------------------------------
@@ -298,7 +293,7 @@ def held_gradient_bytes(rank: Rank) -> float:
     In fp32, and at ZeRO 2, they exist only after the first backward pass of a step. In bf16 at stage 1 they always do,
     and from then on the last micro-batch's gradients besides, 2 N, which a pipeline adds up at once.
     """
-    stage, count = _stage(rank), rank_parameters(rank)
+    stage, count = zero_stage(rank.config), rank_parameters(rank)
     pipelined = rank.config.parallel.pipeline > 1
     repeated = rank.micro_batches > 1 or pipelined
     if stage == 1 and rank.width < FP32:
@@ -327,7 +322,7 @@ def reduction_bytes(rank: Rank) -> float:
     earlier micro-batches besides. bf16: 12 N at stage 1 (fp32 sums 4 N, gradients 2 N, flat copies in both types), of
     which a pipeline has no gradients; 2 N + 4 N / D at stage 2. Stage 3: 3 N b besides its share.
     """
-    stage, b, count = _stage(rank), rank.width, rank_parameters(rank)
+    stage, b, count = zero_stage(rank.config), rank.width, rank_parameters(rank)
     share, pipelined = FP32 * count / rank.data, rank.config.parallel.pipeline > 1
     if stage == 3:
         return share + 3 * count * b
@@ -364,5 +359,5 @@ def running_moments(rank: Rank) -> list[tuple[float, float, float]]:
     head = vocabulary_parameters(rank) * rank.width
     unfinished = held + unfinished_gradient_bytes(rank)
     moments = [(unfinished, sum(sizes[:end]), spaces[end - 1]) for end in range(1, len(sizes))]
-    gathered = rank_parameters(rank) * rank.width if _stage(rank) == 3 else 0.0
+    gathered = rank_parameters(rank) * rank.width if zero_stage(rank.config) == 3 else 0.0
     return [*moments, (held + head, sum(sizes), spaces[-1] + gathered), (held, sum(sizes), loss + gathered)]

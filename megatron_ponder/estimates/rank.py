@@ -79,8 +79,7 @@ class Rank:
     @property
     def micro_batches(self) -> int:
         """M, micro-batches of a step."""
-        parallel = self.config.parallel
-        return micro_batches(self.config, parallel.tensor * parallel.pipeline * self.data)
+        return micro_batches(self.config, self.data)
 
     def residual(self, slots: float) -> float:
         """Of so many slots, those that this rank holds between sharded layers."""

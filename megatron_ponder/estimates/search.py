@@ -8,6 +8,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.cluster.hardware import Cluster
 from megatron_ponder.config import Config, check_layout, data_parallel_size, resolve, validate
+from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.config.layout import largest_tensor
 from megatron_ponder.estimates.memory import RankMemory, memory_estimate
 from megatron_ponder.estimates.rank import Rank
@@ -121,7 +122,7 @@ def _get(config: Config, section: str, key: str) -> object:
 def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
     """Layouts whose sizes divide; whether the rest of the configuration allows them is for its checks to say."""
     model, training, own = config.model, config.training, config.parallel
-    stages = (1, 2, 3) if training.precision == "bf16" else (0, 1, 2, 3)  # bf16 runs stage 0 as stage 1
+    lowest = zero_stage(replace(config, parallel=replace(own, zero_stage=0)))
     for tensor in _divisors(cluster.gpus_per_node):
         if largest_tensor(model, tensor) != tensor:
             continue
@@ -134,7 +135,7 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
             same = pipeline == own.pipeline
             for micro_batch in _powers(training.global_batch_size // data):
                 for sequence_parallel in (False, True) if tensor > 1 else (False,):
-                    for stage in stages if pipeline == 1 else stages[:-2]:
+                    for stage in range(lowest, 4 if pipeline == 1 else 2):
                         for recompute in ("none", "attention", "block"):
                             yield replace(
                                 config,

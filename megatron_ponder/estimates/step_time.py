@@ -14,6 +14,7 @@ from functools import cached_property
 from megatron_ponder.checkpoint.optimizer_state import MOMENTS, WEIGHT_BYTES
 from megatron_ponder.cluster.hardware import Cluster
 from megatron_ponder.config import Config, stage_layers
+from megatron_ponder.config.deepspeed import overlaps_reduction, zero_stage
 from megatron_ponder.estimates.communication import FP32, Formula, Term, mesh_on_paper, parameter_sizes
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD, slots_of_passes, training_flops
 from megatron_ponder.estimates.rank import Rank, vocabulary_parameters
@@ -259,8 +260,7 @@ class RankStep:
 
         Of AdamW 40 bytes for each of N / D parameters; N without ZeRO.
         """
-        stage = self.rank.config.parallel.zero_stage
-        shared = stage > 0 or self.rank.width < FP32
+        shared = zero_stage(self.rank.config) > 0
         size = 2 * (WEIGHT_BYTES + sum(MOMENTS.values())) + 4 * FP32
         return self.moved(size * self.parameters / (self.rank.data if shared else 1))
 
@@ -294,11 +294,10 @@ class RankStep:
                 weights += seconds
             else:
                 exposed += seconds
-        overlapped = self.rank.device == "cuda" and config.parallel.pipeline == 1
-        repeats = count if config.parallel.zero_stage >= 2 else 1
-        overlapped_stage = config.parallel.zero_stage > 0 or self.rank.width < FP32
-        hidden = min(gradients, repeats * first_backward) if overlapped and overlapped_stage else 0.0
-        hidden += min(weights, count * work.total / FORWARD_AND_BACKWARD) if overlapped else 0.0
+        hidden, stage = 0.0, zero_stage(config)
+        if overlaps_reduction(config, self.rank.device) and stage > 0:
+            hidden = min(gradients, (count if stage >= 2 else 1) * first_backward)
+            hidden += min(weights, count * work.total / FORWARD_AND_BACKWARD)
         sums = self.gradient_sums()
         busy = count * work.total + sums + waited
         share = bubble_share(config.parallel.pipeline, count, len(slots_of_passes(config, self.refinements)))

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from megatron_ponder.checkpoint.optimizer_state import KINDS, MOMENTS, WEIGHT
 from megatron_ponder.checkpoint.store import open_tensors
-from megatron_ponder.config import Config
+from megatron_ponder.config import Config, micro_batches
+from megatron_ponder.config.deepspeed import deepspeed_config, zero_stage
 from megatron_ponder.model.router import Rule, RuleKind
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import ParameterSpec, declarations
-from megatron_ponder.training.deepspeed_config import deepspeed_config, effective_stage
 from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.pipelined import PipelinedObjective
@@ -85,10 +85,10 @@ class Engine:
             mesh: the ranks.
         """
         self._objective, self._mesh = objective, mesh
-        self._accumulation = config.training.global_batch_size // (config.training.micro_batch_size * mesh.data.size)
+        self._accumulation = micro_batches(config, mesh.data.size)
         self._clipping = config.optimizer.gradient_clipping
         self._low_precision = config.training.precision == "bf16"
-        self._stage = effective_stage(config)
+        self._stage = zero_stage(config)
         self._pipelined = None
         for _, parameter, spec, _ in self._declarations():
             # These count in the gradient norm on every model-parallel rank, others on the first alone.
@@ -108,7 +108,7 @@ class Engine:
                     eps=config.optimizer.epsilon,
                     fused=True,
                 ),
-                config=deepspeed_config(config, mesh.data.size),
+                config=deepspeed_config(config, mesh.data.size, mesh.device.type),
                 mpu=_ModelParallelUnit(mesh),
                 dist_init_required=False,
             )

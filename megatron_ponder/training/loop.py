@@ -8,7 +8,7 @@ from functools import partial
 from megatron_ponder.base.errors import Preempted, UserError
 from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.checkpoint.manifest import Manifest, checkpoint_name
-from megatron_ponder.config import Config
+from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.data.loader import batches
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.router import Rule
@@ -94,7 +94,7 @@ class TrainingLoop:
             vocab_size=config.model.vocab_size,
         )
         self._reader = CarefulReader((training.micro_batch_size, config.data.sequence_length + 1))
-        self._micro_batches = training.global_batch_size // (training.micro_batch_size * mesh.data.size)
+        self._micro_batches = micro_batches(config, mesh.data.size)
 
     def run(self) -> None:
         """Train.

@@ -405,7 +405,7 @@ def layout(tensor=1, pipeline=1, global_batch=256, micro_batch=8, **others) -> C
 )
 def test_data_parallel_size(config, world_size, expected):
     assert data_parallel_size(config, world_size) == expected
-    assert micro_batches(config, world_size) == 256 // 8 // expected
+    assert micro_batches(config, expected) == 256 // 8 // expected
 
 
 @pytest.mark.parametrize(
@@ -473,8 +473,8 @@ def test_following_what_is_said_leads_to_a_layout_that_works(tensor, pipeline, b
         advice += re.findall(r"set (training\.global_batch_size) to (\d+)", said[-1])
         arguments |= dict(advice)
         assert len(said) <= 2, said
-    data = launch.world_size // (config.parallel.tensor * config.parallel.pipeline)
-    count = micro_batches(config, launch.world_size)
+    data = data_parallel_size(config, launch.world_size)
+    count = micro_batches(config, data)
     assert count * data * config.training.micro_batch_size == config.training.global_batch_size
     assert fits_schedule(count, config.parallel.pipeline)
 
