@@ -141,7 +141,7 @@ def configuration(layout: Layout, mode: str, length: int = 32) -> Config:
     """The configuration of one case; `length` is L."""
     values = {
         "model.hidden_size": 64, "model.num_layers": 4, "model.num_heads": 4, "model.ffn_hidden_size": 176,
-        "model.vocab_size": 256, "data.sequence_length": length, "ponder.mode": mode, "ponder.max_steps": 2,
+        "model.vocab_size": 256, "data.sequence_length": length, "ponder.mode": mode, "ponder.latent_steps": 2,
         "training.precision": "fp32", "training.micro_batch_size": 2,
         "training.global_batch_size": 2 * MICRO_BATCHES * layout.data, "parallel.tensor": layout.tensor,
         "parallel.pipeline": layout.pipeline, "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),

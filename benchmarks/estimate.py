@@ -83,7 +83,7 @@ def configuration(layout: Layout, length: int) -> Config:
     values = {
         "model.hidden_size": HIDDEN, "model.num_layers": 6, "model.num_heads": HEADS, "model.ffn_hidden_size": FFN,
         "model.vocab_size": 8192, "data.sequence_length": length, "ponder.mode": "adaptive",
-        "ponder.max_steps": STEPS, "ponder.jacobi_iterations": REFINEMENTS, "training.precision": "fp32",
+        "ponder.latent_steps": STEPS, "ponder_training.jacobi_iterations": REFINEMENTS, "training.precision": "fp32",
         "training.micro_batch_size": 1, "training.global_batch_size": SEQUENCES, "parallel.tensor": layout.tensor,
         "parallel.pipeline": layout.pipeline, "parallel.zero_stage": layout.zero_stage,
         "training.recompute": layout.recompute,

@@ -58,7 +58,7 @@ def build(mode: str, device: torch.device, length: int = 4096) -> tuple[PonderLM
         "model.vocab_size": VOCABULARY, "model.max_position_embeddings": length, "ponder.mode": mode,
     }  # fmt: skip
     if mode != "vanilla":
-        values["ponder.max_steps"] = STEPS
+        values["ponder.latent_steps"] = STEPS
     config = read_config([f"--{key}={value}" for key, value in values.items()])
     model, generator = PonderLM(config.model, config.ponder), torch.Generator().manual_seed(0)
     with torch.no_grad():

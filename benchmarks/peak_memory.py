@@ -51,8 +51,9 @@ def config_for(name: str, length: int) -> Config:
     shared = int(layout.get("parallel.tensor", 1)) * int(layout.get("parallel.pipeline", 1))
     values = {
         "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": 8192, "ponder.max_steps": 2, "ponder.jacobi_iterations": 1, "data.sequence_length": length,
-        "training.precision": "fp32", "training.micro_batch_size": 2, "training.global_batch_size": 8 * ranks // shared,
+        "model.vocab_size": 8192, "ponder.latent_steps": 2, "ponder_training.jacobi_iterations": 1,
+        "data.sequence_length": length, "training.precision": "fp32", "training.micro_batch_size": 2,
+        "training.global_batch_size": 8 * ranks // shared,
     }  # fmt: skip
     return read_config([f"--{key}={value}" for key, value in (values | layout).items()])
 

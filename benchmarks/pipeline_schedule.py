@@ -175,7 +175,7 @@ def configuration(layout: Layout, micro_batches: int, length: int) -> Config:
     values = {
         "model.hidden_size": 256, "model.num_layers": 8, "model.num_heads": 4, "model.ffn_hidden_size": 688,
         "model.vocab_size": 8192, "data.sequence_length": length, "ponder.mode": "adaptive",
-        "ponder.max_steps": STEPS, "training.precision": "fp32", "training.micro_batch_size": 1,
+        "ponder.latent_steps": STEPS, "training.precision": "fp32", "training.micro_batch_size": 1,
         "training.global_batch_size": micro_batches, "parallel.tensor": layout.tensor,
         "parallel.pipeline": layout.pipeline, "parallel.pipeline_schedule": layout.schedule,
         "parallel.sequence_parallel": str(layout.sequence_parallel).lower(), "parallel.zero_stage": 0,

@@ -30,7 +30,7 @@ SHAPE = {
     "model.hidden_size": 64,
     "model.num_layers": 2,
     "model.num_heads": 4,
-    "ponder.max_steps": 2,
+    "ponder.latent_steps": 2,
     "data.split": "90,10,0",
     "data.sequence_length": 128,
     "data.num_workers": 0,

@@ -44,9 +44,10 @@ def configuration(mode: str, precision: str, recompute: str) -> Config:
     """The configuration of one case."""
     values = {
         "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": mode, "ponder.max_steps": 1,
-        "ponder.jacobi_iterations": REFINEMENTS, "training.precision": precision, "training.recompute": recompute,
-        "training.global_batch_size": BATCH, "training.micro_batch_size": BATCH, "parallel.zero_stage": 0,
+        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": mode, "ponder.latent_steps": 1,
+        "ponder_training.jacobi_iterations": REFINEMENTS, "training.precision": precision,
+        "training.recompute": recompute, "training.global_batch_size": BATCH,
+        "training.micro_batch_size": BATCH, "parallel.zero_stage": 0,
     }  # fmt: skip
     return read_config([f"--{key}={value}" for key, value in values.items()])
 

@@ -69,9 +69,9 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
     """Seconds of every step, of watching it, and of measuring what each step predicts, as this rank sees them."""
     values = {
         "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": "adaptive", "ponder.max_steps": 1,
-        "ponder.jacobi_iterations": REFINEMENTS, "training.precision": "fp32", "training.global_batch_size": BATCH,
-        "training.micro_batch_size": BATCH // 2, "logging.straggler_interval": 1,
+        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": "adaptive", "ponder.latent_steps": 1,
+        "ponder_training.jacobi_iterations": REFINEMENTS, "training.precision": "fp32",
+        "training.global_batch_size": BATCH, "training.micro_batch_size": BATCH // 2, "logging.straggler_interval": 1,
     }  # fmt: skip
     config = read_config([f"--{key}={value}" for key, value in values.items()])
     whole, watching, own = [], [], []

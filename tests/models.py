@@ -13,7 +13,7 @@ SMALL = {
     "model.ffn_hidden_size": 48,
     "model.vocab_size": 61,
     "data.sequence_length": 64,
-    "ponder.max_steps": 2,
+    "ponder.latent_steps": 2,
 }
 
 
@@ -26,7 +26,7 @@ def small_config(**overrides) -> Config:
 def small_model(seed: int = 0, router_scale: float = 2.0, eod_id: int | None = None, **overrides) -> PonderLM:
     """A model in fp64 whose weights are large enough that every part matters."""
     config = small_config(**overrides)
-    model = PonderLM(config.model, config.ponder, eod_id=eod_id).double()
+    model = PonderLM(config.model, config.ponder, eod_id=eod_id, inference=config.inference).double()
     initialize(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -94,16 +94,20 @@ def command(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
     return run
 
 
+def warn(message: str) -> None:
+    """Print a warning of one line on standard error, on rank 0 alone; what cannot be said is no error."""
+    if _rank() == 0:
+        with suppress(OSError):
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def _warn_of_versions() -> None:
     others = versions.outside() if _rank() == 0 else []
     if others:
-        with suppress(OSError):
-            print(
-                f"warning: {', '.join(others)}: outside the versions that the tests ran on; should something fail, "
-                "install one of those first",
-                file=sys.stderr,
-                flush=True,
-            )
+        warn(
+            f"{', '.join(others)}: outside the versions that the tests ran on; should something fail, "
+            "install one of those first"
+        )
 
 
 def _rank() -> int:

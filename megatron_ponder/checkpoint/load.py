@@ -62,7 +62,8 @@ def load_model(
                 f"{config.model.vocab_size}; put back the tokenizer that the model was trained with"
             )
         eod_id = tokenizer.eod_id if config.data.reset_at_eod and tokenizer is not None else None
-        model = PonderLM(config.model, config.ponder, mesh, eod_id, even_part(config.model.num_layers, mesh.pipeline))
+        part = even_part(config.model.num_layers, mesh.pipeline)
+        model = PonderLM(config.model, config.ponder, mesh, eod_id, part, inference=config.inference)
         load_weights(model, tensors.of_kind(WEIGHT))
     return LoadedModel(model.to(mesh.device, dtype).eval(), config, tokenizer, folder)
 

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     _check_same_tokens(models)
     (batches, data), depths = _inputs(models[0], arguments)
     subjects = [
-        Subject(label, loaded.model, loaded.folder, loaded.config.ponder.evaluation_refinements)
+        Subject(label, loaded.model, loaded.folder, loaded.config.ponder_training.evaluation_refinements)
         for label, loaded in zip(_labels(models), models, strict=True)
     ]
     tokenizer = models[0].tokenizer

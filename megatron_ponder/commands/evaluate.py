@@ -75,16 +75,16 @@ def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, di
         batches, data = split_batches(loaded, arguments.data, arguments.split, arguments.samples)
     refinements = arguments.refinements
     if refinements is None:
-        refinements = sorted({0, loaded.config.ponder.evaluation_refinements})
+        refinements = sorted({0, loaded.config.ponder_training.evaluation_refinements})
     ways = settings(loaded.model, arguments.threshold, arguments.router_bias, refinements)
     progress = track(ways, "evaluating", console=console, disable=not console.is_terminal, transient=True)
     results = [evaluate(loaded.model, batches, way, _byte_counter(loaded)) for way in progress]
-    ponder = loaded.config.ponder
+    inference = loaded.config.inference
     content = {
         "checkpoint": loaded.folder.name,
         "data": data,
-        "threshold": ponder.threshold if arguments.threshold is None else arguments.threshold,
-        "router_bias": ponder.router_bias if arguments.router_bias is None else arguments.router_bias,
+        "threshold": inference.threshold if arguments.threshold is None else arguments.threshold,
+        "router_bias": inference.router_bias if arguments.router_bias is None else arguments.router_bias,
         "evaluations": [result.as_dict() for result in results],
     }
     return _table(results, loaded), content

@@ -14,6 +14,7 @@ from megatron_ponder.config.layout import (
     stage_layers,
 )
 from megatron_ponder.config.parsing import load_config, read_config, to_yaml
+from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
 from megatron_ponder.config.sections import (
     BlendPart,
     CheckpointConfig,
@@ -24,9 +25,9 @@ from megatron_ponder.config.sections import (
     OptimizerConfig,
     ParallelConfig,
     PhaseConfig,
-    PonderConfig,
     TokenizerConfig,
     TrainingConfig,
+    architecture,
     resolve,
 )
 
@@ -35,14 +36,17 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "InferenceConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PhaseConfig",
     "PonderConfig",
+    "PonderTrainingConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "architecture",
     "check_layout",
     "data_parallel_size",
     "even_layers",

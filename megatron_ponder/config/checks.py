@@ -13,7 +13,6 @@ from megatron_ponder.config.sections import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    PonderConfig,
     TrainingConfig,
 )
 
@@ -26,7 +25,7 @@ def validate(config: Config) -> Config:
     """
     check_ranges(config)
     _validate_model(config.model)
-    _validate_ponder(config.ponder)
+    _validate_ponder(config)
     _validate_parallel(config.parallel)
     _validate_tensor(config.model, config.parallel)
     if config.parallel.pipeline > 1:
@@ -62,24 +61,28 @@ def _validate_model(model: ModelConfig) -> None:
     )
 
 
-def _validate_ponder(ponder: PonderConfig) -> None:
+def _validate_ponder(config: Config) -> None:
+    ponder, training = config.ponder, config.ponder_training
     _require(
-        ponder.mode == "vanilla" or ponder.max_steps >= 1,
-        f"ponder.mode {ponder.mode} needs ponder.max_steps of at least 1, not {ponder.max_steps}; "
-        "for a model without additional steps set ponder.mode to vanilla",
+        ponder.mode == "vanilla" or ponder.latent_steps >= 1,
+        f"ponder.mode {ponder.mode} needs ponder.latent_steps of at least 1, not {ponder.latent_steps}; "
+        "for a model without latent steps set ponder.mode to vanilla",
     )
     _require(
-        len(ponder.refinement_choices) > 0,
-        f"ponder.jacobi_iterations is {ponder.jacobi_iterations}; give a number from 0 up, or a list to draw from",
+        len(training.refinement_choices) > 0,
+        f"ponder_training.jacobi_iterations is {training.jacobi_iterations}; give a number from 0 up, or a list to "
+        "draw from",
     )
     _require(
-        ponder.penalty_start <= ponder.penalty_end,
-        f"ponder.penalty_start {ponder.penalty_start} must lie between 0 and ponder.penalty_end {ponder.penalty_end}",
+        training.penalty_start <= training.penalty_end,
+        f"ponder_training.penalty_start {training.penalty_start} must lie between 0 and ponder_training.penalty_end "
+        f"{training.penalty_end}",
     )
+    target = training.target_latent_steps
     _require(
-        ponder.target_steps is None or (ponder.target_steps < ponder.max_steps and ponder.penalty_weight > 0),
-        f"ponder.target_steps {ponder.target_steps} must lie between 0 and ponder.max_steps {ponder.max_steps}, and "
-        "needs a ponder.penalty_weight above 0 to begin with, such as 0.01",
+        target is None or (target < ponder.latent_steps and training.penalty_weight > 0),
+        f"ponder_training.target_latent_steps {target} must lie between 0 and ponder.latent_steps "
+        f"{ponder.latent_steps}, and needs a ponder_training.penalty_weight above 0 to begin with, such as 0.01",
     )
 
 
@@ -143,9 +146,9 @@ def _validate_pipeline(config: Config) -> None:
         "different ranks; set ponder.router_input to hidden, or parallel.pipeline to 1",
     )
     _require(
-        config.ponder.gradient_passes is None,
-        f"ponder.gradient_passes cannot be used with parallel.pipeline {pipeline}: every pass must hand a gradient "
-        "back to the one before; leave ponder.gradient_passes out, or set parallel.pipeline to 1",
+        config.ponder_training.gradient_passes is None,
+        f"ponder_training.gradient_passes cannot be used with parallel.pipeline {pipeline}: every pass must hand a "
+        "gradient back to the one before; leave ponder_training.gradient_passes out, or set parallel.pipeline to 1",
     )
     _require(
         config.training.precision == "fp32" or parallel.pipeline_schedule != "zero_bubble",

@@ -1,9 +1,10 @@
-"""What is declared with a key beside its type: the range of a number, and that a text is a path."""
+"""What is declared with a key beside its type: the range of a number, that a text is a path, and what may change."""
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from megatron_ponder.base.errors import UserError
@@ -50,6 +51,12 @@ def path_field(default: Any) -> Any:
     return _declared(default, {"path": True})
 
 
+def changeable(item: Any) -> Any:
+    """A field of what a model is, in which a run may differ from the checkpoint that it starts from."""
+    item.metadata = MappingProxyType(item.metadata | {"changeable": True})
+    return item
+
+
 def range_of(item: Field) -> Range | None:
     """The range that is declared with a field."""
     return item.metadata.get("range")
@@ -58,6 +65,11 @@ def range_of(item: Field) -> Range | None:
 def is_path(item: Field) -> bool:
     """Whether a field is declared to be a path."""
     return item.metadata.get("path", False)
+
+
+def is_changeable(item: Field) -> bool:
+    """Whether a run may differ in a field from the checkpoint that it starts from."""
+    return item.metadata.get("changeable", False)
 
 
 def check_ranges(section: Any, name: str = "") -> None:

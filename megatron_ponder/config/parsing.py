@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.errors import UserError, warn
 from megatron_ponder.base.paths import user_path
 from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of
 from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
 from megatron_ponder.config.blends import read_blend, read_phases
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
-from megatron_ponder.config.former_names import current
 from megatron_ponder.config.other_names import VALUES, nearest_key
+from megatron_ponder.config.renamed import RENAMED, check_names, current, notice
 from megatron_ponder.config.sections import Config, resolve
 
 SECTIONS = {section.name: [item.name for item in fields(section.default_factory)] for section in fields(Config)}
@@ -35,7 +35,8 @@ _FORMS = {**dict.fromkeys(("data.path", "data.valid_path", "data.test_path"), re
 def read_config(arguments: Sequence[str]) -> Config:
     """The resolved and validated configuration that a command line names.
 
-    `--help`, `--version` and `--print_config`, which shows that configuration, end the process.
+    `--help`, `--version` and `--print_config`, which shows that configuration, end the process. Keys under names that
+    they had before are read, with a warning.
 
     Args:
         arguments: `--config FILE.yaml` and any number of `--section.key value`; later ones win.
@@ -43,14 +44,10 @@ def read_config(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: on anything unknown, mistyped or contradictory. Every rank raises the same.
     """
-    try:
-        wanted = [argument for argument in arguments if argument != PRINT_CONFIG]
-        given = expand_paths(parse(_parser(), Config, _rewritten(wanted)))
-        check_ranges(given)  # before other fields are derived from what may be nonsense
-        config = validate(resolve(given))
-    except UserError as error:
-        error.shared = True
-        raise
+    wanted = [argument for argument in arguments if argument != PRINT_CONFIG]
+    config, old = _read(wanted)
+    if old:
+        warn(notice(old))
     if len(wanted) < len(arguments):
         print(to_yaml(config), end="")
         sys.exit(0)
@@ -59,7 +56,7 @@ def read_config(arguments: Sequence[str]) -> Config:
 
 def load_config(path: Path) -> Config:
     """The resolved configuration that a run folder or a checkpoint keeps as `config.yaml`."""
-    return read_config(["--config", str(path)])
+    return _read(["--config", str(path)])[0]
 
 
 def to_yaml(config: Config) -> str:
@@ -76,19 +73,35 @@ def _parser():
     return parser
 
 
-def _rewritten(arguments: Sequence[str]) -> list[str]:
-    """The arguments with names and values that are known, and files by their content."""
-    rewritten = []
+def _read(arguments: Sequence[str]) -> tuple[Config, list[str]]:
+    """The configuration, and the keys that were given under old names."""
+    try:
+        rewritten, old = _rewritten(arguments)
+        given = expand_paths(parse(_parser(), Config, rewritten))
+        check_ranges(given)  # before other fields are derived from what may be nonsense
+        return validate(resolve(given)), old
+    except UserError as error:
+        error.shared = True
+        raise
+
+
+def _rewritten(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments with names and values that are known, and files by their content; and the old names among them."""
+    rewritten, given = [], {}
     for name, value in options_of(["--help" if argument == "-h" else argument for argument in arguments], _ALONE):
         if value is None:
             rewritten.append(f"--{name}")
         elif name == "config":
-            rewritten.append(f"--config={_read_file(user_path(value))}")
+            path = user_path(value)
+            content = _read_file(path)
+            rewritten.append(f"--config={content_of(_by_section(content, f'in {path}'))}")
+            given |= content
         else:
-            name, value = current(name, value)
-            _check_key(name, "on the command line")
-            rewritten.append(f"--{name}={_option(name, value)}")
-    return rewritten
+            key, value = current(name, value)
+            _check_key(key, "on the command line")
+            rewritten.append(f"--{key}={_option(key, value)}")
+            given[name] = value
+    return rewritten, [key for key in given if key in RENAMED]
 
 
 def _option(key: str, value: str) -> str:
@@ -99,21 +112,29 @@ def _option(key: str, value: str) -> str:
     return read if isinstance(read, str) else dump_yaml(read)
 
 
-def _read_file(path: Path) -> str:
-    """What a configuration file says, refused where a key is unknown."""
+def _read_file(path: Path) -> dict[str, object]:
+    """Values by dotted keys, as a configuration file has them; refused where it is no such file."""
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}; check the path given with --config")
     content = read_mapping(path, "sections such as `model:` with keys below them")
     for section, keys in content.items():
-        if not isinstance(keys, dict):
+        if not (keys and isinstance(keys, dict)):
             _check_section(f"{section}", f"in {path}")
+        if not isinstance(keys, dict):
             raise UserError(f"section `{section}` in {path} must hold keys below it")
-        for key in list(keys):
-            name, value = current(f"{section}.{key}", keys.pop(key))
-            _check_key(name, f"in {path}")
-            _check_value(name, value)
-            keys[name.partition(".")[2]] = _FORMS[name](name, value) if name in _FORMS else value
-    return content_of(content)
+    return {f"{section}.{key}": value for section, keys in content.items() for key, value in keys.items()}
+
+
+def _by_section(values: dict[str, object], where: str) -> dict[str, dict]:
+    """Values by section and key as they are called now, refused where a key or a value is unknown."""
+    check_names(values, where)
+    sections: dict[str, dict] = {}
+    for name, value in (current(*item) for item in values.items()):
+        _check_key(name, where)
+        _check_value(name, value)
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = _FORMS[name](name, value) if name in _FORMS else value
+    return sections
 
 
 def _check_key(key: str, where: str) -> None:

@@ -1,13 +1,12 @@
 """The typed sections of a configuration, and the fields that are derived from others."""
 
 import math
-from dataclasses import MISSING, dataclass, field, replace
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal
 
-from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
+from megatron_ponder.config.declarations import SECONDS, STEPS, changeable, is_changeable, number_field, path_field
 from megatron_ponder.config.families import FAMILIES, Family
-
-Mode = Literal["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
+from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ModelConfig:
     num_kv_heads: int | None = number_field(None, 1, 2**16)
     ffn_hidden_size: int | None = number_field(None, 1, 2**22)
     vocab_size: int | None = number_field(None, 2, 2**24)
-    max_position_embeddings: int | None = number_field(None, 1, 2**24)
+    max_position_embeddings: int | None = changeable(number_field(None, 1, 2**24))
     norm: Literal["rms", "layer"] | None = None
     norm_epsilon: float = number_field(1e-5, 1e-12, 0.1)
     gated_ffn: bool | None = None
@@ -54,7 +53,7 @@ class ModelConfig:
     rotary_fraction: float | None = number_field(None, 0, 1, above=True)
     residual: Literal["sequential", "parallel"] | None = None
     tie_embeddings: bool = False
-    init_std: float = number_field(0.02, 1e-6, 10)
+    init_std: float = changeable(number_field(0.02, 1e-6, 10))
 
     @property
     def head_size(self) -> int:
@@ -90,75 +89,6 @@ class ModelConfig:
             if getattr(self, name) != usual
         ]
         return f"{self.family} with {', '.join(own)}" if own else self.family
-
-
-@dataclass(frozen=True)
-class PonderConfig:
-    """Additional latent steps.
-
-    Attributes:
-        mode: `vanilla` (none), `fixed` (max_steps for every token), `adaptive` (a router decides for each token), or a
-            baseline: `pause` (max_steps learned pause embeddings after every token), `loop` (all blocks run
-            max_steps + 1 times) or `ponderlm` (likewise, each time with the mean embedding of the last prediction).
-        max_steps: K, the most additional steps of a token.
-        jacobi_iterations: R, refinement passes in training; a list is drawn from uniformly, once per optimiser step.
-        threshold: tau, a step is executed at inference while its weight w is at least this.
-        router_bias: alpha, added k times to the router's logit of step k at inference; positive buys more steps.
-        router_input: what the router reads of a token: `hidden` (h_{t,0}, in which its context is) or `token` (its
-            embedding alone, as a control; for training and evaluation only).
-        router_hidden_size: width of a hidden layer in the router; 0 for a linear router.
-        router_initial_bias: initial bias of the router for step K, so that training starts near `fixed`.
-        router_start: optimiser step from which the router decides; before, every token takes all steps, as in `fixed`.
-        penalty_weight: lambda, weight of the mean sum of w over additional steps in the loss; unused without a router,
-            so that one configuration serves every mode.
-        penalty_start: optimiser step from which the penalty is warmed up linearly.
-        penalty_end: optimiser step from which the penalty has its full weight.
-        target_steps: mean additional steps a token at tau, towards which the penalty is steered from penalty_end on,
-            starting from penalty_weight; not steered unless given.
-        target_rate: how fast: log lambda grows by so much in an optimiser step that has one step a token too many.
-        prune_start: optimiser step from which training prunes by tau, as inference does; never unless given.
-        embedding_scale: c, factor on token embeddings; sqrt(2.5 H) unless given, and 1 for vanilla.
-        gradient_passes: let gradients flow through the last so many passes only; all of them unless given.
-    """
-
-    mode: Mode = "adaptive"
-    max_steps: int = number_field(3, 0, 256)
-    jacobi_iterations: int | list[int] = number_field([2, 3], 0, 1000)
-    threshold: float = number_field(1e-4, 0, 1)
-    router_bias: float = number_field(0.0, -1000, 1000)
-    router_input: Literal["hidden", "token"] = "hidden"
-    router_hidden_size: int = number_field(0, 0, 2**20)
-    router_initial_bias: float = number_field(2.0, -1000, 1000)
-    router_start: int = number_field(0, 0, STEPS)
-    penalty_weight: float = number_field(0.0, 0, 1e6)
-    penalty_start: int = number_field(0, 0, STEPS)
-    penalty_end: int = number_field(0, 0, STEPS)
-    target_steps: float | None = number_field(None, 0, 256, above=True)
-    target_rate: float = number_field(0.01, 1e-6, 1)
-    prune_start: int | None = number_field(None, 0, STEPS)
-    embedding_scale: float | None = number_field(None, 1e-3, 1e5)
-    gradient_passes: int | None = number_field(None, 1, 1000)
-
-    @property
-    def steps(self) -> int:
-        """Most additional steps of a token in this mode: max_steps, or 0 for vanilla."""
-        return 0 if self.mode == "vanilla" else self.max_steps
-
-    @property
-    def refinement_choices(self) -> tuple[int, ...]:
-        """The set that R is drawn from in training."""
-        choices = self.jacobi_iterations
-        return (choices,) if isinstance(choices, int) else tuple(choices)
-
-    @property
-    def routes_by_token(self) -> bool:
-        """Whether the router is the control that reads a token's embedding alone."""
-        return self.mode == "adaptive" and self.router_input == "token"
-
-    @property
-    def evaluation_refinements(self) -> int:
-        """R where one number is needed, in evaluation and export: the largest that training used."""
-        return max(self.refinement_choices)
 
 
 @dataclass(frozen=True)
@@ -380,6 +310,8 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     ponder: PonderConfig = field(default_factory=PonderConfig)
+    ponder_training: PonderTrainingConfig = field(default_factory=PonderTrainingConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -387,6 +319,19 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+ARCHITECTURE = ("model", "ponder")
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """Values, by dotted keys, of all that a checkpoint has been trained with and cannot be used without."""
+    return {
+        f"{section}.{item.name}": getattr(getattr(config, section), item.name)
+        for section in ARCHITECTURE
+        for item in fields(getattr(config, section))
+        if not is_changeable(item)
+    }
 
 
 def resolve(config: Config) -> Config:

@@ -72,7 +72,7 @@ def parameter_sizes(rank: Rank) -> list[tuple[int, int]]:
     if rank.last:
         every += norm + ([] if model.tie_embeddings else table)
         if rank.chain.routed:
-            width, options = config.ponder.router_hidden_size, config.ponder.max_steps + 1
+            width, options = config.ponder.router_hidden_size, config.ponder.latent_steps + 1
             every += [(2, width * hidden), (1, width)] if width else []
             every += [(2, options * (width or hidden)), (1, options)]
     assert sum(count for _, count in every) == rank_parameters(rank)

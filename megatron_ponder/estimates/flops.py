@@ -64,7 +64,7 @@ def router_flops(config: Config, final: bool) -> float:
     """2 L H (K + 1) for a linear router, and as much again where hidden states are fused for the output."""
     if not passes_of(config.ponder).routed:
         return 0.0
-    hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.max_steps + 1
+    hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.latent_steps + 1
     router = width * (hidden + options) if width else hidden * options
     return 2 * config.data.sequence_length * (router + (hidden * options if final else 0))
 
@@ -102,15 +102,14 @@ def forward_flops(config: Config, refinements: int) -> list[PassFlops]:
 def training_flops(config: Config, refinements: int) -> float:
     """Model FLOPs of one optimiser step over all ranks: what the algorithm asks for, however it is carried out.
 
-    Three times the forward passes, once those that `ponder.gradient_passes` cuts off, and three times the head. Not
-    counted is what an implementation adds: recompute, masked halves of attention's squares, padding, and channels that
-    carry log w.
+    Three times the forward passes, once those that `gradient_passes` cuts off, and three times the head. Not counted is
+    what an implementation adds: recompute, masked halves of attention's squares, padding, channels that carry log w.
 
     Args:
         config: resolved, with a vocabulary size.
         refinements: R of the step.
     """
     passes = [flops.matrices + flops.attention for flops in forward_flops(config, refinements)]
-    trained = config.ponder.gradient_passes or len(passes)
+    trained = config.ponder_training.gradient_passes or len(passes)
     sequence = sum(passes[:-trained]) + FORWARD_AND_BACKWARD * (sum(passes[-trained:]) + head_flops(config))
     return config.training.global_batch_size * sequence

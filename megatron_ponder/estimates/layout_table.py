@@ -23,7 +23,7 @@ def describe_layout(config: Config, mesh: Mesh) -> str:
     ranks = [Rank(config, data, place, mesh.device.type) for place in range(parallel.pipeline)]
     count, sequences = ranks[0].micro_batches, training.global_batch_size
     slots = sequences * tokens * config.ponder.steps
-    plans = [passes_of(config.ponder).plan(r) for r in config.ponder.refinement_choices]
+    plans = [passes_of(config.ponder).plan(r) for r in config.ponder_training.refinement_choices]
     flags = [f"ZeRO {parallel.zero_stage}", training.precision]
     flags += ["sequence parallel"] if parallel.sequence_parallel else []
     flags += [f"recompute {training.recompute}"] if training.recompute != "none" else []

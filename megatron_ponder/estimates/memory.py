@@ -121,7 +121,7 @@ def passes(rank: Rank) -> list[Pass]:
                 recompute=training.recompute if again else "none",
             )
         )
-    trained = rank.config.ponder.gradient_passes
+    trained = rank.config.ponder_training.gradient_passes
     return result if trained is None else result[-trained:]
 
 

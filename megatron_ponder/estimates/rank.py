@@ -74,7 +74,7 @@ class Rank:
     @property
     def plan(self) -> tuple[int, ...]:
         """Slots a token of every pass, with the largest R that training draws."""
-        return self.chain.plan(self.config.ponder.evaluation_refinements)
+        return self.chain.plan(self.config.ponder_training.evaluation_refinements)
 
     @property
     def micro_batches(self) -> int:
@@ -119,5 +119,5 @@ def _norm_parameters(config: Config) -> int:
 def _router_parameters(config: Config) -> int:
     if not passes_of(config.ponder).routed:
         return 0
-    hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.max_steps + 1
+    hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.latent_steps + 1
     return width * (hidden + 1) + options * (width + 1) if width else options * (hidden + 1)

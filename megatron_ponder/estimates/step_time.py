@@ -217,9 +217,9 @@ class RankStep:
         A backward pass does twice the work of its forward pass, attention 2.5 times; what is recomputed comes on top.
         """
         config, work, first_backward = self.rank.config, Work(), None
-        training, ponder = config.training, config.ponder
+        training = config.training
         slots = slots_of_passes(config, self.refinements)
-        trained = ponder.gradient_passes or len(slots)
+        trained = config.ponder_training.gradient_passes or len(slots)
         for index, (run, kept) in enumerate(slots):
             kept = kept if self.rank.last else run
             front = self.attention(run, folded=self.rank.chain.routed and index > 0)
@@ -332,7 +332,7 @@ def step_time(config: Config, data: int, cluster: Cluster) -> StepTime:
         data: D.
         cluster: that it runs on.
     """
-    drawn = config.ponder.refinement_choices
+    drawn = config.ponder_training.refinement_choices
     slowest = []
     for refinements in drawn:
         every = [RankStep(Rank(config, data, place, cluster.device), cluster, refinements) for place in places(config)]

@@ -74,7 +74,7 @@ class Plan:
 
     def sweep(self, model: PonderLM) -> tuple[list[float], list[float]]:
         """Thresholds and biases of a model's sweeps, its own among them."""
-        own = model.ponder_config
+        own = model.inference
         return sorted({*self.thresholds, own.threshold}), sorted({*self.biases, own.router_bias})
 
     def measurements(self, subject: Subject) -> int:
@@ -86,7 +86,7 @@ class Plan:
         if not subject.decides:
             return 3 + jacobi
         thresholds, biases = self.sweep(subject.model)
-        rules = len({PAPER_THRESHOLD, config.threshold})
+        rules = len({PAPER_THRESHOLD, subject.model.inference.threshold})
         return len(thresholds) * (1 + self.random_seeds) + len(biases) + rules * (1 + jacobi) + 1
 
 
@@ -150,14 +150,14 @@ class _SubjectAnalysis:
         self.own = Setting(self.model.rule("hard"), plan.refinements)
 
     def run(self, stated: np.ndarray | None) -> None:
-        config = self.model.ponder_config
+        config, inference = self.model.ponder_config, self.model.inference
         own = self.measure("as trained", self.own)
         self.summary = self.analysis.summary[self.subject.label] = {
             "checkpoint": str(self.subject.checkpoint),
             "mode": config.mode,
             "max_steps": config.steps,
-            "threshold": config.threshold if self.subject.decides else None,
-            "router_bias": config.router_bias if self.subject.decides else None,
+            "threshold": inference.threshold if self.subject.decides else None,
+            "router_bias": inference.router_bias if self.subject.decides else None,
             "evaluation": self.own.name,
             "tokens": len(own.loss),
             "loss": float(own.loss.mean()),
@@ -322,11 +322,11 @@ class _SubjectAnalysis:
 
     def gaps(self) -> None:
         """What the hard rule and a few parallel passes change, against what they stand for."""
-        ponder, hard = self.model.ponder_config, self.own.rule
+        hard, own = self.own.rule, self.model.inference.threshold
         gaps = self.summary["gaps"] = []
         rules = [hard]
         if self.subject.decides:
-            rules = [replace(hard, threshold=threshold) for threshold in sorted({PAPER_THRESHOLD, ponder.threshold})]
+            rules = [replace(hard, threshold=threshold) for threshold in sorted({PAPER_THRESHOLD, own})]
             soft = self.measure("soft–hard gap", Setting(replace(hard, kind="soft"), None)).loss.mean()
         for rule in rules:
             exact = self.measure("gaps", Setting(rule, None)).loss.mean()

@@ -198,13 +198,13 @@ def exported(checkpoint: Path, threshold: float | None = None, bias: float | Non
     config = read_config_of(source)
     if tokenizer_path(source) is None:
         raise UserError(f"{source} has no tokenizer to read tasks with; put one into its folder tokenizer/")
-    ponder = config.ponder
+    inference = config.inference
     changed = replace(
-        ponder,
-        threshold=ponder.threshold if threshold is None else threshold,
-        router_bias=ponder.router_bias if bias is None else bias,
+        inference,
+        threshold=inference.threshold if threshold is None else threshold,
+        router_bias=inference.router_bias if bias is None else bias,
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / source.name
-        export(read_weights(source), replace(config, ponder=changed), tokenizer_path(source), folder)
+        export(read_weights(source), replace(config, inference=changed), tokenizer_path(source), folder)
         yield folder

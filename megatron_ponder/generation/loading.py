@@ -97,8 +97,8 @@ def check_setup(setup: Setup, launch: Launch, device: torch.device, copies: bool
     check_sizes(config.model, setup.tensor, setup.pipeline, launch.world_size, copies)
     rule = Rule(
         True,
-        config.ponder.threshold if setup.threshold is None else setup.threshold,
-        config.ponder.router_bias if setup.router_bias is None else setup.router_bias,
+        config.inference.threshold if setup.threshold is None else setup.threshold,
+        config.inference.router_bias if setup.router_bias is None else setup.router_bias,
     )
     precision = setup.precision or (config.training.precision if device.type == "cuda" else "fp32")
     return CheckedSetup(setup, folder, config, rule, precision)

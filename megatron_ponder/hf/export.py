@@ -103,7 +103,7 @@ def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> Ponder
         config: what it was trained with, resolved.
         tokenizer: for the ids of special tokens; None for none.
     """
-    model, ponder = config.model, config.ponder
+    model, ponder, inference = config.model, config.ponder, config.inference
     eod_id = None if tokenizer is None else tokenizer.eod_id
     if model.family == "llama":
         family = {
@@ -132,10 +132,10 @@ def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> Ponder
         eos_token_id=eod_id,
         pad_token_id=None if tokenizer is None else tokenizer.pad_id,
         ponder_mode=ponder.mode,
-        ponder_max_steps=ponder.max_steps,
-        ponder_jacobi_iterations=ponder.evaluation_refinements,
-        ponder_threshold=ponder.threshold,
-        ponder_router_bias=ponder.router_bias,
+        ponder_max_steps=ponder.latent_steps,
+        ponder_jacobi_iterations=config.ponder_training.evaluation_refinements,
+        ponder_threshold=inference.threshold,
+        ponder_router_bias=inference.router_bias,
         ponder_router_hidden_size=ponder.router_hidden_size,
         ponder_eod_id=eod_id if config.data.reset_at_eod else None,
         ponder_pieces=None if tokenizer is None else tokenizer.pieces,

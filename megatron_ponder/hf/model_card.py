@@ -68,7 +68,7 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
         parameters: number of weights.
         measured: what was measured, as Markdown; None if nothing was.
     """
-    model, ponder = config.model, config.ponder
+    model, ponder, inference = config.model, config.ponder, config.inference
     rows = {
         "Parameters": f"{parameters:,}",
         "Weights": dtype,
@@ -80,15 +80,15 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
     }
     passes = passes_of(ponder)
     if ponder.steps:
-        rows["Most additional steps K"] = ponder.max_steps
+        rows["Most additional steps K"] = ponder.latent_steps
     if passes.iterated:
-        rows["Refinements R of `forward`"] = ponder.evaluation_refinements
+        rows["Refinements R of `forward`"] = config.ponder_training.evaluation_refinements
     if passes.routed:
-        rows["Threshold τ"] = ponder.threshold
-        rows["Router bias α"] = ponder.router_bias
+        rows["Threshold τ"] = inference.threshold
+        rows["Router bias α"] = inference.router_bias
     return _TEMPLATE.format(
         family=model.family,
-        pondering=_STEPS[ponder.mode].format(steps=ponder.max_steps),
+        pondering=_STEPS[ponder.mode].format(steps=ponder.latent_steps),
         parallel=" ".join([_ITERATED if passes.iterated else _PARALLEL, *[_ADJUSTED] * passes.routed]),
         table=table(["", ""], [[name, str(value)] for name, value in rows.items()]),
         evaluation="No results were given when this folder was written." if measured is None else measured,

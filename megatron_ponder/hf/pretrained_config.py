@@ -5,7 +5,8 @@ import re
 from typing import get_args
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.config.sections import Family, Mode
+from megatron_ponder.config.ponder import Mode
+from megatron_ponder.config.sections import Family
 from megatron_ponder.hf.fields import Fields
 
 # Files of an export that define the model, and what in them transformers is to use.
@@ -137,10 +138,10 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
     fields.harmless(["ponder_pieces"])  # which is the tokenizer's
     return family | {
         "ponder.mode": fields.choice("ponder_mode", *get_args(Mode)),
-        "ponder.max_steps": fields.whole("ponder_max_steps", least=0),
-        "ponder.jacobi_iterations": fields.whole("ponder_jacobi_iterations", least=0),
-        "ponder.threshold": fields.number("ponder_threshold"),
-        "ponder.router_bias": fields.number("ponder_router_bias"),
+        "ponder.latent_steps": fields.whole("ponder_max_steps", least=0),
+        "ponder_training.jacobi_iterations": fields.whole("ponder_jacobi_iterations", least=0),
+        "inference.threshold": fields.number("ponder_threshold"),
+        "inference.router_bias": fields.number("ponder_router_bias"),
         "ponder.router_hidden_size": fields.whole("ponder_router_hidden_size", least=0),
         "ponder.embedding_scale": fields.number("embedding_scale"),
         "data.reset_at_eod": fields.anything("ponder_eod_id") is not None,
@@ -181,10 +182,10 @@ def _ponderlm_2(fields: Fields, hidden_size: int) -> dict[str, object]:
     values = {
         "ponder.mode": "fixed" if steps else "vanilla",
         # Evaluation runs this many there, also where training drew the number (`random_jacobi_iterations`).
-        "ponder.jacobi_iterations": fields.whole("num_jacobi_iterations", least=0),
+        "ponder_training.jacobi_iterations": fields.whole("num_jacobi_iterations", least=0),
         "ponder.embedding_scale": math.sqrt(2.5 * hidden_size) if fields.flag("scale_embeds") else 1.0,
     }
-    return values | ({"ponder.max_steps": steps} if steps else {})
+    return values | ({"ponder.latent_steps": steps} if steps else {})
 
 
 def _llama_fields(fields: Fields) -> dict[str, object]:

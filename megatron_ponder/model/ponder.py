@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_ponder.config import ModelConfig, PonderConfig
+from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.kernels.attention import folded_channels
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.baselines import PauseEmbedding
@@ -21,6 +21,8 @@ from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelE
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.regions import all_tokens, enter
 from megatron_ponder.parallel.sharding import normal
+
+UNCHANGED = InferenceConfig()
 
 
 @dataclass
@@ -46,6 +48,7 @@ class PonderLM(nn.Module):
 
     Attributes:
         model_config, ponder_config: what it was built from.
+        inference: τ and α unless others are given.
         passes: those of its mode.
         eod_id: end-of-document token that confines attention and restarts positions; None for neither.
         part: which part of the model this pipeline rank holds; modules of other parts are None.
@@ -61,9 +64,10 @@ class PonderLM(nn.Module):
         eod_id: int | None = None,
         part: ModelPart | None = None,
         vocab_multiple: int = 1,
+        inference: InferenceConfig = UNCHANGED,
     ) -> None:
         super().__init__()
-        self.model_config, self.ponder_config, self.eod_id = model, ponder, eod_id
+        self.model_config, self.ponder_config, self.inference, self.eod_id = model, ponder, inference, eod_id
         self.passes = passes_of(ponder)
         self.part = part = part or ModelPart(range(model.num_layers))
         self.axis = axis = (mesh or Mesh()).tensor
@@ -89,12 +93,8 @@ class PonderLM(nn.Module):
 
     def rule(self, kind: RuleKind, threshold: float | None = None, bias: float | None = None) -> Rule:
         """A rule for `jacobi` and `exact`, with the configured τ and α unless others are given."""
-        config = self.ponder_config
-        return Rule(
-            kind,
-            config.threshold if threshold is None else threshold,
-            config.router_bias if bias is None else bias,
-        )
+        own = self.inference
+        return Rule(kind, own.threshold if threshold is None else threshold, own.router_bias if bias is None else bias)
 
     def jacobi(
         self, tokens_BL: Tensor, refinements: int, rule: Rule, gradient_passes: int | None = None

@@ -72,7 +72,7 @@ class Router(nn.Module):
 
     def __init__(self, model: ModelConfig, ponder: PonderConfig, axis: Axis) -> None:
         super().__init__()
-        width, options = ponder.router_hidden_size, ponder.max_steps + 1
+        width, options = ponder.router_hidden_size, ponder.latent_steps + 1
         self.hidden = _Replicated(model.hidden_size, width, axis, model.init_std) if width else None
         self.output = _Replicated(width or model.hidden_size, options, axis, 0.0)
         self.output.specs["bias"] = ParameterSpec((options,), _favour_last(ponder.router_initial_bias))

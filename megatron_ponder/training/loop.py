@@ -77,7 +77,9 @@ class TrainingLoop:
         self._validated = start.validated or "valid" not in parts.datasets
         self._skipped = SkippedSteps(start.skipped, config.training)
         losses = [] if log is None else [record["loss"] for record in log.kept[-WINDOW:]]
-        self._penalty = Penalty(config.ponder, PenaltyState(start.penalty_factor, start.penalty_steps))
+        self._penalty = Penalty(
+            config.ponder_training, config.ponder.latent_steps, PenaltyState(start.penalty_factor, start.penalty_steps)
+        )
         self._spikes = LossSpikes(config.logging.spike_threshold, losses)
         self._unsaved: UserError | None = None
         self._routed = passes_of(config.ponder).routed
@@ -135,16 +137,17 @@ class TrainingLoop:
 
     def _take_step(self) -> dict[str, float | int | list]:
         """One optimiser step; its record."""
-        training, ponder, step = self._config.training, self._config.ponder, self._step
+        config, step = self._config, self._step
+        training = config.training
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
-        rate = learning_rate(step, training.steps, self._config.optimizer)
+        rate = learning_rate(step, training.steps, config.optimizer)
         penalty = self._penalty.weight(step)
-        r = refinements(step, training.seed, ponder)
+        r = refinements(step, training.seed, config.ponder_training)
         micro_batches = self._reader.read(self._loader, self._micro_batches)
         micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
         self._watch.mark()
-        rule, own = training_rule(step, ponder), {}
+        rule, own = training_rule(step, config.ponder_training, config.inference.threshold), {}
         interval = self._config.logging.own_losses_interval
         if self._routed and interval > 0 and (step + 1) % interval == 0:
             with self._watch.aside():
@@ -207,7 +210,8 @@ class TrainingLoop:
     def _validate(self) -> dict[str, float]:
         """Fields of the record; none if the run is to stop before they are known."""
         self._validated = False
-        rule = training_rule(self._step - 1, self._config.ponder)  # of the last step
+        config = self._config
+        rule = training_rule(self._step - 1, config.ponder_training, config.inference.threshold)  # of the last step
         try:
             pruned = tally = self._measure(rule, each_step=True)
             if tally is not None and self._routed and rule.kind == "soft":
@@ -224,7 +228,7 @@ class TrainingLoop:
         if not self._routed:
             return fields
         cost = pruned.mean_loss - loss
-        if complaint := router_complaint(tally, cost, self._step, self._config.ponder):
+        if complaint := router_complaint(tally, cost, self._step, config):
             self._progress.say(f"step {self._step}  warning: {complaint}")
         return fields | {
             "validation_pruned_loss": pruned.mean_loss,

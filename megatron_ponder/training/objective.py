@@ -18,11 +18,12 @@ class Objective(nn.Module):
 
     Attributes:
         model: the language model.
+        gradient_passes: gradients flow through the last so many passes only; None for all.
     """
 
-    def __init__(self, model: PonderLM) -> None:
+    def __init__(self, model: PonderLM, gradient_passes: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.gradient_passes = model, gradient_passes
 
     def forward(
         self,
@@ -44,7 +45,7 @@ class Objective(nn.Module):
         Returns:
             As `measure`.
         """
-        result = self.model.jacobi(tokens[:, :-1], refinements, rule, self.model.ponder_config.gradient_passes)
+        result = self.model.jacobi(tokens[:, :-1], refinements, rule, self.gradient_passes)
         return self.measure(result, tokens, penalty_weight, each_step)
 
     def measure(

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from megatron_ponder.config import PonderConfig
+from megatron_ponder.config import PonderTrainingConfig
 
 LARGEST_FACTOR = 1e6
 # While λ is steered it goes with this power of mean K̂; no K̂ counts as less than this share of K.
@@ -28,7 +28,7 @@ UNSTEERED = PenaltyState()
 class Penalty:
     """λ from step to step.
 
-    Without `ponder.target_steps` it is the schedule: 0 until `penalty_start`, linear up to `penalty_end`, full from
+    Without `target_latent_steps` it is the schedule: 0 until `penalty_start`, linear up to `penalty_end`, full from
     there. With it, the schedule is multiplied by a factor that follows a controller from `penalty_end` on, or from
     `router_start` if that is later, because before it λ moves nothing. Every optimiser step log(factor) grows by
 
@@ -43,14 +43,15 @@ class Penalty:
         state: what has to be saved.
     """
 
-    def __init__(self, config: PonderConfig, state: PenaltyState = UNSTEERED) -> None:
+    def __init__(self, config: PonderTrainingConfig, latent_steps: int, state: PenaltyState = UNSTEERED) -> None:
         """Prepare.
 
         Args:
-            config: of the model.
+            config: of the run.
+            latent_steps: K.
             state: as it was when the run that goes on was saved.
         """
-        self._config = config
+        self._config, self._least = config, LEAST * latent_steps
         self.state = state
 
     def weight(self, step: int) -> float:
@@ -71,10 +72,10 @@ class Penalty:
             mean_steps: average K̂ of the tokens of that step, over all ranks.
         """
         config = self._config
-        if config.target_steps is None or step < max(config.penalty_end, config.router_start):
+        if config.target_latent_steps is None or step < max(config.penalty_end, config.router_start):
             return
-        now = max(mean_steps, LEAST * config.max_steps)
+        now = max(mean_steps, self._least)
         before = now if self.state.mean_steps is None else self.state.mean_steps
-        growth = config.target_rate * (mean_steps - config.target_steps) + DAMPING * math.log(now / before)
+        growth = config.target_rate * (mean_steps - config.target_latent_steps) + DAMPING * math.log(now / before)
         factor = self.state.factor * math.exp(growth)
         self.state = PenaltyState(min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR), now)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 
-from megatron_ponder.config import OptimizerConfig, PonderConfig
+from megatron_ponder.config import OptimizerConfig, PonderTrainingConfig
 from megatron_ponder.model.router import Rule
 
 
@@ -22,20 +22,20 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     return config.learning_rate * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def refinements(step: int, seed: int, config: PonderConfig) -> int:
+def refinements(step: int, seed: int, config: PonderTrainingConfig) -> int:
     """R of this optimiser step: drawn uniformly from the configured set, the same on every rank and after a resume."""
     choices = config.refinement_choices
     digest = hashlib.sha256(f"refinements/{seed}/{step}".encode()).digest()
     return choices[int.from_bytes(digest[:8], "little") % len(choices)]
 
 
-def training_rule(step: int, config: PonderConfig) -> Rule:
+def training_rule(step: int, config: PonderTrainingConfig, threshold: float) -> Rule:
     """How the passes of this optimiser step apply the routing.
 
     Before `router_start` every token takes all steps, as in `fixed` mode; from `prune_start` on steps beyond K̂ are not
-    there, as at inference; between them the mask is soft.
+    there, as at inference with this threshold τ; between them the mask is soft.
     """
     if step < config.router_start:
-        return Rule("all", config.threshold)
+        return Rule("all", threshold)
     prunes = config.prune_start is not None and step >= config.prune_start
-    return Rule("hard" if prunes else "soft", config.threshold)
+    return Rule("hard" if prunes else "soft", threshold)

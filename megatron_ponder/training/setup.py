@@ -7,7 +7,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.store import open_tensors, read_config_of
-from megatron_ponder.config import Config, DataConfig, stage_layers
+from megatron_ponder.config import Config, DataConfig, architecture, stage_layers
 from megatron_ponder.data.dataset_manifest import Manifest, check_vocabulary, read_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
@@ -112,6 +112,7 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None
         parts.eod_id if config.data.reset_at_eod else None,
         model_part(config, mesh),
         config.parallel.vocab_multiple,
+        config.inference,
     )
     model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
     if source is None:
@@ -125,13 +126,7 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None
 
 def _check_same_model(config: Config, stored: Config, source: Path) -> None:
     """Name the first setting in which a checkpoint's model differs; shapes alone would not tell all of them."""
-    sections = (("model", config.model, stored.model), ("ponder", config.ponder, stored.ponder))
-    matters = {"model": None, "ponder": ("mode", "max_steps", "router_input", "router_hidden_size", "embedding_scale")}
-    for section, ours, theirs in sections:
-        for name in matters[section] or [n for n in vars(ours) if n not in ("max_position_embeddings", "init_std")]:
-            have, stored_value = getattr(ours, name), getattr(theirs, name)
-            if have != stored_value:
-                raise UserError(
-                    f"{section}.{name} is {have}, but {source} was trained with {stored_value}; "
-                    f"set --{section}.{name} {stored_value}"
-                )
+    ours = architecture(config)
+    for key, trained in architecture(stored).items():
+        if ours[key] != trained:
+            raise UserError(f"{key} is {ours[key]}, but {source} was trained with {trained}; set --{key} {trained}")

@@ -67,7 +67,7 @@ class StepWatch:
         """
         self._config, self._mesh, self._clock = config, mesh, _Clock(mesh.device)
         self._spans, self._forwards = [], []
-        self._flops = {r: training_flops(config, r) for r in config.ponder.refinement_choices}
+        self._flops = {r: training_flops(config, r) for r in config.ponder_training.refinement_choices}
         self._peak = None
         if mesh.device.type == "cuda":
             gpu = known_gpu(torch.cuda.get_device_name(mesh.device))

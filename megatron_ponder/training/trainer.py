@@ -89,7 +89,7 @@ def _train_in(
     run_dir, leader = Path(config.training.run_dir), folder is not None
     together(lambda: folder.write_config() if leader else None)
     phases.mark("model")
-    engine = Engine(Objective(model), config, mesh)
+    engine = Engine(Objective(model, config.ponder_training.gradient_passes), config, mesh)
     phases.mark("DeepSpeed")
     start = manifest or Manifest()
     if start.step > 0:

@@ -51,7 +51,7 @@ def validate(
     """
     dataset, size = parts.datasets["valid"], config.training.micro_batch_size
     count = min(config.training.eval_samples, dataset.samples_per_epoch)
-    r = config.ponder.evaluation_refinements
+    r = config.ponder_training.evaluation_refinements
     own = validation_batches(dataset, count, size, mesh.data.rank, mesh.data.size, config.model.vocab_size)
     rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
     at_once = mesh.pipeline.size  # micro-batches that fill a pipeline

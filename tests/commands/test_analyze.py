@@ -56,7 +56,7 @@ def diagnostic(tmp_path_factory):
         options = {
             "model__vocab_size": len(VOCABULARY),
             "ponder__mode": mode,
-            "ponder__threshold": 0.3,
+            "inference__threshold": 0.3,
             "data__path": dataset,
             "data__split": "50,50",
             "data__sequence_length": 20,

@@ -53,9 +53,9 @@ def test_out_and_back(run, tmp_path, tokenizer):
     assert len(set(files.values())) > 1
     assert {path.name for path in exported.glob("*.safetensors")} == set(files.values())
     assert PonderLMForCausalLM.from_pretrained(exported).state_dict().keys() == files.keys()
-    assert run("convert_from_hf.py", "--model", exported, "--output", again, "--ponder.threshold", "0.25") == 0
+    assert run("convert_from_hf.py", "--model", exported, "--output", again, "--inference.threshold", "0.25") == 0
     loaded = load_model(again)
-    assert loaded.config.ponder.threshold == 0.25
+    assert loaded.config.inference.threshold == 0.25
     assert loaded.tokenizer.encode("import json") == load_model(checkpoint).tokenizer.encode("import json")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.model.named_parameters())
 
@@ -82,7 +82,7 @@ def test_a_tokenizer_that_is_none_leaves_no_checkpoint(run, tmp_path, capsys):
     )
     (tmp_path / "model" / "tokenizer.model").write_bytes(b"garbage")
     capsys.readouterr()
-    arguments = ["--model", tmp_path / "model", "--ponder.jacobi_iterations", "[2, 3, 4, 5]"]
+    arguments = ["--model", tmp_path / "model", "--ponder_training.jacobi_iterations", "[2, 3, 4, 5]"]
     assert run("convert_from_hf.py", *arguments, "--output", tmp_path / "out") == 2
     assert "tokenizer.model is not a SentencePiece model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from tests.distributed import free_port
 from tests.models import small_config, small_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "serve.py"
-OVERRIDES = {"model__vocab_size": 512, "model__max_position_embeddings": 4096, "ponder__threshold": 0.3}
+OVERRIDES = {"model__vocab_size": 512, "model__max_position_embeddings": 4096, "inference__threshold": 0.3}
 
 
 @pytest.fixture(scope="module")

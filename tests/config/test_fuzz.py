@@ -99,7 +99,7 @@ def small(config: Config) -> bool:
     """Whether a test can train with a configuration that was accepted; builds the model, without its memory."""
     model, training = config.model, config.training
     batch = training.global_batch_size * config.data.sequence_length * (1 + config.ponder.steps)
-    passes = max(config.ponder.refinement_choices) * model.num_layers
+    passes = max(config.ponder_training.refinement_choices) * model.num_layers
     if model.num_layers > 50 or batch > LARGEST or passes > 100:
         return False
     with torch.device("meta"):

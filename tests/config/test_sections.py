@@ -17,9 +17,11 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import (
     Config,
+    InferenceConfig,
     ModelConfig,
     ParallelConfig,
     PonderConfig,
+    PonderTrainingConfig,
     TrainingConfig,
     check_layout,
     data_parallel_size,
@@ -73,8 +75,9 @@ def test_defaults_are_the_reference_recipe():
     assert config.optimizer.betas == (0.9, 0.95)
     assert config.optimizer.weight_decay == 0.1
     assert (config.training.precision, config.training.steps, config.data.sequence_length) == ("bf16", 50_000, 2048)
-    assert (config.ponder.mode, config.ponder.max_steps, config.ponder.refinement_choices) == ("adaptive", 3, (2, 3))
-    assert (config.ponder.threshold, config.ponder.router_bias, config.ponder.penalty_weight) == (1e-4, 0, 0)
+    assert (config.ponder.mode, config.ponder.latent_steps) == ("adaptive", 3)
+    assert (config.ponder_training.refinement_choices, config.ponder_training.penalty_weight) == ((2, 3), 0)
+    assert (config.inference.threshold, config.inference.router_bias) == (1e-4, 0)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_derived_fields_of_the_model(given_fields, expected):
 
 @pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
 def test_embedding_scale_and_steps_follow_the_mode(mode):
-    config = read(ponder__mode=mode, model__hidden_size=96, ponder__max_steps=2)
+    config = read(ponder__mode=mode, model__hidden_size=96, ponder__latent_steps=2)
     assert config.ponder.embedding_scale == (1.0 if mode == "vanilla" else math.sqrt(2.5 * 96))
     assert config.ponder.steps == (0 if mode == "vanilla" else 2)
     assert read(ponder__mode=mode, ponder__embedding_scale=2.0).ponder.embedding_scale == 2.0
@@ -104,9 +107,9 @@ def test_embedding_scale_and_steps_follow_the_mode(mode):
 
 @pytest.mark.parametrize(("given_value", "choices"), [("4", (4,)), ("0", (0,)), ("[1,3]", (1, 3))])
 def test_refinements_are_a_number_or_a_list(given_value, choices):
-    ponder = read(ponder__jacobi_iterations=given_value).ponder
-    assert ponder.refinement_choices == choices
-    assert ponder.evaluation_refinements == max(choices)
+    training = read(ponder_training__jacobi_iterations=given_value).ponder_training
+    assert training.refinement_choices == choices
+    assert training.evaluation_refinements == max(choices)
 
 
 def test_later_sources_win(write):
@@ -123,7 +126,7 @@ def test_numbers_may_be_written_in_the_usual_ways(write):
     arguments = write("optimizer:\n  learning_rate: 3e-4\n  weight_decay: 0\n")  # PyYAML reads 3e-4 as a string
     assert read_config(arguments).optimizer.learning_rate == 3e-4
     assert read_config(arguments).optimizer.weight_decay == 0.0
-    assert read(ponder__router_bias="-1.5").ponder.router_bias == -1.5
+    assert read(inference__router_bias="-1.5").inference.router_bias == -1.5
 
 
 def test_help_lists_every_key(capsys):
@@ -148,7 +151,10 @@ def test_help_lists_every_key(capsys):
         (["--training.learning_rate", "1"], "did you mean optimizer.learning_rate?"),
         (["--logging.keep", "1"], "did you mean checkpoint.keep?"),
         (["--hidden_size", "64"], "did you mean model.hidden_size?"),
-        (["--qqqq.zzzz", "1"], "sections are model, ponder, parallel, data, tokenizer, optimizer"),
+        (
+            ["--qqqq.zzzz", "1"],
+            "sections are model, ponder, ponder_training, inference, parallel, data, tokenizer",
+        ),
         (["model.hidden_size", "64"], '"model.hidden_size" is no option; write --key value'),
         (["--config"], "--config has no value; write --config VALUE"),
         (["--config", "missing.yaml"], "no configuration file missing.yaml; check the path given with --config"),
@@ -195,7 +201,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         ("model.hidden_size", "true", "true; write a whole number"),
         ("model.family", "gpt2", "gpt2"),
         ("ponder.mode", "slow", "slow"),
-        ("ponder.jacobi_iterations", "[1, x]", "x"),
+        ("ponder_training.jacobi_iterations", "[1, x]", "x"),
         ("optimizer.betas", "[0.9]", "0.9"),
         ("optimizer.learning_rate", "fast", "fast"),
         ("training.precision", "fp16", "fp16"),
@@ -218,16 +224,19 @@ def test_wrong_types(key, value, got):
         ({"model__num_kv_heads": 5}, "model.num_heads 12 is not divisible by model.num_kv_heads 5"),
         ({"model__family": "gpt_neox", "model__rotary_fraction": 0.3}, "head of 64 channels is 19.2; it must be a pos"),
         ({"model__hidden_size": 36}, "model.rotary_fraction 1.0 of a head of 3 channels is 3"),
-        ({"ponder__max_steps": 0}, "ponder.mode adaptive needs ponder.max_steps of at least 1, not 0"),
-        ({"ponder__mode": "fixed", "ponder__max_steps": 0}, "ponder.mode fixed needs ponder.max_steps"),
-        ({"ponder__mode": "loop", "ponder__max_steps": 0}, "ponder.mode loop needs ponder.max_steps"),
-        ({"ponder__jacobi_iterations": "[]"}, "ponder.jacobi_iterations is []; give a number from 0 up"),
-        ({"ponder__target_steps": 0.5}, "needs a ponder.penalty_weight above 0 to begin with"),
+        ({"ponder__latent_steps": 0}, "ponder.mode adaptive needs ponder.latent_steps of at least 1, not 0"),
+        ({"ponder__mode": "fixed", "ponder__latent_steps": 0}, "ponder.mode fixed needs ponder.latent_steps"),
+        ({"ponder__mode": "loop", "ponder__latent_steps": 0}, "ponder.mode loop needs ponder.latent_steps"),
+        ({"ponder_training__jacobi_iterations": "[]"}, "ponder_training.jacobi_iterations is []; give a number"),
+        ({"ponder_training__target_latent_steps": 0.5}, "needs a ponder_training.penalty_weight above 0 to begin with"),
         (
-            {"ponder__target_steps": 9, "ponder__penalty_weight": 0.1},
-            "ponder.target_steps 9.0 must lie between 0 and ponder.max_steps 3",
+            {"ponder_training__target_latent_steps": 9, "ponder_training__penalty_weight": 0.1},
+            "ponder_training.target_latent_steps 9.0 must lie between 0 and ponder.latent_steps 3",
         ),
-        ({"ponder__penalty_start": 5}, "ponder.penalty_start 5 must lie between 0 and ponder.penalty_end 0"),
+        (
+            {"ponder_training__penalty_start": 5},
+            "ponder_training.penalty_start 5 must lie between 0 and ponder_training.penalty_end 0",
+        ),
         ({"parallel__tensor": 8}, "8 does not divide model.num_heads 12; the largest that works is parallel.tensor 4"),
         (
             {"parallel__tensor": 6, "model__num_kv_heads": 4},
@@ -281,8 +290,8 @@ def test_wrong_types(key, value, got):
             "embedding and head are on different ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
         ),
         (
-            {"parallel__pipeline": 2, "ponder__gradient_passes": 2},
-            "every pass must hand a gradient back to the one before; leave ponder.gradient_passes out",
+            {"parallel__pipeline": 2, "ponder_training__gradient_passes": 2},
+            "every pass must hand a gradient back to the one before; leave ponder_training.gradient_passes out",
         ),
         (
             {"parallel__offload_optimizer": "cpu", "parallel__zero_stage": 0},
@@ -306,12 +315,12 @@ def test_contradictions_are_refused(overrides, said):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"ponder__mode": "vanilla", "ponder__max_steps": 0},
-        {"ponder__mode": "fixed", "ponder__penalty_weight": 0.1},
-        {"ponder__mode": "ponderlm", "parallel__pipeline": 2, "ponder__penalty_weight": 0.1},
+        {"ponder__mode": "vanilla", "ponder__latent_steps": 0},
+        {"ponder__mode": "fixed", "ponder_training__penalty_weight": 0.1},
+        {"ponder__mode": "ponderlm", "parallel__pipeline": 2, "ponder_training__penalty_weight": 0.1},
         {"training__eval_interval": 0, "training__eval_samples": 0},
-        {"ponder__threshold": 0},
-        {"ponder__threshold": 1},
+        {"inference__threshold": 0},
+        {"inference__threshold": 1},
         {"model__family": "gpt_neox", "model__rotary_fraction": 1},
         {"model__num_kv_heads": 1},
         {"parallel__tensor": 12, "model__ffn_hidden_size": 2304},
@@ -573,16 +582,15 @@ def configurations(draw) -> Config:
         norm_epsilon=draw(st.floats(1e-12, 1e-3)),
         tie_embeddings=draw(st.booleans()),
     )
-    ponder = PonderConfig(
-        mode=draw(st.sampled_from(["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])),
+    ponder = PonderConfig(mode=draw(st.sampled_from(["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])))
+    ponder_training = PonderTrainingConfig(
         jacobi_iterations=draw(st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=4)),
-        router_bias=draw(st.floats(-1e3, 1e3)),
-        threshold=draw(st.floats(0, 1)),
         gradient_passes=draw(st.none() | st.integers(1, 9)),
     )
+    inference = InferenceConfig(threshold=draw(st.floats(0, 1)), router_bias=draw(st.floats(-1e3, 1e3)))
     run_dir = draw(st.text("abcXYZ019_-/.# :'\"é", min_size=1, max_size=12))
     betas = draw(st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)))
-    config = Config(model=model, ponder=ponder, training=TrainingConfig(run_dir=run_dir))
+    config = Config(model, ponder, ponder_training, inference, training=TrainingConfig(run_dir=run_dir))
     return replace(config, optimizer=replace(config.optimizer, betas=betas))
 
 
@@ -659,9 +667,10 @@ def test_examples_follow_the_reference_recipe(name):
     assert replace(config.optimizer, learning_rate=default.optimizer.learning_rate) == default.optimizer
     assert (config.training.steps, config.training.precision) == (50_000, "bf16")
     assert config.data.sequence_length == config.model.max_position_embeddings == 2048
-    assert (config.ponder.mode, config.ponder.max_steps, config.ponder.jacobi_iterations) == ("adaptive", 3, [2, 3])
-    assert config.ponder.penalty_weight > 0
-    assert config.ponder.penalty_start < config.ponder.penalty_end < config.training.steps
+    training = config.ponder_training
+    assert (config.ponder.mode, config.ponder.latent_steps, training.jacobi_iterations) == ("adaptive", 3, [2, 3])
+    assert training.penalty_weight > 0
+    assert training.penalty_start < training.penalty_end < config.training.steps
     assert config.training.run_dir == f"runs/{name}"
     assert not Path(config.data.path).is_absolute()
     assert set(yaml.safe_load(path.read_text())) >= {"model", "ponder", "optimizer", "training", "data", "tokenizer"}

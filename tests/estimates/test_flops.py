@@ -20,7 +20,7 @@ CASES = [
     {},
     {"model__family": "gpt_neox"},
     {"ponder__router_hidden_size": 24},
-    {"ponder__gradient_passes": 2},
+    {"ponder_training__gradient_passes": 2},
     {"model__num_kv_heads": 2, "ponder__mode": "vanilla"},
 ]
 
@@ -43,8 +43,9 @@ def counted(overrides: dict) -> tuple[float, float]:
     model = small_model(**settings)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Modules()
+    objective = Objective(model, overrides.get("ponder_training__gradient_passes"))
     with counter, sdpa_kernel(SDPBackend.MATH):  # of PyTorch's fused kernels on a CPU nothing is counted
-        loss, _ = Objective(model)(random_tokens(BATCH, LENGTH + 1), R, model.rule("soft"))
+        loss, _ = objective(random_tokens(BATCH, LENGTH + 1), R, model.rule("soft"))
         loss.backward()
     by_operation = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     weights = sum(count for name, count in by_operation.items() if name in ("aten.mm", "aten.addmm"))
@@ -55,15 +56,15 @@ def counted(overrides: dict) -> tuple[float, float]:
 def test_products_with_weights_are_those_that_run(overrides):
     config = small_config(data__sequence_length=LENGTH, training__global_batch_size=BATCH, **overrides)
     passes = forward_flops(config, R)
-    trained = config.ponder.gradient_passes or len(passes)
+    trained = config.ponder_training.gradient_passes or len(passes)
     expected = sum(flops.matrices for flops in passes[:-trained])
     expected += 3 * sum(flops.matrices for flops in passes[-trained:]) + 3 * head_flops(config)
-    options = config.ponder.max_steps + 1
+    options = config.ponder.latent_steps + 1
     fusion = 2 * LENGTH * config.model.hidden_size * options if config.ponder.mode == "adaptive" else 0
     weights, _ = counted(overrides)
     mixtures = 0
     if config.ponder.mode == "ponderlm":  # K times over all 61 tokens, looked up and added
-        mixtures = 2 * LENGTH * config.model.hidden_size * 61 * config.ponder.max_steps
+        mixtures = 2 * LENGTH * config.model.hidden_size * 61 * config.ponder.latent_steps
     assert weights == BATCH * (expected - 3 * (fusion + mixtures))  # stacks of products, and none at all
 
 
@@ -78,7 +79,7 @@ def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
         folded = (head + 8) / head if mode == "adaptive" and index > 0 else 1
         expected += 6 / 2 * square * folded  # of 2 products forward; 4 backward
     if mode == "adaptive":
-        expected += 3 * 2 * LENGTH * config.model.hidden_size * (config.ponder.max_steps + 1)
+        expected += 3 * 2 * LENGTH * config.model.hidden_size * (config.ponder.latent_steps + 1)
     _, stacks = counted({"ponder__mode": mode})
     assert stacks == pytest.approx(BATCH * expected, rel=1e-12)
 
@@ -109,7 +110,7 @@ def test_cost_in_passes():
 
 def test_more_steps_and_refinements_cost_more():
     for costs in (
-        [training_flops(small_config(ponder__max_steps=k), 1) for k in (1, 2, 3)],
+        [training_flops(small_config(ponder__latent_steps=k), 1) for k in (1, 2, 3)],
         [training_flops(small_config(), r) for r in (0, 1, 2)],
     ):
         assert costs == sorted(set(costs))

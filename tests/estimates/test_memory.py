@@ -42,7 +42,7 @@ def config_for(**overrides) -> Config:
         "model__ffn_hidden_size": 352,
         "model__vocab_size": VOCABULARY,
         "data__sequence_length": LENGTH,
-        "ponder__jacobi_iterations": R,
+        "ponder_training__jacobi_iterations": R,
         "training__micro_batch_size": BATCH,
         "training__global_batch_size": BATCH,
         "training__precision": "fp32",
@@ -112,7 +112,7 @@ def test_parameters_of_every_rank(family, mode, tensor, pipeline):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"model__num_kv_heads": 2}, {"model__tie_embeddings": "true"}, {"ponder__max_steps": 4}]
+    "overrides", [{"model__num_kv_heads": 2}, {"model__tie_embeddings": "true"}, {"ponder__latent_steps": 4}]
 )
 def test_parameters_of_other_models(overrides):
     config = config_for(**overrides)
@@ -131,7 +131,8 @@ def forward_and_backward(config: Config, mesh: Mesh, eod_id: int | None = None) 
     initialize(model, seed=0)
     model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
-    objective, tokens = Objective(model), random_tokens(BATCH, LENGTH + 1, VOCABULARY)
+    objective = Objective(model, config.ponder_training.gradient_passes)
+    tokens = random_tokens(BATCH, LENGTH + 1, VOCABULARY)
     parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
     with Alive() as alive:
         for parameter in model.parameters():
@@ -155,7 +156,7 @@ ACTIVATIONS = [
     {"ponder__mode": "loop", "model__family": "gpt_neox"},
     {"ponder__mode": "ponderlm"},
     {"ponder__mode": "ponderlm", "training__recompute": "block"},
-    {"ponder__gradient_passes": 2},
+    {"ponder_training__gradient_passes": 2},
     {"data__reset_at_eod": "true"},
     {"training__recompute": "block"},
     {"training__recompute": "attention"},

@@ -44,7 +44,7 @@ def config_for(**overrides) -> Config:
 @pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_work_without_anything_else_is_the_counted_operations(mode, family):
-    config = config_for(ponder__mode=mode, model__family=family, ponder__jacobi_iterations=2)
+    config = config_for(ponder__mode=mode, model__family=family, ponder_training__jacobi_iterations=2)
     time = step_time(config, 32, IDEAL)
     assert time.tokens == 256 * 2048
     assert time.flops == training_flops(config, 2)
@@ -76,7 +76,7 @@ def test_a_single_micro_batch_keeps_one_rank_busy_at_a_time():
 
 def test_a_pipeline_waits_as_long_as_the_formula_says():
     # 128 micro-batches on each of 2 copies, six passes
-    config = config_for(parallel__pipeline=4, training__micro_batch_size=1, ponder__jacobi_iterations=2)
+    config = config_for(parallel__pipeline=4, training__micro_batch_size=1, ponder_training__jacobi_iterations=2)
     parts = step_time(config, 2, IDEAL).parts
     busy = parts["matrices"] + parts["attention"]
     assert parts["bubble"] / (busy + parts["bubble"]) == pytest.approx(3 / (6 * 128 + 3), rel=1e-6)
@@ -121,10 +121,10 @@ def test_reductions_hide_where_the_backward_pass_of_the_first_pass_is_long_enoug
         ({}, {"training__recompute": "attention"}),
         ({"training__recompute": "attention"}, {"training__recompute": "block"}),
         ({"training__recompute": "block", "training__recompute_passes": 2}, {"training__recompute": "block"}),
-        ({"ponder__gradient_passes": 2}, {}),
+        ({"ponder_training__gradient_passes": 2}, {}),
         ({"ponder__mode": "vanilla"}, {"ponder__mode": "fixed"}),
-        ({"ponder__max_steps": 2}, {"ponder__max_steps": 3}),
-        ({"ponder__jacobi_iterations": 1}, {}),
+        ({"ponder__latent_steps": 2}, {"ponder__latent_steps": 3}),
+        ({"ponder_training__jacobi_iterations": 1}, {}),
         ({}, {"parallel__pipeline": 8}),
     ],
 )

@@ -20,7 +20,7 @@ def analysis_of_small_models() -> Analysis:
     """Of a model of each mode, on random tokens with random depths."""
     subjects = []
     for mode in ("adaptive", "fixed", "vanilla"):
-        model = small_model(router_scale=4.0, ponder__mode=mode, ponder__threshold=0.3).eval()
+        model = small_model(router_scale=4.0, ponder__mode=mode, inference__threshold=0.3).eval()
         subjects.append(Subject(mode, model, Path("runs") / mode, 1))
     batches, depths = [random_tokens(3, 41, vocab_size=12)], [random_tokens(3, 41, vocab_size=4, seed=1) - 1]
     return analyse(subjects, batches, PLAN, piece, depths)

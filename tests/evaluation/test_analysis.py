@@ -20,7 +20,7 @@ LABELS = {"a": "adaptive", "f": "fixed", "v": "vanilla"}
 @pytest.fixture(scope="module")
 def subjects() -> dict[str, Subject]:
     models = {
-        label: small_model(router_scale=4.0, ponder__mode=mode, ponder__threshold=0.3).eval()
+        label: small_model(router_scale=4.0, ponder__mode=mode, inference__threshold=0.3).eval()
         for label, mode in LABELS.items()
     }
     return {label: Subject(label, model, Path("runs") / label, 2) for label, model in models.items()}

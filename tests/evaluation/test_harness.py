@@ -68,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def checkpoint_of(folder: Path, corpus, **options) -> Path:
-    options = {"model__vocab_size": 512, "model__max_position_embeddings": 512, "ponder__threshold": 0.3} | options
+    options = {"model__vocab_size": 512, "model__max_position_embeddings": 512, "inference__threshold": 0.3} | options
     weights = {
         name: tensor.detach().float() for name, tensor in small_model(router_scale=4.0, **options).named_parameters()
     }
@@ -80,7 +80,7 @@ def checkpoint_of(folder: Path, corpus, **options) -> Path:
 def log_probability(loaded: LoadedModel, context: list[int], continuation: list[int]) -> float:
     """Of a continuation, by parallel passes with the hard rule."""
     tokens = torch.tensor([context + continuation])
-    refinements = loaded.config.ponder.evaluation_refinements
+    refinements = loaded.config.ponder_training.evaluation_refinements
     result = loaded.model.jacobi(tokens[:, :-1], refinements, loaded.model.rule("hard"))
     scores = loaded.model.head(result.output_BLH)[0].double().log_softmax(-1)[len(context) - 1 :]
     return float(scores.gather(1, torch.tensor(continuation).unsqueeze(1)).sum())
@@ -114,7 +114,7 @@ def values(evaluation: TaskEvaluation) -> dict[str, float]:
     [
         {"model__num_kv_heads": 2},
         {"model__family": "gpt_neox", "ponder__mode": "fixed"},
-        {"model__family": "gpt_neox", "ponder__router_bias": -0.2},
+        {"model__family": "gpt_neox", "inference__router_bias": -0.2},
         {"ponder__mode": "vanilla"},
     ],
 )

@@ -47,7 +47,7 @@ def test_cross_entropy_is_that_of_the_logits(model, kind, refinements):
     assert got.tokens == len(want) == 68
     assert got.cross_entropy == pytest.approx(float(want.mean()), rel=1e-12)
     assert got.perplexity == pytest.approx(math.exp(want.mean()), rel=1e-12)
-    assert got.passes == model.ponder_config.max_steps + refinements + 1
+    assert got.passes == model.ponder_config.latent_steps + refinements + 1
     assert got.bits_per_byte is None
     assert got.setting == f"{kind}, jacobi({refinements})"
 

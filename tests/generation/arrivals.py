@@ -28,8 +28,8 @@ def arrivals_model(name: str):
     """A model whose tokens take all numbers of steps."""
     return small_model(
         router_scale=3.0,
-        ponder__max_steps=3,
-        ponder__threshold=0.2,
+        ponder__latent_steps=3,
+        inference__threshold=0.2,
         model__num_layers=3,
         model__max_position_embeddings=256,
         **MODELS[name],

@@ -25,13 +25,13 @@ from tests.serving.test_serving import Served, running
 POISON = 60
 READ = random_tokens(1, 40, vocab_size=POISON)[0].tolist()
 PROMPTS = [READ[:3], [*READ[:20], POISON, *READ[20:]], READ, [7, POISON], READ[5:9]]
-TEXT_MODEL = {"model__vocab_size": 600, "model__max_position_embeddings": 256, "ponder__threshold": 0.3}
+TEXT_MODEL = {"model__vocab_size": 600, "model__max_position_embeddings": 256, "inference__threshold": 0.3}
 PIECES = 512
 
 
 def poisoned(**overrides):
     """A model that gives no number after one token of its vocabulary."""
-    model = small_model(router_scale=3.0, ponder__threshold=0.2, model__max_position_embeddings=128, **overrides)
+    model = small_model(router_scale=3.0, inference__threshold=0.2, model__max_position_embeddings=128, **overrides)
     with torch.no_grad():
         model.embedding.weight[POISON] = math.nan
     return model

@@ -17,7 +17,7 @@ from megatron_ponder.generation.sequences import Batching
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config, small_model
 
-TEXT_MODEL = {"model__vocab_size": 512, "ponder__threshold": 0.2, "model__max_position_embeddings": 256}
+TEXT_MODEL = {"model__vocab_size": 512, "inference__threshold": 0.2, "model__max_position_embeddings": 256}
 TEXTS = ["import os\n", "def main(argv):\n    return", "", "naïve ☕", "class"]
 
 
@@ -28,7 +28,7 @@ def timeless(results: list[Generation]) -> list[Generation]:
 
 @pytest.mark.parametrize("mode", ["adaptive", "fixed", "vanilla", "pause", "loop", "ponderlm"])
 def test_batch_equals_one_at_a_time(mode):
-    model = small_model(router_scale=3.0, ponder__mode=mode, ponder__max_steps=3, ponder__threshold=0.2)
+    model = small_model(router_scale=3.0, ponder__mode=mode, ponder__latent_steps=3, inference__threshold=0.2)
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 5, 9, 2)]
     together = generate(model, prompts, 12)
     for prompt, result in zip(prompts, together, strict=True):
@@ -42,7 +42,7 @@ def test_batch_equals_one_at_a_time(mode):
 
 
 def test_greedy_is_the_argmax_of_exact_evaluation():
-    model = small_model(router_scale=3.0, ponder__threshold=0.2)
+    model = small_model(router_scale=3.0, inference__threshold=0.2)
     tokens = random_tokens(1, 4)
     result = generate(model, [tokens[0].tolist()], 6, top_log_probabilities=3)[0]
     for place, expected in enumerate(result.tokens):
@@ -100,7 +100,7 @@ def test_more_prompts_than_rows(many):
 
 @pytest.mark.parametrize("prefill", [None, Prefill(chunk=5, shortest=1), Prefill(tolerance=1e-12, shortest=1)])
 def test_prompts_may_be_read_in_any_way(prefill):
-    model = small_model(router_scale=3.0, ponder__threshold=0.2)
+    model = small_model(router_scale=3.0, inference__threshold=0.2)
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 30, 50)]
     want = generate(model, prompts, 6)
     got = generate(model, prompts, 6, batching=Batching(prefill=prefill))
@@ -110,7 +110,7 @@ def test_prompts_may_be_read_in_any_way(prefill):
 
 
 def test_refinements_approach_the_fixed_point():
-    model = small_model(router_scale=3.0, ponder__threshold=0.2)
+    model = small_model(router_scale=3.0, inference__threshold=0.2)
     prompt = random_tokens(1, 40, seed=5)[0].tolist()
 
     def log_p(prefill):

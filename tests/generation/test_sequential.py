@@ -12,7 +12,7 @@ from tests.models import random_tokens, small_model
 @pytest.mark.parametrize("threshold", [0.0, 1e-4, 0.3])
 def test_adaptive_equals_exact(family, steps, threshold):
     scale = 20.0 if threshold == 1e-4 else 4.0  # sharp enough for weights below the threshold
-    model = small_model(seed=steps, router_scale=scale, model__family=family, ponder__max_steps=steps)
+    model = small_model(seed=steps, router_scale=scale, model__family=family, ponder__latent_steps=steps)
     tokens = random_tokens(1, 24, seed=steps)
     rule = model.rule("hard", threshold=threshold)
     want, executed = decode(model, rule, tokens[0])
@@ -26,7 +26,7 @@ def test_adaptive_equals_exact(family, steps, threshold):
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_fixed_equals_exact(family, steps):
-    model = small_model(seed=steps, model__family=family, ponder__max_steps=steps, ponder__mode="fixed")
+    model = small_model(seed=steps, model__family=family, ponder__latent_steps=steps, ponder__mode="fixed")
     tokens = random_tokens(1, 24, seed=steps)
     want, executed = decode(model, model.rule("hard"), tokens[0])
     got = model.exact(tokens, model.rule("hard"))
@@ -44,7 +44,7 @@ def test_vanilla_and_grouped_query_heads_equal_one_pass():
 
 
 def test_router_bias_shifts_steps_in_both_evaluations():
-    model = small_model(router_scale=3.0, ponder__max_steps=3)
+    model = small_model(router_scale=3.0, ponder__latent_steps=3)
     tokens = random_tokens(1, 24)
     means = []
     for bias in (-2.0, 0.0, 2.0):

@@ -23,7 +23,7 @@ def tokenizer(corpus):
 
 def generator_with(tokenizer) -> Generator:
     """Its tokens take all numbers of steps, and many are parts of characters."""
-    model = small_model(router_scale=3.0, model__vocab_size=512, ponder__threshold=0.2, ponder__max_steps=3)
+    model = small_model(router_scale=3.0, model__vocab_size=512, inference__threshold=0.2, ponder__latent_steps=3)
     return Generator(model, tokenizer=tokenizer)
 
 

@@ -14,7 +14,7 @@ FAMILIES = [{"model__family": "llama", "model__num_kv_heads": 2}, {"model__famil
 
 
 def varied_model(**overrides):
-    return small_model(router_scale=4.0, ponder__threshold=0.3, **overrides)
+    return small_model(router_scale=4.0, inference__threshold=0.3, **overrides)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,7 +18,7 @@ from tests.hf.exported import weights_of
 from tests.models import small_config, small_model
 
 STEP = "checkpoints/step-00000001"
-MODEL = {"model__vocab_size": 512, "model__family": "gpt_neox", "ponder__threshold": 0.3}
+MODEL = {"model__vocab_size": 512, "model__family": "gpt_neox", "inference__threshold": 0.3}
 LAYOUTS = {
     "tensor": {"parallel__tensor": 2, "parallel__sequence_parallel": "true", "parallel__vocab_multiple": 100},
     "pipeline": {"parallel__pipeline": 2},
@@ -54,7 +54,7 @@ def folder(corpus, tmp_path_factory) -> Path:
             model__ffn_hidden_size=48,
             model__family="gpt_neox",
             model__max_position_embeddings=config.model.max_position_embeddings,
-            ponder__threshold=0.3,
+            inference__threshold=0.3,
             optimizer__learning_rate=rate,
             training__steps=1,
             training__eval_interval=1,

@@ -123,8 +123,9 @@ def offline(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model, family):
-    model = small_model(model__vocab_size=1024, model__family=family, router_scale=4.0, ponder__threshold=0.3).float()
-    config = small_config(model__vocab_size=1024, model__family=family, ponder__threshold=0.3)
+    options = {"model__vocab_size": 1024, "model__family": family, "inference__threshold": 0.3}
+    model = small_model(router_scale=4.0, **options).float()
+    config = small_config(**options)
     folder = tmp_path / "exported"
     export(weights_of(model), config, sentencepiece_model, folder)
     done = subprocess.run(
@@ -144,7 +145,7 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
     tokens = torch.tensor([got["ids"]])
     rule = model.rule("hard")
     with torch.no_grad():
-        expected = model.head(model.jacobi(tokens, config.ponder.evaluation_refinements, rule).output_BLH)[0]
+        expected = model.head(model.jacobi(tokens, config.ponder_training.evaluation_refinements, rule).output_BLH)[0]
         assert (torch.tensor(got["logits"]) - expected).abs().max() < 1e-5 * expected.abs().max()
         for _ in range(6):
             exact = model.exact(tokens, rule)
@@ -157,7 +158,7 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
 
 def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
     """Pipelines, placement, types, saving again: with the export's own code and no network, and without warnings."""
-    options = {"model__vocab_size": 1024, "ponder__threshold": 0.3}
+    options = {"model__vocab_size": 1024, "inference__threshold": 0.3}
     folder = tmp_path / "exported"
     export(
         weights_of(small_model(router_scale=4.0, **options)),
@@ -194,7 +195,7 @@ def test_the_page_says_how_to_use_and_tune_it(tmp_path, offline, sentencepiece_m
     """All of its Python, one block after another, on an export of another model."""
     page = (REPOSITORY / "docs" / "huggingface.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```", page)
-    options = {"model__vocab_size": 1024, "ponder__threshold": 0.1}
+    options = {"model__vocab_size": 1024, "inference__threshold": 0.1}
     export(
         weights_of(small_model(**options)), small_config(**options), sentencepiece_model, tmp_path / "runs" / "export"
     )
@@ -263,7 +264,7 @@ def test_the_end_of_documents_is_carried(tmp_path, sentencepiece_model):
 
 def test_a_vocabulary_larger_than_the_tokenizers(tmp_path, sentencepiece_model):
     """Ids without a piece are likely in this model; neither generation nor the export's gives one, and they agree."""
-    options = {"model__vocab_size": 3000, "ponder__threshold": 0.3}
+    options = {"model__vocab_size": 3000, "inference__threshold": 0.3}
     model, tokenizer = small_model(router_scale=4.0, **options).float().eval(), load_tokenizer(sentencepiece_model)
     export(weights_of(model), small_config(**options), sentencepiece_model, tmp_path / "exported")
     exported = PonderLMForCausalLM.from_pretrained(tmp_path / "exported").eval()

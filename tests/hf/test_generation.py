@@ -25,7 +25,7 @@ from tests.models import random_tokens, small_config, small_model
 
 FAMILIES = [{"model__family": "llama", "model__num_kv_heads": 2}, {"model__family": "gpt_neox"}]
 MODES = [{"ponder__mode": mode} for mode in ("vanilla", "fixed", "pause", "loop", "ponderlm")]
-MODES.append({"ponder__threshold": 0.3})
+MODES.append({"inference__threshold": 0.3})
 LENGTHS = [4, 9, 1, 6]
 EOD = 7
 
@@ -93,7 +93,7 @@ def test_a_padded_batch_gives_what_each_prompt_gives_alone(family, mode, side):
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_sampling_from_padded_prompts(side, use_cache):
     """With the passes at their fixed point, what is drawn is the same with and without padding and cache."""
-    twin = hugging_face(varied_model(ponder__threshold=0.3), refinements=60)
+    twin = hugging_face(varied_model(inference__threshold=0.3), refinements=60)
     prompts = prompts_of([5, 3])
     options = {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.0}
     options |= {"max_new_tokens": 6, "num_return_sequences": 3}
@@ -110,7 +110,7 @@ def test_sampling_from_padded_prompts(side, use_cache):
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 0, "temperature": 5.0}, {"num_beams": 3}])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_ids_without_a_piece_are_never_generated(options, use_cache):
-    twin = hugging_face(varied_model(ponder__threshold=0.3))
+    twin = hugging_face(varied_model(inference__threshold=0.3))
     tokens = random_tokens(2, 5, vocab_size=40)
     options = options | {"max_new_tokens": 30, "use_cache": use_cache}
     assert int(twin.generate(tokens, **options).max()) > 39
@@ -130,7 +130,7 @@ def test_ids_without_a_piece_are_never_generated(options, use_cache):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_beams_of_padded_prompts(side):
-    twin = hugging_face(varied_model(ponder__threshold=0.3))
+    twin = hugging_face(varied_model(inference__threshold=0.3))
     prompts = prompts_of([6, 2])
     ids, mask = padded(prompts, side)
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6}
@@ -144,7 +144,7 @@ def test_beams_of_padded_prompts(side):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_in_padded_batches(family):
     """A token that ends a document in the prompt, at its end, in what is generated, and as padding."""
-    model = varied_model(ponder__threshold=0.3, eod_id=EOD, **family)
+    model = varied_model(inference__threshold=0.3, eod_id=EOD, **family)
     twin = hugging_face(model)
     prompts = prompts_of([5, 8, 3])
     for prompt in prompts:
@@ -181,7 +181,7 @@ class EndAt:
 
 
 def test_sequences_that_end_early_do_not_disturb_the_others():
-    twin = hugging_face(varied_model(ponder__threshold=0.3))
+    twin = hugging_face(varied_model(inference__threshold=0.3))
     prompts = prompts_of(LENGTHS)
     alone = [twin.generate(prompt, max_new_tokens=8)[0, prompt.shape[1] :] for prompt in prompts]
     end = int(alone[0][2])  # which the first generates third
@@ -199,7 +199,7 @@ def test_sequences_that_end_early_do_not_disturb_the_others():
 @pytest.fixture(scope="module")
 def exported(sentencepiece_model, tmp_path_factory):
     """An adaptive export with a tokenizer."""
-    options = {"model__vocab_size": 1024, "ponder__threshold": 0.3, "model__max_position_embeddings": 64}
+    options = {"model__vocab_size": 1024, "inference__threshold": 0.3, "model__max_position_embeddings": 64}
     folder = tmp_path_factory.mktemp("generation") / "exported"
     export(weights_of(varied_model(**options)), small_config(**options), sentencepiece_model, folder)
     return folder

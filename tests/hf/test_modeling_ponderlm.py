@@ -20,8 +20,8 @@ MODES = [
     {"ponder__mode": "pause"},
     {"ponder__mode": "loop"},
     {"ponder__mode": "ponderlm", "model__vocab_size": 173},
-    {"ponder__threshold": 0.1},
-    {"ponder__threshold": 0.3, "ponder__max_steps": 3, "ponder__router_bias": 0.2},
+    {"inference__threshold": 0.1},
+    {"inference__threshold": 0.3, "ponder__latent_steps": 3, "inference__router_bias": 0.2},
 ]
 
 
@@ -79,7 +79,7 @@ def test_the_cache_equals_the_fixed_point(family, mode):
 
 
 def test_pruned_steps_do_not_run():
-    model = varied_model(ponder__threshold=0.3)
+    model = varied_model(inference__threshold=0.3)
     twin = hugging_face(model)
     rows = []
     twin.model.layers[0].register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
@@ -113,7 +113,7 @@ def test_generation_equals_the_fixed_point(family, mode):
 
 
 def test_rows_of_a_batch_decide_for_themselves():
-    model = varied_model(ponder__threshold=0.3)
+    model = varied_model(inference__threshold=0.3)
     prompts = random_tokens(3, 6)
     batch = hugging_face(model).generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8, return_dict_in_generate=True
@@ -126,7 +126,7 @@ def test_rows_of_a_batch_decide_for_themselves():
 
 
 def test_left_padding_changes_nothing():
-    model = varied_model(ponder__threshold=0.3)
+    model = varied_model(inference__threshold=0.3)
     twin = hugging_face(model)
     short, long = random_tokens(1, 4, seed=1), random_tokens(1, 7, seed=2)
     ids = torch.cat([F.pad(short, (3, 0)), long])
@@ -145,7 +145,7 @@ def test_left_padding_changes_nothing():
 
 def test_documents_are_kept_apart():
     eod_id = 7
-    model = varied_model(ponder__threshold=0.3, eod_id=eod_id)
+    model = varied_model(inference__threshold=0.3, eod_id=eod_id)
     twin = hugging_face(model)
     tokens = random_tokens(2, 13)
     tokens[tokens == eod_id] = 8
@@ -191,7 +191,7 @@ def test_folded_keys_keep_their_weight(dtype, tolerance):
 
 
 def test_beam_search():
-    model = varied_model(ponder__threshold=0.3)
+    model = varied_model(inference__threshold=0.3)
     twin = hugging_face(model, refinements=60)  # more passes than slots: the fixed point
     options = {"attention_mask": torch.ones(2, 4), "max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 3}
     cached = twin.generate(random_tokens(2, 4), **options)
@@ -201,7 +201,7 @@ def test_beam_search():
 
 
 def test_going_on_from_a_cache():
-    twin = hugging_face(varied_model(ponder__threshold=0.3))
+    twin = hugging_face(varied_model(inference__threshold=0.3))
     prompt = random_tokens(1, 5)
     whole = twin.generate(prompt, max_new_tokens=9)
     first = twin.generate(prompt, max_new_tokens=4, return_dict_in_generate=True)
@@ -213,7 +213,7 @@ def test_going_on_from_a_cache():
 
 def test_the_cache_has_two_names():
     """That of transformers up to 5.23, and that since."""
-    twin = hugging_face(varied_model(ponder__threshold=0.3))
+    twin = hugging_face(varied_model(inference__threshold=0.3))
     tokens = random_tokens(1, 8)
     expected = twin(tokens, use_cache=True).logits[:, 5:]
     for name in ("past_key_values", "cache"):
@@ -249,7 +249,7 @@ def test_the_threshold_can_be_changed_after_loading():
 
 
 def test_loss_and_its_gradient():
-    twin = hugging_face(varied_model(ponder__threshold=0.3).float())
+    twin = hugging_face(varied_model(inference__threshold=0.3).float())
     tokens = random_tokens(2, 8)
     labels = tokens.masked_fill(torch.arange(8) < 3, -100)
     output = twin(tokens, labels=labels)

@@ -1,7 +1,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -107,8 +106,8 @@ def test_a_tied_head_that_was_saved_all_the_same(tmp_path):
 
 def test_a_plain_model_gets_a_fresh_router(tmp_path):
     llama().save_pretrained(tmp_path)
-    weights, config = import_pretrained(tmp_path, ["--ponder.max_steps", "4", "--ponder.router_hidden_size", "8"])
-    assert (config.ponder.mode, config.ponder.max_steps, config.ponder.embedding_scale) == ("adaptive", 4, 1.0)
+    weights, config = import_pretrained(tmp_path, ["--ponder.latent_steps", "4", "--ponder.router_hidden_size", "8"])
+    assert (config.ponder.mode, config.ponder.latent_steps, config.ponder.embedding_scale) == ("adaptive", 4, 1.0)
     fresh = PonderLM(config.model, config.ponder)
     initialize(fresh, config.training.seed)
     for name, tensor in fresh.named_parameters():
@@ -122,14 +121,14 @@ def test_a_plain_model_gets_a_fresh_router(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        {"ponder__threshold": 0.3, "ponder__router_bias": -0.25, "ponder__router_hidden_size": 8},
+        {"inference__threshold": 0.3, "inference__router_bias": -0.25, "ponder__router_hidden_size": 8},
         {"ponder__mode": "fixed", "model__tie_embeddings": "true"},
         {"ponder__mode": "pause"},
         {"ponder__mode": "vanilla", "model__norm_epsilon": 1e-6, "model__rope_theta": 123456.789},
     ],
 )
 def test_there_and_back(tmp_path, family, option):
-    options = {"model__family": family, "ponder__jacobi_iterations": 3} | option
+    options = {"model__family": family, "ponder_training__jacobi_iterations": 3} | option
     config, weights = small_config(**options), weights_of(small_model(**options))
     for number in range(2):
         export(weights, config, None, tmp_path / str(number))
@@ -150,7 +149,7 @@ def test_an_export_in_another_mode(tmp_path, sentencepiece_model):
     assert set(weights) - set(fixed) == {"router.output.weight", "router.output.bias"}
     assert all(tensor.dtype == torch.float32 for tensor in fixed.values())
     assert torch.equal(fixed["head.weight"], weights["head.weight"].bfloat16().float())
-    more, _ = import_pretrained(tmp_path / "exported", ["--ponder.max_steps", "3"])
+    more, _ = import_pretrained(tmp_path / "exported", ["--ponder.latent_steps", "3"])
     assert more["router.output.bias"].tolist() == [0, 0, 0, 2]
     paused, config = import_pretrained(tmp_path / "exported", ["--ponder.mode", "pause"])
     fresh = PonderLM(config.model, config.ponder)
@@ -258,7 +257,8 @@ def test_an_export_that_lacks_a_part_of_itself(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ponder_max_steps": 3}))
     with pytest.raises(UserError, match=r"router\.output\.\w+ has shape \(3.* but the configuration says \(4"):
         import_pretrained(tmp_path)
-    assert import_pretrained(tmp_path, ["--ponder.max_steps", "4"])[0]["router.output.bias"].tolist() == [0, 0, 0, 0, 2]
+    weights, _ = import_pretrained(tmp_path, ["--ponder.latent_steps", "4"])
+    assert weights["router.output.bias"].tolist() == [0, 0, 0, 0, 2]
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
@@ -312,7 +312,7 @@ def test_a_ponderlm_2_checkpoint_computes_what_it_computed(tmp_path, theirs):
     path.write_text(json.dumps(json.loads(path.read_text()) | PONDERLM_2))
     weights, config = import_pretrained(tmp_path)
     ours, tokens = built(weights, config), random_tokens(2, 10)
-    got = ours.head(ours.jacobi(tokens, config.ponder.evaluation_refinements, ours.rule("hard")).output_BLH)
+    got = ours.head(ours.jacobi(tokens, config.ponder_training.evaluation_refinements, ours.rule("hard")).output_BLH)
     expected = jacobi_of_ponderlm_2(theirs, tokens, 3, 4, math.sqrt(2.5 * 32))
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (got - jacobi_of_ponderlm_2(theirs, tokens, 3, 4, 1.0)).abs().max() > 0.1 * expected.abs().max()
@@ -320,8 +320,8 @@ def test_a_ponderlm_2_checkpoint_computes_what_it_computed(tmp_path, theirs):
 
 def test_overrides_are_checked(tmp_path):
     llama().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean ponder\.max_steps"):
-        import_pretrained(tmp_path, ["--ponder.max_step", "2"])
-    config = import_pretrained(tmp_path, ["--ponder.threshold", "0.2", "--training.run_dir", "elsewhere"])[1]
-    assert config.ponder == replace(config.ponder, threshold=0.2)
+    with pytest.raises(UserError, match=r"did you mean ponder\.latent_steps"):
+        import_pretrained(tmp_path, ["--ponder.latent_step", "2"])
+    config = import_pretrained(tmp_path, ["--inference.threshold", "0.2", "--training.run_dir", "elsewhere"])[1]
+    assert config.inference.threshold == 0.2
     assert config.training.run_dir == "elsewhere"

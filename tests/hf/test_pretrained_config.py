@@ -70,8 +70,9 @@ def test_whatever_transformers_writes_is_known(theirs):
 def test_ponderlm_2(kind):
     """Released checkpoints look like plain models; the mode, K, R and the scale are those of their training."""
     theirs = written(kind(hidden_size=1024, num_attention_heads=16), **PONDERLM_2)
-    ponder = read_config(settings(theirs)).ponder
-    assert (ponder.mode, ponder.max_steps, ponder.refinement_choices) == ("fixed", 3, (4,))
+    config = read_config(settings(theirs))
+    ponder = config.ponder
+    assert (ponder.mode, ponder.latent_steps, config.ponder_training.refinement_choices) == ("fixed", 3, (4,))
     assert ponder.embedding_scale == math.sqrt(2.5 * 1024)
     assert read_config(settings(theirs | {"scale_embeds": False})).ponder.embedding_scale == 1
     without = read_config(settings(theirs | {"num_latent_thoughts": 0})).ponder

@@ -59,7 +59,7 @@ class Saved:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(family, mode, reentrant):
     """The same gradients from less memory: each layer keeps its input alone, and runs again in the backward pass."""
-    twin = hugging_face(small_model(router_scale=4.0, ponder__mode=mode, ponder__threshold=0.3, **family)).train()
+    twin = hugging_face(small_model(router_scale=4.0, ponder__mode=mode, inference__threshold=0.3, **family)).train()
     tokens, mask = random_tokens(2, 24), torch.ones(2, 24)
     mask[0, :3] = 0
     labels = tokens.masked_fill(mask == 0, -100)
@@ -90,7 +90,7 @@ def test_gradient_checkpointing(family, mode, reentrant):
 @pytest.fixture(scope="module")
 def material(sentencepiece_model, sources, tmp_path_factory):
     """An adaptive export, its tokenizer, and texts of different lengths."""
-    options = {"model__vocab_size": 1024, "ponder__threshold": 0.1, "data__sequence_length": 64}
+    options = {"model__vocab_size": 1024, "inference__threshold": 0.1, "data__sequence_length": 64}
     folder = tmp_path_factory.mktemp("training") / "exported"
     export(weights_of(small_model(**options)), small_config(**options), sentencepiece_model, folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

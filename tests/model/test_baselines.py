@@ -21,7 +21,7 @@ EOD = 7
 
 
 def baseline(mode: str, family: str = "llama", steps: int = 2, eod_id: int | None = None, **overrides):
-    values = {"model__vocab_size": VOCABULARY, "ponder__max_steps": steps} | overrides
+    values = {"model__vocab_size": VOCABULARY, "ponder__latent_steps": steps} | overrides
     model = small_model(seed=steps, eod_id=eod_id, model__family=family, ponder__mode=mode, **values)
     with torch.no_grad():  # predictions that differ from token to token
         model.head.weight.mul_(20)
@@ -179,7 +179,7 @@ def test_one_row_of_evaluation(mode):
 
 @pytest.mark.parametrize("mode", BASELINES)
 def test_plans(mode):
-    passes = passes_of(small_config(ponder__mode=mode, ponder__max_steps=3).ponder)
+    passes = passes_of(small_config(ponder__mode=mode, ponder__latent_steps=3).ponder)
     for refinements in (0, 2):
         assert passes.plan(refinements) == ((4,) if mode == "pause" else (1, 1, 1, 1))
 

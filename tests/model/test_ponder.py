@@ -78,7 +78,7 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, kind: str,
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize(("steps", "refinements"), [(1, 0), (2, 1), (3, 2)])
 def test_passes_equal_a_naive_chain(family, mode, kind, steps, refinements):
-    model = small_model(router_scale=4.0, ponder__mode=mode, ponder__max_steps=steps, **family)
+    model = small_model(router_scale=4.0, ponder__mode=mode, ponder__latent_steps=steps, **family)
     tokens = random_tokens(2, 9)
     got = model.jacobi(tokens, refinements, model.rule(kind, threshold=0.2))
     expected = torch.stack([naive_chain(model, row, refinements, kind, 0.2) for row in tokens.tolist()])
@@ -273,7 +273,7 @@ def test_a_threshold_of_0_leaves_soft_and_hard_equal():
 
 @torch.no_grad()
 def test_rules_come_from_the_configuration_unless_given():
-    model = small_model(ponder__threshold=0.25, ponder__router_bias=-0.5)
+    model = small_model(inference__threshold=0.25, inference__router_bias=-0.5)
     assert (model.rule("hard").threshold, model.rule("hard").bias) == (0.25, -0.5)
     given_rule = model.rule("soft", threshold=0.0, bias=0.0)
     assert (given_rule.kind, given_rule.threshold, given_rule.bias) == ("soft", 0.0, 0.0)

@@ -142,7 +142,7 @@ def test_gradients_by_finite_differences():
 
 @pytest.mark.parametrize("hidden", [0, 12])
 def test_router_computes_in_fp32_and_begins_near_fixed(hidden):
-    ponder = PonderConfig(max_steps=3, router_hidden_size=hidden, router_initial_bias=2.0)
+    ponder = PonderConfig(latent_steps=3, router_hidden_size=hidden, router_initial_bias=2.0)
     router = Router(ModelConfig(hidden_size=16), ponder, Axis())
     initialize(router, seed=0)
     h = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))

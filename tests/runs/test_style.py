@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from megatron_ponder.config.sections import Mode
+from megatron_ponder.config.ponder import Mode
 from megatron_ponder.runs.style import COLOURS, FURTHER_MARKERS, MARKERS, look, merged_labels
 
 

@@ -42,7 +42,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(corpus) -> Served:
-    overrides = {"model__vocab_size": 512, "model__max_position_embeddings": LONGEST, "ponder__threshold": 0.3}
+    overrides = {"model__vocab_size": 512, "model__max_position_embeddings": LONGEST, "inference__threshold": 0.3}
     return Served(small_model(**overrides).eval(), load_tokenizer(corpus.tokenizer))
 
 

@@ -28,7 +28,7 @@ def served_on(mesh: Mesh) -> tuple[list[list[int]], list[list[int]], int] | None
     Returns:
         Tokens of the short jobs, of the long ones, and slots left in the cache; None on ranks that follow.
     """
-    whole = small_model(model__num_layers=3, model__max_position_embeddings=4096, ponder__threshold=0.3).eval()
+    whole = small_model(model__num_layers=3, model__max_position_embeddings=4096, inference__threshold=0.3).eval()
     axis = mesh.pipeline
     part = ModelPart(LAYERS[axis.size][axis.rank], axis.rank == 0, axis.rank == axis.size - 1)
     model = PonderLM(whole.model_config, whole.ponder_config, mesh, part=part).double().eval()
@@ -76,7 +76,7 @@ def served_on(mesh: Mesh) -> tuple[list[list[int]], list[list[int]], int] | None
 
 def check(result: tuple[list[list[int]], list[list[int]], int]) -> None:
     finished, cancelled, reserved = result
-    model = small_model(model__num_layers=3, model__max_position_embeddings=4096, ponder__threshold=0.3).eval()
+    model = small_model(model__num_layers=3, model__max_position_embeddings=4096, inference__threshold=0.3).eval()
     want = [generation.tokens for generation in generate(model, PROMPTS, 10)]
     assert finished == want
     for tokens, right in zip(cancelled, want, strict=True):

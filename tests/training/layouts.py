@@ -57,8 +57,8 @@ class Layout:
         values = {
             "model__num_layers": self.pipeline + 1,  # some ranks have more blocks than others
             "model__init_std": 0.05,
-            "ponder__penalty_weight": 0.05,
-            "ponder__threshold": 0.1,
+            "ponder_training__penalty_weight": 0.05,
+            "inference__threshold": 0.1,
             "data__sequence_length": LENGTH,
             "optimizer__gradient_clipping": 0.3,
             # Adam would make steps of full size of gradients that are 0 but for rounding, as key biases have
@@ -132,7 +132,7 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
         own = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
         micro_batches = own.split(config.training.micro_batch_size)
-        penalty = config.ponder.penalty_weight
+        penalty = config.ponder_training.penalty_weight
         sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty, scale)
         gradients = engine.full_gradients()
         norm = engine.step(RATE)
@@ -224,7 +224,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
                 }
             )
         tokens = batch_of(config, step)
-        total, sums = objective(tokens, REFINEMENTS[step], rule, config.ponder.penalty_weight)
+        total, sums = objective(tokens, REFINEMENTS[step], rule, config.ponder_training.penalty_weight)
         (total / tokens[:, 1:].numel()).backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         clipping = config.optimizer.gradient_clipping

@@ -34,7 +34,7 @@ from tests.training.test_preemption import AfterLooks
 from tests.training.test_resume import essentials, final_state
 from tests.training.test_skipped_steps import faulty
 
-MODES = {"adaptive": {}, "pruned": {"ponder__prune_start": 0}, "fixed": {"ponder__mode": "fixed"}}
+MODES = {"adaptive": {}, "pruned": {"ponder_training__prune_start": 0}, "fixed": {"ponder__mode": "fixed"}}
 # Everything is measured that a run can measure, at every step.
 NOT_FINITE = {
     "training__eval_interval": 1,

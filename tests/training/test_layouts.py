@@ -60,14 +60,14 @@ VARIANTS = {
         "unequal parts the other way": NEOX | {"model__num_layers": 4, "parallel__pipeline_layers": [3, 1]},
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
-        "pruned": LLAMA | {"ponder__prune_start": 0},
+        "pruned": LLAMA | {"ponder_training__prune_start": 0},
         **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
     },
     "tp2 sequence": RECOMPUTE
     | {
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
-        "pruned": LLAMA | {"ponder__prune_start": 0},
+        "pruned": LLAMA | {"ponder_training__prune_start": 0},
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
     },
 }
@@ -171,7 +171,7 @@ def train_with_drawn_refinements(mesh: Mesh, layout: Layout, case: dict) -> list
 
 @pytest.mark.slow
 def test_every_rank_draws_the_same_refinements_and_runs_as_many_passes():
-    case = LLAMA | {"ponder__jacobi_iterations": [0, 1, 3]}
+    case = LLAMA | {"ponder_training__jacobi_iterations": [0, 1, 3]}
     first, *others = LAYOUTS["pp2"].run(train_with_drawn_refinements, case)
     assert others == [first]
     assert len({drawn for drawn, _ in first}) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ponder.config import PonderConfig
+from megatron_ponder.config import PonderTrainingConfig
 from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.objective import Objective
@@ -76,7 +76,7 @@ def test_what_is_minimised(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
     """Loss, gradients and steps; the router learns nothing, whatever it would say."""
-    model, rule = small_model().to(dtype), training_rule(0, PonderConfig(router_start=1))
+    model, rule = small_model().to(dtype), training_rule(0, PonderTrainingConfig(router_start=1), 1e-4)
     fixed = small_model(ponder__mode="fixed", ponder__embedding_scale=model.ponder_config.embedding_scale).to(dtype)
     fixed.load_state_dict({name: value for name, value in model.state_dict().items() if "router" not in name})
     losses, sums = zip(*(Objective(each)(TOKENS, 2, rule, 0.3) for each in (model, fixed)), strict=True)
@@ -111,7 +111,7 @@ def test_a_step_that_is_never_taken_has_no_entropy():
 
 @pytest.mark.parametrize("mode", ["vanilla", "fixed"])
 def test_without_a_router_all_tokens_are_in_the_last_place(mode):
-    arguments = {"ponder__max_steps": 0} if mode == "vanilla" else {}
+    arguments = {"ponder__latent_steps": 0} if mode == "vanilla" else {}
     got = tally(small_model(ponder__mode=mode, **arguments), each_step=True)
     assert got.steps == ([51] if mode == "vanilla" else [0, 0, 51])
     assert (got.penalty, got.entropy, sum(got.weights), sum(got.own_losses)) == (0, 0, 0, 0)

@@ -6,25 +6,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ponder.config import PonderConfig
+from megatron_ponder.config import PonderTrainingConfig
 from megatron_ponder.training.penalty import LARGEST_FACTOR, UNSTEERED, Penalty, PenaltyState
 
 
 def test_penalty_is_warmed_up_linearly():
-    penalty = Penalty(PonderConfig(penalty_weight=0.4, penalty_start=10, penalty_end=20))
+    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.4, penalty_start=10, penalty_end=20), 3)
     assert [penalty.weight(step) for step in (0, 9, 10, 15, 20, 99)] == pytest.approx([0, 0, 0, 0.2, 0.4, 0.4])
-    assert Penalty(PonderConfig(penalty_weight=0.4)).weight(0) == 0.4
+    assert Penalty(PonderTrainingConfig(penalty_weight=0.4), 3).weight(0) == 0.4
 
 
 def test_without_a_target_nothing_is_steered():
-    penalty = Penalty(PonderConfig(penalty_weight=0.4))
+    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.4), 3)
     penalty.observe(100, 3.0)
     assert penalty.state == UNSTEERED
 
 
 def test_it_is_steered_from_the_end_of_the_warm_up_on():
-    config = PonderConfig(penalty_weight=0.4, penalty_start=10, penalty_end=20, target_steps=1.0, target_rate=0.1)
-    penalty = Penalty(config)
+    config = PonderTrainingConfig(
+        penalty_weight=0.4, penalty_start=10, penalty_end=20, target_latent_steps=1.0, target_rate=0.1
+    )
+    penalty = Penalty(config, 3)
     penalty.observe(19, 3.0)
     assert penalty.state == UNSTEERED
     penalty.observe(20, 1.5)
@@ -38,7 +40,9 @@ def test_it_is_steered_from_the_end_of_the_warm_up_on():
 
 
 def test_nothing_is_steered_before_there_is_a_router():
-    penalty = Penalty(PonderConfig(penalty_weight=0.4, router_start=10, target_steps=1.0, target_rate=0.1))
+    penalty = Penalty(
+        PonderTrainingConfig(penalty_weight=0.4, router_start=10, target_latent_steps=1.0, target_rate=0.1), 3
+    )
     penalty.observe(9, 3.0)
     assert penalty.state == UNSTEERED
     penalty.observe(10, 3.0)
@@ -48,7 +52,7 @@ def test_nothing_is_steered_before_there_is_a_router():
 @pytest.mark.parametrize("needed", [0.001, 0.02, 0.5])
 def test_a_router_that_answers_slowly_is_led_to_the_target(needed):
     """Mean K̂ falls with log λ and takes about 20 steps to follow it; it is 1 at the λ that is needed."""
-    penalty = Penalty(PonderConfig(penalty_weight=0.02, target_steps=1.0))
+    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.02, target_latent_steps=1.0), 3)
     mean_steps, late = 3.0, []
     for step in range(4000):
         settled = 3 / (1 + 2 * penalty.weight(step) / needed)
@@ -61,7 +65,7 @@ def test_a_router_that_answers_slowly_is_led_to_the_target(needed):
 @pytest.mark.parametrize("target", [0.3, 1.0, 2.0])
 def test_a_router_whose_weights_add_up_what_lambda_says_does_not_swing_far(target):
     """As Adam moves them: by what λ is above or below what a step brings, at most so far an optimiser step."""
-    penalty = Penalty(PonderConfig(penalty_weight=0.02, target_steps=target))
+    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.02, target_latent_steps=target), 3)
     logit, course = 5.0, []
     for step in range(3000):
         mean_steps = 3 / (1 + math.exp(-logit))
@@ -75,11 +79,11 @@ def test_a_router_whose_weights_add_up_what_lambda_says_does_not_swing_far(targe
 
 @given(st.lists(st.floats(0, 10), max_size=50), st.floats(0.001, 1))
 def test_lambda_stays_within_bounds_and_resumes_from_its_state_alone(mean_steps, rate):
-    config = PonderConfig(penalty_weight=0.01, target_steps=2.0, target_rate=rate)
-    whole, half = Penalty(config), Penalty(config)
+    config = PonderTrainingConfig(penalty_weight=0.01, target_latent_steps=2.0, target_rate=rate)
+    whole, half = Penalty(config, 3), Penalty(config, 3)
     for step, value in enumerate(mean_steps):
         whole.observe(step, value)
-        half = Penalty(config, PenaltyState(*half.state))
+        half = Penalty(config, 3, PenaltyState(*half.state))
         half.observe(step, value)
     assert 1 / LARGEST_FACTOR <= whole.state.factor <= LARGEST_FACTOR
     assert half.state == whole.state

@@ -67,10 +67,10 @@ def final_state(run_dir):
 
 # The penalty begins with the state that an earlier step has left, and what is trained changes on the way.
 STEERED = [
-    "--ponder.router_start=12",
-    "--ponder.target_steps=0.5",
-    "--ponder.target_rate=0.1",
-    "--ponder.prune_start=25",
+    "--ponder_training.router_start=12",
+    "--ponder_training.target_latent_steps=0.5",
+    "--ponder_training.target_rate=0.1",
+    "--ponder_training.prune_start=25",
 ]
 CASES = [
     pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32"),

@@ -9,9 +9,9 @@ from megatron_ponder.training.router_health import FORMING, router_complaint
 from tests.models import small_config
 
 
-def complaint(steps: list[int], step: int = FORMING, cost: float = 0.0, **ponder) -> str | None:
-    config = small_config(**{f"ponder__{name}": value for name, value in ponder.items()})
-    return router_complaint(Tally(0.0, 0.0, 0.0, steps, [], [], 0.0, 0.0), cost, step, config.ponder)
+def complaint(steps: list[int], step: int = FORMING, cost: float = 0.0, **overrides) -> str | None:
+    config = small_config(**overrides)
+    return router_complaint(Tally(0.0, 0.0, 0.0, steps, [], [], 0.0, 0.0), cost, step, config)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def complaint(steps: list[int], step: int = FORMING, cost: float = 0.0, **ponder
     ],
 )
 def test_one_number_of_steps_for_all(steps, words):
-    assert re.search(words, complaint(steps, threshold=0.02))
+    assert re.search(words, complaint(steps, inference__threshold=0.02))
 
 
 @pytest.mark.parametrize("steps", [[990, 10, 0], [0, 2, 998], [400, 300, 300]])
@@ -33,11 +33,11 @@ def test_several_numbers_of_steps_are_right(steps):
 
 def test_a_router_has_time_to_form():
     assert complaint([1000, 0, 0], FORMING - 1) is None
-    assert complaint([1000, 0, 0], 499, penalty_end=500) is None
-    assert complaint([1000, 0, 0], 500, penalty_end=500) is not None
+    assert complaint([1000, 0, 0], 499, ponder_training__penalty_end=500) is None
+    assert complaint([1000, 0, 0], 500, ponder_training__penalty_end=500) is not None
 
 
 def test_what_pruning_costs():
     assert complaint([400, 300, 300], cost=0.01) is None
-    words = r"weight is below ponder\.threshold \(0\.02\) the loss is 0\.720 nats higher: .* set ponder\.prune_start"
-    assert re.search(words, complaint([400, 300, 300], cost=0.72, threshold=0.02))
+    words = r"weight is below inference\.threshold \(0\.02\) the loss is 0\.720 nats higher: .* set .*prune_start"
+    assert re.search(words, complaint([400, 300, 300], cost=0.72, inference__threshold=0.02))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ponder.config import OptimizerConfig, PonderConfig
+from megatron_ponder.config import OptimizerConfig, PonderTrainingConfig
 from megatron_ponder.model.router import Rule
 from megatron_ponder.training.schedules import learning_rate, refinements, training_rule
 
@@ -29,17 +29,18 @@ def test_learning_rate_is_never_above_its_peak_or_zero(steps, share):
 
 
 def test_refinements_are_drawn_uniformly_and_depend_on_seed_and_step_only():
-    config = PonderConfig(jacobi_iterations=[2, 3])
+    config = PonderTrainingConfig(jacobi_iterations=[2, 3])
     drawn = [refinements(step, 1, config) for step in range(4000)]
     assert drawn == [refinements(step, 1, config) for step in range(4000)]
     assert drawn != [refinements(step, 2, config) for step in range(4000)]
     assert abs(drawn.count(2) / 4000 - 0.5) < 0.03
-    assert {refinements(step, 1, PonderConfig(jacobi_iterations=5)) for step in range(10)} == {5}
+    assert {refinements(step, 1, PonderTrainingConfig(jacobi_iterations=5)) for step in range(10)} == {5}
 
 
 def test_pruning_and_the_router_begin_at_their_steps():
-    config = PonderConfig(prune_start=20, router_start=10, threshold=0.25)
-    rules = [training_rule(step, config) for step in (0, 9, 10, 19, 20, 99)]
+    config = PonderTrainingConfig(prune_start=20, router_start=10)
+    rules = [training_rule(step, config, 0.25) for step in (0, 9, 10, 19, 20, 99)]
     assert [rule.kind for rule in rules] == ["all", "all", "soft", "soft", "hard", "hard"]
     assert {rule.threshold for rule in rules} == {0.25}
-    assert training_rule(10**9, PonderConfig()) == Rule("soft", 1e-4) == training_rule(0, PonderConfig())
+    always = PonderTrainingConfig()
+    assert training_rule(10**9, always, 1e-4) == Rule("soft", 1e-4) == training_rule(0, always, 1e-4)

@@ -18,7 +18,11 @@ from megatron_ponder.training.skipped_steps import SkippedSteps
 from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
 
 LLAMA = MODELS["llama adaptive"]
-OTHERS = {"fixed": MODELS["llama fixed"], "pruned": LLAMA | {"ponder__prune_start": 0}, "all": MODELS["llama ponderlm"]}
+OTHERS = {
+    "fixed": MODELS["llama fixed"],
+    "pruned": LLAMA | {"ponder_training__prune_start": 0},
+    "all": MODELS["llama ponderlm"],
+}
 CASES = {
     f"zero{stage} {precision}": LLAMA | {"parallel__zero_stage": stage, "training__precision": precision}
     for stage in (0, 1, 2, 3)

@@ -18,7 +18,7 @@ from tests.models import random_tokens, small_config
 
 
 def watched(**overrides) -> tuple[StepWatch, PonderLM]:
-    config = small_config(training__global_batch_size=4, ponder__jacobi_iterations=2, **overrides)
+    config = small_config(training__global_batch_size=4, ponder_training__jacobi_iterations=2, **overrides)
     model = PonderLM(config.model, config.ponder)
     return StepWatch(config, Mesh(), model.transformer), model
 

@@ -96,7 +96,7 @@ def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
     dataset = parts.datasets["valid"]
     count = min(CASES[index][0], dataset.samples_per_epoch)
     soft = model.rule("soft")
-    r = config.ponder.evaluation_refinements
+    r = config.ponder_training.evaluation_refinements
     want = evaluate(model, validation_batches(dataset, count, 5, 0, 1), Setting(soft, r))
     routed = [
         model.jacobi(tokens[:, :-1], r, soft).routing.executed.flatten()
