@@ -29,7 +29,7 @@ from megatron_ponder.data.indexed_dataset import dataset_paths, dtype_for_vocabu
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.segment_cache import CachedEncoder
 from megatron_ponder.data.segments import cut_segments
-from megatron_ponder.data.text_files import Segment
+from megatron_ponder.data.text_files import TextPart
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 
@@ -120,7 +120,7 @@ def encoding_speeds(corpus: Path, tokenizer_path: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(tokenizer_path)
     encoder = CachedEncoder(tokenizer, dtype_for_vocabulary(tokenizer.vocab_size))
     with corpus.open() as file:
-        documents = (Segment(json.loads(line)["text"], ends_document=True) for line in file)
+        documents = (TextPart(json.loads(line)["text"], ends_document=True) for line in file)
         texts = list(dict.fromkeys(segment.text for segment in cut_segments(documents, may_cut=True)))
     size = sum(map(len, texts)) / 1e6
     ways = {"tokenizer alone": tokenizer.encode, "new text": encoder.encode, "text seen before": encoder.encode}

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from megatron_ponder.config import DataConfig
 from megatron_ponder.data.dataset import TokenDataset
-from megatron_ponder.data.dataset_manifest import Manifest, check_vocabulary, fingerprint, write_manifest
+from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, fingerprint, write_dataset_manifest
 from megatron_ponder.data.indexed_dataset import HEADER, MAGIC, VERSION, IndexedDataset, dataset_paths
 from megatron_ponder.data.mixture import open_mixture
 from megatron_ponder.data.sample_index import SampleIndex, sample_beginnings
@@ -52,7 +52,9 @@ def write_dataset(prefix: Path, documents: int, tokens: int) -> None:
         file.truncate(int(ends[-1]))
     # Without the checksum of the tokens, which would take longer than all that is measured.
     whole = fingerprint(prefix)
-    write_manifest(prefix, Manifest("", VOCABULARY, 0, documents, int(ends[-1]) // 2, 0, fingerprint=whole))
+    write_dataset_manifest(
+        prefix, DatasetManifest("", VOCABULARY, 0, documents, int(ends[-1]) // 2, 0, fingerprint=whole)
+    )
 
 
 def resident(key: str) -> int:

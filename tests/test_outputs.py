@@ -53,8 +53,8 @@ def write_training_plot(folder: Path) -> None:
 
 
 def write_data_manifest(folder: Path) -> None:
-    content = data_manifest.Manifest("ab" * 32, vocab_size=7, eod_id=2, documents=4, tokens=6, text_bytes=9)
-    data_manifest.write_manifest(folder / "data", content)
+    content = data_manifest.DatasetManifest("ab" * 32, vocab_size=7, eod_id=2, documents=4, tokens=6, text_bytes=9)
+    data_manifest.write_dataset_manifest(folder / "data", content)
 
 
 def open_metrics(folder: Path) -> None:

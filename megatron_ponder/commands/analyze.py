@@ -24,10 +24,10 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_writable, write_atomically
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.evaluation.analysis import Analysis, Plan, Subject, analyse
+from megatron_ponder.evaluation.analysis import Analysis, AnalysisPlan, Subject, analyse
 from megatron_ponder.evaluation.figures import draw, write_rows
 from megatron_ponder.evaluation.report import write_page
-from megatron_ponder.evaluation.sources import Inputs, depth_batches, split_batches, text_batches
+from megatron_ponder.evaluation.sources import EvaluationBatches, depth_batches, split_batches, text_batches
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
 
@@ -35,7 +35,7 @@ from megatron_ponder.parallel.mesh import Mesh
 @command
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, draw, print a summary."""
-    plan = Plan()
+    plan = AnalysisPlan()
     parser = Parser("analyze", __doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, help="run folders or checkpoint folders")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
     check_writable(arguments.output)
     prepare_cpu()
-    plan = Plan(
+    plan = AnalysisPlan(
         refinements=arguments.refinements,
         thresholds=tuple(arguments.thresholds),
         biases=tuple(arguments.biases),
@@ -125,7 +125,7 @@ def _check_same_tokens(models: Sequence[LoadedModel]) -> None:
             )
 
 
-def _inputs(loaded: LoadedModel, arguments: argparse.Namespace) -> tuple[Inputs, list[Tensor] | None]:
+def _inputs(loaded: LoadedModel, arguments: argparse.Namespace) -> tuple[EvaluationBatches, list[Tensor] | None]:
     if arguments.text:
         if arguments.depths:
             raise UserError("--depths belong to a dataset; leave out --text")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.paths import expand_user
-from megatron_ponder.data.dataset_manifest import read_manifest
+from megatron_ponder.data.dataset_manifest import read_dataset_manifest
 from megatron_ponder.data.dataset_summary import length_histogram, verify
 from megatron_ponder.data.indexed_dataset import VERSION, IndexedDataset
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +58,7 @@ def show_header(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
         f"  {len(dataset):,} sequences, {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens, "
         f"{dataset.num_tokens / dataset.num_documents:,.1f} tokens per document"
     )
-    manifest = read_manifest(dataset.prefix)
+    manifest = read_dataset_manifest(dataset.prefix)
     if manifest is None:
         print("  no manifest")
         return

@@ -17,7 +17,7 @@ from megatron_ponder.data.tables import (
     parquet_rows,
     row_groups,
 )
-from megatron_ponder.data.text_files import Segment, Tally, json_lines, split_name, whole_text
+from megatron_ponder.data.text_files import ReadingCounts, TextPart, json_lines, split_name, whole_text
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def cut_inputs(inputs: Inputs, range_bytes: int) -> Iterator[InputRange]:
             yield InputRange(name, form, 0, None, size, version)
 
 
-def read_range(part: InputRange, key: str, tally: Tally) -> Iterator[Segment]:
+def read_range(part: InputRange, key: str, tally: ReadingCounts) -> Iterator[TextPart]:
     """The documents of a range, a large plain file's in parts.
 
     Args:
@@ -93,7 +93,7 @@ def read_range(part: InputRange, key: str, tally: Tally) -> Iterator[Segment]:
         yield from whole_text(path, tally)
 
 
-def read_corpus(inputs: Inputs, key: str, tally: Tally) -> Iterator[Segment]:
+def read_corpus(inputs: Inputs, key: str, tally: ReadingCounts) -> Iterator[TextPart]:
     """All documents in a fixed order: one per JSON line or row of a table, one per other file; large ones in parts.
 
     Raises:

@@ -17,7 +17,7 @@ LARGEST = 1 << 63  # no count of a dataset comes near
 
 
 @dataclass(frozen=True)
-class Manifest:
+class DatasetManifest:
     """Attributes:
     tokenizer: SHA-256 of the tokenizer's file.
     vocab_size: all token ids lie below.
@@ -42,12 +42,12 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
-def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+def write_dataset_manifest(prefix: str | Path, manifest: DatasetManifest) -> None:
     content = asdict(manifest)
     write_atomically(manifest_path(prefix), json.dumps(content | {"checksum": checksum(content)}, indent=2) + "\n")
 
 
-def read_manifest(prefix: str | Path) -> Manifest | None:
+def read_dataset_manifest(prefix: str | Path) -> DatasetManifest | None:
     """The manifest of a dataset, or None where there is none because the dataset was made elsewhere.
 
     Those of earlier versions have no checksum of themselves.
@@ -67,7 +67,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     raise UserError(f"{path} is damaged ({reason}): make the dataset again with ponder preprocess")
 
 
-def _checked(content: object) -> Manifest:
+def _checked(content: object) -> DatasetManifest:
     """A manifest of what was read.
 
     Raises:
@@ -78,7 +78,7 @@ def _checked(content: object) -> Manifest:
     told = content.pop("checksum", None)
     if told is not None and told != checksum(content):
         raise ValueError("its checksum differs")
-    known = {field.name: field for field in fields(Manifest)}
+    known = {field.name: field for field in fields(DatasetManifest)}
     unknown = content.keys() - known.keys()
     if unknown:
         raise ValueError(f"{min(unknown)!a} is no part of a manifest")
@@ -91,7 +91,7 @@ def _checked(content: object) -> Manifest:
         fits = 0 <= value < LARGEST if type(value) is field.type is int else type(value) is field.type is str
         if not fits:
             raise ValueError(f"its {name} cannot be {ascii(value)[:60]}")
-    return Manifest(**content)
+    return DatasetManifest(**content)
 
 
 def fingerprint(prefix: str | Path, stamps: Stamps | None = None) -> str:
@@ -109,7 +109,7 @@ def fingerprint(prefix: str | Path, stamps: Stamps | None = None) -> str:
         UserError: a file is missing, or is not what it was.
     """
     bin_path, idx_path = dataset_paths(prefix)
-    manifest = read_manifest(prefix)
+    manifest = read_dataset_manifest(prefix)
     try:
         with open(idx_path, "rb") as idx_file, open(bin_path, "rb") as bin_file:
 
@@ -124,7 +124,7 @@ def fingerprint(prefix: str | Path, stamps: Stamps | None = None) -> str:
     return found
 
 
-def _digest(idx_file: BinaryIO, bin_file: BinaryIO, manifest: Manifest | None) -> str:
+def _digest(idx_file: BinaryIO, bin_file: BinaryIO, manifest: DatasetManifest | None) -> str:
     digest = hashlib.sha256()
     while block := idx_file.read(MEBIBYTE):
         digest.update(block)
@@ -154,7 +154,7 @@ def check_vocabulary(prefix: str | Path, vocab_size: int) -> None:
     Raises:
         UserError: the dataset needs a larger vocabulary, or has negative ids.
     """
-    manifest = read_manifest(prefix)
+    manifest = read_dataset_manifest(prefix)
     smallest, largest = (0, manifest.vocab_size - 1) if manifest else IndexedDataset(prefix).token_range()
     if smallest < 0:
         raise UserError(f"{prefix}.bin has the token id {smallest}: make the dataset again, with its right token type")

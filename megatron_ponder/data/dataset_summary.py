@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.data.dataset_manifest import changed, fingerprint, manifest_path, read_manifest
+from megatron_ponder.data.dataset_manifest import changed, fingerprint, manifest_path, read_dataset_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.token_streams import BLOCK_BYTES, BLOCK_ENTRIES
 
@@ -55,7 +55,7 @@ def verify(prefix: str | Path, vocab_size: int | None) -> list[str]:
     dataset = IndexedDataset(prefix)
     dataset.check_index()
     done = [f"index: {len(dataset):,} sequences and {dataset.num_documents:,} documents follow one another"]
-    manifest = read_manifest(prefix)
+    manifest = read_dataset_manifest(prefix)
     if vocab_size is None and manifest is not None:
         vocab_size = manifest.vocab_size
     digest = _check_tokens(dataset, vocab_size)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.dataset_manifest import (
-    Manifest,
+    DatasetManifest,
     changed,
     fingerprint,
     manifest_path,
-    read_manifest,
-    write_manifest,
+    read_dataset_manifest,
+    write_dataset_manifest,
 )
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
@@ -44,7 +44,7 @@ def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) ->
                 raise changed(dataset_paths(dataset.prefix)[0])
     described = [manifest for manifest in manifests if manifest is not None]
     if described:
-        merged = Manifest(
+        merged = DatasetManifest(
             tokenizer=described[0].tokenizer,
             vocab_size=described[0].vocab_size,
             eod_id=described[0].eod_id,
@@ -55,13 +55,13 @@ def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) ->
             idx_sha256=writer.idx_sha256,
             fingerprint=fingerprint(output_prefix),
         )
-        write_manifest(output_prefix, merged)
+        write_dataset_manifest(output_prefix, merged)
     return IndexedDataset(output_prefix)
 
 
-def _manifests_of_one_tokenizer(datasets: Sequence[IndexedDataset]) -> list[Manifest | None]:
+def _manifests_of_one_tokenizer(datasets: Sequence[IndexedDataset]) -> list[DatasetManifest | None]:
     first, *others = datasets
-    manifests = [read_manifest(dataset.prefix) for dataset in datasets]
+    manifests = [read_dataset_manifest(dataset.prefix) for dataset in datasets]
     for dataset, manifest in zip(others, manifests[1:], strict=True):
         if dataset.dtype != first.dtype:
             raise UserError(
@@ -82,5 +82,5 @@ def _manifests_of_one_tokenizer(datasets: Sequence[IndexedDataset]) -> list[Mani
     return manifests
 
 
-def _made_with(manifest: Manifest) -> tuple[str, int, int]:
+def _made_with(manifest: DatasetManifest) -> tuple[str, int, int]:
     return manifest.tokenizer, manifest.vocab_size, manifest.eod_id

@@ -28,7 +28,7 @@ from megatron_ponder.base.claims import Claim
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import make_folder
 from megatron_ponder.data.corpus import cut_inputs, no_documents, read_range
-from megatron_ponder.data.dataset_manifest import Manifest, fingerprint, write_manifest
+from megatron_ponder.data.dataset_manifest import DatasetManifest, fingerprint, write_dataset_manifest
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter, writing_claim
 from megatron_ponder.data.formats import AUTO
 from megatron_ponder.data.indexed_dataset import dtype_for_vocabulary
@@ -37,7 +37,7 @@ from megatron_ponder.data.progress import ThroughputDisplay, warn
 from megatron_ponder.data.segment_cache import CachedEncoder
 from megatron_ponder.data.segments import cut_segments, cuts_at_word_ends, group_chunks
 from megatron_ponder.data.shards import Shard, ShardWriter, append_shard, make_shards
-from megatron_ponder.data.text_files import Segment, Tally
+from megatron_ponder.data.text_files import ReadingCounts, TextPart
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 
 # Small enough to lose little of in a crash, large enough for its own files to cost nothing.
@@ -66,9 +66,9 @@ class Chunk(NamedTuple):
     """Segments of one shard; without segments, the news that the shard has been read to its end."""
 
     shard: Shard
-    tally: Tally
+    tally: ReadingCounts
     input_bytes: int
-    segments: list[Segment]
+    segments: list[TextPart]
 
 
 class Encoded(NamedTuple):
@@ -236,7 +236,7 @@ def _chunks(shards: Iterable[Shard], key: str, may_cut: bool) -> Iterator[Chunk]
     for shard in shards:
         if _is_done(shard):
             continue
-        tally = Tally()
+        tally = ReadingCounts()
         parts = (segment for part in shard.ranges for segment in read_range(part, key, tally))
         for segments in group_chunks(cut_segments(parts, may_cut)):
             if _is_done(shard):
@@ -268,7 +268,7 @@ def _worker_encoder(path: Path, dtype: np.dtype) -> CachedEncoder:
     return CachedEncoder(load_tokenizer(path), dtype)
 
 
-def _encode(tokenizer_path: Path, append_eod: bool, dtype: np.dtype, segments: list[Segment]) -> Encoded:
+def _encode(tokenizer_path: Path, append_eod: bool, dtype: np.dtype, segments: list[TextPart]) -> Encoded:
     encoder = _worker_encoder(tokenizer_path, dtype)
     end = np.array([encoder.tokenizer.eod_id], dtype).tobytes() if append_eod else b""
     parts: list[bytes] = []
@@ -289,7 +289,7 @@ def _encode(tokenizer_path: Path, append_eod: bool, dtype: np.dtype, segments: l
 
 
 def _in_order(
-    encode: Callable[[list[Segment]], Encoded], chunks: Iterable[Chunk], workers: int
+    encode: Callable[[list[TextPart]], Encoded], chunks: Iterable[Chunk], workers: int
 ) -> Iterator[tuple[Chunk, Encoded | None]]:
     """Each chunk with its tokens, in the order given, with a bounded number of them under way."""
     if workers == 1:
@@ -342,7 +342,7 @@ def _join(
             for shard in shards:
                 shutil.rmtree(shard.folder)
             raise no_documents(skipped, inputs)
-    manifest = Manifest(
+    manifest = DatasetManifest(
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
@@ -353,7 +353,7 @@ def _join(
         idx_sha256=writer.idx_sha256,
         fingerprint=fingerprint(prefix),
     )
-    write_manifest(prefix, manifest)
+    write_dataset_manifest(prefix, manifest)
     return PreprocessingReport(
         prefix=prefix,
         documents=documents,

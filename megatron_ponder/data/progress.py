@@ -10,7 +10,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_ponder.base.durations import format_duration
 from megatron_ponder.data.shards import Shard
-from megatron_ponder.data.text_files import Segment, Tally
+from megatron_ponder.data.text_files import ReadingCounts, TextPart
 
 SECONDS_BETWEEN_LINES = 60.0
 SECONDS_BETWEEN_LOOKS = 5.0
@@ -111,7 +111,7 @@ class StageDisplay:
     def __exit__(self, exception_type, exception, traceback) -> None:
         self._progress.stop()
 
-    def following(self, segments: Iterable[Segment], tally: Tally) -> Iterator[Segment]:
+    def following(self, segments: Iterable[TextPart], tally: ReadingCounts) -> Iterator[TextPart]:
         """What is read of the corpus, shown as it comes."""
         for segment in segments:
             line = f"reading  {100 * tally.input_bytes / max(1, self._total):.1f} % of {self._total / 1e6:,.1f} MB"

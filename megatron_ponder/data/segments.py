@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from megatron_ponder.data.text_files import Segment
+from megatron_ponder.data.text_files import TextPart
 from megatron_ponder.data.tokenizer import Tokenizer
 
 # A worker gets this much text at a time, enough to make the cost of handing it over small.
@@ -21,7 +21,7 @@ def cuts_at_word_ends(tokenizer: Tokenizer) -> bool:
     return tokenizer.encode("one two") == tokenizer.encode("one") + tokenizer.encode(" two")
 
 
-def cut_segments(parts: Iterable[Segment], may_cut: bool) -> Iterator[Segment]:
+def cut_segments(parts: Iterable[TextPart], may_cut: bool) -> Iterator[TextPart]:
     """Cut long documents, so that they are encoded faster and a huge file is spread over the workers.
 
     Where the cuts fall depends on the text of a document alone, not on the parts in which it comes.
@@ -40,18 +40,18 @@ def cut_segments(parts: Iterable[Segment], may_cut: bool) -> Iterator[Segment]:
             end, searched = _next_cut(held, start, max(searched, start), may_cut)
             if end is None:
                 break
-            yield Segment(held[start:end], ends_document=False)
+            yield TextPart(held[start:end], ends_document=False)
             start = searched = end
         if part.ends_document:
-            yield Segment(held[start:], ends_document=True)
+            yield TextPart(held[start:], ends_document=True)
             held, searched = "", 0
         else:
             held, searched = held[start:], searched - start
 
 
-def group_chunks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+def group_chunks(segments: Iterable[TextPart]) -> Iterator[list[TextPart]]:
     """Group segments until they have `CHUNK_CHARACTERS`."""
-    chunk: list[Segment] = []
+    chunk: list[TextPart] = []
     size = 0
     for segment in segments:
         chunk.append(segment)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.data.text_files import Segment, Tally, counting_failures, open_input, split_name
+from megatron_ponder.data.text_files import ReadingCounts, TextPart, counting_failures, open_input, split_name
 
 if TYPE_CHECKING:
     import datasets
@@ -34,7 +34,7 @@ def row_groups(path: Path) -> list[int] | None:
     return [sum(group.column(at).total_compressed_size for at in range(group.num_columns)) for group in groups]
 
 
-def parquet_rows(path: Path, key: str, start: int, stop: int | None, tally: Tally) -> Iterator[Segment]:
+def parquet_rows(path: Path, key: str, start: int, stop: int | None, tally: ReadingCounts) -> Iterator[TextPart]:
     """Documents of a range of row groups, or of all where `stop` is None."""
     parquet, damaged = _parquet()
     with counting_failures(tally.skipped), open_input(path) as file:
@@ -44,7 +44,7 @@ def parquet_rows(path: Path, key: str, start: int, stop: int | None, tally: Tall
                 with tempfile.TemporaryFile() as plain:
                     shutil.copyfileobj(file.stream, plain)
                     file.count(tally)
-                    yield from _read_groups(parquet.ParquetFile(plain), key, start, stop, tally, Tally())
+                    yield from _read_groups(parquet.ParquetFile(plain), key, start, stop, tally, ReadingCounts())
             else:
                 source = parquet.ParquetFile(path, buffer_size=BATCH_BYTES)
                 yield from _read_groups(source, key, start, stop, tally, tally)
@@ -93,8 +93,8 @@ def dataset_version(dataset: "datasets.Dataset") -> tuple[int, str]:
 
 
 def dataset_rows(
-    dataset: "datasets.Dataset", key: str, start: int, stop: int, size: int, tally: Tally
-) -> Iterator[Segment]:
+    dataset: "datasets.Dataset", key: str, start: int, stop: int, size: int, tally: ReadingCounts
+) -> Iterator[TextPart]:
     """Documents of a range of rows, which take `size` bytes of the files."""
     if key not in dataset.column_names:
         tally.skipped[f"no text in {key!r}"] += stop - start
@@ -107,7 +107,9 @@ def dataset_rows(
         tally.input_bytes += size * (end - start) // (stop - start) - size * (at - start) // (stop - start)
 
 
-def _read_groups(source, key: str, start: int, stop: int | None, tally: Tally, read: Tally) -> Iterator[Segment]:
+def _read_groups(
+    source, key: str, start: int, stop: int | None, tally: ReadingCounts, read: ReadingCounts
+) -> Iterator[TextPart]:
     metadata = source.metadata
     for number in range(start, metadata.num_row_groups if stop is None else stop):
         group = metadata.row_group(number)
@@ -130,14 +132,14 @@ def _values(column) -> Iterator[str | bytes | None]:
             yield b""
 
 
-def _documents(values: Iterable, key: str, tally: Tally) -> Iterator[Segment]:
+def _documents(values: Iterable, key: str, tally: ReadingCounts) -> Iterator[TextPart]:
     for value in values:
         if value == b"":
             tally.skipped["not UTF-8"] += 1
         elif not isinstance(value, str):
             tally.skipped[f"no text in {key!r}"] += 1
         elif value:
-            yield Segment(value, ends_document=True)
+            yield TextPart(value, ends_document=True)
         else:
             tally.skipped["empty document"] += 1
 

@@ -27,7 +27,7 @@ LONGEST_LINE = 1 << 28
 COMPRESSED_BLOCK = 1 << 14
 
 
-class Segment(NamedTuple):
+class TextPart(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
@@ -35,7 +35,7 @@ class Segment(NamedTuple):
 
 
 @dataclass
-class Tally:
+class ReadingCounts:
     """What reading has come to so far.
 
     Attributes:
@@ -77,7 +77,7 @@ class Input:
         else:
             self.stream = raw
 
-    def count(self, tally: Tally) -> None:
+    def count(self, tally: ReadingCounts) -> None:
         """Add what has been read from the file since the last call."""
         position = self._raw.tell()
         tally.input_bytes += position - self._counted
@@ -108,7 +108,7 @@ def counting_failures(skipped: Counter[str]) -> Iterator[None]:
         skipped["damaged compressed file" if error.errno is None else "unreadable file"] += 1
 
 
-def whole_text(path: Path, tally: Tally) -> Iterator[Segment]:
+def whole_text(path: Path, tally: ReadingCounts) -> Iterator[TextPart]:
     """A file as one document, in parts if it is large."""
     is_large = False
     with counting_failures(tally.skipped), open_input(path) as file:
@@ -129,18 +129,18 @@ def whole_text(path: Path, tally: Tally) -> Iterator[Segment]:
             raise UserError(f"{path} changed while it was read: start again when nothing writes to it") from None
 
 
-def json_lines(path: Path, key: str, start: int, stop: int | None, tally: Tally) -> Iterator[Segment]:
+def json_lines(path: Path, key: str, start: int, stop: int | None, tally: ReadingCounts) -> Iterator[TextPart]:
     """Documents of the lines that begin in a range of bytes, or of all lines where `stop` is None."""
     with counting_failures(tally.skipped), open_input(path) as file:
         for line in _lines(file, start, stop, tally):
             text = _parse(line, key, tally.skipped)
             if text:
-                yield Segment(text, ends_document=True)
+                yield TextPart(text, ends_document=True)
             elif text is not None:
                 tally.skipped["empty document"] += 1
 
 
-def _small_text(content: bytes, tally: Tally) -> Iterator[Segment]:
+def _small_text(content: bytes, tally: ReadingCounts) -> Iterator[TextPart]:
     try:
         # Bytes, because text mode would turn "\r\n" into "\n".
         text = content.decode("utf-8-sig")
@@ -148,18 +148,18 @@ def _small_text(content: bytes, tally: Tally) -> Iterator[Segment]:
         tally.skipped["not UTF-8"] += 1
         return
     if text:
-        yield Segment(text, ends_document=True)
+        yield TextPart(text, ends_document=True)
     else:
         tally.skipped["empty document"] += 1
 
 
-def _large_text(path: Path, tally: Tally) -> Iterator[Segment]:
+def _large_text(path: Path, tally: ReadingCounts) -> Iterator[TextPart]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with open_input(path) as file:
         for block in file.blocks():
             file.count(tally)
-            yield Segment(decoder.decode(block), ends_document=False)
-    yield Segment(decoder.decode(b"", final=True), ends_document=True)
+            yield TextPart(decoder.decode(block), ends_document=False)
+    yield TextPart(decoder.decode(b"", final=True), ends_document=True)
 
 
 def _is_utf8(blocks: Iterable[bytes]) -> bool:
@@ -173,14 +173,14 @@ def _is_utf8(blocks: Iterable[bytes]) -> bool:
     return True
 
 
-def _lines(file: Input, start: int, stop: int | None, tally: Tally) -> Iterator[bytes]:
+def _lines(file: Input, start: int, stop: int | None, tally: ReadingCounts) -> Iterator[bytes]:
     """Lines that are not blank and begin in the range, without a byte order mark at the beginning of the file."""
     stream = file.stream
     position = start
     if start > 0:
         # The line that the byte before belongs to is the business of the range before.
         stream.seek(start - 1)
-        file.count(Tally())
+        file.count(ReadingCounts())
         position = start - 1 + _skip_line(stream)
     while stop is None or position < stop:
         line = stream.readline(LONGEST_LINE)

@@ -17,7 +17,7 @@ from megatron_ponder.data.corpus import cut_inputs, read_corpus
 from megatron_ponder.data.formats import AUTO
 from megatron_ponder.data.inputs import describe_counts, find_inputs
 from megatron_ponder.data.progress import StageDisplay, warn
-from megatron_ponder.data.text_files import Segment, Tally
+from megatron_ponder.data.text_files import ReadingCounts, TextPart
 from megatron_ponder.data.tokenizer import SentencePieceTokenizer
 
 EXCERPT_CHARACTERS = 4096
@@ -56,7 +56,7 @@ def train_tokenizer(
         raise UserError(
             f"--vocab-size is {vocab_size}: set it above {SPECIAL_AND_BYTES}, which special tokens and bytes take"
         )
-    found, tally = find_inputs(inputs, declared), Tally()
+    found, tally = find_inputs(inputs, declared), ReadingCounts()
     for warning in found.warnings():
         warn(warning)
     ranges = cut_inputs(found, range_bytes=1 << 62)
@@ -88,7 +88,7 @@ def _check_round_trip(model: bytes, sample: Sequence[str]) -> None:
             raise UserError(f"the trained tokenizer does not give back {text[:40]!r}: train on other text")
 
 
-def _excerpts(parts: Iterable[Segment]) -> Iterator[str]:
+def _excerpts(parts: Iterable[TextPart]) -> Iterator[str]:
     """Cut documents into pieces of at most `EXCERPT_CHARACTERS`, after a line end where there is one."""
     held = ""
     for part in parts:

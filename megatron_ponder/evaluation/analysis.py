@@ -51,7 +51,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AnalysisPlan:
     """What to measure.
 
     Attributes:
@@ -110,7 +110,7 @@ class Analysis:
 def analyse(
     subjects: Sequence[Subject],
     batches: Sequence[Tensor],
-    plan: Plan,
+    plan: AnalysisPlan,
     piece: Callable[[int], str],
     depths: Sequence[Tensor] | None = None,
     announce: Callable[[str], None] = lambda what: None,
@@ -141,7 +141,7 @@ class _SubjectAnalysis:
         analysis: Analysis,
         subject: Subject,
         batches: Sequence[Tensor],
-        plan: Plan,
+        plan: AnalysisPlan,
         piece: Callable[[int], str],
         announce: Callable[[str], None],
     ) -> None:

@@ -19,14 +19,14 @@ from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.evaluation.perplexity import windows
 
 
-class Inputs(NamedTuple):
+class EvaluationBatches(NamedTuple):
     """Batches of token ids, int64 (B, L + 1) each, and what to call them."""
 
     batches: list[Tensor]
     name: str
 
 
-def text_batches(loaded: LoadedModel, path: Path) -> Inputs:
+def text_batches(loaded: LoadedModel, path: Path) -> EvaluationBatches:
     """A file, cut into samples of the training length.
 
     Raises:
@@ -35,10 +35,12 @@ def text_batches(loaded: LoadedModel, path: Path) -> Inputs:
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.folder} has no tokenizer to read {path} with; evaluate on a dataset with --data")
     tokens = loaded.tokenizer.encode(read_text(path))
-    return Inputs(list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length)), path.name)
+    return EvaluationBatches(
+        list(windows([loaded.tokenizer.eod_id, *tokens], loaded.config.data.sequence_length)), path.name
+    )
 
 
-def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int) -> Inputs:
+def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int) -> EvaluationBatches:
     """The first samples of a split.
 
     Args:
@@ -56,7 +58,7 @@ def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples:
         check_vocabulary(prefix, loaded.config.model.vocab_size)
     names = ", ".join(Path(prefix).name for prefix in prefixes(data))
     vocab_size = loaded.config.model.vocab_size
-    return Inputs(_batches(loaded, opened, samples, vocab_size), f"the {split} part of {names}")
+    return EvaluationBatches(_batches(loaded, opened, samples, vocab_size), f"the {split} part of {names}")
 
 
 def depth_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int, depths: str) -> list[Tensor]:

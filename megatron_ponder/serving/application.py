@@ -22,10 +22,10 @@ from megatron_ponder.serving.refusals import RefusedError
 from megatron_ponder.serving.worker import (
     EngineFailedError,
     Event,
-    Job,
-    JobFailedError,
     Progress,
     QueueFullError,
+    RequestGroup,
+    RequestGroupFailedError,
     UnavailableError,
     Worker,
 )
@@ -180,7 +180,7 @@ class _Exchange:
         """
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | RefusedError | _ClientLeftError] = asyncio.Queue()
-        self._worker, self._job = worker, Job(requests, streams, self._post)
+        self._worker, self._job = worker, RequestGroup(requests, streams, self._post)
         self.count = len(requests)
         try:
             worker.submit(self._job)
@@ -204,7 +204,7 @@ class _Exchange:
             raise RefusedError(400, str(event), code="invalid_value")
         if isinstance(event, EngineFailedError):
             raise RefusedError(500, str(event), code="engine_failed")
-        if isinstance(event, JobFailedError):
+        if isinstance(event, RequestGroupFailedError):
             raise RefusedError(500, str(event), code="generation_failed")
         if isinstance(event, Exception):
             raise event

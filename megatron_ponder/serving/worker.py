@@ -37,7 +37,7 @@ class EngineFailedError(Exception):
     """The generator broke down while a job was under way."""
 
 
-class JobFailedError(Exception):
+class RequestGroupFailedError(Exception):
     """A job could not be begun, for a reason that the server's log has; the generator goes on."""
 
 
@@ -67,11 +67,11 @@ class Progress:
     executed: int = 0
 
 
-Event = Progress | UserError | JobFailedError | EngineFailedError
+Event = Progress | UserError | RequestGroupFailedError | EngineFailedError
 
 
 @dataclass(eq=False)
-class Job:
+class RequestGroup:
     """Requests that are answered together.
 
     Attributes:
@@ -132,10 +132,10 @@ class Worker:
         self._fed = self._executed = 0
         self._stop_by = math.inf
         self._generator: Generator | None = None
-        self._jobs: list[Job] = []
-        self._outbox: dict[Job, list[Event]] = {}
+        self._jobs: list[RequestGroup] = []
+        self._outbox: dict[RequestGroup, list[Event]] = {}
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: RequestGroup) -> None:
         """Hand over a job, from any thread.
 
         Raises:
@@ -150,7 +150,7 @@ class Worker:
             self._accepted += len(job.requests)
             self._commands.put(partial(self._begin, job))
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: RequestGroup) -> None:
         """Let go of what a job has left, from any thread; it still hears how its sequences end."""
         self._commands.put(partial(self._cancel, job))
 
@@ -227,7 +227,7 @@ class Worker:
         except queue.Empty:
             pass
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: RequestGroup) -> None:
         self._jobs.append(job)
         job.unfinished = len(job.requests)
         if self.state == "failed":
@@ -240,23 +240,23 @@ class Worker:
             return
         except Exception:  # a bug, which shows its traceback; but the other jobs have nothing to do with it
             traceback.print_exc()
-            self._drop(job, JobFailedError("the request could not be begun; see the server's log"))
+            self._drop(job, RequestGroupFailedError("the request could not be begun; see the server's log"))
             return
         for index, request in enumerate(job.requests):
             job.sequences.append(self._generator.submit(request, _Reporter(self, job, index)))
 
-    def _drop(self, job: Job, error: UserError | JobFailedError) -> None:
+    def _drop(self, job: RequestGroup, error: UserError | RequestGroupFailedError) -> None:
         """Forget a job of which nothing has begun."""
         self._outbox[job] = [error]
         self._jobs.remove(job)
         self._free(len(job.requests))
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: RequestGroup) -> None:
         if self.state != "failed":
             for sequence in job.sequences:
                 self._generator.cancel(sequence)
 
-    def note(self, job: Job, progress: Progress, generation: Generation) -> None:
+    def note(self, job: RequestGroup, progress: Progress, generation: Generation) -> None:
         """Take the progress of a sequence, in the worker's thread."""
         self._outbox.setdefault(job, []).append(progress)
         if progress.finish_reason is not None:
@@ -288,7 +288,7 @@ class Worker:
 class _Reporter:
     """Tells a job what one of its sequences has gained."""
 
-    def __init__(self, worker: Worker, job: Job, index: int) -> None:
+    def __init__(self, worker: Worker, job: RequestGroup, index: int) -> None:
         self._worker, self._job, self._index = worker, job, index
         self._tokens, self._text = 0, 0
 

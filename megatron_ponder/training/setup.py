@@ -8,7 +8,7 @@ from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.store import open_tensors, read_config_of
 from megatron_ponder.config import Config, DataConfig, architecture, stage_layers
-from megatron_ponder.data.dataset_manifest import Manifest, check_vocabulary, read_manifest
+from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.model.ponder import PonderLM
@@ -67,13 +67,13 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     return config, RunParts(mixture.samples, mixture.fingerprint, tokenizer, eod_id)
 
 
-def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> Manifest | None:
+def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetManifest | None:
     """What the manifests of all datasets say about their tokenizer; None if none has one.
 
     Raises:
         UserError: they were made with different tokenizers, or with another one than that of the run.
     """
-    known = {prefix: manifest for prefix in prefixes(data) if (manifest := read_manifest(prefix)) is not None}
+    known = {prefix: manifest for prefix in prefixes(data) if (manifest := read_dataset_manifest(prefix)) is not None}
     for prefix, manifest in known.items():
         if tokenizer is not None and manifest.tokenizer != tokenizer.fingerprint:
             raise UserError(

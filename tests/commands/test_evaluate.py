@@ -13,7 +13,7 @@ import torch
 
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
-from megatron_ponder.data.dataset_manifest import read_manifest, write_manifest
+from megatron_ponder.data.dataset_manifest import read_dataset_manifest, write_dataset_manifest
 from megatron_ponder.hf.export import export
 from megatron_ponder.runs.metrics import read_metrics
 from tests.finished_runs import LATEST, finished_runs
@@ -212,7 +212,7 @@ def test_text_that_is_not_utf8_and_a_dataset_that_is_too_large(tool, run_dir, co
     prefix = tmp_path / "damaged"
     for ending in (".bin", ".idx"):
         shutil.copyfile(f"{corpus.dataset}{ending}", f"{prefix}{ending}")
-    write_manifest(prefix, replace(read_manifest(corpus.dataset), bin_sha256="", fingerprint=""))
+    write_dataset_manifest(prefix, replace(read_dataset_manifest(corpus.dataset), bin_sha256="", fingerprint=""))
     Path(f"{prefix}.bin").write_bytes(b"\xff" * Path(f"{prefix}.bin").stat().st_size)
     code, _, error = tool("--checkpoint", run_dir, "--data", prefix)
     assert (code, error.count("\n")) == (2, 1)

@@ -5,12 +5,12 @@ import pytest
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.corpus import read_corpus
 from megatron_ponder.data.inputs import find_inputs
-from megatron_ponder.data.text_files import Segment, Tally, split_name
+from megatron_ponder.data.text_files import ReadingCounts, TextPart, split_name
 from tests.data.test_text_files import COMPRESS
 
 
 def read(*inputs, key="text"):
-    tally = Tally()
+    tally = ReadingCounts()
     segments = list(read_corpus(find_inputs(inputs), key, tally))
     assert all(segment.ends_document for segment in segments)
     return [segment.text for segment in segments], tally.skipped
@@ -55,9 +55,9 @@ def test_unusable_input_is_counted(tmp_path):
 def test_a_file_that_vanishes_is_counted(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
-    tally = Tally()
+    tally = ReadingCounts()
     documents = read_corpus(find_inputs([tmp_path]), "text", tally)
-    assert next(documents) == Segment("a", ends_document=True)
+    assert next(documents) == TextPart("a", ends_document=True)
     (tmp_path / "b.txt").unlink()
     assert list(documents) == []
     assert tally.skipped == {"unreadable file": 1}
@@ -96,4 +96,4 @@ def test_what_is_declared_goes_before_what_a_name_says(tmp_path):
     (tmp_path / "a.csv").write_text('{"text": "a"}\n{"text": "b"}\n')
     for declared, expected in (("lines", ["a", "b"]), ("text", ['{"text": "a"}\n{"text": "b"}\n'])):
         found = find_inputs([tmp_path], declared)
-        assert [segment.text for segment in read_corpus(found, "text", Tally())] == expected
+        assert [segment.text for segment in read_corpus(found, "text", ReadingCounts())] == expected

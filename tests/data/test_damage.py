@@ -9,12 +9,12 @@ import pytest
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.dataset_manifest import (
-    Manifest,
+    DatasetManifest,
     check_vocabulary,
     fingerprint,
     manifest_path,
-    read_manifest,
-    write_manifest,
+    read_dataset_manifest,
+    write_dataset_manifest,
 )
 from megatron_ponder.data.dataset_summary import verify
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
@@ -33,7 +33,9 @@ def prefix(tmp_path):
         for document in DOCUMENTS:
             writer.add_document(document)
     sums = {"bin_sha256": writer.bin_sha256, "idx_sha256": writer.idx_sha256, "fingerprint": fingerprint(prefix)}
-    write_manifest(prefix, Manifest("ab" * 32, vocab_size=7, eod_id=2, documents=4, tokens=6, text_bytes=9, **sums))
+    write_dataset_manifest(
+        prefix, DatasetManifest("ab" * 32, vocab_size=7, eod_id=2, documents=4, tokens=6, text_bytes=9, **sums)
+    )
     return prefix
 
 
@@ -137,7 +139,7 @@ FEW_AND_MANY = [(1, 300), pytest.param(2, 20_000, marks=pytest.mark.slow)]
 @pytest.mark.parametrize(("seed", "tries"), FEW_AND_MANY)
 def test_damage_drawn_at_random_is_one_line_or_changes_nothing(prefix, seed, tries):
     """To the index, the tokens and the manifest; of which the fields are changed as often as the bytes."""
-    want, refused = (open_for_training(prefix), read_manifest(prefix)), 0
+    want, refused = (open_for_training(prefix), read_dataset_manifest(prefix)), 0
     for name, draw in draws(seed, tries):
         path = draw.choice((*dataset_paths(prefix), manifest_path(prefix)))
         whole = path.read_bytes()
@@ -149,7 +151,7 @@ def test_damage_drawn_at_random_is_one_line_or_changes_nothing(prefix, seed, tri
             changed = json.dumps(changed_fields(fields, draw) if "checksum" in fields else fields, indent=2).encode()
         path.write_bytes(changed)
         try:
-            assert (open_for_training(prefix), read_manifest(prefix)) == want, name
+            assert (open_for_training(prefix), read_dataset_manifest(prefix)) == want, name
         except UserError as error:
             assert str(error).isprintable(), name  # noqa: PT017
             refused += 1
@@ -166,10 +168,10 @@ def test_fields_of_a_manifest_without_a_checksum_are_looked_at(prefix, name, val
     fields = json.loads(path.read_text())
     del fields["checksum"]
     path.write_text(json.dumps(fields))
-    assert read_manifest(prefix).vocab_size == 7, "as earlier versions have written it"
+    assert read_dataset_manifest(prefix).vocab_size == 7, "as earlier versions have written it"
     path.write_text(json.dumps(fields | {name: value}))
     with pytest.raises(UserError, match=rf"small\.json is damaged \(its {name} cannot be"):
-        read_manifest(prefix)
+        read_dataset_manifest(prefix)
 
 
 @pytest.mark.parametrize(("seed", "tries"), FEW_AND_MANY)

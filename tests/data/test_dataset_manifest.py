@@ -9,19 +9,19 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import stamps
 from megatron_ponder.data.dataset_manifest import (
     MEBIBYTE,
-    Manifest,
+    DatasetManifest,
     check_vocabulary,
     fingerprint,
     manifest_path,
-    read_manifest,
-    write_manifest,
+    read_dataset_manifest,
+    write_dataset_manifest,
 )
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.stamps import Stamps
 
 real_sha256 = hashlib.sha256
 
-MANIFEST = Manifest(tokenizer="ab" * 32, vocab_size=500, eod_id=2, documents=2, tokens=5, text_bytes=11)
+MANIFEST = DatasetManifest(tokenizer="ab" * 32, vocab_size=500, eod_id=2, documents=2, tokens=5, text_bytes=11)
 
 
 def write(prefix, documents):
@@ -31,20 +31,20 @@ def write(prefix, documents):
 
 
 def test_a_manifest_reads_back(tmp_path):
-    write_manifest(tmp_path / "data.v1", MANIFEST)
-    assert read_manifest(tmp_path / "data.v1") == MANIFEST
+    write_dataset_manifest(tmp_path / "data.v1", MANIFEST)
+    assert read_dataset_manifest(tmp_path / "data.v1") == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["data.v1.json"]
 
 
 def test_no_manifest_is_none(tmp_path):
-    assert read_manifest(tmp_path / "data") is None
+    assert read_dataset_manifest(tmp_path / "data") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"tokenizer": "a", "vocab_size": "many"}', b"\xff"])
 def test_a_damaged_manifest_is_named(tmp_path, content):
     manifest_path(tmp_path / "data").write_bytes(content)
     with pytest.raises(UserError, match=r"data\.json is damaged"):
-        read_manifest(tmp_path / "data")
+        read_dataset_manifest(tmp_path / "data")
 
 
 def test_fingerprint_depends_on_the_content_alone(tmp_path):
@@ -82,7 +82,7 @@ def test_fingerprint_of_a_missing_dataset(tmp_path, suffix):
 def test_token_ids_must_lie_below_the_vocabulary(tmp_path, with_manifest):
     write(tmp_path / "data", [[1, 499], [], [3]])
     if with_manifest:
-        write_manifest(tmp_path / "data", MANIFEST)
+        write_dataset_manifest(tmp_path / "data", MANIFEST)
     check_vocabulary(tmp_path / "data", 500)
     with pytest.raises(UserError, match=r"ids up to 499: set model\.vocab_size to at least 500"):
         check_vocabulary(tmp_path / "data", 499)
@@ -97,9 +97,9 @@ def test_a_remembered_fingerprint_is_compared_with_the_manifest_and_the_files(tm
     with monkeypatch.context() as patched:
         patched.setattr(hashlib, "sha256", lambda *content: real_sha256(*content) if content else None)
         assert fingerprint(prefix, known) == first  # without reading the files
-        write_manifest(prefix, replace(MANIFEST, fingerprint=first))
+        write_dataset_manifest(prefix, replace(MANIFEST, fingerprint=first))
         assert fingerprint(prefix, known) == first
-        write_manifest(prefix, replace(MANIFEST, fingerprint="00" * 32))
+        write_dataset_manifest(prefix, replace(MANIFEST, fingerprint="00" * 32))
         with pytest.raises(UserError, match=r"data\.bin is not the file that its manifest describes"):
             fingerprint(prefix, known)
     manifest_path(prefix).unlink()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.data.dataset_manifest import manifest_path, read_manifest, write_manifest
+from megatron_ponder.data.dataset_manifest import manifest_path, read_dataset_manifest, write_dataset_manifest
 from megatron_ponder.data.dataset_summary import length_histogram, verify
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
@@ -40,8 +40,8 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
         merge_datasets([], out)
     with pytest.raises(UserError, match="is both input and output"):
         merge_datasets(parts, parts[1])
-    manifest = read_manifest(parts[1])
-    write_manifest(parts[1], dataclasses.replace(manifest, tokenizer="cd" * 32))
+    manifest = read_dataset_manifest(parts[1])
+    write_dataset_manifest(parts[1], dataclasses.replace(manifest, tokenizer="cd" * 32))
     with pytest.raises(UserError, match=r"part0.* and .*part1.* were made with different tokenizers"):
         merge_datasets(parts, out)
     manifest_path(parts[1]).unlink()

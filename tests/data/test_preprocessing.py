@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import dataset_writer, preprocessing, segments
-from megatron_ponder.data.dataset_manifest import check_vocabulary, read_manifest
+from megatron_ponder.data.dataset_manifest import check_vocabulary, read_dataset_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def test_every_document_can_be_read_again(source_files, tokenizer_path, tmp_path
     assert f"{report.text_bytes / report.tokens:.2f} bytes per token" in str(report)
     assert "skipped: 1 × no text in 'body'" in str(report)
 
-    manifest = read_manifest(report.prefix)
+    manifest = read_dataset_manifest(report.prefix)
     assert (manifest.documents, manifest.tokens, manifest.text_bytes) == (5, report.tokens, report.text_bytes)
     assert (manifest.tokenizer, manifest.vocab_size, manifest.eod_id) == (tokenizer.fingerprint, 2048, 2)
     assert IndexedDataset(report.prefix).dtype == np.dtype("<u2")
@@ -145,7 +145,7 @@ def test_of_two_at_a_time_the_second_is_told_and_harms_nothing(source_files, tok
     )
     tokenizer = load_tokenizer(tokenizer_path)
     assert texts(report.prefix, tokenizer) == [path.read_text() for path in source_files[:3]]
-    assert read_manifest(report.prefix).tokenizer == tokenizer.fingerprint
+    assert read_dataset_manifest(report.prefix).tokenizer == tokenizer.fingerprint
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".idx", ".json"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import preprocessing
-from megatron_ponder.data.dataset_manifest import manifest_path, read_manifest
+from megatron_ponder.data.dataset_manifest import manifest_path, read_dataset_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.preprocessing import Team, preprocess
 
@@ -246,4 +246,4 @@ def test_one_giant_document_becomes_several_sequences(tokenizer_path, tmp_path, 
     dataset = IndexedDataset(report.prefix)
     assert (dataset.num_documents, len(dataset)) == (1, -(-report.tokens // 1000))
     assert len(dataset.read_document(0)) == report.tokens > 10_000
-    assert read_manifest(report.prefix).documents == 1
+    assert read_dataset_manifest(report.prefix).documents == 1

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from megatron_ponder.data import segments
 from megatron_ponder.data.segments import cut_segments, cuts_at_word_ends, group_chunks
-from megatron_ponder.data.text_files import Segment
+from megatron_ponder.data.text_files import TextPart
 from megatron_ponder.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 
 def whole(text):
-    return [Segment(text, ends_document=True)]
+    return [TextPart(text, ends_document=True)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -24,7 +24,7 @@ def whole(text):
 )
 def test_cuts_depend_on_the_text_alone(text, cuts, size, longest, may_cut):
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    parts = [Segment(text[a:b], False) for a, b in itertools.pairwise(bounds)]
+    parts = [TextPart(text[a:b], False) for a, b in itertools.pairwise(bounds)]
     parts[-1] = parts[-1]._replace(ends_document=True)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(segments, "SEGMENT_CHARACTERS", size)
@@ -65,7 +65,7 @@ def test_a_tokenizer_that_cannot_be_cut(tokenizer_path):
 
 def test_chunks_hold_segments_in_order(monkeypatch):
     monkeypatch.setattr(segments, "CHUNK_CHARACTERS", 10)
-    given = [Segment("x" * size, True) for size in (3, 3, 3, 3, 25, 1)]
+    given = [TextPart("x" * size, True) for size in (3, 3, 3, 3, 25, 1)]
     chunks = list(group_chunks(given))
     assert [len(chunk) for chunk in chunks] == [4, 1, 1]
     assert [segment for chunk in chunks for segment in chunk] == given

@@ -11,20 +11,20 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.corpus import cut_inputs, read_corpus, read_range
 from megatron_ponder.data.inputs import find_inputs
 from megatron_ponder.data.tables import row_groups
-from megatron_ponder.data.text_files import Tally
+from megatron_ponder.data.text_files import ReadingCounts
 
 TEXTS = [f"document {number} 東京 " * (number % 7) for number in range(100)]
 FULL = [text for text in TEXTS if text]
 
 
 def read(*inputs, key="text"):
-    tally = Tally()
+    tally = ReadingCounts()
     return [segment.text for segment in read_corpus(find_inputs(inputs), key, tally)], tally
 
 
 def read_cut(*inputs, size):
     ranges = list(cut_inputs(find_inputs(inputs), size))
-    tally = Tally()
+    tally = ReadingCounts()
     return [segment.text for part in ranges for segment in read_range(part, "text", tally)], len(ranges)
 
 

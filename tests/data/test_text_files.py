@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data import text_files
-from megatron_ponder.data.text_files import Tally, json_lines, open_input, split_name, whole_text
+from megatron_ponder.data.text_files import ReadingCounts, json_lines, open_input, split_name, whole_text
 
 COMPRESS = {
     "": bytes,
@@ -23,14 +23,14 @@ COMPRESS = {
 
 
 def text_of(path):
-    tally = Tally()
+    tally = ReadingCounts()
     segments = list(whole_text(path, tally))
     assert [segment.ends_document for segment in segments] == [False] * (len(segments) - 1) + [True] * bool(segments)
     return "".join(segment.text for segment in segments), tally
 
 
 def lines_of(path, start=0, stop=None):
-    tally = Tally()
+    tally = ReadingCounts()
     return [segment.text for segment in json_lines(path, "text", start, stop, tally)], tally
 
 
@@ -114,7 +114,7 @@ def test_ranges_of_a_file_have_each_line_once(tmp_path_factory, lines, last_newl
     path.write_bytes(content)
     documents, whole = lines_of(path)
     bounds = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
-    found, skipped = [], Tally().skipped
+    found, skipped = [], ReadingCounts().skipped
     for start, stop in itertools.pairwise(bounds):
         part, tally = lines_of(path, start, stop)
         found += part
@@ -138,7 +138,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "BLOCK_BYTES", 1 << 16)
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * (1 << 20))
-    segments = whole_text(path, Tally())
+    segments = whole_text(path, ReadingCounts())
     next(segments)
     path.write_bytes(b"\xff" * (1 << 20))
     with pytest.raises(UserError, match=r"a\.txt changed while it was read"):

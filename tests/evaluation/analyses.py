@@ -3,10 +3,10 @@
 import functools
 from pathlib import Path
 
-from megatron_ponder.evaluation.analysis import Analysis, Plan, Subject, analyse
+from megatron_ponder.evaluation.analysis import Analysis, AnalysisPlan, Subject, analyse
 from tests.models import random_tokens, small_model
 
-PLAN = Plan(refinements=1, thresholds=(0.1, 0.6), biases=(-2.0, 2.0), random_seeds=2, iterations=4, listed=60)
+PLAN = AnalysisPlan(refinements=1, thresholds=(0.1, 0.6), biases=(-2.0, 2.0), random_seeds=2, iterations=4, listed=60)
 # A token that would end a script if the page did not escape it, spaces and a line end.
 PIECES = ["</script>", "▁word", "\\n", "<b>", "&amp;"]
 

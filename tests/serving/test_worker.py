@@ -14,7 +14,7 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import ModelPart
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.serving.prometheus import Metrics
-from megatron_ponder.serving.worker import Job, Progress, QueueFullError, UnavailableError, Worker
+from megatron_ponder.serving.worker import Progress, QueueFullError, RequestGroup, UnavailableError, Worker
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_model
 
@@ -41,7 +41,7 @@ def served_on(mesh: Mesh) -> tuple[list[list[int]], list[list[int]], int] | None
         received: dict[int, list[Progress]] = {index: [] for index in range(2 * len(PROMPTS))}
         ended = threading.Semaphore(0)
 
-        def job(index: int) -> Job:
+        def job(index: int) -> RequestGroup:
             long = index % 2 == 1
 
             def post(events: list[Progress]) -> None:
@@ -51,7 +51,7 @@ def served_on(mesh: Mesh) -> tuple[list[list[int]], list[list[int]], int] | None
                 if events[-1].finish_reason is not None:
                     ended.release()
 
-            return Job([Request(tuple(PROMPTS[index // 2]), 4000 if long else 10)], True, post)
+            return RequestGroup([Request(tuple(PROMPTS[index // 2]), 4000 if long else 10)], True, post)
 
         jobs = [job(index) for index in received]
 
@@ -98,7 +98,7 @@ def test_ranks(tensor, pipeline):
 
 def test_jobs_that_are_not_taken():
     worker = Worker(2, Metrics().observe)
-    job = Job([Request((1,), 2)], False, lambda events: None)
+    job = RequestGroup([Request((1,), 2)], False, lambda events: None)
     with pytest.raises(UnavailableError, match="the server is loading"):
         worker.submit(job)
     worker.state = "ready"

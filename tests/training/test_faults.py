@@ -158,8 +158,8 @@ def copied(dataset: Path, folder: Path) -> Path:
     for ending in (".bin", ".idx"):
         shutil.copyfile(f"{dataset}{ending}", folder / f"data{ending}")
         os.utime(folder / f"data{ending}", (1e9, 1e9))
-    without = replace(dataset_manifest.read_manifest(dataset), bin_sha256="", fingerprint="")
-    dataset_manifest.write_manifest(folder / "data", without)
+    without = replace(dataset_manifest.read_dataset_manifest(dataset), bin_sha256="", fingerprint="")
+    dataset_manifest.write_dataset_manifest(folder / "data", without)
     return folder / "data"
 
 
