@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ponder.data import preprocessing
+from megatron_ponder.data import encoding
 from megatron_ponder.data.indexed_dataset import dataset_paths, dtype_for_vocabulary
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.segment_cache import CachedEncoder
@@ -97,7 +97,7 @@ def seconds(action: Callable[[], object]) -> float:
 def tokenizer_share(corpus: Path, folder: Path, tokenizer_path: Path) -> tuple[float, float]:
     """Of one process: the share of its time from text to token ids, and the share of the text's parts looked up."""
     tokenizer = load_tokenizer(tokenizer_path)
-    encoder = preprocessing._worker_encoder(tokenizer.path, dtype_for_vocabulary(tokenizer.vocab_size))
+    encoder = encoding._worker_encoder(tokenizer.path, dtype_for_vocabulary(tokenizer.vocab_size))
     encode, inside, parts = encoder.encode, 0.0, 0
 
     def timed(text: str) -> bytes:

@@ -35,7 +35,7 @@ class BlendedDataset:
         phases: in rising order; the first begins at 0.
     """
 
-    def __init__(self, datasets: Sequence[TokenDataset], phases: Sequence[Phase]):
+    def __init__(self, datasets: Sequence[TokenDataset], phases: Sequence[Phase]) -> None:
         assert phases[0].first_sample == 0
         self.datasets = list(datasets)
         self.phases = list(phases)

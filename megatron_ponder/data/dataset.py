@@ -32,7 +32,7 @@ class TokenDataset:
         shuffle: bool,
         cache: IndexCache | None = None,
         content: str = "",
-    ):
+    ) -> None:
         assert cache is None or content
         self._arguments = (indexed, documents, sequence_length, seed, shuffle, cache, content)
         self.indexed = indexed

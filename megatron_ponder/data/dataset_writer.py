@@ -40,7 +40,7 @@ class IndexedDatasetWriter:
             the right was lost.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype, claim: Claim | None = None):
+    def __init__(self, prefix: str | Path, dtype: np.dtype, claim: Claim | None = None) -> None:
         self._claim, self._is_own = claim or writing_claim(prefix), claim is None
         self.dtype = np.dtype(dtype)
         self._code = next(code for code, known in DTYPES.items() if known == self.dtype)

@@ -42,7 +42,7 @@ class IndexCache:
         UserError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: str | Path, patience: float = 600.0):
+    def __init__(self, folder: str | Path, patience: float = 600.0) -> None:
         self.folder = Path(folder)
         self.patience = patience
         self.stamps = Stamps(self.folder / "stamps")

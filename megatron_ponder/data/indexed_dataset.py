@@ -57,7 +57,7 @@ class IndexedDataset:
         UserError: a file is missing or empty, or header and file sizes contradict each other.
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
         bin_path, idx_path = dataset_paths(prefix)
         for path in (bin_path, idx_path):
@@ -241,7 +241,7 @@ class DocumentLengths:
     whole index, and takes no memory where each document is one sequence.
     """
 
-    def __init__(self, indexed: IndexedDataset, documents: range):
+    def __init__(self, indexed: IndexedDataset, documents: range) -> None:
         self._indexed, self._documents = indexed, documents
 
     def __len__(self) -> int:

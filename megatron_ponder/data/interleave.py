@@ -35,7 +35,7 @@ class Interleave:
         weights: positive, one of each source.
     """
 
-    def __init__(self, weights: Sequence[float]):
+    def __init__(self, weights: Sequence[float]) -> None:
         # The number that the user wrote: 0.1, not its binary neighbour.
         exact = [Fraction(repr(float(weight))) for weight in weights]
         denominator = lcm(*(weight.denominator for weight in exact))

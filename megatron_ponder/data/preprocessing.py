@@ -7,22 +7,13 @@ it. So a rank that dies costs nothing but time, and no rank waits for another. T
 
 import contextlib
 import functools
-import multiprocessing
-import os
 import secrets
 import shutil
-import signal
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from megatron_ponder.base.claims import Claim
 from megatron_ponder.base.errors import UserError
@@ -30,19 +21,18 @@ from megatron_ponder.base.files import make_folder
 from megatron_ponder.data.corpus import cut_inputs, no_documents, read_range
 from megatron_ponder.data.dataset_manifest import DatasetManifest, fingerprint, write_dataset_manifest
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter, writing_claim
+from megatron_ponder.data.encoding import Chunk, encode_in_order, encode_parts
 from megatron_ponder.data.formats import AUTO
 from megatron_ponder.data.indexed_dataset import dtype_for_vocabulary
 from megatron_ponder.data.inputs import Inputs, describe_counts, find_inputs
 from megatron_ponder.data.progress import ThroughputDisplay, warn
-from megatron_ponder.data.segment_cache import CachedEncoder
 from megatron_ponder.data.segments import cut_segments, cuts_at_word_ends, group_chunks
 from megatron_ponder.data.shards import Shard, ShardWriter, append_shard, make_shards
-from megatron_ponder.data.text_files import ReadingCounts, TextPart
+from megatron_ponder.data.text_files import ReadingCounts
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 
 # Small enough to lose little of in a crash, large enough for its own files to cost nothing.
 SHARD_BYTES = 1 << 28
-CHUNKS_IN_FLIGHT_PER_WORKER = 3
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_LATE_RANKS = 600.0
 
@@ -62,36 +52,19 @@ class Team:
     name: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
-class Chunk(NamedTuple):
-    """Segments of one shard; without segments, the news that the shard has been read to its end."""
-
-    shard: Shard
-    tally: ReadingCounts
-    input_bytes: int
-    segments: list[TextPart]
-
-
-class Encoded(NamedTuple):
-    """The tokens of a chunk.
-
-    Attributes:
-        tokens: one after another, end tokens included.
-        counts: int64, tokens of each document or part of one.
-        unfinished: the last document goes on in the next chunk.
-        text_bytes: size of the text as UTF-8.
-    """
-
-    tokens: np.ndarray
-    counts: np.ndarray
-    unfinished: bool
-    text_bytes: int
-
-
 @dataclass(frozen=True)
 class PreprocessingReport:
-    """Attributes:
-    new_text_bytes: text that was tokenised in this run; the rest lay in finished shards of an earlier one.
-    shards, reused_shards: in all, and of an earlier run.
+    """What a dataset was made of.
+
+    Attributes:
+        prefix: of the dataset.
+        documents, tokens: in it.
+        text_bytes: of their text as UTF-8.
+        new_text_bytes: those of them that this run tokenised; the rest lay in finished shards of an earlier one.
+        shards: of the corpus.
+        reused_shards: those of them that an earlier run finished.
+        skipped: what could not be used, by reason.
+        seconds: that it took.
     """
 
     prefix: Path
@@ -199,13 +172,13 @@ def _tokenise(
     shards: Sequence[Shard],
 ) -> None:
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
-    encode = functools.partial(_encode, tokenizer.path, append_eod, dtype)
+    encode = functools.partial(encode_parts, tokenizer.path, append_eod, dtype)
     chunks = _chunks(order, key, cuts_at_word_ends(tokenizer))
     writer: ShardWriter | None = None
     documents = tokens = text_bytes = 0
     with ThroughputDisplay(shards, silent=team.rank > 0) as show:
         try:
-            for chunk, encoded in _in_order(encode, chunks, workers):
+            for chunk, encoded in encode_in_order(encode, chunks, workers):
                 if writer is None or writer.shard is not chunk.shard:
                     if writer is not None:  # somebody else was faster
                         writer.discard()
@@ -249,71 +222,6 @@ def _chunks(shards: Iterable[Shard], key: str, may_cut: bool) -> Iterator[Chunk]
 def _is_done(shard: Shard) -> bool:
     """Whether the shard is finished, or has even become part of the dataset, with which the folder goes away."""
     return shard.finished or not shard.folder.parent.is_dir()
-
-
-def _start_worker() -> None:
-    # An interrupt from the keyboard reaches every process; only the parent answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker never notices by itself that its parent was killed, and would wait for work for ever.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-@functools.lru_cache(maxsize=1)
-def _worker_encoder(path: Path, dtype: np.dtype) -> CachedEncoder:
-    return CachedEncoder(load_tokenizer(path), dtype)
-
-
-def _encode(tokenizer_path: Path, append_eod: bool, dtype: np.dtype, segments: list[TextPart]) -> Encoded:
-    encoder = _worker_encoder(tokenizer_path, dtype)
-    end = np.array([encoder.tokenizer.eod_id], dtype).tobytes() if append_eod else b""
-    parts: list[bytes] = []
-    counts: list[int] = []
-    text_bytes = size = 0
-    for segment in segments:
-        parts.append(encoder.encode(segment.text))
-        size += len(parts[-1])
-        text_bytes += len(segment.text) if segment.text.isascii() else len(segment.text.encode())
-        if segment.ends_document:
-            parts.append(end)
-            counts.append((size + len(end)) // dtype.itemsize)
-            size = 0
-    unfinished = not segments[-1].ends_document
-    if unfinished:
-        counts.append(size // dtype.itemsize)
-    return Encoded(np.frombuffer(b"".join(parts), dtype), np.array(counts, np.int64), unfinished, text_bytes)
-
-
-def _in_order(
-    encode: Callable[[list[TextPart]], Encoded], chunks: Iterable[Chunk], workers: int
-) -> Iterator[tuple[Chunk, Encoded | None]]:
-    """Each chunk with its tokens, in the order given, with a bounded number of them under way."""
-    if workers == 1:
-        for chunk in chunks:
-            yield chunk, encode(chunk.segments) if chunk.segments else None
-        return
-    # A fresh interpreter per worker: forking one that runs threads (the progress display) can hang.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
-        under_way: deque[tuple[Chunk, Future[Encoded] | None]] = deque()
-        for chunk in chunks:
-            under_way.append((chunk, pool.submit(encode, chunk.segments) if chunk.segments else None))
-            while len(under_way) >= CHUNKS_IN_FLIGHT_PER_WORKER * workers:
-                yield _result(*under_way.popleft())
-        while under_way:
-            yield _result(*under_way.popleft())
-    except BrokenProcessPool:
-        raise UserError("a worker process died, perhaps for want of memory: set --workers lower") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _result(chunk: Chunk, future: Future[Encoded] | None) -> tuple[Chunk, Encoded | None]:
-    return chunk, None if future is None else future.result()
 
 
 def _join(

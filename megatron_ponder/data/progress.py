@@ -24,7 +24,7 @@ class ThroughputDisplay:
         silent: show nothing.
     """
 
-    def __init__(self, shards: Sequence[Shard], silent: bool):
+    def __init__(self, shards: Sequence[Shard], silent: bool) -> None:
         self._sizes = {shard.folder.name: shard.input_bytes for shard in shards}
         self._work = shards[0].folder.parent if shards else None
         self._total = sum(self._sizes.values())
@@ -89,7 +89,7 @@ class StageDisplay:
         total: bytes of the corpus as it lies there.
     """
 
-    def __init__(self, total: int):
+    def __init__(self, total: int) -> None:
         self._total = total
         console = Console(stderr=True)
         self._terminal = console.is_terminal

@@ -58,7 +58,7 @@ class SampleIndex:
         shuffle: bool = True,
         cache: IndexCache | None = None,
         content: str = "",
-    ):
+    ) -> None:
         self.document_lengths = document_lengths
         self.sequence_length = sequence_length
         self.seed = seed

@@ -22,7 +22,7 @@ class CachedEncoder:
         tokenizer: the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype):
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self.tokenizer = tokenizer
         self._dtype = np.dtype(dtype)
         self._separable = tokenizer.separable
@@ -46,7 +46,7 @@ class CachedEncoder:
 class _Parts(dict[str, bytes]):
     """Ids by part of a text; what is absent is encoded, and kept within bounds."""
 
-    def __init__(self, encode):
+    def __init__(self, encode) -> None:
         super().__init__()
         self.misses = 0
         self._encode = encode

@@ -89,7 +89,7 @@ class ShardWriter:
         streams: where its tokens go.
     """
 
-    def __init__(self, shard: Shard, dtype: np.dtype):
+    def __init__(self, shard: Shard, dtype: np.dtype) -> None:
         self.shard = shard
         self.text_bytes = 0
         # Drawn, because process ids are not unique among machines, nor host names among containers.

@@ -29,7 +29,7 @@ class Stamps:
             system does not tell one boot from another, nothing is remembered.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def once(self, what: str, files: Sequence[BinaryIO], find: Callable[[], str | None]) -> str | None:

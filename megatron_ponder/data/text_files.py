@@ -62,7 +62,7 @@ class Input:
         stream: what the file holds.
     """
 
-    def __init__(self, path: Path, raw: BinaryIO):
+    def __init__(self, path: Path, raw: BinaryIO) -> None:
         _, compression = split_name(path)
         self._raw = raw
         self._counted = 0
@@ -229,7 +229,7 @@ def _parse(line: bytes, key: str, skipped: Counter[str]) -> str | None:
 class _ZstandardStream(io.RawIOBase):
     """Decompressed content of one or more frames; unlike the library's own, it tells a file that was cut short."""
 
-    def __init__(self, raw: BinaryIO, path: Path):
+    def __init__(self, raw: BinaryIO, path: Path) -> None:
         try:
             import zstandard
         except ImportError:

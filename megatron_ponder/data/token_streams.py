@@ -29,7 +29,7 @@ class TokenStreams:
         digest: SHA-256 of the tokens so far.
     """
 
-    def __init__(self, tokens: Path, lengths: Path, ends: Path, dtype: np.dtype):
+    def __init__(self, tokens: Path, lengths: Path, ends: Path, dtype: np.dtype) -> None:
         self.dtype = np.dtype(dtype)
         self.num_tokens = self.num_sequences = self.num_documents = 0
         self.digest = hashlib.sha256()

@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece `.model` file. `decode(encode(text)) == text` for those that `train_tokenizer` makes."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         model = self.path.read_bytes()
         try:
@@ -105,7 +105,7 @@ class HuggingFaceTokenizer:
 
     separable = None
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         content = self.path.read_bytes()
         try:

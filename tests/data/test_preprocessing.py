@@ -75,7 +75,7 @@ def test_without_an_end_token(tokenizer_path, tmp_path):
 
 
 # Kept here, and the functions at the top level, so that worker processes find them by name.
-_encode = preprocessing._encode
+_encode = preprocessing.encode_parts
 
 
 def _fails_on_the_last_document(path, append_eod, dtype, chunk):
@@ -94,7 +94,7 @@ def test_a_failure_half_way_leaves_the_older_dataset(source_files, tokenizer_pat
     before = contents(tmp_path / "out")
     (tmp_path / "last.txt").write_text("the end is near")
     with monkeypatch.context() as patched:
-        patched.setattr(preprocessing, "_encode", _fails_on_the_last_document)
+        patched.setattr(preprocessing, "encode_parts", _fails_on_the_last_document)
         with pytest.raises(RuntimeError, match="half-way"):
             preprocess([*source_files, tmp_path / "last.txt"], tmp_path / "out" / "data", tokenizer_path, workers)
     assert contents(tmp_path / "out") == before
@@ -116,7 +116,7 @@ def test_a_full_disk_at_the_end_leaves_the_older_dataset(source_files, tokenizer
 
 
 def test_a_worker_that_dies_is_reported(source_files, tokenizer_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "_encode", _dies)
+    monkeypatch.setattr(preprocessing, "encode_parts", _dies)
     with pytest.raises(UserError, match=r"a worker process died, .* set --workers lower"):
         preprocess(source_files, tmp_path / "out" / "data", tokenizer_path, 2)
     assert contents(tmp_path / "out") == {}
@@ -134,7 +134,7 @@ def test_of_two_at_a_time_the_second_is_told_and_harms_nothing(source_files, tok
         return _encode(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(preprocessing, "_encode", interrupted)
+        patched.setattr(preprocessing, "encode_parts", interrupted)
         report = preprocess(source_files[:3], tmp_path / "data", tokenizer_path)
     assert second[0].returncode == 2
     assert re.fullmatch(

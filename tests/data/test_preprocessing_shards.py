@@ -149,7 +149,7 @@ def test_killed_at_random_moments_it_goes_on(corpus, tokenizer_path, expected, t
 
 
 def interrupt_after(monkeypatch, chunks):
-    encode = preprocessing._encode
+    encode = preprocessing.encode_parts
     done = []
 
     def encode_some(*arguments):
@@ -158,7 +158,7 @@ def interrupt_after(monkeypatch, chunks):
         done.append(None)
         return encode(*arguments)
 
-    monkeypatch.setattr(preprocessing, "_encode", encode_some)
+    monkeypatch.setattr(preprocessing, "encode_parts", encode_some)
     return done
 
 
