@@ -24,7 +24,8 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_writable, write_atomically
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.evaluation.analysis import Analysis, AnalysisPlan, Subject, analyse
+from megatron_ponder.evaluation.analysis import Analysis, analyse
+from megatron_ponder.evaluation.analysis_plan import AnalysisPlan, Subject
 from megatron_ponder.evaluation.figures import draw, write_rows
 from megatron_ponder.evaluation.report import write_page
 from megatron_ponder.evaluation.sources import EvaluationBatches, depth_batches, split_batches, text_batches

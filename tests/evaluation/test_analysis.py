@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ponder.evaluation.analysis import AnalysisPlan, Subject, analyse
+from megatron_ponder.evaluation.analysis import analyse
+from megatron_ponder.evaluation.analysis_plan import AnalysisPlan, Subject
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.evaluation.pondering import contraction, measure, shuffled
 from megatron_ponder.evaluation.statistics import rank_correlation
