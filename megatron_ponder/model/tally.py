@@ -1,9 +1,14 @@
 """Sums over tokens that a loss is made of, which travel between ranks and are added up."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+# Fields that have a sum for each of the steps 0 to K.
+BY_STEP = ("steps", "weights", "own_losses")
 
 
 class Tally(NamedTuple):
@@ -60,12 +65,39 @@ class Tally(NamedTuple):
     @staticmethod
     def width(steps: int) -> int:
         """How many sums there are for K."""
-        return 5 + 3 * (steps + 1)
+        return sum(_sizes(steps).values())
 
     @staticmethod
-    def of(sums: Tensor) -> "Tally":
-        """From sums (width,) that `Objective` returns, added over whatever they should cover."""
-        values = sums.tolist()
-        options = (len(values) - 5) // 3
-        steps, weights, own_losses = (values[start : start + options] for start in range(3, len(values) - 2, options))
-        return Tally(*values[:3], [round(count) for count in steps], weights, own_losses, *values[-2:])
+    def pack(steps: int, sums: Mapping[str, Tensor]) -> Tensor:
+        """Lay sums out side by side, as they travel between ranks.
+
+        Args:
+            steps: K.
+            sums: of B sequences by field, (B,), or (B, K + 1) of those in `BY_STEP`; what is not given is zero.
+
+        Returns:
+            fp64 (B, width).
+        """
+        count, device = len(sums["cross_entropy"]), sums["cross_entropy"].device
+        packed = torch.zeros(count, Tally.width(steps), dtype=torch.float64, device=device)
+        columns = packed.split(list(_sizes(steps).values()), 1)
+        for name, column in zip(Tally._fields, columns, strict=True):
+            if name in sums:
+                column.copy_(sums[name].detach().view_as(column))
+        return packed
+
+    @staticmethod
+    def of(packed: Tensor) -> "Tally":
+        """From packed sums (width,), added over whatever they should cover."""
+        single = len(Tally._fields) - len(BY_STEP)
+        steps = (len(packed) - single) // len(BY_STEP) - 1
+        sums = {
+            name: own.tolist() if name in BY_STEP else own.item()
+            for name, own in zip(Tally._fields, packed.split(list(_sizes(steps).values())), strict=True)
+        }
+        return Tally(**sums | {"steps": [round(count) for count in sums["steps"]]})
+
+
+def _sizes(steps: int) -> dict[str, int]:
+    """How many sums each field has for K, in the order in which they travel."""
+    return {name: steps + 1 if name in BY_STEP else 1 for name in Tally._fields}

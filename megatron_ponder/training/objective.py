@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
-from megatron_ponder.model.router import Rule
+from megatron_ponder.model.router import Routing, Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.regions import enter
 
@@ -62,31 +62,20 @@ class Objective(nn.Module):
 
         Returns:
             The sum over tokens of cross-entropy and λ Σ_{k ≥ 1} w_k, with its gradient, in nats; and for each sequence
-            the detached sums of a `Tally`, fp64 (B, `Tally.width`). A loss that is not finite has gradients that are
+            the detached sums of a `Tally`, packed. A loss that is not finite has gradients that are
             not numbers, even where the mathematics gives finite ones, so that the gradient norm alone tells of both.
         """
-        losses_BL = self._losses(result.output_BLH, tokens)
-        loss, options = losses_BL.sum(), self.model.ponder_config.steps + 1
-        sums = torch.zeros(len(tokens), Tally.width(options - 1), dtype=torch.float64, device=tokens.device)
-        sums[:, 0] = losses_BL.detach().sum(1, dtype=torch.float64)
-        if result.routing is None:
-            sums[:, 2 + options] = losses_BL.shape[1]
-            return _telling(loss), sums
-        penalties_BL = result.routing.log_w[..., 1:].exp().sum(-1)
-        with torch.no_grad():
-            sums[:, 1] = penalties_BL.sum(1, dtype=torch.float64)
-            log_s, executed_BL = result.routing.log_s, result.routing.executed
-            s = log_s.exp()
-            sums[:, 2] = -torch.where(s > 0, s * log_s, 0).sum((1, 2), dtype=torch.float64)
-            sums[:, 3:-2] = torch.cat(
-                [
-                    F.one_hot(executed_BL, options).sum(1),
-                    s.sum(1, dtype=torch.float64),
-                    self._own_losses(result, tokens, sums, executed_BL) if each_step else s.new_zeros(len(s), options),
-                ],
-                1,
-            )
-        return _telling(loss + penalty_weight * penalties_BL.sum()), sums
+        losses_BL, steps = self._losses(result.output_BLH, tokens), self.model.ponder_config.steps
+        loss, executed_BL = losses_BL.sum(), torch.full_like(tokens[:, 1:], steps)
+        sums = {"cross_entropy": losses_BL.detach().sum(1, dtype=torch.float64)}
+        if result.routing is not None:
+            penalties_BL, executed_BL = result.routing.log_w[..., 1:].exp().sum(-1), result.routing.executed
+            loss = loss + penalty_weight * penalties_BL.sum()
+            sums |= {"penalty": penalties_BL.detach().sum(1, dtype=torch.float64)} | _spread(result.routing)
+            if each_step:
+                sums |= self._own_losses(result, tokens)
+        sums["steps"] = F.one_hot(executed_BL, steps + 1).sum(1)
+        return _telling(loss), Tally.pack(steps, sums)
 
     def _losses(self, read_BLH: Tensor, tokens: Tensor) -> Tensor:
         """(B, L) nats of what the head predicts from hidden states on all tensor ranks."""
@@ -95,16 +84,31 @@ class Objective(nn.Module):
             model.head(read_BLH), tokens[:, 1:], model.axis, model.model_config.vocab_size, overwrite=True
         )
 
-    def _own_losses(self, result: PonderOutput, tokens: Tensor, sums: Tensor, executed_BL: Tensor) -> Tensor:
-        """(B, K + 1) nats of what every step predicts by itself; the last two sums are filled in."""
+    @torch.no_grad()
+    def _own_losses(self, result: PonderOutput, tokens: Tensor) -> dict[str, Tensor]:
+        """Sums of what every step predicts by itself, of each sequence."""
+        axis, count = self.model.axis, tokens.shape[1] - 1
         own_losses = []
         for h_BLH in result.hidden_BLSH.unbind(2):
-            losses_BL = self._losses(enter(h_BLH, self.model.axis, tokens.shape[1] - 1), tokens).double()
+            losses_BL = self._losses(enter(h_BLH, axis, count), tokens).double()
             if not own_losses:
-                sums[:, -2] = losses_BL.square().sum(1)
-                sums[:, -1] = (losses_BL * executed_BL).sum(1)
+                first_BL = losses_BL
             own_losses.append(losses_BL.sum(1))
-        return torch.stack(own_losses, 1)
+        return {
+            "own_losses": torch.stack(own_losses, 1),
+            "first_squared": first_BL.square().sum(1),
+            "steps_first": (first_BL * result.routing.executed).sum(1),
+        }
+
+
+@torch.no_grad()
+def _spread(routing: Routing) -> dict[str, Tensor]:
+    """Sums of how a router spreads its tokens over steps, of each sequence."""
+    s = routing.log_s.exp()
+    return {
+        "entropy": -torch.where(s > 0, s * routing.log_s, 0).sum((1, 2), dtype=torch.float64),
+        "weights": s.sum(1, dtype=torch.float64),
+    }
 
 
 def _telling(loss: Tensor) -> Tensor:
