@@ -25,13 +25,14 @@ from torch import Tensor
 
 from megatron_ponder.base.launch import Launch, discover
 from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.checkpointer import Checkpointer
-from megatron_ponder.training.deepspeed_engine import StateTensor
+from megatron_ponder.training.state import StateTensor
 
 SECONDS_OF_WORK = 5.0
 
@@ -103,7 +104,7 @@ class Work:
 def save_beside(checkpointer: Checkpointer, state: State, step: int, work: Work) -> tuple[float, float, float]:
     """Seconds that the save holds up the loop, until it is durable, and of the work meanwhile."""
     begun = time.perf_counter()
-    checkpointer.save(state, step, samples=0)
+    checkpointer.save(state.state(), RunState(step))
     held = time.perf_counter() - begun
     durable: list[float] = []
     waiter = threading.Thread(target=lambda: (checkpointer.finish(), durable.append(time.perf_counter() - begun)))
@@ -128,7 +129,7 @@ def measure(folder: Path, rounds: int) -> tuple[State, dict[str, list[float]]]:
         figures = {
             "write": seconds(lambda: write_plainly(tensors, plain)),
             "copy": seconds(lambda: [copy.copy_(tensor) for copy, tensor in zip(copies, tensors, strict=True)]),
-            "at once": seconds(lambda step=step: at_once.save(state, step, samples=0)),
+            "at once": seconds(lambda step=step: at_once.save(state.state(), RunState(step))),
             "work": seconds(work),
         }
         plain.unlink()

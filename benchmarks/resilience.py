@@ -148,6 +148,7 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     from megatron_ponder.base.launch import discover
     from megatron_ponder.base.signals import StopSignals
     from megatron_ponder.base.watchdog import Watchdog
+    from megatron_ponder.checkpoint.run_state import RunState
     from megatron_ponder.config import read_config
     from megatron_ponder.data.loader import batches
     from megatron_ponder.parallel.mesh import build_mesh
@@ -165,7 +166,11 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
         config, parts = open_parts(config)
         mesh = build_mesh(torch.device("cpu"), tensor=1, pipeline=1, data=1)
         engine = Engine(Objective(build_model(config, parts, mesh, None)), config, mesh)
-        boundary, skipped, spikes = Boundary(signals, 1e9, mesh), SkippedSteps([], config.training), LossSpikes(10, [])
+        boundary, skipped, spikes = (
+            Boundary(signals, 1e9, mesh),
+            SkippedSteps(RunState(), config.training),
+            LossSpikes(10, []),
+        )
         loader = batches(parts.datasets["train"], 0, 8, 4, 0, 1)
         steps, guards = [], []
         for step in range(40 * repeats):

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -83,9 +84,9 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
         engine, watch = Engine(Objective(model), config, mesh), StepWatch(config, mesh, model.transformer)
         leader = dist.get_rank() == 0
         log = MetricsLog(Path(folder), config.logging, 0) if leader else None
-        lines = RunLog(Path(folder)) if leader else None
+        progress = RunProgress(steps, 0, interval=1, log=RunLog(Path(folder))) if leader else nullcontext()
         tokens = torch.randint(0, 8192, (BATCH // 2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-        with RunProgress(steps, 0, interval=1, shown=leader, log=lines) as progress:
+        with progress:
             for step in range(1, steps + 1):
                 clock, own_clock, begun = Stopwatch(), Stopwatch(), time.perf_counter()
                 clock(watch.begin)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.manifest import Manifest
-from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds
 from megatron_ponder.checkpoint.store import read_config_of
 from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
@@ -21,15 +21,21 @@ def expected_tensors(manifest: Manifest, config: Config) -> dict[str, tuple[int,
 
     One that was converted has weights alone, one that a run has written moments as well.
     """
+    held = kinds_of(manifest, kinds(config.optimizer))
     with torch.device("meta"):  # shapes alone, without memory for the values
         shapes = [(name, spec.shape) for name, _, spec, _ in declarations(PonderLM(config.model, config.ponder))]
-    return {f"{kind}/{name}": shape for name, shape in shapes for kind in kinds_of(manifest)}
+    return {f"{kind}/{name}": shape for name, shape in shapes for kind in held}
 
 
-def kinds_of(manifest: Manifest) -> tuple[str, ...]:
-    """The kinds of tensors that there are of every parameter."""
-    weights_only = manifest.step == 0 and all(key.startswith(f"{WEIGHT}/") for key in manifest.tensors)
-    return (WEIGHT,) if weights_only else KINDS
+def kinds_of(manifest: Manifest, in_training: tuple[str, ...]) -> tuple[str, ...]:
+    """The kinds of tensors that a checkpoint should hold of every parameter.
+
+    Args:
+        manifest: of the checkpoint.
+        in_training: those that a run has.
+    """
+    weights_only = manifest.state.step == 0 and all(key.startswith(f"{WEIGHT}/") for key in manifest.tensors)
+    return (WEIGHT,) if weights_only else in_training
 
 
 def check_state(folder: Path, manifest: Manifest, files: Iterable[str]) -> None:

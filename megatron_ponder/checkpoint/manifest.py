@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import checksum, write_atomically
 from megatron_ponder.checkpoint.optimizer_state import KINDS
+from megatron_ponder.checkpoint.run_state import RunState
 
 MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
 FORMAT = 2
@@ -25,29 +26,19 @@ class Manifest:
     """What is in a checkpoint.
 
     Attributes:
-        step: optimiser steps done.
-        samples: training samples consumed, which is the whole state of the data order.
+        state: of the run that wrote it.
         data_fingerprint: of the dataset that they came from; None if there was none.
         tokenizer_fingerprint: of the tokenizer; None if the checkpoint has none.
         tensors: file that holds each tensor, by `kind/parameter name`.
         files: size in bytes and sha256 of each other file, by its path within the folder.
-        skipped: steps among them that changed nothing, because their loss or gradients were not finite.
-        validated: false if the validation that was due after this step has been cut off.
-        penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
-        penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.
         layout: of the ranks that wrote it, for people to read; loading does not look at it.
     """
 
-    step: int = 0
-    samples: int = 0
+    state: RunState = field(default_factory=RunState)
     data_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
     tensors: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
-    skipped: list[int] = field(default_factory=list)
-    validated: bool = True
-    penalty_factor: float = 1.0
-    penalty_steps: float | None = None
     layout: dict[str, int | str] = field(default_factory=dict)
 
     def tensors_by_file(self) -> dict[str, list[str]]:
@@ -92,7 +83,8 @@ def _latest_name(folder: Path) -> str | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a checkpoint durably, with its own checksum; last, because it makes the folder complete."""
-    content = {"format": FORMAT, **asdict(manifest)}
+    others = asdict(manifest)
+    content = {"format": FORMAT, **others.pop("state"), **others}
     write_atomically(folder / MANIFEST, json.dumps(content | {"checksum": checksum(content)}, indent=1))
 
 
@@ -133,8 +125,8 @@ def _checked(folder: Path, content: object) -> Manifest:
         raise ValueError("its checksum differs")
     manifest = _from_fields(content)
     named = told == FORMAT_WITHOUT_CHECKSUM and re.fullmatch(r"step-[0-9]{8,}", folder.name)
-    if named and folder.name != checkpoint_name(manifest.step):
-        raise ValueError(f"its step is {manifest.step}")
+    if named and folder.name != checkpoint_name(manifest.state.step):
+        raise ValueError(f"its step is {manifest.state.step}")
     return manifest
 
 
@@ -152,21 +144,22 @@ def _from_fields(content: dict) -> Manifest:
     Raises:
         ValueError: saying which cannot be.
     """
-    needed, known = ("step", "samples", "tensors", "files"), {of.name for of in fields(Manifest)}
+    needed = ("step", "samples", "tensors", "files")
     for name in (*needed, *content):
-        if name not in known:
+        if name not in _VALID:
             raise ValueError(f"{_shown(name)} is no part of a manifest")
         if name not in content:
             raise ValueError(f"it lacks {name}")
         if not _VALID[name](content[name]):
             raise ValueError(f"its {name} cannot be {_shown(content[name])}")
-    manifest = Manifest(**content)
+    state = RunState(**{of.name: content.pop(of.name) for of in fields(RunState) if of.name in content})
+    manifest = Manifest(state, **content)
     manifest.files = {name: tuple(entry) for name, entry in manifest.files.items()}
     for name in (CONFIG, *manifest.tensors.values()):
         if name not in manifest.files:
             raise ValueError(f"{name} is not among its files")
-    if any(step > manifest.step for step in manifest.skipped):
-        raise ValueError(f"it has skipped step {manifest.skipped[-1]} of {manifest.step}")
+    if any(step > manifest.state.step for step in manifest.state.skipped):
+        raise ValueError(f"it has skipped step {manifest.state.skipped[-1]} of {manifest.state.step}")
     return manifest
 
 

@@ -4,9 +4,31 @@ Checkpoints name their tensors by these kinds, the engine hands them over by kin
 without PyTorch.
 """
 
+from megatron_ponder.config import OptimizerConfig
+
 # The master weight, which is fp32 in every precision.
 WEIGHT = "weight"
 WEIGHT_BYTES = 4
 # AdamW's averages of the gradient and of its square, by their names in PyTorch: bytes a parameter.
-MOMENTS = {"exp_avg": 4, "exp_avg_sq": 4}
-KINDS = (WEIGHT, *MOMENTS)
+ADAMW = {"exp_avg": 4, "exp_avg_sq": 4}
+# Of any optimiser.
+KINDS = (WEIGHT, *ADAMW)
+
+
+def moments(optimizer: OptimizerConfig) -> dict[str, int]:
+    """What an optimiser remembers of every parameter: bytes a parameter, by its name in PyTorch.
+
+    Args:
+        optimizer: which it is; AdamW is the only one so far.
+    """
+    return ADAMW
+
+
+def kinds(optimizer: OptimizerConfig) -> tuple[str, ...]:
+    """The kinds of tensors that there are of every parameter in training."""
+    return (WEIGHT, *moments(optimizer))
+
+
+def moment_bytes(optimizer: OptimizerConfig) -> int:
+    """What an optimiser remembers of every parameter, in bytes."""
+    return sum(moments(optimizer).values())

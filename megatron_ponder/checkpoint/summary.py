@@ -17,7 +17,7 @@ from megatron_ponder.checkpoint.manifest import (
     latest_checkpoint,
     read_manifest,
 )
-from megatron_ponder.checkpoint.optimizer_state import WEIGHT
+from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
 from megatron_ponder.checkpoint.store import damaged, partial_folders_in, read_config_of
 from megatron_ponder.checkpoint.tensor_files import problem_of, tensors_problem
 from megatron_ponder.config import Config
@@ -181,4 +181,4 @@ def _wanted(manifest: Manifest, config: Config | None) -> list[str]:
     if config is not None:
         return list(expected_tensors(manifest, config))
     weights = [key.partition("/")[2] for key in manifest.tensors if key.startswith(f"{WEIGHT}/")]
-    return [f"{kind}/{name}" for name in weights for kind in kinds_of(manifest)]
+    return [f"{kind}/{name}" for name in weights for kind in kinds_of(manifest, KINDS)]

@@ -66,7 +66,11 @@ def table_of_folder(entries: list[FolderEntry]) -> Table:
     """All checkpoints of a run."""
     table = Table("folder", "step", "samples", "size", "state")
     for entry in entries:
-        counts = ("", "") if entry.manifest is None else (f"{entry.manifest.step:,}", f"{entry.manifest.samples:,}")
+        counts = (
+            ("", "")
+            if entry.manifest is None
+            else (f"{entry.manifest.state.step:,}", f"{entry.manifest.state.samples:,}")
+        )
         state = "incomplete or damaged" if entry.manifest is None else "latest" if entry.latest else ""
         if entry.path.name.endswith(".partial"):
             state = "left by a save that did not end; the next save removes it"
@@ -78,10 +82,10 @@ def table_of_checkpoint(found: Inspection) -> Table:
     """One line for each thing that is known of a checkpoint as a whole."""
     manifest, config = found.manifest, found.config
     table = Table(show_header=False)
-    table.add_row("step", f"{manifest.step:,}")
-    table.add_row("samples", f"{manifest.samples:,}")
+    table.add_row("step", f"{manifest.state.step:,}")
+    table.add_row("samples", f"{manifest.state.samples:,}")
     if config is not None:
-        table.add_row("tokens", f"{manifest.samples * config.data.sequence_length:,}")
+        table.add_row("tokens", f"{manifest.state.samples * config.data.sequence_length:,}")
         steps = f"{config.ponder.mode}, {config.ponder.steps} additional steps"
         table.add_row("model", f"{config.model.description}, {steps}")
     table.add_row("parameters", f"{found.parameters:,}")

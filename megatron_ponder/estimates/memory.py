@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from megatron_ponder.checkpoint.optimizer_state import MOMENTS, WEIGHT_BYTES
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES, moment_bytes
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.estimates.rank import FP32, Rank, rank_parameters, vocabulary_parameters
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS
@@ -64,7 +64,7 @@ def optimizer_bytes(rank: Rank) -> float:
     where = rank.config.parallel.offload_optimizer
     if where == "nvme" or (where == "cpu" and rank.device != "cpu"):
         return 0.0
-    count, moments = rank_parameters(rank), sum(MOMENTS.values())
+    count, moments = rank_parameters(rank), moment_bytes(rank.config.optimizer)
     return moments * count if zero_stage(rank.config) == 0 else (WEIGHT_BYTES + moments) * count / rank.data
 
 

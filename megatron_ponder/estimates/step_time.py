@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_ponder.checkpoint.optimizer_state import MOMENTS, WEIGHT_BYTES
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES, moment_bytes
 from megatron_ponder.cluster.hardware import Cluster
 from megatron_ponder.config import Config, stage_layers
 from megatron_ponder.config.deepspeed import overlaps_reduction, zero_stage
@@ -261,7 +261,7 @@ class RankStep:
         Of AdamW 40 bytes for each of N / D parameters; N without ZeRO.
         """
         shared = zero_stage(self.rank.config) > 0
-        size = 2 * (WEIGHT_BYTES + sum(MOMENTS.values())) + 4 * FP32
+        size = 2 * (WEIGHT_BYTES + moment_bytes(self.rank.config.optimizer)) + 4 * FP32
         return self.moved(size * self.parameters / (self.rank.data if shared else 1))
 
     def terms(self) -> Iterator[tuple[Term, float]]:

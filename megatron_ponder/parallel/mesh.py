@@ -50,6 +50,11 @@ class Mesh:
     pipeline: Axis = Axis()
     model: Axis = Axis()
 
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.model.size * self.data.size
+
 
 def build_mesh(device: torch.device, tensor: int, pipeline: int, data: int, sequence_parallel: bool = False) -> Mesh:
     """The grid over all ranks of the default process group.

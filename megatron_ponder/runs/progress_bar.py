@@ -23,23 +23,20 @@ class RunProgress:
     Use as a context manager around the loop.
     """
 
-    def __init__(
-        self, total_steps: int, first_step: int, interval: int, shown: bool, log: RunLog | None = None
-    ) -> None:
-        """Show progress on this rank.
+    def __init__(self, total_steps: int, first_step: int, interval: int, log: RunLog | None = None) -> None:
+        """Prepare.
 
         Args:
             total_steps: of the run.
             first_step: steps done before.
             interval: steps between plain lines.
-            shown: false on all ranks but one.
             log: the run's log file, closed at the end.
         """
         self._log = log
-        self._total, self._interval, self._shown = total_steps, interval, shown
+        self._total, self._interval = total_steps, interval
         self._bar, self._mute = None, False
         self._recent: deque[float] = deque([time.monotonic()], maxlen=50)
-        if shown and sys.stdout.isatty():
+        if sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("[bold]training"),
                 BarColumn(),
@@ -67,8 +64,6 @@ class RunProgress:
 
     def update(self, record: Mapping[str, float]) -> None:
         """Show a finished step."""
-        if not self._shown:
-            return
         self._recent.append(time.monotonic())
         words = (
             f"loss {nats(record['loss'])}  steps/token {record['mean_steps']:.2f}  "
@@ -87,8 +82,6 @@ class RunProgress:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        if not self._shown:
-            return
         if self._log is not None:
             self._log.write(message)
         if self._bar is not None:

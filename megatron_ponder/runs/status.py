@@ -203,4 +203,4 @@ def _newest_checkpoint(folder: Path, now: float) -> SavedState | None:
         return SavedState(path.name, int(number) if number.isdecimal() else 0, age, complete=False)
     files = [(path / name, size) for name, (size, _) in manifest.files.items()]
     whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
-    return SavedState(path.name, manifest.step, age, whole)
+    return SavedState(path.name, manifest.state.step, age, whole)

@@ -3,9 +3,10 @@
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_ponder.checkpoint.manifest import (
     Manifest,
     checkpoint_name,
 )
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import (
     partial_folder,
     partial_folders_in,
@@ -30,9 +32,8 @@ from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.config import Config
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.deepspeed_engine import Engine
-from megatron_ponder.training.penalty import UNSTEERED, PenaltyState
 from megatron_ponder.training.shares import shared_out
+from megatron_ponder.training.state import StateTensor
 
 logger = logging.getLogger(__name__)
 
@@ -100,26 +101,14 @@ class Checkpointer:
         if exception is None:
             self.finish()  # else a failure of the save would hide the reason
 
-    def save(
-        self,
-        engine: Engine,
-        step: int,
-        samples: int,
-        validated: bool = True,
-        skipped: Sequence[int] = (),
-        penalty: PenaltyState = UNSTEERED,
-    ) -> Path:
-        """Write the checkpoint after `step` steps, or begin to; a collective.
+    def save(self, tensors: Iterable[StateTensor], state: RunState) -> Path:
+        """Write a checkpoint, or begin to; a collective.
 
-        An asynchronous save returns when the state has been copied, and training may change it.
+        An asynchronous save returns when everything has been copied, and training may change it.
 
         Args:
-            engine: whose state to save.
-            step: steps done.
-            samples: consumed.
-            validated: false if the validation that was due after this step has been cut off.
-            skipped: steps among them that changed nothing.
-            penalty: of `Penalty`.
+            tensors: of this rank's pipeline stage, in the order of all of its ranks; taking one may be a collective.
+            state: of the run.
 
         Returns:
             The checkpoint's folder, which an asynchronous save has yet to make.
@@ -130,19 +119,10 @@ class Checkpointer:
         """
         with suppress(UserError):
             self.finish()
-        final = self.folder / checkpoint_name(step)
-        manifest = Manifest(
-            step,
-            samples,
-            *self._fingerprints,
-            skipped=list(skipped),
-            validated=validated,
-            penalty_factor=penalty.factor,
-            penalty_steps=penalty.mean_steps,
-            layout=self._layout(),
-        )
+        final = self.folder / checkpoint_name(state.step)
+        manifest = Manifest(deepcopy(state), *self._fingerprints, layout=self._layout())
         begun = time.monotonic()
-        share = self._take_share(engine)
+        share = self._take_share(tensors)
         if self._thread is None:
             self._write(share, manifest, final, begun)
         else:
@@ -165,16 +145,16 @@ class Checkpointer:
         sizes = {name: getattr(mesh, name).size for name in ("tensor", "pipeline", "data")}
         return sizes | {"zero_stage": config.parallel.zero_stage, "precision": config.training.precision}
 
-    def _take_share(self, engine: Engine) -> _Share:
+    def _take_share(self, tensors: Iterable[StateTensor]) -> _Share:
         """This rank's share of what its pipeline stage holds.
 
-        What the engine gives may be training's own memory, so that the thread needs a copy. It goes where that of the
+        What is given may be training's own memory, so that the thread needs a copy. It goes where that of the
         save before was, because new memory costs many times as long as the copy itself.
         """
         data, tensor = self._mesh.data, self._mesh.tensor
         own = data.rank * tensor.size + tensor.rank
         share = _Share()
-        for writer, item in shared_out(engine.state(), lambda item: item.tensor.nbytes, data.size * tensor.size):
+        for writer, item in shared_out(tensors, lambda item: item.tensor.nbytes, data.size * tensor.size):
             key, whole = f"{item.kind}/{item.name}", item.tensor
             if own == 0:
                 share.stage.append(key)

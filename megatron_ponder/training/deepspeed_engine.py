@@ -1,48 +1,31 @@
 """All contact with DeepSpeed: ZeRO, mixed precision and the optimiser step.
 
-What the rest of the package sees is a module to call, a step
-that returns the gradient norm, and whole fp32 tensors by parameter name.
+What the rest of the package sees is a module to call, a step that returns the gradient norm, and the fp32 tensors of
+each parameter.
 """
 
 import gc
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ponder.checkpoint.optimizer_state import KINDS, MOMENTS, WEIGHT
-from megatron_ponder.checkpoint.store import open_tensors
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds
 from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.config.deepspeed import deepspeed_config, zero_stage
 from megatron_ponder.model.router import Rule, RuleKind
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.parallel.sharding import ParameterSpec, declarations
+from megatron_ponder.parallel.sharding import declarations
+from megatron_ponder.training.clipping import clip_gradients
 from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.optimizer import build_optimizer
 from megatron_ponder.training.pipelined import PipelinedObjective
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """One whole tensor of the training state.
-
-    Attributes:
-        kind: the weight, or one of the two moments.
-        name: of the parameter.
-        tensor: fp32 on the CPU.
-    """
-
-    kind: str
-    name: str
-    tensor: Tensor
 
 
 class _ModelParallelUnit:
@@ -74,6 +57,12 @@ class Engine:
     """A model, or this rank's part of it, under DeepSpeed.
 
     DeepSpeed remembers one grid of ranks in a process: of several engines the last one's.
+
+    Attributes:
+        model: the language model, or this rank's part of it.
+        mesh: the ranks.
+        kinds: of tensors that there are of every parameter.
+        low_precision: the module computes in bf16, and its fp32 weights are kept beside it.
     """
 
     def __init__(self, objective: Objective, config: Config, mesh: Mesh) -> None:
@@ -84,13 +73,14 @@ class Engine:
             config: resolved.
             mesh: the ranks.
         """
-        self._objective, self._mesh = objective, mesh
-        self._accumulation = micro_batches(config, mesh.data.size)
+        self._objective, self.model, self.mesh = objective, objective.model, mesh
+        self._micro_batches = micro_batches(config, mesh.data.size)
+        self.kinds = kinds(config.optimizer)
         self._clipping = config.optimizer.gradient_clipping
-        self._low_precision = config.training.precision == "bf16"
+        self.low_precision = config.training.precision == "bf16"
         self._stage = zero_stage(config)
         self._pipelined = None
-        for _, parameter, spec, _ in self._declarations():
+        for _, parameter, spec, _ in declarations(self.model):
             # These count in the gradient norm on every model-parallel rank, others on the first alone.
             parameter.model_parallel = spec.shard_dim is not None or mesh.tensor.rank == 0
         deepspeed = _import_deepspeed(mesh)
@@ -101,20 +91,14 @@ class Engine:
         with redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=objective,
-                optimizer=torch.optim.AdamW(
-                    _parameter_groups(objective, config.optimizer.weight_decay),
-                    lr=0.0,  # set before every step
-                    betas=config.optimizer.betas,
-                    eps=config.optimizer.epsilon,
-                    fused=True,
-                ),
+                optimizer=build_optimizer(self.model, config.optimizer),
                 config=deepspeed_config(config, mesh.data.size, mesh.device.type),
                 mpu=_ModelParallelUnit(mesh),
                 dist_init_required=False,
             )
         if mesh.pipeline.size > 1:
             self._engine.pipeline_parallelism = True
-            dtype = torch.bfloat16 if self._low_precision else torch.float32
+            dtype = torch.bfloat16 if self.low_precision else torch.float32
             self._pipelined = PipelinedObjective(objective, mesh, dtype, config.parallel.pipeline_schedule)
         self._create_moments()
 
@@ -131,13 +115,13 @@ class Engine:
             if output.requires_grad:
                 output.register_hook(point)
 
-        transformer = self._objective.model.transformer
+        transformer = self.model.transformer
         transformer.register_forward_pre_hook(point)
         transformer.register_forward_hook(before_backward)
 
     def rule(self, kind: RuleKind) -> Rule:
         """The model's rule with α = 0, as training and validation use it."""
-        return self._objective.model.rule(kind, bias=0.0)
+        return self.model.rule(kind, bias=0.0)
 
     def forward_backward(
         self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: float, scale: float
@@ -155,7 +139,7 @@ class Engine:
             Sums of a `Tally` for these micro-batches, (width,).
         """
         # DeepSpeed averages over data-parallel ranks what has been divided by the global count already
-        scale = scale * self._mesh.data.size
+        scale = scale * self.mesh.data.size
         if self._pipelined is not None:
             sums = self._pipelined.forward_backward(micro_batches, refinements, rule, penalty, scale)
             self._engine.allreduce_gradients()
@@ -184,13 +168,13 @@ class Engine:
         """
         if self._pipelined is not None:
             return self._pipelined.evaluate(micro_batches, refinements, rule, each_step)
-        width = Tally.width(self._objective.model.ponder_config.steps)
-        total = torch.zeros(width, dtype=torch.float64, device=self._mesh.device)
+        width = Tally.width(self.model.ponder_config.steps)
+        total = torch.zeros(width, dtype=torch.float64, device=self.mesh.device)
         for tokens in micro_batches:
             total += self._objective(tokens, refinements, rule, each_step=each_step)[1].sum(0)
         # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
         for _ in range(rounds - len(micro_batches)):
-            idle = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
+            idle = torch.zeros(1, 2, dtype=torch.long, device=self.mesh.device)
             self._objective(idle, refinements, rule, each_step=each_step)
         return total
 
@@ -203,93 +187,73 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._clip_replicated() if self._stage == 0 else None
+        norm = self._clip() if self._stage == 0 else None
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
-    def full_gradients(self) -> dict[str, Tensor]:
-        """Whole gradients of this rank's part by parameter name, between `forward_backward` and `step`."""
-        from deepspeed.utils import safe_get_full_grad
+    def master(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """The fp32 weight or moment of a parameter, whole over the data-parallel ranks; a collective of them.
 
-        return {
-            name: self._whole(safe_get_full_grad(parameter), spec).clone()
-            for name, parameter, spec, _ in self._declarations()
-        }
-
-    def differing_replicas(self) -> list[str]:
-        """Parameters that tensor ranks should hold bit for bit alike, and do not; a collective of the tensor ranks."""
-        replicated = [(name, parameter) for name, parameter, spec, _ in self._declarations() if spec.shard_dim is None]
-        checksums = torch.stack([_checksum(self._held(parameter)) for _, parameter in replicated])
-        everyones = [torch.empty_like(checksums) for _ in range(self._mesh.tensor.size)]
-        dist.all_gather(everyones, checksums, group=self._mesh.tensor.group)
-        differs = (torch.stack(everyones) != checksums).any(0).tolist()
-        return [name for (name, _), different in zip(replicated, differs, strict=True) if different]
-
-    def state(self) -> Iterator[StateTensor]:
-        """Weights and moments of this rank's part, one after another, whole, unpadded and in fp32.
-
-        The same on all ranks of a pipeline stage, and a collective of them: every rank must take every item.
+        Args:
+            parameter: that the model declares.
+            kind: one of `kinds`.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter, spec, _ in self._declarations():
-            if self._stage == 0:
-                moments = self._engine.basic_optimizer.state[parameter]
-                parts = [parameter.detach(), *(moments[kind] for kind in MOMENTS)]
-            else:
-                parts = [safe_get_full_fp32_param(parameter).detach()]
-                parts += [safe_get_full_optimizer_state(parameter, kind).detach() for kind in MOMENTS]
-            for kind, part in zip(KINDS, parts, strict=True):
-                yield StateTensor(kind, name, self._whole(part, spec).cpu())
+        if self._stage == 0:
+            return parameter.detach() if kind == WEIGHT else self._engine.basic_optimizer.state[parameter][kind]
+        if kind == WEIGHT:
+            return safe_get_full_fp32_param(parameter).detach()
+        return safe_get_full_optimizer_state(parameter, kind).detach()
 
-    def restore(self, checkpoint: Path, step: int) -> None:
-        """Set master weights and moments from a checkpoint whose weights the module was built with; a collective.
+    def set_master(self, parameter: nn.Parameter, kind: str, content: Tensor) -> None:
+        """Set what `master` gives."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        Args:
-            checkpoint: its folder, verified.
-            step: optimiser steps that it has done, without skipped ones, for AdamW's bias correction.
-        """
-        kinds = KINDS if self._low_precision else MOMENTS
-        with open_tensors(checkpoint, verified=True) as tensors:
-            for name, parameter, spec, axis in self._declarations():
-                for kind in kinds:
-                    self._set(parameter, kind, spec.shard(tensors.get(kind, name), axis).to(self._mesh.device))
+        content = content.to(self.mesh.device)
+        if self._stage == 0:
+            self.master(parameter, kind).copy_(content)
+        elif self._stage == 3:
+            self._set_own(parameter, kind, content)
+        elif kind == WEIGHT:
+            safe_set_full_fp32_param(parameter, content)
+        else:
+            safe_set_full_optimizer_state(parameter, content, kind)
+
+    def _set_own(self, parameter: nn.Parameter, kind: str, content: Tensor) -> None:
+        """Set this data-parallel rank's share, which is all that it holds at stage 3."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        own = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(content.flatten(), (0, own * self.mesh.data.size - content.numel()))
+        part = padded.narrow(0, own * self.mesh.data.rank, own)
+        if kind == WEIGHT:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, kind)
+
+    def set_steps(self, count: int) -> None:
+        """Let the optimiser take itself for so many steps old."""
         for state in self._engine.basic_optimizer.state.values():
-            state["step"].fill_(step)
+            state["step"].fill_(count)
 
-    def _declarations(self):
-        return declarations(self._objective.model)
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient of a parameter, whole over the data-parallel ranks, before `step`; a collective of them."""
+        from deepspeed.utils import safe_get_full_grad
 
-    def _whole(self, part: Tensor, spec: ParameterSpec) -> Tensor:
-        """A logical tensor from the parts of all tensor ranks."""
-        axis = self._mesh.tensor
-        if spec.shard_dim is None or axis.size == 1:
-            return spec.unshard([part])
-        parts = [torch.empty_like(part) for _ in range(axis.size)]
-        dist.all_gather(parts, part.contiguous(), group=axis.group)
-        return spec.unshard(parts)
+        return safe_get_full_grad(parameter)
 
-    def _held(self, parameter: nn.Parameter) -> Tensor:
-        """What this rank keeps of a parameter between steps; data-parallel ranks share it at stage 3, padded."""
+    def held(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank keeps of a parameter between steps: all of it, or its share at stage 3, without padding."""
         if self._stage < 3:
             return parameter.detach()
         part = parameter.ds_tensor
-        return part[: max(0, parameter.ds_numel - part.numel() * self._mesh.data.rank)]
+        return part[: max(0, parameter.ds_numel - part.numel() * self.mesh.data.rank)]
 
-    def _clip_replicated(self) -> Tensor:
-        """Stage 0 leaves gradients whole on every data-parallel rank, and their norm to us."""
-        parameters = [parameter for _, parameter, *_ in self._declarations()]
-        counted = [p.grad for p in parameters if self._mesh.model.rank == 0 or p.model_parallel]
-        square = torch.nn.utils.get_total_norm(counted).square()
-        if self._mesh.model.size > 1:
-            dist.all_reduce(square, group=self._mesh.model.group)
-        norm = square.sqrt()
-        if not norm.isfinite():
-            for parameter in parameters:
-                parameter.grad = None  # which the optimiser passes over; later stages skip such a step by themselves
-            return norm
-        torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping or float("inf"), norm)
-        return norm
+    def _clip(self) -> Tensor:
+        parameters = [parameter for _, parameter, *_ in declarations(self.model)]
+        counted = [p for p in parameters if self.mesh.model.rank == 0 or p.model_parallel]
+        return clip_gradients(parameters, counted, self._clipping, self.mesh.model)
 
     def _create_moments(self) -> None:
         """Take a step with zero gradients at learning rate 0, which leaves the weights as they are.
@@ -298,61 +262,21 @@ class Engine:
         to restore a checkpoint into, and because between the activations of a first step they would leave the heap in
         pieces.
         """
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=self._mesh.device)
-        micro_batches = [tokens] * self._accumulation
+        empty = [torch.zeros(1, 2, dtype=torch.long, device=self.mesh.device)] * self._micro_batches
         # Zero even where a weight is no number, because a step that is skipped creates nothing.
-        hooks = [parameter.register_hook(torch.zeros_like) for _, parameter, *_ in self._declarations()]
-        self.forward_backward(micro_batches, refinements=0, rule=self.rule("soft"), penalty=0.0, scale=0.0)
+        hooks = [parameter.register_hook(torch.zeros_like) for _, parameter, *_ in declarations(self.model)]
+        self.forward_backward(empty, refinements=0, rule=self.rule("soft"), penalty=0.0, scale=0.0)
         self.step(learning_rate=0.0)
         for hook in hooks:
             hook.remove()
+        self.set_steps(0)
         optimizer = self._engine.basic_optimizer
-        for state in optimizer.state.values():
-            state["step"].zero_()
         # Stages 1 and 2 link parameters to moments after the first group's first step, when other groups have none yet.
-        for _, parameter, *_ in self._declarations():
+        for _, parameter, *_ in declarations(self.model):
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
                 flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
                 mapping.set_optim_state_fragment(flat, optimizer.state[flat])
-
-    def _set(self, parameter: nn.Parameter, kind: str, whole: Tensor) -> None:
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
-
-        if self._stage == 0:
-            self._engine.basic_optimizer.state[parameter][kind].copy_(whole)
-        elif self._stage == 3:
-            own = parameter.ds_tensor.numel()
-            padded = nn.functional.pad(whole.flatten(), (0, own * self._mesh.data.size - whole.numel()))
-            part = padded.narrow(0, own * self._mesh.data.rank, own)
-            if kind == WEIGHT:
-                safe_set_local_fp32_param(parameter, part)
-            else:
-                safe_set_local_optimizer_state(parameter, part, kind)
-        elif kind == WEIGHT:
-            safe_set_full_fp32_param(parameter, whole)
-        else:
-            safe_set_full_optimizer_state(parameter, whole, kind)
-
-
-def _parameter_groups(objective: Objective, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings are decayed; norms and biases are not."""
-    parameters = [parameter for _, parameter, *_ in declarations(objective.model)]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """Sum of the bit patterns, int64, in which a single flipped bit shows."""
-    bits = tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
-    return bits.sum(dtype=torch.int64)
 
 
 def _import_deepspeed(mesh: Mesh):

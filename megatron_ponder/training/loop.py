@@ -2,35 +2,41 @@
 
 import math
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 
+from torch import Tensor
+
 from megatron_ponder.base.errors import Preempted, UserError
+from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.base.watchdog import Watchdog
-from megatron_ponder.checkpoint.manifest import Manifest, checkpoint_name
+from megatron_ponder.checkpoint.manifest import checkpoint_name
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.data.loader import batches
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.runs.metrics import MetricsLog, Value
-from megatron_ponder.runs.progress_bar import RunProgress, nats
-from megatron_ponder.runs.run_folder import RunFolder
+from megatron_ponder.runs.metrics import Value
+from megatron_ponder.runs.progress_bar import nats
+from megatron_ponder.runs.run_output import Silence
+from megatron_ponder.training import records
 from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.careful_reader import CarefulReader
 from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.interruption import Abandoned, Interruption
-from megatron_ponder.training.loss_spikes import WINDOW, LossSpikes
-from megatron_ponder.training.penalty import Penalty, PenaltyState
+from megatron_ponder.training.loss_spikes import LossSpikes
+from megatron_ponder.training.penalty import Penalty
+from megatron_ponder.training.replicas import check_replicas
 from megatron_ponder.training.router_health import router_complaint
-from megatron_ponder.training.schedules import learning_rate, refinements, training_rule
+from megatron_ponder.training.schedules import StepPlan, plan_step, training_rule
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.skipped_steps import SkippedSteps
+from megatron_ponder.training.state import state_of
 from megatron_ponder.training.step_watch import StepWatch
-from megatron_ponder.training.validation import measure_each_step, validate
+from megatron_ponder.training.time_limit import seconds_left
+from megatron_ponder.training.validation import Validation, measure_each_step
 
 
 class TrainingLoop:
@@ -42,51 +48,38 @@ class TrainingLoop:
         mesh: Mesh,
         parts: RunParts,
         engine: Engine,
-        checkpointer: Checkpointer,
-        boundary: Boundary,
-        interruption: Interruption,
-        watchdog: Watchdog,
-        watch: StepWatch,
-        folder: RunFolder | None,
-        log: MetricsLog | None,
-        progress: RunProgress,
-        start: Manifest,
+        state: RunState,
+        output: Silence,
+        signals: StopSignals,
     ) -> None:
-        """Prepare.
+        """Prepare; a collective of all ranks.
 
         Args:
             config: resolved.
             mesh: the ranks.
             parts: of the run.
             engine: with the state of the start.
-            checkpointer: of the run folder.
-            boundary: where ranks agree on whether to stop.
-            interruption: where they do within a step.
-            watchdog: told of every step.
-            watch: takes the time of every step.
-            folder: of the run, on the first rank alone.
-            log: on the first rank alone.
-            progress: says what happens.
-            start: of the checkpoint to go on from, or an empty one.
+            state: of the run, which the loop goes on changing.
+            output: where this rank tells what happens.
+            signals: that end the run early.
         """
-        self._config, self._mesh, self._parts, self._engine = config, mesh, parts, engine
-        self._checkpointer, self._boundary, self._watchdog = checkpointer, boundary, watchdog
-        self._interruption, self._saved_step = interruption, start.step
-        self._watch, self._folder, self._log, self._progress = watch, folder, log, progress
-        self._step, self._samples = start.step, start.samples
-        self._validated = start.validated or "valid" not in parts.datasets
-        self._skipped = SkippedSteps(start.skipped, config.training)
-        losses = [] if log is None else [record["loss"] for record in log.kept[-WINDOW:]]
-        self._penalty = Penalty(
-            config.ponder_training, config.ponder.latent_steps, PenaltyState(start.penalty_factor, start.penalty_steps)
-        )
-        self._spikes = LossSpikes(config.logging.spike_threshold, losses)
+        training = config.training
+        self._config, self._mesh, self._engine = config, mesh, engine
+        self._state, self._saved_step, self._output = state, state.step, output
+        state.validated = state.validated or "valid" not in parts.datasets
         self._unsaved: UserError | None = None
         self._routed = passes_of(config.ponder).routed
-        training = config.training
+        self._boundary = Boundary(signals, seconds_left(config, signals), mesh)
+        self._checkpointer = Checkpointer(config, parts.tokenizer_path, parts.fingerprints, mesh)
+        self._watchdog = Watchdog(training.step_timeout)
+        self._watch = StepWatch(config, mesh, engine.model.transformer)
+        self._interruption = Interruption(signals, mesh)
+        engine.allow(self._interruption)
+        self._penalty, self._skipped = Penalty(config, state), SkippedSteps(state, training)
+        self._spikes = LossSpikes(config.logging.spike_threshold, output.losses)
         self._loader = batches(
             parts.datasets["train"],
-            start.samples,
+            state.samples,
             training.global_batch_size,
             training.micro_batch_size,
             mesh.data.rank,
@@ -96,7 +89,8 @@ class TrainingLoop:
             vocab_size=config.model.vocab_size,
         )
         self._reader = CarefulReader((training.micro_batch_size, config.data.sequence_length + 1))
-        self._micro_batches = micro_batches(config, mesh.data.size)
+        held_out = parts.datasets.get("valid")
+        self._validation = held_out and Validation(config, mesh, held_out, engine, self._boundary, self._watchdog)
 
     def run(self) -> None:
         """Train.
@@ -105,142 +99,147 @@ class TrainingLoop:
             UserError: on every rank, for whatever the user has to change.
             Preempted: on every rank, after a checkpoint.
         """
-        with closing(self._loader):  # or its processes keep this one from ending
+        # The loader is closed, or its processes keep this one from ending.
+        with self._checkpointer, self._watchdog, closing(self._loader):
             self._run()
 
     def _run(self) -> None:
-        training, boundary = self._config.training, self._boundary
-        if not self._validated:  # the start before was stopped in it
-            fields = self._validate()
-            if self._log is not None and fields:
-                self._log.complete(self._step, fields)
+        training, boundary, state = self._config.training, self._boundary, self._state
+        if not state.validated:  # the start before was stopped in it
+            if fields := self._validate():
+                self._output.complete(state.step, fields)
             if boundary.stop:
                 self._save()
-        while self._step < training.steps and not boundary.stop and not self._skipped.too_many(self._step):
+        while state.step < training.steps and not boundary.stop and not self._skipped.too_many(state.step):
             try:
                 record = self._take_step()
             except Abandoned as abandoned:
                 boundary.stop = abandoned.reason
-                self._progress.say(f"step {self._step + 1} is given up; it has changed nothing")
-                if self._saved_step != self._step:
+                self._output.say(f"step {state.step + 1} is given up; it has changed nothing")
+                if self._saved_step != state.step:
                     self._save()
                 break
             self._judge(record)
-            if "valid" in self._parts.datasets and self._due(training.eval_interval):
+            if self._validation is not None and self._due(training.eval_interval):
                 record |= self._validate()
-            if self._log is not None:
-                self._log.write(record)
-            self._progress.update(record)
-            if boundary.stop or self._skipped.too_many(self._step) or self._due(self._config.checkpoint.interval):
+            self._output.record(record)
+            if boundary.stop or self._skipped.too_many(state.step) or self._due(self._config.checkpoint.interval):
                 self._save()
         self._end()
 
-    def _take_step(self) -> dict[str, float | int | list]:
+    def _take_step(self) -> dict[str, Value]:
         """One optimiser step; its record."""
-        config, step = self._config, self._step
-        training = config.training
+        state = self._state
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
-        rate = learning_rate(step, training.steps, config.optimizer)
-        penalty = self._penalty.weight(step)
-        r = refinements(step, training.seed, config.ponder_training)
-        micro_batches = self._reader.read(self._loader, self._micro_batches)
-        micro_batches = [tokens.to(self._mesh.device, non_blocking=True) for tokens in micro_batches]
+        plan = plan_step(state.step, self._config, self._penalty.weight(state.step))
+        own_batches = self._read()
         self._watch.mark()
-        rule, own = training_rule(step, config.ponder_training, config.inference.threshold), {}
-        interval = self._config.logging.own_losses_interval
-        if self._routed and interval > 0 and (step + 1) % interval == 0:
-            with self._watch.aside():
-                own = _own(measure_each_step(self._mesh, self._engine, micro_batches, r, rule))
-        tokens_per_step = training.global_batch_size * self._config.data.sequence_length
-        # Of what could not be read nothing must be learnt: all ranks skip the step, and then end together.
-        scale = math.nan if self._reader.problem else 1 / tokens_per_step
+        own = self._measure_each_step(own_batches, plan)
         with self._interruption.possible(self._boundary.step_seconds):
-            sums = self._engine.forward_backward(micro_batches, r, rule, penalty, scale)
+            sums = self._engine.forward_backward(
+                own_batches, plan.refinements, plan.rule, plan.penalty_weight, self._scale()
+            )
         self._watch.mark()
-        norm = self._engine.step(rate)
+        norm = self._engine.step(plan.learning_rate)
         self._watch.mark()
+        tally = self._cross(sums)
+        if self._routed and math.isfinite(norm):
+            self._penalty.observe(state.step, tally.mean_steps)
+        state.step, state.samples = state.step + 1, state.samples + self._config.training.global_batch_size
+        self._watchdog.beat()
+        self._check_replicas()
+        return {
+            "step": state.step,
+            "samples": state.samples,
+            "grad_norm": norm,
+            "learning_rate": plan.learning_rate,
+            "penalty_weight": plan.penalty_weight,
+            "refinements": plan.refinements,
+            **records.step_fields(tally, plan.penalty_weight),
+            **(records.router_fields(tally, self._config.ponder.steps) if self._routed else {}),
+            **own,
+            **self._end_watch(plan.refinements),
+        }
+
+    # Parts of a step, in their order -------------------------------------------------------------------------------
+
+    def _read(self) -> list[Tensor]:
+        """This rank's micro-batches of the step, on its device."""
+        read = self._reader.read(self._loader, micro_batches(self._config, self._mesh.data.size))
+        return [tokens.to(self._mesh.device, non_blocking=True) for tokens in read]
+
+    def _measure_each_step(self, own_batches: list[Tensor], plan: StepPlan) -> dict[str, Value]:
+        """Every so often, what every step predicts by itself."""
+        interval = self._config.logging.own_losses_interval
+        if not self._routed or interval <= 0 or (self._state.step + 1) % interval:
+            return {}
+        with self._watch.aside():
+            tally = measure_each_step(self._mesh, self._engine, own_batches, plan.refinements, plan.rule)
+            return records.each_step_fields(tally)
+
+    def _scale(self) -> float:
+        """Factor on the sum over tokens; of what could not be read nothing must be learnt.
+
+        All ranks skip a step whose loss is not a number, and then end together.
+        """
+        tokens = self._config.training.global_batch_size * self._config.data.sequence_length
+        return math.nan if self._reader.problem else 1 / tokens
+
+    def _cross(self, sums: Tensor) -> Tally:
+        """The tally of the whole step, after which all ranks know whether to stop."""
         try:
-            tally = Tally.of(self._boundary.cross(sums, self._reader.problem))
+            return Tally.of(self._boundary.cross(sums, self._reader.problem))
         except UserError:
             self._save()
             raise
-        if self._routed and math.isfinite(norm):
-            self._penalty.observe(step, tally.mean_steps)
-        self._step, self._samples = step + 1, self._samples + training.global_batch_size
-        self._watchdog.beat()
-        if self._mesh.tensor.size > 1 and self._step_is_multiple_of(self._config.parallel.replica_check_interval):
-            together(partial(check_replicas, self._engine, self._step))
-        measured, slow_ranks = self._watch.end(r)
-        if slow_ranks is not None:
-            self._progress.say(f"step {self._step}  {slow_ranks}")
-        return {
-            "step": self._step,
-            "loss": tally.mean_loss + penalty * tally.penalty / tally.tokens,
-            "cross_entropy": tally.mean_loss,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "mean_steps": tally.mean_steps,
-            "samples": self._samples,
-            "penalty": tally.penalty / tally.tokens,
-            "penalty_weight": penalty,
-            "refinements": r,
-            "step_histogram": tally.steps,
-            **(self._of_router(tally) if self._routed else {}),
-            **own,
-            **measured,
-        }
 
-    def _of_router(self, tally: Tally) -> dict[str, float]:
-        below = 1 - tally.mean_steps / self._config.ponder.steps
-        return {"router_entropy": tally.entropy / tally.tokens, "below_threshold": below}
+    def _check_replicas(self) -> None:
+        if self._mesh.tensor.size > 1 and self._step_is_multiple_of(self._config.parallel.replica_check_interval):
+            together(partial(check_replicas, self._engine, self._state.step))
+
+    def _end_watch(self, refinements: int) -> dict[str, Value]:
+        measured, slow_ranks = self._watch.end(refinements)
+        if slow_ranks is not None:
+            self._output.say(f"step {self._state.step}  {slow_ranks}")
+        return measured
+
+    # Between steps ---------------------------------------------------------------------------------------------------
 
     def _judge(self, record: dict) -> None:
         """Say when a step was skipped or its loss is out of line, with its samples, and note it in the record."""
-        loss = record["loss"]
-        samples = f"samples {self._samples - self._config.training.global_batch_size:,} to {self._samples - 1:,}"
-        if self._skipped.note(self._step, record["grad_norm"]):
+        step, loss, last = self._state.step, record["loss"], self._state.samples - 1
+        samples = f"samples {last - self._config.training.global_batch_size + 1:,} to {last:,}"
+        if self._skipped.note(step, record["grad_norm"]):
             record["skipped"] = True
             what = "loss" if not math.isfinite(loss) else "gradients"
-            self._progress.say(f"step {self._step}  warning: skipped, its {what} not finite ({samples})")
+            self._output.say(f"step {step}  warning: skipped, its {what} not finite ({samples})")
         elif (score := self._spikes.score(loss)) is not None:
             record["loss_spike"] = score
-            self._progress.say(f"step {self._step}  warning: loss {loss:.4f}, {score:.0f} deviations up ({samples})")
+            self._output.say(f"step {step}  warning: loss {loss:.4f}, {score:.0f} deviations up ({samples})")
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, Value]:
         """Fields of the record; none if the run is to stop before they are known."""
-        self._validated = False
-        config = self._config
-        rule = training_rule(self._step - 1, config.ponder_training, config.inference.threshold)  # of the last step
+        state, config = self._state, self._config
+        state.validated = False
+        rule = training_rule(state.step - 1, config.ponder_training, config.inference.threshold)  # of the last step
         try:
-            pruned = tally = self._measure(rule, each_step=True)
-            if tally is not None and self._routed and rule.kind == "soft":
-                pruned = self._measure(replace(rule, kind="hard"), each_step=False)
+            found = self._validation.run(rule)
         except UserError:
             self._save()
             raise
-        self._validated = pruned is not None
-        if pruned is None:
+        state.validated = found is not None
+        if found is None:
             return {}
-        loss, steps = tally.mean_loss, tally.mean_steps
-        self._progress.say(f"step {self._step}  validation loss {nats(loss)}  steps/token {steps:.2f}")
-        fields = {"validation_loss": loss, "validation_mean_steps": steps}
+        tally, pruned = found
+        steps = f"steps/token {tally.mean_steps:.2f}"
+        self._output.say(f"step {state.step}  validation loss {nats(tally.mean_loss)}  {steps}")
+        fields = records.validation_fields(tally)
         if not self._routed:
             return fields
-        cost = pruned.mean_loss - loss
-        if complaint := router_complaint(tally, cost, self._step, config):
-            self._progress.say(f"step {self._step}  warning: {complaint}")
-        return fields | {
-            "validation_pruned_loss": pruned.mean_loss,
-            "validation_step_histogram": tally.steps,
-            "validation_weights": [weight / tally.tokens for weight in tally.weights],
-            "validation_router_entropy": tally.entropy / tally.tokens,
-            **{f"validation_{name}": value for name, value in _own(tally).items()},
-        }
-
-    def _measure(self, rule: Rule, each_step: bool) -> Tally | None:
-        parts = self._mesh, self._parts, self._engine
-        return validate(self._config, *parts, rule, self._boundary, self._watchdog, each_step)
+        if complaint := router_complaint(tally, pruned.mean_loss - tally.mean_loss, state.step, config):
+            self._output.say(f"step {state.step}  warning: {complaint}")
+        return fields | records.routed_validation_fields(tally, pruned)
 
     def _save(self) -> None:
         """Save, or begin to; if that fails, training goes on all the same.
@@ -248,68 +247,41 @@ class TrainingLoop:
         Raises:
             UserError: on every rank, if the run's folder is another run's by now.
         """
-        together(lambda: self._folder.check() if self._folder is not None else None)
+        together(self._output.check_folder)
         self._unsaved = None
         with self._watchdog.paused():
             try:
-                folder = self._checkpointer.save(
-                    self._engine,
-                    self._step,
-                    self._samples,
-                    self._validated,
-                    self._skipped.steps,
-                    self._penalty.state,
-                )
+                folder = self._checkpointer.save(state_of(self._engine), self._state)
             except UserError as error:
                 self._unsaved = error
-                self._progress.say(f"step {self._step}  warning: not saved, training goes on: {error}")
+                self._output.say(f"step {self._state.step}  warning: not saved, training goes on: {error}")
                 return
-        self._saved_step = self._step
+        self._saved_step = self._state.step
         verb = "saving" if self._config.checkpoint.asynchronous else "saved"
-        self._progress.say(f"step {self._step}  {verb} {folder}")
+        self._output.say(f"step {self._state.step}  {verb} {folder}")
 
     def _end(self) -> None:
+        step, stop = self._state.step, self._boundary.stop
         self._watch.close()
         with self._watchdog.paused():
             self._checkpointer.finish()
         if self._unsaved is not None:
             raise self._unsaved
-        folder = self._checkpointer.folder / checkpoint_name(self._step)
-        complaint = self._skipped.too_many(self._step)
+        folder = self._checkpointer.folder / checkpoint_name(step)
+        complaint = self._skipped.too_many(step)
         if complaint is not None:
             error = UserError(f"{complaint}; saved {folder}")
             error.shared = True
             raise error
-        stop = self._boundary.stop
-        if stop and (self._step < self._config.training.steps or not self._validated):
-            where = f"checkpoint {folder}" if self._step > 0 else "there is nothing to save yet"
-            message = f"stopped at step {self._step} by {stop}; {where}; resume with --checkpoint.resume auto"
-            self._progress.say(message)
+        if stop and (step < self._config.training.steps or not self._state.validated):
+            where = f"checkpoint {folder}" if step > 0 else "there is nothing to save yet"
+            message = f"stopped at step {step} by {stop}; {where}; resume with --checkpoint.resume auto"
+            self._output.say(message)
             raise Preempted(stop, message)
 
     def _due(self, interval: int) -> bool:
         """Whether something is to be done after this step that is done every so often, and at the end."""
-        return self._step_is_multiple_of(interval) or (interval > 0 and self._step == self._config.training.steps)
+        return self._step_is_multiple_of(interval) or (interval > 0 and self._state.step == self._config.training.steps)
 
     def _step_is_multiple_of(self, interval: int) -> bool:
-        return interval > 0 and self._step % interval == 0
-
-
-def _own(tally: Tally) -> dict[str, Value]:
-    """What every step predicts by itself, as fields of a record."""
-    losses = [nats / tally.tokens for nats in tally.own_losses]
-    return {"own_losses": losses, "steps_follow_loss": tally.steps_follow_loss}
-
-
-def check_replicas(engine: Engine, step: int) -> None:
-    """Compare what tensor ranks hold replicated.
-
-    Raises:
-        UserError: if it has come to differ, after which they no longer train one model.
-    """
-    differing = engine.differing_replicas()
-    if differing:
-        raise UserError(
-            f"after step {step}, {differing[0]} and {len(differing) - 1} more replicated parameters differ between "
-            "tensor ranks, as faulty memory or a faulty link makes them; resume from the last checkpoint on other nodes"
-        )
+        return interval > 0 and self._state.step % interval == 0

@@ -1,28 +1,13 @@
 """The weight λ of additional steps in the loss: scheduled, and steered towards a number of steps if one is wanted."""
 
 import math
-from typing import NamedTuple
 
-from megatron_ponder.config import PonderTrainingConfig
+from megatron_ponder.checkpoint.run_state import RunState
+from megatron_ponder.config import Config
 
 LARGEST_FACTOR = 1e6
 # While λ is steered it goes with this power of mean K̂; no K̂ counts as less than this share of K.
 DAMPING, LEAST = 2, 0.01
-
-
-class PenaltyState(NamedTuple):
-    """All that steering has to remember.
-
-    Attributes:
-        factor: what the schedule is multiplied by.
-        mean_steps: mean K̂ of the optimiser step before, or the least that counts; None if none was looked at.
-    """
-
-    factor: float = 1.0
-    mean_steps: float | None = None
-
-
-UNSTEERED = PenaltyState()
 
 
 class Penalty:
@@ -38,28 +23,24 @@ class Penalty:
     passed the target; and a router whose tokens take no step at all learns nothing that would bring one back. By the
     second, λ falls with K̂ at once. On a logarithmic scale no λ that suits the task has to be known beforehand, and λ
     stays positive.
-
-    Attributes:
-        state: what has to be saved.
     """
 
-    def __init__(self, config: PonderTrainingConfig, latent_steps: int, state: PenaltyState = UNSTEERED) -> None:
+    def __init__(self, config: Config, state: RunState) -> None:
         """Prepare.
 
         Args:
-            config: of the run.
-            latent_steps: K.
-            state: as it was when the run that goes on was saved.
+            config: resolved.
+            state: of the run, where what steering has to remember is kept.
         """
-        self._config, self._least = config, LEAST * latent_steps
-        self.state = state
+        self._config, self._least = config.ponder_training, LEAST * config.ponder.latent_steps
+        self._state = state
 
     def weight(self, step: int) -> float:
         """λ of the optimiser step after `step` of them."""
         config = self._config
         if step < config.penalty_start:
             return 0.0
-        full = config.penalty_weight * self.state.factor
+        full = config.penalty_weight * self._state.penalty_factor
         if step >= config.penalty_end:
             return full
         return full * (step - config.penalty_start) / (config.penalty_end - config.penalty_start)
@@ -75,7 +56,8 @@ class Penalty:
         if config.target_latent_steps is None or step < max(config.penalty_end, config.router_start):
             return
         now = max(mean_steps, self._least)
-        before = now if self.state.mean_steps is None else self.state.mean_steps
+        before = now if self._state.penalty_steps is None else self._state.penalty_steps
         growth = config.target_rate * (mean_steps - config.target_latent_steps) + DAMPING * math.log(now / before)
-        factor = self.state.factor * math.exp(growth)
-        self.state = PenaltyState(min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR), now)
+        factor = self._state.penalty_factor * math.exp(growth)
+        self._state.penalty_factor = min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+        self._state.penalty_steps = now

@@ -1,6 +1,6 @@
 """The checkpoint that a run goes on from: found, verified by all ranks together, of this run's data and tokenizer."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,11 +14,50 @@ from megatron_ponder.checkpoint.manifest import (
     latest_problem,
     read_manifest,
 )
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import resolve_checkpoint, verify
 from megatron_ponder.config import Config
 from megatron_ponder.data.mixture import same_past
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.training.shares import shared_out
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        state: of the run.
+        resumed: the checkpoint that it goes on from, verified; None for a new run.
+        weights: the checkpoint whose weights it begins with, verified; None for initial ones from the seed.
+        damage: what is wrong with each checkpoint that has been passed over.
+    """
+
+    state: RunState
+    resumed: Path | None
+    weights: Path | None
+    damage: list[str]
+
+
+def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
+    """Find where a run begins; a collective.
+
+    Args:
+        config: resolved.
+        data_fingerprint: of its training data.
+        tokenizer_fingerprint: None without a tokenizer.
+
+    Raises:
+        UserError: on every rank, if there is no such checkpoint, or it is not one that this run can go on from.
+    """
+    resumed, damage = find_resume(config)
+    if resumed is None:
+        weights = together(lambda: initial_weights(config))
+        if weights is not None:
+            verify_together(weights)
+        return Start(RunState(), None, weights, damage)
+    manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
+    return Start(manifest.state, resumed, resumed, damage)
 
 
 def find_resume(config: Config) -> tuple[Path | None, list[str]]:
@@ -95,7 +134,7 @@ def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokeniz
     """
     manifest = read_manifest(folder)
     stored = manifest.data_fingerprint
-    same = stored is None or same_past(stored, data_fingerprint, manifest.samples)
+    same = stored is None or same_past(stored, data_fingerprint, manifest.state.samples)
     if not same and not config.checkpoint.allow_data_change:
         alone = isinstance(config.data.path, str) and not config.data.phases
         what = f"the dataset {config.data.path}" if alone else "a dataset, a weight, a phase that has begun"
@@ -110,9 +149,9 @@ def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokeniz
             f"the tokenizer {config.tokenizer.path} is not the one that {folder} was trained with; "
             "set tokenizer.path to the tokenizer of that run"
         )
-    if manifest.step > config.training.steps:
+    if manifest.state.step > config.training.steps:
         raise UserError(
-            f"{folder} has done {manifest.step} steps already; set training.steps to more than that to go on"
+            f"{folder} has done {manifest.state.step} steps already; set training.steps to more than that to go on"
         )
     return manifest
 

@@ -2,9 +2,40 @@
 
 import hashlib
 import math
+from typing import NamedTuple
 
-from megatron_ponder.config import OptimizerConfig, PonderTrainingConfig
+from megatron_ponder.config import Config, OptimizerConfig, PonderTrainingConfig
 from megatron_ponder.model.router import Rule
+
+
+class StepPlan(NamedTuple):
+    """What is fixed of an optimiser step before it begins.
+
+    Attributes:
+        learning_rate: of every parameter.
+        refinements: R.
+        rule: how the passes apply the routing.
+        penalty_weight: λ.
+    """
+
+    learning_rate: float
+    refinements: int
+    rule: Rule
+    penalty_weight: float
+
+
+def plan_step(step: int, config: Config, penalty_weight: float) -> StepPlan:
+    """The plan of an optimiser step, the same on every rank.
+
+    Args:
+        step: optimiser steps done before this one.
+        config: resolved.
+        penalty_weight: λ, which is steered.
+    """
+    rate = learning_rate(step, config.training.steps, config.optimizer)
+    r = refinements(step, config.training.seed, config.ponder_training)
+    rule = training_rule(step, config.ponder_training, config.inference.threshold)
+    return StepPlan(rate, r, rule, penalty_weight)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

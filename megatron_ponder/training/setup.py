@@ -25,13 +25,20 @@ class RunParts:
         datasets: by split: train, valid, test; a split without weight is absent.
         data_fingerprint: of everything that decides which training sample comes when.
         tokenizer: None if none is configured.
+        tokenizer_path: of that.
         eod_id: end-of-document token; None if unknown.
     """
 
     datasets: dict[str, Samples]
     data_fingerprint: str
     tokenizer: Tokenizer | None
+    tokenizer_path: Path | None
     eod_id: int | None
+
+    @property
+    def fingerprints(self) -> tuple[str, str | None]:
+        """Of the data and of the tokenizer."""
+        return self.data_fingerprint, None if self.tokenizer is None else self.tokenizer.fingerprint
 
 
 def open_parts(config: Config) -> tuple[Config, RunParts]:
@@ -42,7 +49,8 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     """
     if not config.data.path:
         raise UserError("data.path is empty; give the prefix that ponder preprocess wrote (without .bin)")
-    tokenizer = load_tokenizer(Path(config.tokenizer.path)) if config.tokenizer.path else None
+    tokenizer_path = Path(config.tokenizer.path) if config.tokenizer.path else None
+    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     mixture = open_mixture(config.data, config.training.seed)
     if "train" not in mixture.samples:
         raise UserError(f'data.split "{config.data.split}" leaves nothing to train on; give its first part a weight')
@@ -64,7 +72,7 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     eod_id = next((known.eod_id for known in (tokenizer, manifest) if known is not None), None)
     if config.data.reset_at_eod and eod_id is None:
         raise UserError("data.reset_at_eod needs to know the end-of-document token; set tokenizer.path")
-    return config, RunParts(mixture.samples, mixture.fingerprint, tokenizer, eod_id)
+    return config, RunParts(mixture.samples, mixture.fingerprint, tokenizer, tokenizer_path, eod_id)
 
 
 def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetManifest | None:

@@ -1,33 +1,34 @@
 """The steps of a run that were skipped, and how many are too many."""
 
 import math
-from collections.abc import Iterable
 
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import TrainingConfig
 
 
 class SkippedSteps:
-    """The steps of a run that changed nothing, because their loss or gradients were not finite.
+    """The steps of a run that changed nothing, because their loss or gradients were not finite."""
 
-    Attributes:
-        steps: their numbers, in order.
-    """
+    def __init__(self, state: RunState, training: TrainingConfig) -> None:
+        """Prepare.
 
-    def __init__(self, steps: Iterable[int], training: TrainingConfig) -> None:
-        """Go on from those that a checkpoint knows of."""
-        self.steps = list(steps)
+        Args:
+            state: of the run, where their numbers are kept.
+            training: says how many of how many there may be.
+        """
+        self._state = state
         self._budget, self._window = training.skipped_steps_budget, training.skipped_steps_window
 
     def note(self, step: int, norm: float) -> bool:
         """Whether a step was skipped, which its gradient norm tells, the same on all ranks."""
         if math.isfinite(norm):
             return False
-        self.steps.append(step)
+        self._state.skipped.append(step)
         return True
 
     def too_many(self, step: int) -> str | None:
         """What to say if there are more of them than the budget allows."""
-        recent = sum(skipped > step - self._window for skipped in self.steps)
+        recent = sum(skipped > step - self._window for skipped in self._state.skipped)
         if recent <= self._budget:
             return None
         return (

@@ -123,8 +123,7 @@ class StepWatch:
             **self._memory(),
         }
         if self._peak is not None:
-            ranks = self._mesh.model.size * self._mesh.data.size
-            fields["mfu"] = rate / (ranks * self._peak)
+            fields["mfu"] = rate / (self._mesh.size * self._peak)
         blocks = sum(self._clock.between(*pair) for pair in self._forwards)
         times = self._stragglers.add(parts["data"], blocks)
         if times is None:

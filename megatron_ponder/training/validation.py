@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch.distributed as dist
@@ -10,61 +11,76 @@ from torch import Tensor
 from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.config import Config
 from megatron_ponder.data.loader import validation_batches
+from megatron_ponder.data.mixture import Samples
+from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.careful_reader import CarefulReader
 from megatron_ponder.training.deepspeed_engine import Engine
-from megatron_ponder.training.setup import RunParts
 
 
-def validate(
-    config: Config,
-    mesh: Mesh,
-    parts: RunParts,
-    engine: Engine,
-    rule: Rule,
-    boundary: Boundary,
-    watchdog: Watchdog,
-    each_step: bool,
-) -> Tally | None:
-    """Cross-entropy and steps on the first validation samples, with the largest R of training.
+class Validation:
+    """Measures cross-entropy and steps on the first held-out samples, with the largest R of training.
 
     Between micro-batches the ranks agree on whether to stop.
-
-    Args:
-        config: resolved.
-        mesh: the ranks.
-        parts: of the run, with a validation part.
-        engine: that evaluates.
-        rule: how a routing is applied.
-        boundary: where the ranks agree.
-        watchdog: told of every micro-batch.
-        each_step: measure also what every step predicts by itself.
-
-    Returns:
-        None if they are to.
-
-    Raises:
-        UserError: on every rank, if a sample cannot be read on any.
     """
-    dataset, size = parts.datasets["valid"], config.training.micro_batch_size
-    count = min(config.training.eval_samples, dataset.samples_per_epoch)
-    r = config.ponder_training.evaluation_refinements
-    own = validation_batches(dataset, count, size, mesh.data.rank, mesh.data.size, config.model.vocab_size)
-    rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
-    at_once = mesh.pipeline.size  # micro-batches that fill a pipeline
-    groups = iter(lambda: list(islice(own, at_once)), None)
-    reader, sums = CarefulReader((size, config.data.sequence_length + 1)), 0
-    for first in range(0, rounds, at_once):
-        micro_batches = reader.read(groups, 1)
-        watchdog.beat()
-        if boundary.poll(reader.problem):
-            return None
-        micro_batches = [tokens.to(mesh.device) for tokens in micro_batches]
-        sums = sums + engine.evaluate(micro_batches, min(at_once, rounds - first), r, rule, each_step)
-    return _over_data_ranks(sums, mesh)
+
+    def __init__(
+        self, config: Config, mesh: Mesh, dataset: Samples, engine: Engine, boundary: Boundary, watchdog: Watchdog
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: resolved.
+            mesh: the ranks.
+            dataset: whose first samples are looked at.
+            engine: that evaluates.
+            boundary: where the ranks agree.
+            watchdog: told of every micro-batch.
+        """
+        self._config, self._mesh, self._dataset, self._engine = config, mesh, dataset, engine
+        self._boundary, self._watchdog = boundary, watchdog
+
+    def run(self, rule: Rule) -> tuple[Tally, Tally] | None:
+        """Measure under the rule of training, and what pruning would make of it.
+
+        Returns:
+            Tallies under the rule, with what every step predicts by itself, and under its hard form, which is the same
+            where nothing is pruned softly; None if the ranks are to stop.
+
+        Raises:
+            UserError: on every rank, if a sample cannot be read on any.
+        """
+        pruned = tally = self.measure(rule, each_step=True)
+        if tally is not None and passes_of(self._config.ponder).routed and rule.kind == "soft":
+            pruned = self.measure(replace(rule, kind="hard"), each_step=False)
+        return None if pruned is None else (tally, pruned)
+
+    def measure(self, rule: Rule, each_step: bool) -> Tally | None:
+        """One tally, as `run`.
+
+        Args:
+            rule: how a routing is applied.
+            each_step: measure also what every step predicts by itself.
+        """
+        training, mesh = self._config.training, self._mesh
+        size, count = training.micro_batch_size, min(training.eval_samples, self._dataset.samples_per_epoch)
+        r, vocab_size = self._config.ponder_training.evaluation_refinements, self._config.model.vocab_size
+        own = validation_batches(self._dataset, count, size, mesh.data.rank, mesh.data.size, vocab_size)
+        rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
+        at_once = mesh.pipeline.size  # micro-batches that fill a pipeline
+        groups = iter(lambda: list(islice(own, at_once)), None)
+        reader, sums = CarefulReader((size, self._config.data.sequence_length + 1)), 0
+        for first in range(0, rounds, at_once):
+            micro_batches = reader.read(groups, 1)
+            self._watchdog.beat()
+            if self._boundary.poll(reader.problem):
+                return None
+            micro_batches = [tokens.to(mesh.device) for tokens in micro_batches]
+            sums = sums + self._engine.evaluate(micro_batches, min(at_once, rounds - first), r, rule, each_step)
+        return _over_data_ranks(sums, mesh)
 
 
 def measure_each_step(

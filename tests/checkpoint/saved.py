@@ -9,6 +9,7 @@ import torch
 from megatron_ponder.base.files import checksum
 from megatron_ponder.checkpoint.manifest import MANIFEST, Manifest
 from megatron_ponder.checkpoint.optimizer_state import KINDS
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import staged, write_description
 from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.parallel.sharding import declarations
@@ -33,7 +34,11 @@ def save(
     keys = list(tensors)
     parts = dict(zip(FILES, (keys[::2], keys[1::2]), strict=True))
     manifest = Manifest(
-        step, 8 * step, "datafingerprint", None, {k: file for file in parts for k in parts[file]}, layout=LAYOUT
+        RunState(step, 8 * step),
+        "datafingerprint",
+        None,
+        {k: file for file in parts for k in parts[file]},
+        layout=LAYOUT,
     )
     with staged(folder) as aside:
         files = {file: write_tensors(aside, file, {key: tensors[key] for key in part}) for file, part in parts.items()}

@@ -1,7 +1,6 @@
 """Manifests: what is written is read, and nothing else is taken for one; which checkpoint `latest` names."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,14 @@ from megatron_ponder.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_ponder.checkpoint.run_state import RunState
 from tests.checkpoint.saved import fields_of, put, put_without_checksum
 
 WHOLE = Manifest(
-    step=118,
-    samples=944,
+    RunState(118, 944, skipped=[3, 118], validated=False, penalty_factor=0.25, penalty_steps=1.5),
     data_fingerprint="ab12",
     tensors={"weight/a.b": "t.safetensors", "exp_avg/a.b": "t.safetensors"},
     files={"t.safetensors": (800, "0" * 64), "config.yaml": (3, "f" * 64), "tokenizer/tokenizer.json": (2, "a" * 64)},
-    skipped=[3, 118],
-    validated=False,
-    penalty_factor=0.25,
-    penalty_steps=1.5,
     layout={"tensor": 2, "precision": "bf16"},
 )
 
@@ -62,17 +57,14 @@ def test_a_flipped_bit_is_found(folder):
 
 
 def test_one_from_before_there_were_checksums_is_read(folder):
-    fields = json.loads(json.dumps(asdict(WHOLE)))
+    fields = fields_of(folder)
     put_without_checksum(folder, fields)
     assert read_manifest(folder) == WHOLE
     for later in ("layout", "skipped", "validated", "penalty_factor", "penalty_steps"):  # than the first manifests
         del fields[later]
     put_without_checksum(folder, fields)
-    assert (read_manifest(folder).step, read_manifest(folder).validated, read_manifest(folder).layout) == (
-        118,
-        True,
-        {},
-    )
+    found = read_manifest(folder)
+    assert (found.state.step, found.state.validated, found.layout) == (118, True, {})
 
 
 def test_a_checksum_cannot_be_left_out(folder):

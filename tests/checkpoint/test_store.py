@@ -19,6 +19,7 @@ from megatron_ponder.checkpoint.manifest import (
     latest_checkpoint,
     read_manifest,
 )
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import (
     open_tensors,
     partial_folders_in,
@@ -75,7 +76,7 @@ def test_round_trip(checkpoint):
         assert torch.equal(weights[name], expected)
     assert read_config_of(checkpoint) == small_config()
     assert {p.name: p.read_text() for p in tokenizer_path(checkpoint).iterdir()} == TOKENIZER_FILES
-    assert (read_manifest(checkpoint).step, read_manifest(checkpoint).samples) == (0, 0)
+    assert read_manifest(checkpoint).state == RunState()
 
 
 def test_weights_are_kept_whole_and_in_fp32(tmp_path):
@@ -94,10 +95,14 @@ def test_tensors_of_several_files_and_kinds(tmp_path):
     with staged(tmp_path / "c") as aside:
         entries = {f"{i}.safetensors": write_tensors(aside, f"{i}.safetensors", part) for i, part in enumerate(parts)}
         tensors = {key: f"{i}.safetensors" for i, part in enumerate(parts) for key in part}
-        manifest = Manifest(step=7, samples=56, data_fingerprint="d", tensors=tensors, files=entries)
+        manifest = Manifest(RunState(7, 56), data_fingerprint="d", tensors=tensors, files=entries)
         write_description(aside, manifest, small_config(), None)
     with open_tensors(tmp_path / "c") as reader:
-        assert (reader.manifest.step, reader.manifest.samples, reader.manifest.data_fingerprint) == (7, 56, "d")
+        assert (reader.manifest.state.step, reader.manifest.state.samples, reader.manifest.data_fingerprint) == (
+            7,
+            56,
+            "d",
+        )
         assert reader.names("weight") == ["a", "b"]
         assert reader.names("exp_avg") == ["a"]
         assert torch.equal(reader.get("weight", "b"), parts[1]["weight/b"])
@@ -158,6 +163,7 @@ KILLED = """
 import os, sys, torch
 from pathlib import Path
 from megatron_ponder.checkpoint.tensor_files import write_tensors
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import staged
 with staged(Path(sys.argv[1])) as aside:
     write_tensors(aside, "w.safetensors", {"weight/a": torch.ones(3)})
@@ -166,6 +172,7 @@ with staged(Path(sys.argv[1])) as aside:
 FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
 from megatron_ponder.base.errors import UserError
 from tests.checkpoint.saved import fields_of, put

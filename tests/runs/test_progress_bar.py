@@ -11,7 +11,7 @@ from tests.runs.records import record
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    with RunProgress(total_steps=25, first_step=0, interval=10, shown=True) as progress:
+    with RunProgress(total_steps=25, first_step=0, interval=10) as progress:
         progress.say("starting")
         for step in range(1, 26):
             progress.update(record(step))
@@ -21,18 +21,11 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert lines[1] == "step 10/25  loss -3.0000  steps/token 1.50  1,234 tokens/s  left 0:00:00"
 
 
-def test_other_ranks_are_silent(capsys):
-    with RunProgress(total_steps=2, first_step=0, interval=1, shown=False) as progress:
-        progress.say("starting")
-        progress.update(record(1))
-    assert capsys.readouterr() == ("", "")
-
-
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "140")
-    with RunProgress(total_steps=4, first_step=2, interval=1, shown=True) as progress:
+    with RunProgress(total_steps=4, first_step=2, interval=1) as progress:
         progress.say("step 2  saved runs/[a]")
         progress.update(record(3))
     out = capsys.readouterr().out
@@ -53,7 +46,7 @@ def test_standard_output_that_cannot_be_written_costs_lines_and_not_the_run(tmp_
         stream.close()
         monkeypatch.setattr(Unwritable, "isatty", lambda _: False)
     monkeypatch.setattr(sys, "stdout", stream)
-    with RunProgress(4, 0, interval=1, shown=True, log=RunLog(tmp_path)) as progress:
+    with RunProgress(4, 0, interval=1, log=RunLog(tmp_path)) as progress:
         progress.say("starting")
         for step in (1, 2):
             progress.update(record(step))

@@ -13,7 +13,7 @@ from tests.runs.records import record
 
 def test_the_log_has_every_line_with_the_time_over_all_starts(tmp_path, capsys):
     for first in (0, 20):
-        with RunProgress(total_steps=40, first_step=first, interval=10, shown=True, log=RunLog(tmp_path)) as progress:
+        with RunProgress(total_steps=40, first_step=first, interval=10, log=RunLog(tmp_path)) as progress:
             progress.say(f"from {first}\n  two lines")
             for step in range(first + 1, first + 21):
                 progress.update(record(step))
@@ -29,7 +29,7 @@ def test_the_log_has_every_line_with_the_time_over_all_starts(tmp_path, capsys):
 
 def test_a_terminal_has_its_lines_in_the_log_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with RunProgress(total_steps=2, first_step=0, interval=1, shown=True, log=RunLog(tmp_path)) as progress:
+    with RunProgress(total_steps=2, first_step=0, interval=1, log=RunLog(tmp_path)) as progress:
         progress.say("starting")
         progress.update(record(1))
     text = (tmp_path / RUN_LOG).read_text()
@@ -38,7 +38,7 @@ def test_a_terminal_has_its_lines_in_the_log_as_well(tmp_path, monkeypatch):
 
 
 def test_the_log_says_why_a_run_stopped(tmp_path):
-    with pytest.raises(UserError), RunProgress(3, 0, 1, shown=True, log=RunLog(tmp_path)):
+    with pytest.raises(UserError), RunProgress(3, 0, 1, log=RunLog(tmp_path)):
         raise UserError("no space left; free some")
     assert (tmp_path / RUN_LOG).read_text().rstrip().endswith("stopped: UserError: no space left; free some")
 

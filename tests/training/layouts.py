@@ -18,8 +18,10 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.replicas import differing_replicas
 from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.setup import model_part
+from megatron_ponder.training.state import gradients_of, state_of
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
 
@@ -134,10 +136,10 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
         micro_batches = own.split(config.training.micro_batch_size)
         penalty = config.ponder_training.penalty_weight
         sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty, scale)
-        gradients = engine.full_gradients()
+        gradients = gradients_of(engine)
         norm = engine.step(RATE)
         steps.append(Step(over_data_ranks(sums, mesh), gradients, norm))
-    return Run(before, steps, weights(engine), evaluations, engine.differing_replicas())
+    return Run(before, steps, weights(engine), evaluations, differing_replicas(engine))
 
 
 def train_all(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, Run]:
@@ -162,7 +164,7 @@ def over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {item.name: item.tensor.clone() for item in engine.state() if item.kind == "weight"}
+    return {item.name: item.tensor.clone() for item in state_of(engine) if item.kind == "weight"}
 
 
 def model_for(config: Config, mesh: Mesh | None = None) -> PonderLM:

@@ -21,14 +21,15 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint import store, tensor_files
 from megatron_ponder.checkpoint.manifest import checkpoints_in, read_manifest
 from megatron_ponder.checkpoint.optimizer_state import KINDS
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpointer as saving
 from megatron_ponder.training.checkpointer import Checkpointer
-from megatron_ponder.training.deepspeed_engine import StateTensor
 from megatron_ponder.training.resuming import verify_together
 from megatron_ponder.training.shares import shared_out
+from megatron_ponder.training.state import StateTensor
 from tests.distributed import run_distributed
 from tests.finished_runs import alone, contents
 from tests.models import small_config
@@ -107,16 +108,16 @@ def save_beside_training(mesh: Mesh, run: Path) -> dict:
     """Save the same state into `sync` and into `async`, where training goes on before a byte is written."""
     engine = StandIn(mesh.pipeline.rank)
     with Checkpointer(config_for(run / "sync", False), None, ("d", "t"), mesh) as checkpointer:
-        checkpointer.save(engine, 1, samples=8)
+        checkpointer.save(engine.state(), RunState(1, 8))
     with Checkpointer(config_for(run / "async", True), None, ("d", "t"), mesh) as checkpointer, Gate() as gate:
-        final = checkpointer.save(engine, 1, samples=8)
+        final = checkpointer.save(engine.state(), RunState(1, 8))
         engine.train()
         total = torch.tensor(float(dist.get_rank()))
         dist.all_reduce(total)
         existed = final.exists()
         dist.barrier()
         threading.Timer(0.2 * dist.get_rank(), gate.open).start()
-        checkpointer.save(engine, 2, samples=16)  # into the memory that holds the first
+        checkpointer.save(engine.state(), RunState(2, 16))  # into the memory that holds the first
         complete = (final / store.MANIFEST).exists()
         engine.train()
     return {"total": float(total), "existed": existed, "complete": complete}
@@ -141,14 +142,14 @@ def fail_beside_training(mesh: Mesh, run: Path) -> list[tuple[str, list[str], li
         dist.barrier()
 
     def save_and_finish(step: int) -> None:
-        checkpointer.save(engine, step, samples=step)
+        checkpointer.save(engine.state(), RunState(step, step))
         checkpointer.finish()
 
     attempt(lambda: save_and_finish(1))
     with Gate(broken=dist.get_rank() == 1) as gate:
         gate.open()
         attempt(lambda: save_and_finish(2))
-        checkpointer.save(engine, 3, samples=3)
+        checkpointer.save(engine.state(), RunState(3, 3))
         attempt(lambda: save_and_finish(4))  # in spite of the failure of the one before
     attempt(lambda: save_and_finish(5))
     return seen
@@ -209,7 +210,7 @@ def test_every_stage_is_shared_by_its_own_ranks(layout):
     checkpoint = folder / "sync" / "checkpoints" / ONE
     manifest = read_manifest(checkpoint)
     assert manifest.layout == {"tensor": 1, "pipeline": stages, "data": 2, "zero_stage": 1, "precision": "bf16"}
-    assert (manifest.step, manifest.samples, manifest.data_fingerprint) == (1, 8, "d")
+    assert (manifest.state.step, manifest.state.samples, manifest.data_fingerprint) == (1, 8, "d")
     with open_tensors(checkpoint) as tensors:
         for stage in range(stages):  # pipeline ranks are farthest apart
             files = [file_of(2 * stage + rank, 2 * stages) for rank in range(2)]
@@ -269,7 +270,7 @@ def test_a_job_verifies_each_file_once(layout):
 def test_an_exception_in_training_does_not_lose_the_save_under_way(tmp_path):
     def train() -> None:
         with Checkpointer(config_for(tmp_path, True), None, (None, None), Mesh()) as checkpointer, Gate() as gate:
-            checkpointer.save(StandIn(0), 1, samples=8)
+            checkpointer.save(StandIn(0).state(), RunState(1, 8))
             threading.Timer(0.3, gate.open).start()
             raise ZeroDivisionError
 
@@ -300,10 +301,10 @@ def stall(folder, name, tensors):
 
 with alone():
     with saving.Checkpointer(config_for(Path(sys.argv[1]), True), None, (None, None), Mesh()) as checkpointer:
-        checkpointer.save(StandIn(0), 1, samples=8)
+        checkpointer.save(StandIn(0).state(), RunState(1, 8))
         checkpointer.finish()
         saving.write_tensors = stall
-        checkpointer.save(StandIn(0), 2, samples=16)
+        checkpointer.save(StandIn(0).state(), RunState(2, 16))
         say(b"training\\n")
         checkpointer.finish()
 """
@@ -319,8 +320,8 @@ def test_a_kill_while_saving_beside_training_leaves_the_last_checkpoint(tmp_path
     assert listing(folder) == [f".{TWO}.partial", "latest", ONE]
     assert (folder / "latest").read_text() == f"{ONE}\n"
     with open_tensors(resolve_checkpoint(tmp_path)) as tensors:
-        assert tensors.manifest.step == 1
+        assert tensors.manifest.state.step == 1
     with alone(), Checkpointer(config_for(tmp_path, True), None, (None, None), Mesh()) as checkpointer:
-        checkpointer.save(StandIn(0), 3, samples=24)
+        checkpointer.save(StandIn(0).state(), RunState(3, 24))
     assert listing(folder) == ["latest", ONE, "step-00000003"]
     assert checkpoints_in(folder)[-1] == resolve_checkpoint(tmp_path)

@@ -10,6 +10,7 @@ import torch
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.loader import validation_batches
@@ -25,6 +26,7 @@ from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.resuming import find_resume
 from megatron_ponder.training.schedules import refinements
 from megatron_ponder.training.setup import open_parts
+from megatron_ponder.training.state import state_of
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
 from tests.finished_runs import FinishedRuns, finished_runs, tiny_arguments
@@ -81,7 +83,7 @@ def save_with_failures(mesh: Mesh, run_dir: Path) -> list[tuple[str, list[str], 
             setattr(saving, broken, disk_full)
         message = ""
         try:
-            checkpointer.save(engine, step, samples=step)
+            checkpointer.save(state_of(engine), RunState(step, step))
         except UserError as error:
             message = str(error)
         finally:
@@ -110,14 +112,14 @@ def save_beside_training(mesh: Mesh, folder: Path) -> None:
     for stage in (0, 1, 3):
         config = config_for(mesh, folder / f"at-once-{stage}", parallel__zero_stage=stage)
         engine = engine_for(config, mesh)
-        Checkpointer(config, None, (None, None), mesh).save(engine, 1, samples=2)
+        Checkpointer(config, None, (None, None), mesh).save(state_of(engine), RunState(1, 2))
         config = config_for(
             mesh, folder / f"beside-{stage}", parallel__zero_stage=stage, checkpoint__asynchronous="true"
         )
         stepped = threading.Event()
         saving.write_tensors = lambda *arguments, stepped=stepped: stepped.wait(60) and write(*arguments)
         with Checkpointer(config, None, (None, None), mesh) as checkpointer:
-            checkpointer.save(engine, 1, samples=2)
+            checkpointer.save(state_of(engine), RunState(1, 2))
             train_one_step(engine, mesh)
             stepped.set()
         saving.write_tensors = write
@@ -168,7 +170,7 @@ def test_a_save_that_fails_on_one_rank_leaves_the_last_checkpoint(two_ranks):
     assert latest == (one, one, one, two, three, three)
     folder = resolve_checkpoint(run_dir / "failures")
     with open_tensors(folder) as tensors:  # whole, with its checksums, from both ranks' files
-        assert tensors.manifest.step == 3
+        assert tensors.manifest.state.step == 3
         assert len(set(tensors.manifest.tensors.values())) == 2
         assert (folder / next(iter(tensors.manifest.files))).stat().st_mode == (folder / "config.yaml").stat().st_mode
         assert set(tensors.names("weight")) == set(tensors.names("exp_avg")) == set(tensors.names("exp_avg_sq"))
@@ -221,7 +223,7 @@ def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     records = read_metrics(anew)
     assert [record["step"] for record in records] == [1, 2]
     assert [record["samples"] for record in records] == [4, 8]
-    assert read_manifest(resolve_checkpoint(anew)).step == 2
+    assert read_manifest(resolve_checkpoint(anew)).state.step == 2
 
     # the first recorded loss is that of the given weights, before any update, on the first batch of the new order
     config, parts = open_parts(read_config(["--config", str(anew / "config.yaml")]))

@@ -84,7 +84,7 @@ def test_a_run_on_a_blend_that_changes_its_future_on_the_way(corpus, runs, tmp_p
     run_distributed(train_in_turn, 1, [straight, begun, resumed], time_limit=300)
     assert [record["samples"] for record in read_metrics(tmp_path / "run")] == list(range(4, 36, 4))
     manifest = read_manifest(resolve_checkpoint(tmp_path / "run"))
-    assert manifest.samples == 32
+    assert manifest.state.samples == 32
     assert manifest.data_fingerprint == read_manifest(resolve_checkpoint(tmp_path / "straight")).data_fingerprint
     assert manifest.data_fingerprint.count(",") == 2
 

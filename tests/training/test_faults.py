@@ -270,7 +270,7 @@ def test_too_many_skipped_steps_end_the_run_with_its_last_good_state(ranks):
     assert end.startswith("UserError: 3 of the last 4 steps were skipped, because their loss or gradients")
     assert end.endswith(f"saved {run}/checkpoints/step-00000004")
     manifest = read_manifest(resolve_checkpoint(run))
-    assert (manifest.step, manifest.samples, manifest.skipped) == (4, 16, [2, 3, 4])
+    assert (manifest.state.step, manifest.state.samples, manifest.state.skipped) == (4, 16, [2, 3, 4])
     assert all(tensor.isfinite().all() for tensor in final_state(run).values())
 
 
@@ -298,7 +298,7 @@ def check_nonsense(seen: Attempt, run: Path) -> None:
     assert records[-1]["loss"] is records[-1]["validation_loss"] is None
     assert records[-1]["step_histogram"][-1] <= sum(records[-1]["step_histogram"])
     manifest = read_manifest(resolve_checkpoint(run))
-    assert manifest.step == len(records) and len(manifest.skipped) == 3
+    assert manifest.state.step == len(records) and len(manifest.state.skipped) == 3
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(ranks):
@@ -326,8 +326,8 @@ def test_data_that_cannot_be_read_end_all_ranks_with_one_line_and_a_checkpoint(r
     assert end.endswith(": Input/output error; check its disk")
     assert ".bin cannot be read at byte" in end
     manifest, records = read_manifest(resolve_checkpoint(run)), read_metrics(run)
-    assert manifest.step == records[-1]["step"] < 8
-    assert manifest.samples == records[-1]["samples"]
+    assert manifest.state.step == records[-1]["step"] < 8
+    assert manifest.state.samples == records[-1]["samples"]
     assert not any("skipped" in record for record in records)
 
 
@@ -339,7 +339,7 @@ def test_data_that_are_written_to_while_training_end_all_ranks_alike(ranks):
         "anew with what it is"
     )
     manifest, records = read_manifest(resolve_checkpoint(run)), read_metrics(run)
-    assert 0 < manifest.step == records[-1]["step"] < 8
+    assert 0 < manifest.state.step == records[-1]["step"] < 8
 
 
 def test_ids_that_the_model_does_not_know_end_all_ranks_with_the_sample_and_a_checkpoint(ranks):
@@ -348,7 +348,7 @@ def test_ids_that_the_model_does_not_know_end_all_ranks_with_the_sample_and_a_ch
     where = rf"document \d+( and \d+ more)? of {ranks[1]}/copy/data"
     assert re.match(rf"UserError: sample 18 \({where}\) has the token id 65535, and the model knows 0 to 511: the", end)
     manifest, records = read_manifest(resolve_checkpoint(run)), read_metrics(run)
-    assert manifest.step == records[-1]["step"] == 4
+    assert manifest.state.step == records[-1]["step"] == 4
     assert not any("skipped" in record for record in records)
 
 

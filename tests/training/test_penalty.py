@@ -1,58 +1,69 @@
 """λ follows its schedule, and with a target the number of steps that it leads to."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ponder.config import PonderTrainingConfig
-from megatron_ponder.training.penalty import LARGEST_FACTOR, UNSTEERED, Penalty, PenaltyState
+from megatron_ponder.checkpoint.run_state import RunState
+from megatron_ponder.config import Config, PonderConfig, PonderTrainingConfig
+from megatron_ponder.training.penalty import LARGEST_FACTOR, Penalty
+
+
+def penalty_of(state: RunState | None = None, **training) -> Penalty:
+    config = Config(ponder=PonderConfig(latent_steps=3), ponder_training=PonderTrainingConfig(**training))
+    return Penalty(config, state or RunState())
+
+
+def steered(state: RunState) -> tuple:
+    """What is remembered of steering."""
+    return state.penalty_factor, state.penalty_steps
 
 
 def test_penalty_is_warmed_up_linearly():
-    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.4, penalty_start=10, penalty_end=20), 3)
+    penalty = penalty_of(penalty_weight=0.4, penalty_start=10, penalty_end=20)
     assert [penalty.weight(step) for step in (0, 9, 10, 15, 20, 99)] == pytest.approx([0, 0, 0, 0.2, 0.4, 0.4])
-    assert Penalty(PonderTrainingConfig(penalty_weight=0.4), 3).weight(0) == 0.4
+    assert penalty_of(penalty_weight=0.4).weight(0) == 0.4
 
 
 def test_without_a_target_nothing_is_steered():
-    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.4), 3)
+    state = RunState()
+    penalty = penalty_of(state, penalty_weight=0.4)
     penalty.observe(100, 3.0)
-    assert penalty.state == UNSTEERED
+    assert state == RunState()
 
 
 def test_it_is_steered_from_the_end_of_the_warm_up_on():
-    config = PonderTrainingConfig(
-        penalty_weight=0.4, penalty_start=10, penalty_end=20, target_latent_steps=1.0, target_rate=0.1
-    )
-    penalty = Penalty(config, 3)
+    state = RunState()
+    target = {"target_latent_steps": 1.0, "target_rate": 0.1}
+    penalty = penalty_of(state, penalty_weight=0.4, penalty_start=10, penalty_end=20, **target)
     penalty.observe(19, 3.0)
-    assert penalty.state == UNSTEERED
+    assert state == RunState()
     penalty.observe(20, 1.5)
-    assert penalty.state == pytest.approx((math.exp(0.05), 1.5))
+    assert steered(state) == pytest.approx((math.exp(0.05), 1.5))
     assert penalty.weight(21) == pytest.approx(0.4 * math.exp(0.05))
     assert penalty.weight(15) == pytest.approx(0.2 * math.exp(0.05))
     penalty.observe(21, 0.75)  # half the steps, a quarter of λ at once
-    assert penalty.state == pytest.approx((math.exp(0.025) / 4, 0.75))
+    assert steered(state) == pytest.approx((math.exp(0.025) / 4, 0.75))
     penalty.observe(22, 0.0)  # counts as 0.03, or λ would be 0 for ever
-    assert penalty.state == pytest.approx((math.exp(-0.075) / 4 * 0.04**2, 0.03))
+    assert steered(state) == pytest.approx((math.exp(-0.075) / 4 * 0.04**2, 0.03))
 
 
 def test_nothing_is_steered_before_there_is_a_router():
-    penalty = Penalty(
-        PonderTrainingConfig(penalty_weight=0.4, router_start=10, target_latent_steps=1.0, target_rate=0.1), 3
-    )
+    state = RunState()
+    penalty = penalty_of(state, penalty_weight=0.4, router_start=10, target_latent_steps=1.0, target_rate=0.1)
     penalty.observe(9, 3.0)
-    assert penalty.state == UNSTEERED
+    assert state == RunState()
     penalty.observe(10, 3.0)
-    assert penalty.state.factor > 1.0
+    assert state.penalty_factor > 1.0
 
 
 @pytest.mark.parametrize("needed", [0.001, 0.02, 0.5])
 def test_a_router_that_answers_slowly_is_led_to_the_target(needed):
     """Mean K̂ falls with log λ and takes about 20 steps to follow it; it is 1 at the λ that is needed."""
-    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.02, target_latent_steps=1.0), 3)
+    penalty = penalty_of(penalty_weight=0.02, target_latent_steps=1.0)
     mean_steps, late = 3.0, []
     for step in range(4000):
         settled = 3 / (1 + 2 * penalty.weight(step) / needed)
@@ -65,7 +76,7 @@ def test_a_router_that_answers_slowly_is_led_to_the_target(needed):
 @pytest.mark.parametrize("target", [0.3, 1.0, 2.0])
 def test_a_router_whose_weights_add_up_what_lambda_says_does_not_swing_far(target):
     """As Adam moves them: by what λ is above or below what a step brings, at most so far an optimiser step."""
-    penalty = Penalty(PonderTrainingConfig(penalty_weight=0.02, target_latent_steps=target), 3)
+    penalty = penalty_of(penalty_weight=0.02, target_latent_steps=target)
     logit, course = 5.0, []
     for step in range(3000):
         mean_steps = 3 / (1 + math.exp(-logit))
@@ -79,11 +90,12 @@ def test_a_router_whose_weights_add_up_what_lambda_says_does_not_swing_far(targe
 
 @given(st.lists(st.floats(0, 10), max_size=50), st.floats(0.001, 1))
 def test_lambda_stays_within_bounds_and_resumes_from_its_state_alone(mean_steps, rate):
-    config = PonderTrainingConfig(penalty_weight=0.01, target_latent_steps=2.0, target_rate=rate)
-    whole, half = Penalty(config, 3), Penalty(config, 3)
+    config = {"penalty_weight": 0.01, "target_latent_steps": 2.0, "target_rate": rate}
+    state, resumed = RunState(), RunState()
+    whole = penalty_of(state, **config)
     for step, value in enumerate(mean_steps):
         whole.observe(step, value)
-        half = Penalty(config, 3, PenaltyState(*half.state))
-        half.observe(step, value)
-    assert 1 / LARGEST_FACTOR <= whole.state.factor <= LARGEST_FACTOR
-    assert half.state == whole.state
+        resumed = replace(resumed)
+        penalty_of(resumed, **config).observe(step, value)
+    assert 1 / LARGEST_FACTOR <= state.penalty_factor <= LARGEST_FACTOR
+    assert resumed == state

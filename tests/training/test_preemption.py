@@ -135,7 +135,7 @@ def test_every_rank_leaves_with_a_code_of_its_own(corpus, tmp_path):
     arguments = tiny_arguments(corpus, tmp_path / "run", **settings)
     _, reason = preempt(arguments, 2, tmp_path / "first", signal.SIGUSR1, rank=1, again=True)
     records, manifest = read_metrics(tmp_path / "run"), read_manifest(resolve_checkpoint(tmp_path / "run"))
-    assert (manifest.step, manifest.samples) == (records[-1]["step"], records[-1]["samples"])
+    assert (manifest.state.step, manifest.state.samples) == (records[-1]["step"], records[-1]["samples"])
     assert read_end(tmp_path / "run")["reason"] == reason
 
 
@@ -146,7 +146,7 @@ def test_a_signal_while_a_rank_still_imports_is_remembered(corpus, tmp_path):
     assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the handler came late"
     process.send_signal(signal.SIGUSR1)
     assert end_all([process], 120) == [EXIT_PREEMPTED], (tmp_path / "rank-0").read_text()
-    assert read_manifest(resolve_checkpoint(tmp_path / "run")).step == 1
+    assert read_manifest(resolve_checkpoint(tmp_path / "run")).state.step == 1
     assert read_end(tmp_path / "run")["reason"] == "SIGUSR1"
 
 
@@ -165,7 +165,7 @@ def test_preempted_and_resumed_equals_uninterrupted(corpus, tmp_path, ranks, lay
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     arguments = tiny_arguments(corpus, broken, **settings)
     _, reason = preempt(arguments, ranks, tmp_path / "first", signal.SIGUSR1, rank=ranks - 1, again=True)
-    at = read_manifest(resolve_checkpoint(broken)).step
+    at = read_manifest(resolve_checkpoint(broken)).state.step
     assert 3 <= at < 40
     output, _ = preempt(arguments, ranks, tmp_path / "second", signal.SIGTERM, rank=0, line=f"step {at + 2}/")
     assert f"going on after step {at}" in output
@@ -209,7 +209,7 @@ def cut_off_in_validation(mesh: Mesh, whole: list[str], broken: list[str]) -> li
         except Preempted as stop:
             reason = stop.reason
         manifest = read_manifest(resolve_checkpoint(read_config(broken).training.run_dir))
-        seen.append((reason, manifest.step, manifest.validated))
+        seen.append((reason, manifest.state.step, manifest.state.validated))
         dist.barrier()
     return seen
 

@@ -89,7 +89,7 @@ def test_killed_and_resumed_equals_uninterrupted(run_arguments, tmp_path, overri
 
     arguments = [*run_arguments, *overrides, f"--training.run_dir={broken}", "--checkpoint.resume=auto"]
     kill_after(start(arguments, ranks), broken, step=14)
-    assert read_manifest(resolve_checkpoint(broken)).step in range(10, 40, 10)
+    assert read_manifest(resolve_checkpoint(broken)).state.step in range(10, 40, 10)
     output = finish(start(arguments, ranks))
 
     assert "going on after step" in output

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import TrainingConfig
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import objective
@@ -15,6 +16,7 @@ from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.skipped_steps import SkippedSteps
+from megatron_ponder.training.state import state_of
 from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
 
 LLAMA = MODELS["llama adaptive"]
@@ -71,7 +73,7 @@ def at_fault(fault: str, engine: Engine) -> Iterator[None]:
     """Have a fault: one activation that is not a number, or what `faulty` does."""
     sound, hook = objective.vocab_parallel_cross_entropy, None
     if fault == "activation":
-        transformer = engine._objective.model.transformer
+        transformer = engine.model.transformer
         hook = transformer.register_forward_hook(lambda module, _, x_BTH: one_is_no_number(x_BTH))
     else:
         objective.vocab_parallel_cross_entropy = faulty(fault)
@@ -104,7 +106,7 @@ def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tup
             micro_batches = tokens.split(config.training.micro_batch_size)
             engine.forward_backward(micro_batches, 1, training_rule(step, config.ponder), 0.05, scale)
             norms.append(engine.step(RATE))
-    return norms, {(item.kind, item.name): item.tensor.clone() for item in engine.state()}
+    return norms, {(item.kind, item.name): item.tensor.clone() for item in state_of(engine)}
 
 
 def compare(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, list]:
@@ -141,13 +143,14 @@ def test_a_fault_on_the_last_rank_leaves_no_trace(name):
 
 
 def test_the_budget_counts_the_last_steps_only():
-    skipped = SkippedSteps([3, 40], TrainingConfig(skipped_steps_budget=2, skipped_steps_window=10))
+    state = RunState(skipped=[3, 40])
+    skipped = SkippedSteps(state, TrainingConfig(skipped_steps_budget=2, skipped_steps_window=10))
     assert not skipped.note(51, 1.0)
     for step in (55, 56):
         assert skipped.note(step, math.nan)
         assert skipped.too_many(step) is None
     assert skipped.note(59, math.inf)
-    assert skipped.steps == [3, 40, 55, 56, 59]
+    assert state.skipped == [3, 40, 55, 56, 59]
     assert skipped.too_many(59).startswith("3 of the last 10 steps were skipped")
     assert skipped.too_many(64).startswith("3 of the last 10 steps")
     assert skipped.too_many(65) is None

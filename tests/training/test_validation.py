@@ -17,7 +17,7 @@ from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
-from megatron_ponder.training.validation import measure_each_step, validate
+from megatron_ponder.training.validation import Validation, measure_each_step
 from tests.distributed import run_distributed
 from tests.finished_runs import tiny_arguments
 from tests.models import random_tokens
@@ -58,7 +58,8 @@ def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]
         boundary = Boundary(StopSignals(), None, mesh)
         rule = engine.rule("soft")
         tally, without = (
-            validate(config, mesh, parts, engine, rule, boundary, Watchdog(0), each_step) for each_step in (True, False)
+            Validation(config, mesh, parts.datasets["valid"], engine, boundary, Watchdog(0)).measure(rule, each_step)
+            for each_step in (True, False)
         )
         assert without == tally._replace(own_losses=[0] * 3, first_squared=0, steps_first=0)
         own = step_batch(config).chunk(mesh.data.size)[mesh.data.rank].split(config.training.micro_batch_size)

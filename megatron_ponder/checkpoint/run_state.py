@@ -1,0 +1,29 @@
+"""How far a run has come: all that it needs to go on besides weights and moments. Read without PyTorch."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunState:
+    """What changes from step to step; one object from the training loop to the manifest of a checkpoint and back.
+
+    Attributes:
+        step: optimiser steps done.
+        samples: training samples consumed, which is the whole state of the data order.
+        skipped: steps among them that changed nothing, because their loss or gradients were not finite.
+        validated: false if the validation that was due after this step has been cut off.
+        penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
+        penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.
+    """
+
+    step: int = 0
+    samples: int = 0
+    skipped: list[int] = field(default_factory=list)
+    validated: bool = True
+    penalty_factor: float = 1.0
+    penalty_steps: float | None = None
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps that have changed the weights."""
+        return self.step - len(self.skipped)

@@ -1,0 +1,54 @@
+"""The numbers of `metrics.jsonl` that a tally gives, by the names under which they are written."""
+
+from megatron_ponder.model.tally import Tally
+from megatron_ponder.runs.metrics import Value
+
+
+def step_fields(tally: Tally, penalty_weight: float) -> dict[str, Value]:
+    """What every training step tells of its loss."""
+    penalty = tally.penalty / tally.tokens
+    return {
+        "loss": tally.mean_loss + penalty_weight * penalty,
+        "cross_entropy": tally.mean_loss,
+        "mean_steps": tally.mean_steps,
+        "penalty": penalty,
+        "step_histogram": tally.steps,
+    }
+
+
+def router_fields(tally: Tally, most_steps: int) -> dict[str, Value]:
+    """What a training step of a routed model tells besides.
+
+    Args:
+        tally: of the step.
+        most_steps: K.
+    """
+    below = 1 - tally.mean_steps / most_steps
+    return {"router_entropy": tally.entropy / tally.tokens, "below_threshold": below}
+
+
+def each_step_fields(tally: Tally) -> dict[str, Value]:
+    """What every step predicts by itself."""
+    losses = [nats / tally.tokens for nats in tally.own_losses]
+    return {"own_losses": losses, "steps_follow_loss": tally.steps_follow_loss}
+
+
+def validation_fields(tally: Tally) -> dict[str, Value]:
+    """What every validation tells."""
+    return {"validation_loss": tally.mean_loss, "validation_mean_steps": tally.mean_steps}
+
+
+def routed_validation_fields(tally: Tally, pruned: Tally) -> dict[str, Value]:
+    """What a validation of a routed model tells besides.
+
+    Args:
+        tally: under the rule of training.
+        pruned: under the hard rule.
+    """
+    return {
+        "validation_pruned_loss": pruned.mean_loss,
+        "validation_step_histogram": tally.steps,
+        "validation_weights": [weight / tally.tokens for weight in tally.weights],
+        "validation_router_entropy": tally.entropy / tally.tokens,
+        **{f"validation_{name}": value for name, value in each_step_fields(tally).items()},
+    }

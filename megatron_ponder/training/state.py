@@ -1,0 +1,73 @@
+"""The state of training as whole fp32 tensors, which belong to no layout: taken out of an engine, and put back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT
+from megatron_ponder.checkpoint.store import open_tensors
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.sharding import ParameterSpec, declarations
+from megatron_ponder.training.deepspeed_engine import Engine
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One whole tensor of the training state.
+
+    Attributes:
+        kind: the weight, or what the optimiser remembers.
+        name: of the parameter.
+        tensor: fp32 on the CPU.
+    """
+
+    kind: str
+    name: str
+    tensor: Tensor
+
+
+def state_of(engine: Engine) -> Iterator[StateTensor]:
+    """Weights and moments of this rank's part, one after another, whole, unpadded and in fp32.
+
+    The same on all ranks of a pipeline stage, and a collective of them: every rank must take every item.
+    """
+    for name, parameter, spec, axis in declarations(engine.model):
+        for kind in engine.kinds:
+            yield StateTensor(kind, name, _whole(engine.master(parameter, kind), spec, axis).cpu())
+
+
+def gradients_of(engine: Engine) -> dict[str, Tensor]:
+    """Whole gradients of this rank's part by parameter name, between `forward_backward` and `step`; a collective."""
+    return {
+        name: _whole(engine.gradient(parameter), spec, axis).clone()
+        for name, parameter, spec, axis in declarations(engine.model)
+    }
+
+
+def restore(engine: Engine, checkpoint: Path, step: int) -> None:
+    """Set master weights and moments from a checkpoint whose weights the module was built with; a collective.
+
+    Args:
+        engine: to go on with.
+        checkpoint: its folder, verified.
+        step: optimiser steps that it has done, without skipped ones, for AdamW's bias correction.
+    """
+    own = [kind for kind in engine.kinds if kind != WEIGHT or engine.low_precision]
+    with open_tensors(checkpoint, verified=True) as tensors:
+        for name, parameter, spec, axis in declarations(engine.model):
+            for kind in own:
+                engine.set_master(parameter, kind, spec.shard(tensors.get(kind, name), axis))
+    engine.set_steps(step)
+
+
+def _whole(part: Tensor, spec: ParameterSpec, axis: Axis) -> Tensor:
+    """A logical tensor from the parts of all tensor ranks."""
+    if spec.shard_dim is None or axis.size == 1:
+        return spec.unshard([part])
+    parts = [torch.empty_like(part) for _ in range(axis.size)]
+    dist.all_gather(parts, part.contiguous(), group=axis.group)
+    return spec.unshard(parts)
