@@ -1,5 +1,9 @@
-"""Functions of tests on several real ranks."""
+"""Functions of tests on several real ranks.
 
+Ranks are forked from a server that has imported what they need, because importing it takes each of them seconds.
+"""
+
+import multiprocessing
 import os
 import socket
 import sys
@@ -18,6 +22,9 @@ from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
 
 
+IMPORTED = ["deepspeed", "megatron_ponder.training.trainer", "megatron_ponder.generation.generate", __name__]
+
+
 class RankError(AssertionError):
     """What went wrong first, on whichever rank, with its traceback."""
 
@@ -30,8 +37,9 @@ def run_distributed(
     pipeline: int = 1,
     sequence_parallel: bool = False,
     time_limit: float = 120.0,
+    fresh: bool = False,
 ) -> list[Any]:
-    """Run `function(mesh, *args)` on spawned gloo ranks and return what it returned, by rank.
+    """Run `function(mesh, *args)` on gloo ranks and return what it returned, by rank.
 
     Args:
         function: at the top level of an importable module, because ranks import it.
@@ -41,6 +49,7 @@ def run_distributed(
         pipeline: ranks that share the stack; the others share the data.
         sequence_parallel: split the residual stream over the tensor ranks.
         time_limit: seconds after which ranks are killed.
+        fresh: import everything anew on every rank, in the environment of now.
 
     Raises:
         RankError: when a rank fails.
@@ -50,7 +59,9 @@ def run_distributed(
         folder = Path(name)
         layout = (tensor, pipeline, world_size // (tensor * pipeline), sequence_parallel)
         arguments = (function, world_size, free_port(), layout, folder, args)
-        context = mp.start_processes(_run_rank, arguments, nprocs=world_size, join=False, start_method="spawn")
+        multiprocessing.set_forkserver_preload(IMPORTED)
+        method = "spawn" if fresh else "forkserver"
+        context = mp.start_processes(_run_rank, arguments, nprocs=world_size, join=False, start_method=method)
         deadline = time.monotonic() + time_limit
         try:
             while not context.join(timeout=max(0.0, deadline - time.monotonic())):

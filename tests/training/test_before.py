@@ -55,7 +55,7 @@ def today(tmp_path_factory) -> Today:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in REPRODUCIBLE.items():
             patch.setenv(name, value)
-        return Today(folder, *run_distributed(go_on, 1, folder, commands))
+        return Today(folder, *run_distributed(go_on, 1, folder, commands, fresh=True))
 
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
