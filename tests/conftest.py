@@ -2,12 +2,15 @@
 
 import os
 import sysconfig
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from megatron_ponder.commands.ponder import main
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 
@@ -18,6 +21,33 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 def one_thread():
     """Several tests and ranks share the cores; small tensors gain nothing from more threads."""
     torch.set_num_threads(1)
+
+
+class Ended(NamedTuple):
+    """How a command has ended: its exit code, what it printed, and its errors."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ponder(monkeypatch, capsys) -> Iterator[Callable[..., Ended]]:
+    """Runs `ponder` with the words of a command line in this process, where PyTorch is imported already."""
+    monkeypatch.setenv("COLUMNS", "400")  # no path is cut
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+    def ponder(*words: object) -> Ended:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([*map(str, words)])
+        except SystemExit as stop:
+            code = stop.code
+        return Ended(code, *capsys.readouterr())
+
+    yield ponder
+    torch.set_flush_denormal(False)  # which commands that compute set
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
 
-
 IMPORTED = ["deepspeed", "megatron_ponder.training.trainer", "megatron_ponder.generation.generate", __name__]
 
 

@@ -3,8 +3,6 @@
 import ast
 import json
 import os
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -152,16 +150,14 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
         check_writable(Path("/proc/self"))
 
 
-@pytest.mark.parametrize("tool", ["evaluate", "analyze_pondering"])
-def test_commands_look_at_their_output_first(tool, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("tool", ["evaluate", "analyze"])
+def test_commands_look_at_their_output_first(tool, tmp_path, ponder):
     """Before the checkpoint, which is not there."""
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "below"
-    monkeypatch.setattr(sys, "argv", [tool, "--checkpoint", str(tmp_path / "none"), "--output", str(output)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-    assert stop.value.code == 2
-    assert "cannot make the folder" in capsys.readouterr().err
+    ended = ponder(tool, "--checkpoint", tmp_path / "none", "--output", output)
+    assert ended.code == 2
+    assert "cannot make the folder" in ended.err
 
 
 # How files are written ----------------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
 import csv
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
 from megatron_ponder.data.diagnostic import VOCABULARY, write_corpus
@@ -25,23 +22,13 @@ def run_dir(corpus) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys, tmp_path):
-    """Runs the tool in this process: its exit code, what it printed, its errors, and the folder that it wrote."""
-    monkeypatch.setenv("COLUMNS", "140")
+def tool(ponder, tmp_path):
+    """Runs the command in this process: its exit code, what it printed, its errors, and the folder that it wrote."""
 
     def tool(*arguments) -> tuple[int, str, str, Path]:
-        output = tmp_path / "analysis"
-        monkeypatch.setattr(sys, "argv", ["analyze_pondering.py", *map(str, arguments), "--output", str(output)])
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        out, error = capsys.readouterr()
-        return code, out, error, output
+        return *ponder("analyze", *arguments, "--output", tmp_path / "analysis"), tmp_path / "analysis"
 
-    yield tool
-    torch.set_flush_denormal(False)  # which the tool has set
+    return tool
 
 
 @pytest.fixture(scope="module")

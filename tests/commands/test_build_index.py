@@ -13,8 +13,6 @@ from megatron_ponder.config import DataConfig, read_config
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.mixture import open_mixture
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory) -> Path:
@@ -26,32 +24,34 @@ def prefix(tmp_path_factory) -> Path:
     return prefix
 
 
-def command(prefix: Path, *arguments: object) -> list[str]:
+def words(prefix: Path, *arguments: object) -> list[object]:
+    """The words after the command's name."""
     run = ["--data.path", prefix, "--data.split", "9,1", "--data.sequence_length", 4, "--training.eval_samples", 5]
-    return [sys.executable, str(ROOT / "tools" / "build_index.py"), *map(str, [*run, *arguments])]
+    return [*run, *arguments]
 
 
-def build(*arguments: object) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def build(ponder):
+    """Runs the command in this process."""
+    return lambda *arguments: ponder("build-index", *words(*arguments))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.index")}
 
 
-def test_the_tool_builds_what_a_run_reads(prefix, tmp_path):
+def test_the_tool_builds_what_a_run_reads(build, prefix, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"data:\n  cache_path: {tmp_path / 'cache'}\ntraining:\n  global_batch_size: 100\n  steps: 2000\n"
     )
     result = build(prefix, "--config", config)
-    assert (result.returncode, result.stderr) == (0, "")
-    data = read_config(["--config", str(config), *map(str, command(prefix)[2:])]).data
+    assert (result.code, result.err) == (0, "")
+    data = read_config(["--config", str(config), *map(str, words(prefix))]).data
     train = open_mixture(data, 1234).samples["train"]
     epochs = -(-200_000 // train.samples_per_epoch)
     assert epochs == 2
-    (row,) = [line for line in result.stdout.splitlines() if "train" in line]
+    (row,) = [line for line in result.out.splitlines() if "train" in line]
     assert str(prefix) in row and f"{train.samples_per_epoch:,}" in row and f" {epochs} " in row
     built = contents(tmp_path / "cache")
     assert len(built) == epochs + 1
@@ -62,20 +62,22 @@ def test_the_tool_builds_what_a_run_reads(prefix, tmp_path):
     for position in range(0, 200_000, 997):
         np.testing.assert_array_equal(samples["train"][position], plain["train"][position])
     np.testing.assert_array_equal(samples["valid"][3], plain["valid"][3])
-    assert build(prefix, "--config", config).returncode == 0
+    assert build(prefix, "--config", config).code == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.index")} == times
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_leaves_nothing_that_the_next_build_would_believe(prefix, tmp_path):
+def test_kill_9_at_any_moment_leaves_nothing_that_the_next_build_would_believe(build, prefix, tmp_path):
     options = ("--training.global_batch_size", 100, "--training.steps", 4000)
-    assert build(prefix, *options, "--data.cache_path", tmp_path / "whole").returncode == 0
+    assert build(prefix, *options, "--data.cache_path", tmp_path / "whole").code == 0
     whole = contents(tmp_path / "whole")
     assert len(whole) > 2
     cache = tmp_path / "cache"
     killed = 0
     for moment in range(4):
-        process = subprocess.Popen(command(prefix, *options, "--data.cache_path", cache), stdout=subprocess.PIPE)
+        arguments = words(prefix, *options, "--data.cache_path", cache)
+        command = [sys.executable, "-m", "megatron_ponder", "build-index", *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
         while not (cache.exists() and list(cache.glob("*.lock"))) and process.poll() is None:
             time.sleep(0.001)
         time.sleep(0.03 * moment)
@@ -85,7 +87,7 @@ def test_kill_9_at_any_moment_leaves_nothing_that_the_next_build_would_believe(p
         finished = {path.name: path.read_bytes() for path in cache.glob("*.index")}
         assert finished.items() <= whole.items()
     assert killed >= 2
-    assert build(prefix, *options, "--data.cache_path", cache).returncode == 0
+    assert build(prefix, *options, "--data.cache_path", cache).code == 0
     assert contents(cache) == whole
 
 
@@ -98,7 +100,7 @@ def test_kill_9_at_any_moment_leaves_nothing_that_the_next_build_would_believe(p
         (["--config", "no/such.yaml"], "there is no configuration file no/such.yaml"),
     ],
 )
-def test_what_it_says(prefix, tmp_path, arguments, message):
+def test_what_it_says(build, prefix, tmp_path, arguments, message):
     result = build(prefix, *[argument.format(tmp=tmp_path) for argument in arguments])
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
+    assert result.code == 2
+    assert result.err.startswith("error: ") and message in result.err and result.err.count("\n") == 1

@@ -2,9 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -15,32 +13,32 @@ from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.parallel.mesh import Axis, Mesh
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ["--config", "examples/configs/llama_410m.yaml"]
 SMALLER = ["--training.micro_batch_size", "2"]
 
 
-def estimate(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/estimate.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+@pytest.fixture
+def estimate(ponder):
+    """Runs the command in this process."""
+    return partial(ponder, "estimate")
 
 
-def test_the_tables():
+def test_the_tables(estimate):
     done = estimate(*CONFIG, *SMALLER, "--gpu", "H100-SXM", "--nodes", 2, "--tokens", "30e9")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     config = read_config([*CONFIG, *SMALLER])
     table = describe_layout(config, Mesh(torch.device("cuda"), data=Axis(16)))
-    assert table in done.stdout  # of memory, as training prints it
-    shares = [float(line.split("│")[3].strip(" %")) for line in done.stdout.splitlines() if line.count("│") == 4]
+    assert table in done.out  # of memory, as training prints it
+    shares = [float(line.split("│")[3].strip(" %")) for line in done.out.splitlines() if line.count("│") == 4]
     assert sum(shares[:-1]) == pytest.approx(100, abs=0.5)
-    assert "hidden behind computation" in done.stdout
-    assert "3e+10 tokens take" in done.stdout
+    assert "hidden behind computation" in done.out
+    assert "3e+10 tokens take" in done.out
 
 
-def test_json():
+def test_json(estimate):
     done = estimate(*CONFIG, *SMALLER, "--cluster", "examples/clusters/h100.yaml", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     memory = memory_estimate(Rank(read_config([*CONFIG, *SMALLER]), 32, 0, "cuda"))
     assert found["memory"] == {**vars(memory), "total": memory.total}
     assert found["fits"] is True
@@ -51,35 +49,35 @@ def test_json():
     assert 0.1 < found["mfu"] < 0.7
 
 
-def test_what_does_not_fit_and_the_nearest_layout_that_does():
+def test_what_does_not_fit_and_the_nearest_layout_that_does(estimate):
     done = estimate(*CONFIG, "--gpu", "A100-40GB", "--nodes", 1)
-    assert done.returncode == 2
-    assert "do not fit into" in done.stderr
-    assert done.stderr.count("\n") == 1
-    proposed = done.stderr.split("; add ")[1].split(", which needs")[0].split()
-    assert estimate(*CONFIG, "--gpu", "A100-40GB", "--nodes", 1, *proposed).returncode == 0
+    assert done.code == 2
+    assert "do not fit into" in done.err
+    assert done.err.count("\n") == 1
+    proposed = done.err.split("; add ")[1].split(", which needs")[0].split()
+    assert estimate(*CONFIG, "--gpu", "A100-40GB", "--nodes", 1, *proposed).code == 0
 
 
-def test_the_search():
+def test_the_search(estimate):
     done = estimate(*CONFIG, "--gpu", "L40S", "--gpus", 16, "--search", "--top", 5)
-    assert done.returncode == 0, done.stderr
-    assert "2 nodes of 8 L40S" in done.stdout
-    assert "layouts fit into the usable 40.2 of 44.7 GiB of a GPU" in done.stdout
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "│"]
+    assert done.code == 0, done.err
+    assert "2 nodes of 8 L40S" in done.out
+    assert "layouts fit into the usable 40.2 of 44.7 GiB of a GPU" in done.out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if line[:1] == "│"]
     assert [row[0] for row in rows] == ["1", "2", "3", "4", "5"]
-    overrides = re.findall(r"(?m)^(\d): (.*)$", done.stdout)
+    overrides = re.findall(r"(?m)^(\d): (.*)$", done.out)
     assert [number for number, _ in overrides] == ["1", "2", "3", "4", "5"]
     for row, (_, proposed) in ((rows[0], overrides[0]), (rows[-1], overrides[-1])):
-        alone = json.loads(estimate(*CONFIG, "--gpu", "L40S", "--nodes", 2, *proposed.split(), "--json").stdout)
+        alone = json.loads(estimate(*CONFIG, "--gpu", "L40S", "--nodes", 2, *proposed.split(), "--json").out)
         assert alone["fits"]
         assert (f"{alone['tokens_per_second']:,.0f}", f"{alone['gpu_hours']:,.0f}") == (row[8], row[11])
 
 
-def test_a_number_of_gpus():
-    few = json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--gpus", 4, "--json").stdout)
-    many = json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--gpus", 64, "--json").stdout)
+def test_a_number_of_gpus(estimate):
+    few = json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--gpus", 4, "--json").out)
+    many = json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--gpus", 64, "--json").out)
     assert (few["ranks"], many["ranks"]) == (4, 64)
-    assert many == json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--nodes", 8, "--json").stdout)
+    assert many == json.loads(estimate(*CONFIG, "--gpu", "H100-SXM", "--nodes", 8, "--json").out)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +96,14 @@ def test_a_number_of_gpus():
         (["--gpu", "H200", "--gpus", "8", "--nodes", "2"], "give one of them"),
     ],
 )
-def test_what_cannot_be(arguments, message):
+def test_what_cannot_be(estimate, arguments, message):
     done = estimate(*CONFIG, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
 
 
-def test_a_vocabulary_that_only_the_tokenizer_knows():
+def test_a_vocabulary_that_only_the_tokenizer_knows(estimate):
     done = estimate("--config", "examples/quickstart/adaptive.yaml", "--gpu", "H200")
-    assert done.returncode == 2
-    assert "add --model.vocab_size" in done.stderr
+    assert done.code == 2
+    assert "add --model.vocab_size" in done.err

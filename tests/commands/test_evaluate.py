@@ -2,14 +2,13 @@ import itertools
 import json
 import math
 import re
-import runpy
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
@@ -31,22 +30,9 @@ def run_dir(corpus) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
-    """Runs the tool in this process: its exit code, what it printed, and its errors."""
-    monkeypatch.setenv("COLUMNS", "140")
-
-    def tool(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        out, error = capsys.readouterr()
-        return code, out, error
-
-    yield tool
-    torch.set_flush_denormal(False)  # which the tool has set
+def tool(ponder):
+    """Runs the command in this process: its exit code, what it printed, and its errors."""
+    return partial(ponder, "evaluate")
 
 
 @pytest.fixture

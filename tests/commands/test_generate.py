@@ -2,12 +2,12 @@ import io
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,22 +41,9 @@ def run_dir(corpus) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
-    """Runs the tool in this process: its exit code, what it printed, and its errors."""
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def tool(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        out, error = capsys.readouterr()
-        return code, out, error
-
-    yield tool
-    torch.set_flush_denormal(False)  # which the tool has set
+def tool(ponder):
+    """Runs the command in this process: its exit code, what it printed, and its errors."""
+    return partial(ponder, "generate")
 
 
 @pytest.fixture

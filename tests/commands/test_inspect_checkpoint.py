@@ -1,7 +1,5 @@
 """The report on a checkpoint says what is in it, and its exit code whether it is sound."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,23 +10,15 @@ from megatron_ponder.parallel.sharding import declarations
 from tests.checkpoint.saved import FILES, fields_of, put, save, tensors_of_a_run
 from tests.models import small_config, small_model
 
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
-
 
 @pytest.fixture
-def inspect(monkeypatch, capsys):
-    """Runs the tool in this process, as its command line would: exit code, output and error output."""
+def inspect(ponder):
+    """Runs the command in this process: exit code, output and error output."""
 
     def inspect(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inspect_checkpoint.py", "--checkpoint", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        assert captured.err.count("\n") == (code != 0)
-        return code, captured.out, captured.err
+        ended = ponder("inspect-checkpoint", "--checkpoint", *arguments)
+        assert ended.err.count("\n") == (ended.code != 0)
+        return ended
 
     return inspect
 

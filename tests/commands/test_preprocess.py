@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ ROOT = Path(__file__).parents[2]
 SOURCES = Path(sysconfig.get_paths()["stdlib"])
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
-    return subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def run(ponder):
+    """Runs the command in this process."""
+    return partial(ponder, "preprocess")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def tokenizer_path(tmp_path_factory):
     return train_tokenizer([SOURCES / "argparse.py"], tmp_path_factory.mktemp("t") / "tokenizer", 500).path
 
 
-def test_the_tool_preprocesses(tokenizer_path, tmp_path):
+def test_the_tool_preprocesses(run, tokenizer_path, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"body": "two"}) + "\n")
     shutil.copytree(SOURCES / "json", tmp_path / "json", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "json" / "table.csv").touch()
@@ -37,16 +39,16 @@ def test_the_tool_preprocesses(tokenizer_path, tmp_path):
         *("--input", tmp_path / "*.jsonl", tmp_path / "json", "--output-prefix", tmp_path / "new" / "data"),
         *("--tokenizer", tokenizer_path.parent, "--workers", 2, "--append-eod"),
     )
-    assert (result.returncode, result.stderr) == (0, "warning: left out of folders: 1 × .csv\n")
+    assert (result.code, result.err) == (0, "warning: left out of folders: 1 × .csv\n")
     prefix = tmp_path / "new" / "data_text_document"
     dataset, tokenizer = IndexedDataset(prefix), load_tokenizer(tokenizer_path)
     assert dataset.read(0).tolist() == [*tokenizer.encode("one"), tokenizer.eod_id]
     sources = sorted((SOURCES / "json").rglob("*.py"))
     for number, path in enumerate(sources, start=1):
         assert tokenizer.decode(dataset.read(number)[:-1].tolist()) == path.read_text()
-    assert f"{len(sources) + 1} documents, {dataset.num_tokens:,} tokens" in result.stdout
-    assert "bytes per token" in result.stdout
-    assert "skipped: 1 × no text in 'text'" in result.stdout
+    assert f"{len(sources) + 1} documents, {dataset.num_tokens:,} tokens" in result.out
+    assert "bytes per token" in result.out
+    assert "skipped: 1 × no text in 'text'" in result.out
     assert sorted(path.suffix for path in prefix.parent.iterdir()) == [".bin", ".idx", ".json"]
 
 
@@ -64,12 +66,12 @@ def test_the_tool_preprocesses(tokenizer_path, tmp_path):
         ),
     ],
 )
-def test_mistakes_get_one_line(tokenizer_path, tmp_path, replaced, message):
+def test_mistakes_get_one_line(run, tokenizer_path, tmp_path, replaced, message):
     options = {"--input": SOURCES / "json", "--output-prefix": tmp_path / "data", "--tokenizer": tokenizer_path}
     result = run(*(word for option in {**options, **replaced}.items() for word in option))
-    assert result.returncode == 2
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
+    assert result.code == 2
+    assert result.err.startswith(message)
+    assert result.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

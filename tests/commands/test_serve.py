@@ -3,7 +3,6 @@ import http.client
 import json
 import os
 import re
-import runpy
 import signal
 import socket
 import subprocess
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import openai
 import pytest
-import torch
 
 from megatron_ponder.base.errors import EXIT_HUNG
 from megatron_ponder.checkpoint.load import load_model
@@ -181,7 +179,7 @@ def test_no_grace(checkpoint, number):
         assert b'"finish_reason":"cancelled"' in response.read()
 
 
-def test_mistakes_are_one_line(checkpoint, corpus, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_line(ponder, checkpoint, tmp_path):
     (tmp_path / "empty").write_text("\n")
     weights = {name: parameter.detach() for name, parameter in small_model().named_parameters()}
     write_weights_checkpoint(tmp_path / "bare", weights, small_config(), None)
@@ -202,40 +200,31 @@ def test_mistakes_are_one_line(checkpoint, corpus, tmp_path, monkeypatch, capsys
             ("--checkpoint", tmp_path / "bare", "--port", 0): "has no tokenizer; train with tokenizer.path set",
         }
         for arguments, words in mistakes.items():
-            monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, arguments)])
-            with pytest.raises(SystemExit) as stop:
-                runpy.run_path(str(TOOL), run_name="__main__")
-            out, error = capsys.readouterr()
-            assert (stop.value.code, out) == (2, "")
+            code, out, error = ponder("serve", *arguments)
+            assert (code, out) == (2, "")
             assert error.startswith("error: ")
             assert error.count("\n") == 1
             assert words in error
-    monkeypatch.setattr(sys, "argv", ["serve.py", "--checkpoint", str(tmp_path), "--host", "0.0.0.0", "--port", "0"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert capsys.readouterr().err.startswith(
+    assert ponder("serve", "--checkpoint", tmp_path, "--host", "0.0.0.0", "--port", 0).err.startswith(
         "warning: other machines may reach this server, and it asks for no API key"
     )
-    torch.set_flush_denormal(False)  # which the tool has set
     assert not [thread for thread in threading.enumerate() if thread.name == "web server"]
 
 
-def test_without_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["serve.py", "--help"])
+def test_without_the_extra(ponder, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("megatron_ponder.serving")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert stop.value.code == 2
-    assert "starlette.applications: pip install 'megatron_ponder[serve]'" in capsys.readouterr().err
+    ended = ponder("serve", "--help")
+    assert ended.code == 2
+    assert "starlette.applications: pip install 'megatron_ponder[serve]'" in ended.err
 
 
 def patched(tmp_path: Path, patch: str) -> Path:
     """A script that runs the tool after a patch."""
     script = tmp_path / "patched.py"
-    start = f"sys.argv[0] = {str(TOOL)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    script.write_text(f"import runpy, sys\n{textwrap.dedent(patch)}\n{start}")
+    start = "from megatron_ponder.commands.serve import main\n\nmain()\n"
+    script.write_text(f"{textwrap.dedent(patch)}\n{start}")
     return script
 
 

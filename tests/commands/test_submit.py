@@ -1,9 +1,7 @@
 """The command that shows and submits jobs."""
 
 import re
-import runpy
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -12,24 +10,11 @@ from megatron_ponder.cluster.jobs import JOBS
 from tests.finished_runs import REPOSITORY
 from tests.pages import calls
 
-TOOL = REPOSITORY / "tools" / "submit.py"
-
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(ponder):
     """Runs the command in this process; returns exit code, output and errors."""
-
-    def command(*arguments: str, folder: Path = REPOSITORY) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["submit.py", *arguments])
-        monkeypatch.chdir(folder)
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
+    return partial(ponder, "submit")
 
 
 @pytest.fixture
@@ -109,10 +94,11 @@ def test_what_the_pages_submit_is_accepted_with_the_example_of_a_cluster(command
     assert not sbatch.exists()
 
 
-def test_paths_mean_the_same_to_command_and_job(command, sbatch, tmp_path):
+def test_paths_mean_the_same_to_command_and_job(command, sbatch, monkeypatch, tmp_path):
     folder = tmp_path / "anywhere"
     folder.mkdir()
-    code, output, errors = command("--submit", *TRAINING, folder=folder)
+    monkeypatch.chdir(folder)
+    code, output, errors = command("--submit", *TRAINING)
     assert (code, errors) == (0, "")
     assert f"\ncd {folder}\n" in output
     assert f"#SBATCH --output={folder}/runs/slurm/%x-%j.log\n" in output

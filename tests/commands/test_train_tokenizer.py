@@ -1,23 +1,22 @@
 import shutil
-import subprocess
-import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_ponder.data.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
 SOURCES = Path(sysconfig.get_paths()["stdlib"])
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "train_tokenizer.py"), *map(str, arguments)]
-    return subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def run(ponder):
+    """Runs the command in this process."""
+    return partial(ponder, "train-tokenizer")
 
 
-def test_the_tool_trains(tmp_path):
+def test_the_tool_trains(run, tmp_path):
     prefix = tmp_path / "new" / "tokenizer"
     shutil.copytree(SOURCES / "json", tmp_path / "json", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "json" / "table.csv").touch()
@@ -27,8 +26,8 @@ def test_the_tool_trains(tmp_path):
         *("--vocab-size", 500, "--sample-bytes", 100_000),
     )
     told = ["warning: left out of folders: 1 × .csv", "warning: skipped: 1 × empty document"]
-    assert (result.returncode, result.stderr.splitlines()) == (0, told)
-    assert result.stdout == f"{prefix}.model: 500 tokens\n"
+    assert (result.code, result.err.splitlines()) == (0, told)
+    assert result.out == f"{prefix}.model: 500 tokens\n"
     tokenizer = load_tokenizer(f"{prefix}.model")
     text = (SOURCES / "abc.py").read_text()
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -42,18 +41,18 @@ def test_the_tool_trains(tmp_path):
         (["--input", SOURCES / "abc.py", "--vocab-size", "3"], "error: --vocab-size is 3: set it above 259"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, arguments, message):
+def test_mistakes_get_one_line(run, tmp_path, arguments, message):
     result = run(*arguments, "--output-prefix", tmp_path / "t")
-    assert result.returncode == 2
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
+    assert result.code == 2
+    assert result.err.startswith(message)
+    assert result.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_written(tmp_path):
+def test_an_output_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").touch()
     prefix = tmp_path / "file" / "tokenizer"
     result = run("--input", SOURCES / "argparse.py", "--vocab-size", 500, "--output-prefix", prefix)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: cannot make the folder {tmp_path / 'file'} (")
-    assert result.stderr.count("\n") == 1
+    assert result.code == 2
+    assert result.err.startswith(f"error: cannot make the folder {tmp_path / 'file'} (")
+    assert result.err.count("\n") == 1
