@@ -1,5 +1,7 @@
 """Prompts that arrive one after another, on any ranks, beside the definition of the model."""
 
+from functools import cache
+
 import torch
 
 from megatron_ponder.checkpoint.load import even_part, load_weights
@@ -41,8 +43,10 @@ def prompts() -> list[list[int]]:
     return [random_tokens(1, length, seed=length + index)[0].tolist() for index, length in enumerate(LENGTHS)]
 
 
-def expected(model) -> list[tuple[list[int], list[float], list[int]]]:
-    """Tokens, log-probabilities and K̂ of each, one at a time."""
+@cache
+def expected(name: str) -> list[tuple[list[int], list[float], list[int]]]:
+    """Tokens, log-probabilities and K̂ of each, one at a time, which takes seconds."""
+    model = arrivals_model(name)
     return [continue_greedily(model, model.rule("hard"), prompt, NEW) for prompt in prompts()]
 
 

@@ -7,7 +7,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.generation.generator import Generator
 from megatron_ponder.parallel.mesh import Mesh
 from tests.distributed import run_distributed
-from tests.generation.arrivals import MODELS, arrivals_model, expected, generated
+from tests.generation.arrivals import MODELS, expected, generated
 from tests.models import small_model
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2), "pp3": (1, 3)}
@@ -16,8 +16,7 @@ LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2), "pp3": (1, 3)}
 def check(results, name, tolerance):
     got, held = results
     assert held == 0
-    model = arrivals_model(name)
-    for (tokens, values, steps), (want_tokens, want_values, want_steps) in zip(got, expected(model), strict=True):
+    for (tokens, values, steps), (want_tokens, want_values, want_steps) in zip(got, expected(name), strict=True):
         assert tokens == want_tokens
         assert steps == want_steps
         assert values == pytest.approx(want_values, abs=tolerance)
