@@ -1,9 +1,5 @@
-"""Functions of tests on several real ranks.
+"""Functions of tests on several real ranks."""
 
-Ranks are forked from a server that has imported what they need, because importing it takes each of them seconds.
-"""
-
-import multiprocessing
 import os
 import socket
 import sys
@@ -20,8 +16,7 @@ import torch.multiprocessing as mp
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
-
-IMPORTED = ["deepspeed", "megatron_ponder.training.trainer", "megatron_ponder.generation.generate", __name__]
+from tests.processes import server
 
 
 class RankError(AssertionError):
@@ -58,8 +53,7 @@ def run_distributed(
         folder = Path(name)
         layout = (tensor, pipeline, world_size // (tensor * pipeline), sequence_parallel)
         arguments = (function, world_size, free_port(), layout, folder, args)
-        multiprocessing.set_forkserver_preload(IMPORTED)
-        method = "spawn" if fresh else "forkserver"
+        method = "spawn" if fresh else server().get_start_method()
         context = mp.start_processes(_run_rank, arguments, nprocs=world_size, join=False, start_method=method)
         deadline = time.monotonic() + time_limit
         try:

@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ import torch
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
 from megatron_ponder.generation.results import ResultWriter
+from tests.conftest import Ended
 from tests.distributed import free_port
 from tests.finished_runs import LATEST, finished_runs
 from tests.models import small_config, small_model
+from tests.processes import Forked
 
-TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
 PROMPTS = ["import os\n", "def main(argv):\n    return", "", "naïve ☕"]
 NUMBER = r"[\d,]+\.?\d*"
 CLOSING = (
@@ -350,22 +351,28 @@ def test_ends(records):
         assert after["text"] == before["text"].partition(stop)[0]
 
 
-def on_ranks(count: int, *arguments: object, typed: str = "") -> subprocess.CompletedProcess:
-    """Run the tool under torchrun, with something to read."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        count,
-        TOOL,
-        *arguments,
+def start_ranks(count: int, *arguments: object, **options) -> list[Forked]:
+    """Start the command on so many ranks."""
+    place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        Forked(
+            *("generate", *arguments),
+            env=os.environ | {name: str(value) for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
+        )
+        for rank in range(count)
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(word) for word in command]
-    options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-    return subprocess.run(command, input=typed, env=environment, **options)
+
+
+def on_ranks(count: int, *arguments: object, typed: str = "") -> list[Ended]:
+    """Run the command on so many ranks, each with something to read; how each has ended."""
+    with tempfile.TemporaryFile("w+") as given:
+        given.write(typed)
+        given.flush()
+        given.seek(0)
+        processes = start_ranks(count, *arguments, stdin=given)
+        printed = [process.communicate(300) for process in processes]
+    return [Ended(process.wait(), *texts) for process, texts in zip(processes, printed, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -386,9 +393,9 @@ def test_ranks_give_what_one_process_gives(tool, run_dir, tmp_path, ranks, sizes
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     command = ["--checkpoint", run_dir, "--prompts-file", tmp_path / "prompts.jsonl", "--max-new-tokens", 12]
     assert tool(*command, "--output", tmp_path / "one.jsonl")[0] == 0
-    done = on_ranks(ranks, *command, *sizes, "--output", tmp_path / "ranks.jsonl")
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(CLOSING, done.stdout)
+    done, *others = on_ranks(ranks, *command, *sizes, "--output", tmp_path / "ranks.jsonl")
+    assert {ended.code for ended in (done, *others)} == {0}, done.err
+    assert re.fullmatch(CLOSING, done.out)
     want, got = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("one.jsonl", "ranks.jsonl")
@@ -403,8 +410,9 @@ def test_texts_of_ranks_are_printed_once(tool, run_dir):
     command = ["--checkpoint", run_dir, "--prompt", "import", "def f", "class", "--max-new-tokens", 5]
     _, want, _ = tool(*command)
     for ranks, options in [(2, ["--pipeline", 2, "--stream"]), (2, [])]:
-        done = on_ranks(ranks, *command, *options)
-        assert (done.returncode, done.stdout.splitlines()[:-1]) == (0, want.splitlines()[:-1])
+        done, *others = on_ranks(ranks, *command, *options)
+        assert (done.code, done.out.splitlines()[:-1]) == (0, want.splitlines()[:-1])
+        assert {(other.code, other.out) for other in others} == {(0, "")}
 
 
 @pytest.mark.slow
@@ -412,9 +420,9 @@ def test_a_conversation_with_ranks(tool, run_dir, monkeypatch):
     command, lines = ["--checkpoint", run_dir, "--interactive", "--max-new-tokens", 5], "import os\nclass\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     want = [line for line in tool(*command)[1].splitlines() if " tokens in " not in line]
-    done = on_ranks(2, *command, "--tensor", 2, typed=lines)
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if " tokens in " not in line] == want
+    done, other = on_ranks(2, *command, "--tensor", 2, typed=lines)
+    assert (done.code, other.code) == (0, 0), done.err
+    assert [line for line in done.out.splitlines() if " tokens in " not in line] == want
 
 
 @pytest.mark.slow
@@ -424,23 +432,9 @@ def test_mistakes_end_every_rank_with_one_line(run_dir, tmp_path):
         (["--prompt", "a", "--tensor", 3], "--tensor 3 does not divide the model's num_heads 2; the largest below it"),
         (["--prompts-file", tmp_path / "prompts.jsonl"], "prompts.jsonl line 2: seed is -1; its range is 0"),
     ]:
-        port = str(free_port())
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(TOOL), "--checkpoint", str(run_dir), *map(str, arguments)],
-                env=os.environ
-                | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                | {"PYTHONPATH": str(TOOL.parents[1]), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        printed = [process.communicate(timeout=120) for process in processes]
-        assert [process.returncode for process in processes] == [2, 2]
-        (out, error), others = printed[0], printed[1:]
-        assert others == [("", "")]
+        (code, out, error), *others = on_ranks(2, "--checkpoint", run_dir, *arguments)
+        assert code == 2
+        assert others == [(2, "", "")]
         assert (out, error.count("\n")) == ("", 1)
         assert error.startswith("error: ")
         assert message in error

@@ -1,4 +1,3 @@
-import functools
 import http.client
 import json
 import os
@@ -7,10 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,14 @@ import pytest
 from megatron_ponder.base.errors import EXIT_HUNG
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.commands.ponder import start
+from megatron_ponder.generation import loading
 from megatron_ponder.generation.generate import generate
+from megatron_ponder.generation.generator import Generator
 from tests.distributed import free_port
 from tests.models import small_config, small_model
+from tests.processes import Forked
 
-TOOL = Path(__file__).parents[2] / "tools" / "serve.py"
 OVERRIDES = {"model__vocab_size": 512, "model__max_position_embeddings": 4096, "inference__threshold": 0.3}
 
 
@@ -39,9 +40,9 @@ def checkpoint(corpus, tmp_path_factory) -> Path:
 
 @dataclass
 class Process:
-    """The tool in a process of its own; the key that it was given is sent to it."""
+    """The command in a process of its own; the key that it was given is sent to it."""
 
-    process: subprocess.Popen
+    process: Forked
     port: int
     key: str | None = None
 
@@ -63,14 +64,10 @@ class Process:
 
 
 @contextmanager
-def started(*command: object, key: str | None = None) -> Iterator[Process]:
+def started(*words: object, program: Callable[[], None] = start, key: str | None = None) -> Iterator[Process]:
     """A server that has loaded its model."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
-    environment.pop("PONDER_API_KEY", None)
-    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], stderr=subprocess.PIPE, env=environment, text=True, preexec_fn=heeded
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "PONDER_API_KEY"}
+    process = Forked("serve", *words, program=program, env=environment, stderr=subprocess.PIPE)
     try:
         line = process.stderr.readline()
         found = re.fullmatch(r"serving small at http://127\.0\.0\.1:(\d+)\n", line)
@@ -89,9 +86,7 @@ def test_a_server_from_its_start_to_its_end(checkpoint, tmp_path):
     """Its options reach the model, requests that run when SIGTERM comes are finished, and it ends with 0."""
     (tmp_path / "key").write_text("secret\n")
     options = ["--port", 0, "--threshold", 0.01, "--router-bias", 0.5, "--max-sequences", 2, "--queue-limit", 1]
-    with started(
-        TOOL, "--checkpoint", checkpoint, *options, "--api-key-file", tmp_path / "key", key="secret"
-    ) as server:
+    with started("--checkpoint", checkpoint, *options, "--api-key-file", tmp_path / "key", key="secret") as server:
         status, answer = server.answer({"prompt": [5, 90], "temperature": 0, "max_tokens": 8, "logprobs": 0})
         loaded = load_model(checkpoint)
         want = generate(loaded.model, [[5, 90]], 8, loaded.model.rule("hard", 0.01, 0.5))[0]
@@ -122,9 +117,8 @@ def test_a_server_on_two_ranks(checkpoint, monkeypatch, sizes):
     want = generate(loaded.model, [[5, 90]], 8)[0]
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
-    command = [TOOL, "--checkpoint", checkpoint, "--port", 0, *sizes]
-    environment = os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
-    other = subprocess.Popen([sys.executable, *map(str, command)], env=environment)
+    command = ["--checkpoint", checkpoint, "--port", 0, *sizes]
+    other = Forked("serve", *command, env=os.environ | {"RANK": "1"})
     try:
         monkeypatch.setenv("RANK", "0")
         with started(*command) as server:
@@ -147,9 +141,8 @@ def test_a_rank_that_is_stopped_ends_streams_and_the_server(checkpoint, monkeypa
     """Within the time that --step-timeout says, with words, and with a code of its own."""
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
-    command = [TOOL, "--checkpoint", checkpoint, "--port", 0, "--tensor", 2, "--step-timeout", 3]
-    environment = os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])}
-    other = subprocess.Popen([sys.executable, *map(str, command)], env=environment)
+    command = ["--checkpoint", checkpoint, "--port", 0, "--tensor", 2, "--step-timeout", 3]
+    other = Forked("serve", *command, env=os.environ | {"RANK": "1"})
     try:
         monkeypatch.setenv("RANK", "0")
         with started(*command) as server:
@@ -173,7 +166,7 @@ def test_a_rank_that_is_stopped_ends_streams_and_the_server(checkpoint, monkeypa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_no_grace(checkpoint, number):
     body = {"max_tokens": 4000, "ignore_eos": True, "stream": True}
-    with started(TOOL, "--checkpoint", checkpoint, "--port", 0, "--grace", 0) as server, server.post(body) as response:
+    with started("--checkpoint", checkpoint, "--port", 0, "--grace", 0) as server, server.post(body) as response:
         response.readline()
         assert server.stop(number) == 0
         assert b'"finish_reason":"cancelled"' in response.read()
@@ -220,28 +213,21 @@ def test_without_the_extra(ponder, monkeypatch):
     assert "starlette.applications: pip install 'megatron_ponder[serve]'" in ended.err
 
 
-def patched(tmp_path: Path, patch: str) -> Path:
-    """A script that runs the tool after a patch."""
-    script = tmp_path / "patched.py"
-    start = "from megatron_ponder.commands.serve import main\n\nmain()\n"
-    script.write_text(f"{textwrap.dedent(patch)}\n{start}")
-    return script
+def fail_after_three_tokens() -> None:
+    """The program of a server whose generator fails."""
+    step = Generator.step
+
+    def failing(generator: Generator) -> None:
+        if generator.usage.tokens >= 3:
+            raise RuntimeError("out of luck")
+        step(generator)
+
+    Generator.step = failing
+    start()
 
 
-def test_a_generator_that_fails_ends_the_process_with_its_traceback(checkpoint, tmp_path):
-    patch = """
-        from megatron_ponder.generation.generator import Generator
-
-        step = Generator.step
-
-        def failing(generator):
-            if generator.usage.tokens >= 3:
-                raise RuntimeError("out of luck")
-            step(generator)
-
-        Generator.step = failing
-    """
-    with started(patched(tmp_path, patch), "--checkpoint", checkpoint, "--port", 0) as server:
+def test_a_generator_that_fails_ends_the_process_with_its_traceback(checkpoint):
+    with started("--checkpoint", checkpoint, "--port", 0, program=fail_after_three_tokens) as server:
         status, answer = server.answer({"max_tokens": 50, "ignore_eos": True})
         assert (status, answer["error"]["code"]) == (500, "engine_failed")
         assert server.process.wait(60) == 1
@@ -250,20 +236,20 @@ def test_a_generator_that_fails_ends_the_process_with_its_traceback(checkpoint, 
         assert "the generator failed while it served" in error
 
 
-def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):
-    patch = """
-        import threading
-        import megatron_ponder.checkpoint.load as load
+def load_for_a_minute() -> None:
+    """The program of a server that is still loading its model."""
 
-        def slow(*arguments, **options):
-            print("loading", file=sys.stderr, flush=True)
-            threading.Event().wait(60)
+    def slow(*_, **__) -> None:
+        print("loading", file=sys.stderr, flush=True)
+        threading.Event().wait(60)
 
-        load.load_model = slow
-    """
-    command = [sys.executable, patched(tmp_path, patch), "--checkpoint", checkpoint, "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, env=environment, text=True)
+    loading.load_model = slow
+    start()
+
+
+def test_a_signal_while_the_model_is_loaded(checkpoint):
+    options = ["--checkpoint", checkpoint, "--port", 0]
+    process = Forked("serve", *options, program=load_for_a_minute, stderr=subprocess.PIPE)
     assert process.stderr.readline() == "loading\n"
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=30)
@@ -271,7 +257,7 @@ def test_a_signal_while_the_model_is_loaded(checkpoint, tmp_path):
 
 
 def test_the_official_client(checkpoint):
-    with started(TOOL, "--checkpoint", checkpoint, "--port", 0) as server:
+    with started("--checkpoint", checkpoint, "--port", 0) as server:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
         assert [model.id for model in client.models.list()] == ["small"]
         arguments = {

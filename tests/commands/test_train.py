@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-import pretrain_ponder
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import resolve_checkpoint
@@ -23,6 +22,7 @@ from megatron_ponder.runs.metrics import read_metrics
 from tests.distributed import free_port
 from tests.finished_runs import LATEST, contents, finished_runs, refused, tiny_arguments
 from tests.pages import calls
+from tests.processes import Forked
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -42,15 +42,12 @@ def command(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def answer(monkeypatch, capsys):
+def answer(ponder):
     """Runs the command in this process, expects it to refuse, and returns its one line."""
 
     def answer(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["pretrain_ponder.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            pretrain_ponder.main()
-        assert stop.value.code == 2
-        out, error = capsys.readouterr()
+        code, out, error = ponder("train", *arguments)
+        assert code == 2
         assert out == ""
         assert error.startswith("error: ")
         assert error.count("\n") == 1
@@ -142,26 +139,21 @@ def ranks_in_the_environment(monkeypatch, rank: int) -> None:
 
 def test_a_layout_that_cannot_work_is_refused_without_any_other_rank(monkeypatch, run_arguments, tmp_path):
     ranks_in_the_environment(monkeypatch, rank=0)
-    done = command(*run_arguments, "--parallel.pipeline=2", "--parallel.tensor=2")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == (
+    impossible = ["--parallel.pipeline=2", "--parallel.tensor=2"]
+    done = Forked("train", *run_arguments, *impossible, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.communicate(200) == (
+        "",
         "error: 6 ranks cannot be divided into groups of parallel.tensor × parallel.pipeline = 4; start a multiple of "
-        "4 ranks, or add --parallel.pipeline 1 --training.global_batch_size 6\n"
+        "4 ranks, or add --parallel.pipeline 1 --training.global_batch_size 6\n",
     )
+    assert done.returncode == 2
     assert not (tmp_path / "run").exists()
 
 
-def test_other_ranks_leave_the_report_to_the_first(monkeypatch, capsys, run_arguments):
+def test_other_ranks_leave_the_report_to_the_first(ponder, monkeypatch, run_arguments):
     ranks_in_the_environment(monkeypatch, rank=3)
     monkeypatch.setattr("megatron_ponder.base.errors.SECONDS_FOR_THE_REPORT", 0.0)
-    monkeypatch.setattr(
-        sys, "argv", ["pretrain_ponder.py", *run_arguments, "--parallel.pipeline=2", "--parallel.tensor=2"]
-    )
-    with pytest.raises(SystemExit) as stop:
-        pretrain_ponder.main()
-    assert stop.value.code == 2
-    assert capsys.readouterr() == ("", "")
+    assert ponder("train", *run_arguments, "--parallel.pipeline=2", "--parallel.tensor=2") == (2, "", "")
     assert not torch.distributed.is_initialized()
 
 

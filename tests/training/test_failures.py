@@ -1,5 +1,6 @@
 """A rank that dies takes the job down, soon and with its own error shown, whatever launched it."""
 
+import itertools
 import os
 import re
 import signal
@@ -10,56 +11,48 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.commands.ponder import start
+from megatron_ponder.training.deepspeed_engine import Engine
 from tests.distributed import free_port
 from tests.finished_runs import tiny_arguments
+from tests.processes import REPOSITORY, Forked
 
-REPOSITORY = Path(__file__).parents[2]
 SECONDS = 60
 
-FAIL_IN_THIRD_STEP = """
-import sys
-from megatron_ponder.training.deepspeed_engine import Engine
 
-steps = 0
+def fail_in_third_step() -> None:
+    """The program of a rank."""
+    numbers, real = itertools.count(1), Engine.step
 
-def step(engine, learning_rate, real=Engine.step):
-    global steps
-    steps += 1
-    if steps == 5:  # the first is taken when the engine is made
-        raise ArithmeticError("the sky is falling on this rank")
-    return real(engine, learning_rate)
+    def step(engine: Engine, learning_rate: float) -> float:
+        if next(numbers) == 5:  # the first is taken when the engine is made
+            raise ArithmeticError("the sky is falling on this rank")
+        return real(engine, learning_rate)
 
-Engine.step = step
-sys.argv[0] = "pretrain_ponder.py"
-import pretrain_ponder
-pretrain_ponder.main()
-"""
+    Engine.step = step
+    start()
 
 
 def environment(**variables) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
 
 
-def start_ranks(arguments: list[str], ranks: int, folder: Path, failing: int | None) -> list[subprocess.Popen]:
+def start_ranks(arguments: list[str], ranks: int, folder: Path, failing: int | None) -> list[Forked]:
     """Without a launcher, which would end the others itself."""
     port = str(free_port())
     processes = []
     for rank in range(ranks):
-        program = ["-c", FAIL_IN_THIRD_STEP] if rank == failing else ["pretrain_ponder.py"]
+        program = fail_in_third_step if rank == failing else start
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         with (folder / f"rank-{rank}").open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, *program, *arguments],
-                cwd=REPOSITORY,
-                env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
+            process = Forked("train", *arguments, program=program, env=env, **streams)
         processes.append(process)
     return processes
 
 
-def wait_for(condition, processes: list[subprocess.Popen], seconds: float) -> None:
+def wait_for(condition, processes: list[Forked], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -68,7 +61,7 @@ def wait_for(condition, processes: list[subprocess.Popen], seconds: float) -> No
         time.sleep(0.1)
 
 
-def end_all(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+def end_all(processes: list[Forked], seconds: float) -> list[int]:
     """Exit codes of ranks that are given so many seconds to end by themselves."""
     deadline = time.monotonic() + seconds
     try:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,20 +13,17 @@ from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.step_watch import MEASURED
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.processes import REPOSITORY, Forked
 
 
 def start(arguments, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    if ranks == 1:
+        return Forked("train", *arguments, env=environment, **streams)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "pretrain_ponder.py"]
     return subprocess.Popen(
-        [sys.executable, *launcher, str(REPOSITORY / "pretrain_ponder.py"), *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        [*launcher, *arguments], cwd=REPOSITORY, env=environment, text=True, start_new_session=True, **streams
     )
 
 
