@@ -18,13 +18,15 @@ LARGEST = 1 << 63  # no count of a dataset comes near
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """Attributes:
-    tokenizer: SHA-256 of the tokenizer's file.
-    vocab_size: all token ids lie below.
-    eod_id: the token that ends a document.
-    text_bytes: size of the text as UTF-8.
-    bin_sha256, idx_sha256: of the two files; empty in manifests of earlier versions.
-    fingerprint: see `fingerprint`; empty in manifests of earlier versions.
+    """What is known of a dataset beside its two files.
+
+    Attributes:
+        tokenizer: SHA-256 of the tokenizer's file.
+        vocab_size: all token ids lie below.
+        eod_id: the token that ends a document.
+        text_bytes: size of the text as UTF-8.
+        bin_sha256, idx_sha256: of the two files; empty in manifests of earlier versions.
+        fingerprint: see `fingerprint`; empty in manifests of earlier versions.
     """
 
     tokenizer: str

@@ -31,7 +31,7 @@ class Inputs:
     beside_tables: Counter[str] = field(default_factory=Counter)
 
     def describe_left_out(self) -> str:
-        """For example "left out of folders: 3 × .csv, 1 × dangling link"; empty if there is nothing."""
+        """A line such as "left out of folders: 3 × .csv, 1 × dangling link"; empty if there is nothing."""
         return f"left out of folders: {describe_counts(self.left_out)}" if self.left_out else ""
 
     def warnings(self) -> list[str]:
@@ -75,7 +75,7 @@ def find_inputs(inputs: Sequence[str | Path], declared: str = AUTO) -> Inputs:
 
 
 def describe_counts(counts: Counter[str]) -> str:
-    """For example "3 × empty document, 1 × not UTF-8"."""
+    """Counts in words, such as "3 × empty document, 1 × not UTF-8"."""
     return ", ".join(f"{count} × {reason}" for reason, count in sorted(counts.items()))
 
 

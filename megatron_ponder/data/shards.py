@@ -48,9 +48,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """Attributes:
-    tokens_sha256: of the tokens of the shard, in hex.
-    run: name of the run that wrote it.
+    """What a finished shard says of itself.
+
+    Attributes:
+        tokens_sha256: of the tokens of the shard, in hex.
+        run: name of the run that wrote it.
     """
 
     documents: int

@@ -53,7 +53,7 @@ def check_ranks(config: Config, cluster: Cluster) -> int:
 
 
 def fullest_memory(config: Config, data: int, cluster: Cluster) -> RankMemory:
-    """Of the pipeline rank that needs most."""
+    """Memory of the pipeline rank that needs most."""
     every = (memory_estimate(Rank(config, data, place, cluster.device)) for place in places(config))
     return max(every, key=lambda memory: memory.total)
 
@@ -91,7 +91,7 @@ def _rank(plan: Plan) -> tuple:
 
 
 def nearest(config: Config, plans: list[Plan]) -> Plan | None:
-    """Of layouts that fit, the one with the fewest changes; of those with as many, the fastest. None if none fits."""
+    """The layout with the fewest changes of those that fit; of several the fastest. None if none fits."""
     return min(plans, key=lambda plan: (len(changes(config, plan.config)), plan.time.total), default=None)
 
 

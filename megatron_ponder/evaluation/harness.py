@@ -63,7 +63,7 @@ class TaskEvaluation:
     tasks: list[Score]
 
     def as_dict(self) -> dict:
-        """For JSON."""
+        """The values as JSON has them."""
         return asdict(self)
 
 

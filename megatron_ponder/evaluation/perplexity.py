@@ -28,7 +28,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For tables: `hard, exact` or `soft, jacobi(3)`."""
+        """Its name in tables: `hard, exact` or `soft, jacobi(3)`."""
         evaluation = "exact" if self.refinements is None else f"jacobi({self.refinements})"
         return f"{self.rule.kind}, {evaluation}"
 
@@ -62,7 +62,7 @@ class Evaluation:
     passes: int
 
     def as_dict(self) -> dict:
-        """For JSON."""
+        """The values as JSON has them."""
         return asdict(self)
 
 

@@ -44,7 +44,7 @@ def explained_by_groups(values: np.ndarray, groups: np.ndarray) -> float | None:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values; 0 for a single one."""
+    """Standard error of the mean of independent values; 0 for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
@@ -56,7 +56,7 @@ def mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def equal_parts(values: np.ndarray, parts: int) -> np.ndarray:
-    """For every value the part, from 0 on, that it falls in when sorted and cut into parts of equal size."""
+    """The part of every value, from 0 on, when all are sorted and cut into parts of equal size."""
     order = np.argsort(values, kind="stable")
     part = np.empty(len(values), dtype=np.int64)
     part[order] = np.arange(len(values)) * parts // len(values)

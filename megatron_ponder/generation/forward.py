@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
 
 class PromptEnd(NamedTuple):
-    """Of a segment that is an iterate of a piece of prompt.
+    """What a segment that is an iterate of a piece of prompt says of its end.
 
     Attributes:
         at: index of the segment's first slot in this forward.

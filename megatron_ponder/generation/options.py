@@ -28,14 +28,16 @@ def _as_in(kind: type, name: str, **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """Attributes:
-    max_new_tokens: of each continuation.
-    samples: continuations of the prompt; the random numbers of number i are those of `seed` + i.
-    temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `Sampling`.
-    stop: texts that end a continuation, which ends before them.
-    stop_tokens: token ids that end a continuation, beside the end-of-document token.
-    ignore_eod: go on after the end-of-document token.
-    top_log_probabilities: report the log-probabilities of so many of the likeliest tokens beside each chosen one.
+    """Options of a continuation, as lines of files and command lines give them.
+
+    Attributes:
+        max_new_tokens: of each continuation.
+        samples: continuations of the prompt; the random numbers of number i are those of `seed` + i.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `Sampling`.
+        stop: texts that end a continuation, which ends before them.
+        stop_tokens: token ids that end a continuation, beside the end-of-document token.
+        ignore_eod: go on after the end-of-document token.
+        top_log_probabilities: report the log-probabilities of so many of the likeliest tokens beside each chosen one.
     """
 
     max_new_tokens: int = _as_in(Request, "max_new_tokens", default=64)

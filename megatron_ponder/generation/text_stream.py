@@ -36,7 +36,7 @@ class TextStream:
         self._decoded = self._tokenizer.decode(self._ids)
 
     def close(self) -> None:
-        """No token follows: what was held back is text after all."""
+        """End, after which what was held back is text after all."""
         if not self.stopped:
             self._append(self._tokenizer.decode(self._ids)[len(self._decoded) :])
             if not self.stopped:

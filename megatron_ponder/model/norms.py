@@ -22,7 +22,7 @@ class RMSNorm(ShardedModule):
         self.declare("weight", ParameterSpec((hidden_size,), constant(1.0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., hidden). Returns the same shape and type."""
+        """Norm of x, (..., hidden), in the same shape and type."""
         return rms_norm(x, on_residual(self.weight, self.axis), self.epsilon)
 
     def recipe(self, x: Tensor) -> Callable[[], Tensor]:
@@ -41,7 +41,7 @@ class LayerNorm(ShardedModule):
         self.declare("bias", ParameterSpec((hidden_size,), constant(0.0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., hidden). Returns the same shape and type."""
+        """Norm of x, (..., hidden), in the same shape and type."""
         weight, bias = on_residual(self.weight, self.axis), on_residual(self.bias, self.axis)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 

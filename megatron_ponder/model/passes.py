@@ -181,7 +181,7 @@ class Passes:
         return 1 if self.interleaved else self.steps + 1
 
     def read_by_latents(self, model: Ends, hidden_TH: Tensor, unfinished_T: Tensor) -> Tensor:
-        """In generation: what the next forward's latent slots read of this one, (T, X), on the last pipeline rank.
+        """What the next forward's latent slots read of this one in generation, (T, X), on the last pipeline rank.
 
         Args:
             model: with the head.
@@ -191,7 +191,7 @@ class Passes:
         return hidden_TH
 
     def latent_inputs(self, model: Ends, reads: LatentReads) -> Tensor:
-        """In generation: what enters the latent slots, (n, H), on the first pipeline rank."""
+        """What enters the latent slots in generation, (n, H), on the first pipeline rank."""
         return reads.read_TX[reads.sources_n]
 
     def pack_stream(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
@@ -203,12 +203,12 @@ class Passes:
         return Stream(x, wide)
 
     def stream_shapes(self, sizes: Sizes, index: int, plan: tuple[int, ...]) -> tuple[Shape, Shape | None]:
-        """Of what `pack_stream` gives in pass `index`."""
+        """Shapes of what `pack_stream` gives in pass `index`."""
         slots = sizes.share * plan[index]
         return (sizes.batch, slots, sizes.hidden_size), (sizes.batch, slots) if self.routed and index > 0 else None
 
     def state_shapes(self, sizes: Sizes, index: int, plan: tuple[int, ...]) -> tuple[Shape, Shape | None]:
-        """Of the two tensors that pass `index` hands to the next."""
+        """Shapes of the two tensors that pass `index` hands to the next."""
         batch, _, share, hidden_size, _ = sizes
         slots = plan[index + 1]
         return (batch, share, slots - 1, hidden_size), (batch, share, slots) if self.routed else None

@@ -148,7 +148,7 @@ class PonderLM(nn.Module):
         return self.output(result, rule, passes)
 
     def sizes(self, batch: int, tokens: int) -> Sizes:
-        """Of micro-batches of so many sequences of L tokens."""
+        """Sizes of micro-batches of so many sequences of L tokens."""
         config = self.model_config
         return Sizes(batch, tokens, self.axis.share(tokens), config.hidden_size, config.vocab_size)
 

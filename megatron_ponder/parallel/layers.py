@@ -41,7 +41,7 @@ class ColumnParallelLinear(ParallelLinear):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in), the same on every rank. Returns this rank's output features (..., out / ranks)."""
+        """This rank's output features (..., out / ranks) of x (..., in), which is the same on every rank."""
         return self.product(x, self.bias)
 
 

@@ -16,7 +16,7 @@ from megatron_ponder.parallel.mesh import Axis
 
 
 def enter(x: Tensor, axis: Axis, tokens: int) -> Tensor:
-    """From the residual stream into a sharded region.
+    """Go from the residual stream into a sharded region.
 
     Args:
         x: (B, slots of this rank's tokens, ..).
@@ -32,7 +32,7 @@ def enter(x: Tensor, axis: Axis, tokens: int) -> Tensor:
 
 
 def leave(x: Tensor, axis: Axis, tokens: int) -> Tensor:
-    """From a sharded region, where every rank has a part of a sum, back to the residual stream.
+    """Go from a sharded region, where every rank has a part of a sum, back to the residual stream.
 
     Args:
         x: (B, slots of all tokens, ..), a different summand on every rank.

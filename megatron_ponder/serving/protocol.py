@@ -33,7 +33,7 @@ class ServedModel:
     created: int
 
     def describe(self) -> dict:
-        """As the list of models has it."""
+        """The model as the list of models has it."""
         return {
             "id": self.name,
             "object": "model",
@@ -58,8 +58,10 @@ def _within(name: str) -> Any:
 
 
 class StreamOptions(BaseModel):
-    """Attributes:
-    include_usage: end the stream with the usage.
+    """What a stream has beside its events.
+
+    Attributes:
+        include_usage: end the stream with the usage.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -124,7 +126,7 @@ class Completion(BaseModel):
 
     @property
     def samples(self) -> int:
-        """To be generated for each prompt."""
+        """How many are to be generated for each prompt."""
         return self.best_of or self.n
 
 

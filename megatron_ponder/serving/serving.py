@@ -62,7 +62,7 @@ def listen(address: Address) -> socket.socket:
 
 
 def url(listening: socket.socket) -> str:
-    """Of the server behind a socket."""
+    """The address of the server behind a socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if listening.family == socket.AF_INET6 else f"http://{host}:{port}"
 

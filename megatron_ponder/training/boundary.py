@@ -76,7 +76,7 @@ class Boundary:
         return agreed[:-1]
 
     def poll(self, problem: str | None = None) -> bool:
-        """Between steps, in work that is not one: whether all ranks are to stop; a collective of all ranks.
+        """Whether all ranks are to stop, asked in work that is no step; a collective of all ranks.
 
         Args:
             problem: as in `cross`.

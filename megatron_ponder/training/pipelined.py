@@ -66,7 +66,7 @@ class PipelinedObjective:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, each_step: bool) -> Tensor:
-        """As `Engine.evaluate`, the same on all pipeline ranks; some micro-batches may be smaller."""
+        """Evaluate as `Engine.evaluate` does, alike on all pipeline ranks; some micro-batches may be smaller."""
         part, ranks = self._objective.model.part, self._mesh.pipeline.size
         self._each_step, total = each_step, None
         size = max((len(tokens) for tokens in micro_batches), default=0)

@@ -90,7 +90,7 @@ class StepWatch:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Between two parts: what is done in it does not belong to the step."""
+        """Leave what is done in the block out of the step, between two of its parts."""
         forwards = len(self._forwards)
         yield
         del self._forwards[forwards:]

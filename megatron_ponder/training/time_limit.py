@@ -11,7 +11,7 @@ from megatron_ponder.config import Config
 
 
 def seconds_left(config: Config, signals: StopSignals, environ: Mapping[str, str] = os.environ) -> float | None:
-    """Until `training.time_limit` from the start of this process on, or SLURM's end of the job, whichever is sooner.
+    """Seconds until `training.time_limit`, from the start of this process on, or the end of SLURM's job if sooner.
 
     Returns:
         None if neither is known.
