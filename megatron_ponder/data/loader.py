@@ -25,7 +25,7 @@ def batches(
     pin_memory: bool = False,
     vocab_size: int | None = None,
 ) -> Generator[list[Tensor], None, None]:
-    """Endless: for each optimiser step the micro-batches of this rank, int64 (micro_batch_size, S + 1) each.
+    """Micro-batches of this rank without end, those of each optimiser step as a list; int64 (micro_batch_size, S + 1).
 
     Step n uses the positions from `consumed_samples + n * global_batch_size` on. Rank r takes the r-th of `data_size`
     equal blocks of them, so that the ranks together read the same samples for any `data_size` and `micro_batch_size`.

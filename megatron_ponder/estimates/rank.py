@@ -66,7 +66,7 @@ class Rank:
 
     @property
     def sizes(self) -> Sizes:
-        """Of a micro-batch."""
+        """Sizes of a micro-batch."""
         config, tokens = self.config, self.config.data.sequence_length
         share = round(self.residual(tokens))
         return Sizes(config.training.micro_batch_size, tokens, share, config.model.hidden_size, config.model.vocab_size)
@@ -82,7 +82,7 @@ class Rank:
         return micro_batches(self.config, self.data)
 
     def residual(self, slots: float) -> float:
-        """Of so many slots, those that this rank holds between sharded layers."""
+        """Those of so many slots that this rank holds between sharded layers."""
         parallel, tokens = self.config.parallel, self.config.data.sequence_length
         return slots * math.ceil(tokens / parallel.tensor) / tokens if parallel.sequence_parallel else slots
 

@@ -112,7 +112,7 @@ class PonderLMCache(Cache):
         self.batch_select_indices(beam_idx.to(self.lengths.device))
 
     def crop(self, *args, **kwargs) -> None:
-        """Refused: tokens cannot be taken back."""
+        """Refuse, as tokens cannot be taken back."""
         raise ValueError("PonderLM's cache cannot be cropped; generate without an assistant model or prompt lookup")
 
     @property

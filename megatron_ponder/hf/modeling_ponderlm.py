@@ -148,7 +148,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in every model; from then on `generate` may give all of these tokens."""
+        """Resize as every model does; from then on `generate` may give all of these tokens."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None:
             self.config.ponder_pieces = new_num_tokens

@@ -78,7 +78,7 @@ class Router(nn.Module):
         self.output.specs["bias"] = ParameterSpec((options,), _favour_last(ponder.router_initial_bias))
 
     def forward(self, h_BLH: Tensor) -> Tensor:
-        """h_BLH: h_{t,0} or e_t. Returns logits (B, L, K + 1) in fp32 or better."""
+        """Logits (B, L, K + 1), in fp32 or better, of h_BLH: h_{t,0} or e_t."""
         return self.output(h_BLH if self.hidden is None else F.gelu(self.hidden(h_BLH)))
 
 

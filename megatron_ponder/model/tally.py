@@ -88,7 +88,7 @@ class Tally(NamedTuple):
 
     @staticmethod
     def of(packed: Tensor) -> "Tally":
-        """From packed sums (width,), added over whatever they should cover."""
+        """A tally of packed sums (width,), added over whatever they should cover."""
         single = len(Tally._fields) - len(BY_STEP)
         steps = (len(packed) - single) // len(BY_STEP) - 1
         sums = {

@@ -11,7 +11,7 @@ RUN_LOG = "train.log"
 
 
 class RunLog:
-    """`train.log`: what a run says, every line with the time, over all its starts. Written by rank 0 alone."""
+    """What a run says, in `train.log`: every line with the time, over all its starts. Written by rank 0 alone."""
 
     def __init__(self, run_dir: Path) -> None:
         """Open for appending.

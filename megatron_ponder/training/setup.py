@@ -37,7 +37,7 @@ class RunParts:
 
     @property
     def fingerprints(self) -> tuple[str, str | None]:
-        """Of the data and of the tokenizer."""
+        """Fingerprints of the data and of the tokenizer."""
         return self.data_fingerprint, None if self.tokenizer is None else self.tokenizer.fingerprint
 
 
