@@ -204,7 +204,7 @@ def pass_bytes(rank: Rank, p: Pass) -> float:
 
 
 def prediction_bytes(rank: Rank, p: Pass) -> float:
-    """Bytes of n likeliest tokens, places 8 n (16 n on tensor ranks) and probabilities 4 n; to mix them, ids 8 n and b n."""
+    """Bytes of n likeliest tokens: places 8 n (16 n on tensor ranks), probabilities 4 n; to mix them, 8 n and b n."""
     config = rank.config
     tokens = config.training.micro_batch_size * config.data.sequence_length
     count = min(CANDIDATES, config.model.vocab_size)
