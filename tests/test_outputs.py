@@ -11,8 +11,9 @@ import pytest
 from megatron_ponder.base.claims import Claim
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import check_output, check_writable, replacing, write_atomically
+from megatron_ponder.checkpoint.folders import point_latest
 from megatron_ponder.checkpoint.manifest import Manifest, write_manifest
-from megatron_ponder.checkpoint.store import point_latest, write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.config import LoggingConfig
 from megatron_ponder.data import dataset_manifest as data_manifest
 from megatron_ponder.data.diagnostic import write_corpus, write_tokenizer

@@ -12,7 +12,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.manifest import checkpoint_name, latest_checkpoint
+from megatron_ponder.checkpoint.folders import checkpoint_name, latest_checkpoint
 from megatron_ponder.config import read_config
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.manifest import Manifest
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds
-from megatron_ponder.checkpoint.store import read_config_of
+from megatron_ponder.checkpoint.reader import read_config_of
 from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import declarations

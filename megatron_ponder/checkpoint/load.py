@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
-from megatron_ponder.checkpoint.store import open_tensors, read_config_of, resolve_checkpoint, tokenizer_path
+from megatron_ponder.checkpoint.reader import open_tensors, read_config_of, tokenizer_path
 from megatron_ponder.config import Config, even_layers
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.model.ponder import PonderLM

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import checksum, write_atomically
+from megatron_ponder.checkpoint.folders import CONFIG, MANIFEST, checkpoint_name
 from megatron_ponder.checkpoint.optimizer_state import KINDS
 from megatron_ponder.checkpoint.run_state import RunState
 
-MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
 FORMAT = 2
 FORMAT_WITHOUT_CHECKSUM = 1
 _LARGEST = 2**63  # no count of a run comes near
@@ -47,38 +47,6 @@ class Manifest:
         for key, file in self.tensors.items():
             held.setdefault(file, []).append(key)
         return held
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
-    return f"step-{step:08d}"
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder of checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names in a folder of checkpoints, else the newest complete one, else None."""
-    complete, named = checkpoints_in(folder), _latest_name(folder)
-    return next((path for path in complete if path.name == named), complete[-1] if complete else None)
-
-
-def latest_problem(folder: Path) -> str | None:
-    """What is wrong with `latest` in a folder of checkpoints, so that the newest counts; None if nothing is."""
-    named = _latest_name(folder)
-    if named is None or any(path.name == named for path in checkpoints_in(folder)):
-        return None
-    return f"{folder / LATEST} names no complete checkpoint beside it"
-
-
-def _latest_name(folder: Path) -> str | None:
-    """What `latest` says, whatever it may be; None if there is no such thing."""
-    pointer = folder / LATEST
-    if pointer.is_file():
-        return pointer.read_text(encoding="utf-8", errors="replace").strip()
-    return "" if pointer.exists() else None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

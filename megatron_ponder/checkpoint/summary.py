@@ -10,15 +10,10 @@ from safetensors import safe_open
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import expected_tensors, kinds_of
 from megatron_ponder.checkpoint.finite import not_finite
-from megatron_ponder.checkpoint.manifest import (
-    CONFIG,
-    Manifest,
-    checkpoints_in,
-    latest_checkpoint,
-    read_manifest,
-)
+from megatron_ponder.checkpoint.folders import CONFIG, checkpoints_in, latest_checkpoint, partial_folders_in
+from megatron_ponder.checkpoint.manifest import Manifest, read_manifest
 from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
-from megatron_ponder.checkpoint.store import damaged, partial_folders_in, read_config_of
+from megatron_ponder.checkpoint.reader import damaged, read_config_of
 from megatron_ponder.checkpoint.tensor_files import problem_of, tensors_problem
 from megatron_ponder.config import Config
 

@@ -10,7 +10,8 @@ from typing import get_args
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
-from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint, tokenizer_path
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
+from megatron_ponder.checkpoint.reader import read_config_of, read_weights, tokenizer_path
 from megatron_ponder.hf.export import DataType, export
 from megatron_ponder.hf.measured import measured_section
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 
 

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.checkpoint.summary import FolderEntry, Inspection, folder_entries, inspect
 
 

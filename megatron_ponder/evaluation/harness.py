@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.base.errors import UserError, describe
-from megatron_ponder.checkpoint.store import read_config_of, read_weights, resolve_checkpoint, tokenizer_path
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
+from megatron_ponder.checkpoint.reader import read_config_of, read_weights, tokenizer_path
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import read_json
 

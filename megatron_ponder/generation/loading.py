@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.base.launch import Launch
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.checkpoint.store import read_config_of, resolve_checkpoint, tokenizer_path, verify
+from megatron_ponder.checkpoint.reader import read_config_of, tokenizer_path, verify
 from megatron_ponder.config import Config
 from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron_ponder.checkpoint.manifest import MANIFEST
+from megatron_ponder.checkpoint.folders import MANIFEST
 from megatron_ponder.generation.generate import complete
 from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.interrupts import noted_signals

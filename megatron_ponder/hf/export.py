@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import write_atomically
 from megatron_ponder.checkpoint.finite import require_finite
-from megatron_ponder.checkpoint.store import staged
+from megatron_ponder.checkpoint.writer import staged
 from megatron_ponder.config import Config
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.exported_tokenizer import ExportedTokenizer, export_tokenizer

@@ -10,7 +10,7 @@ from tokenizers import decoders, normalizers
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import write_atomically
-from megatron_ponder.checkpoint.store import copy_tokenizer
+from megatron_ponder.checkpoint.writer import copy_tokenizer
 from megatron_ponder.data.tokenizer import SPACE_SYMBOL, Tokenizer, load_tokenizer
 
 Piece = ModelProto.SentencePiece

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import did_you_mean
 from megatron_ponder.base.yaml_files import read_mapping
-from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
+from megatron_ponder.checkpoint.folders import MANIFEST, latest_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.runs.json_lines import records_in
 from megatron_ponder.runs.metrics import METRICS
 from megatron_ponder.runs.starts import read_end, read_starts

@@ -15,20 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.manifest import (
-    Manifest,
-    checkpoint_name,
-)
+from megatron_ponder.checkpoint.folders import checkpoint_name, partial_folder, partial_folders_in, point_latest, retain
+from megatron_ponder.checkpoint.manifest import Manifest
 from megatron_ponder.checkpoint.run_state import RunState
-from megatron_ponder.checkpoint.store import (
-    partial_folder,
-    partial_folders_in,
-    point_latest,
-    publish,
-    retain,
-    write_description,
-)
 from megatron_ponder.checkpoint.tensor_files import write_tensors
+from megatron_ponder.checkpoint.writer import publish, write_description
 from megatron_ponder.config import Config
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ponder.base.errors import Preempted, UserError
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.base.watchdog import Watchdog
-from megatron_ponder.checkpoint.manifest import checkpoint_name
+from megatron_ponder.checkpoint.folders import checkpoint_name
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.data.loader import batches

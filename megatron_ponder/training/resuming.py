@@ -7,15 +7,10 @@ import torch.distributed as dist
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import check_state
-from megatron_ponder.checkpoint.manifest import (
-    Manifest,
-    checkpoints_in,
-    latest_checkpoint,
-    latest_problem,
-    read_manifest,
-)
+from megatron_ponder.checkpoint.folders import checkpoints_in, latest_checkpoint, latest_problem, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import Manifest, read_manifest
+from megatron_ponder.checkpoint.reader import verify
 from megatron_ponder.checkpoint.run_state import RunState
-from megatron_ponder.checkpoint.store import resolve_checkpoint, verify
 from megatron_ponder.config import Config
 from megatron_ponder.data.mixture import same_past
 from megatron_ponder.parallel.collectives import together

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
-from megatron_ponder.checkpoint.store import open_tensors, read_config_of
+from megatron_ponder.checkpoint.reader import open_tensors, read_config_of
 from megatron_ponder.config import Config, DataConfig, architecture, stage_layers
 from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes

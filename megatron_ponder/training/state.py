@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
-from megatron_ponder.checkpoint.store import open_tensors
+from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import ParameterSpec, declarations
 from megatron_ponder.training.deepspeed_engine import Engine

@@ -7,15 +7,18 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.base.files import checksum
-from megatron_ponder.checkpoint.manifest import MANIFEST, Manifest
+from megatron_ponder.checkpoint.folders import MANIFEST
+from megatron_ponder.checkpoint.manifest import Manifest
 from megatron_ponder.checkpoint.optimizer_state import KINDS
 from megatron_ponder.checkpoint.run_state import RunState
-from megatron_ponder.checkpoint.store import staged, write_description
 from megatron_ponder.checkpoint.tensor_files import write_tensors
+from megatron_ponder.checkpoint.writer import staged, write_description
 from megatron_ponder.parallel.sharding import declarations
 from tests.models import small_config, small_model
 
 FILES = ("tensors-00000-of-00002.safetensors", "tensors-00001-of-00002.safetensors")
+WEIGHTS = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([0.1, -0.2]), "scalar": torch.tensor(3.0)}
+TOKENIZER_FILES = {"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "</s>"}'}
 LAYOUT = {"tensor": 2, "pipeline": 1, "data": 3, "zero_stage": 1, "precision": "bf16"}
 
 

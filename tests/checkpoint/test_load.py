@@ -8,7 +8,8 @@ import torch
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_model, load_weights
-from megatron_ponder.checkpoint.store import open_tensors, read_weights, write_weights_checkpoint
+from megatron_ponder.checkpoint.reader import open_tensors, read_weights
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.model.ponder import PonderLM

@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.manifest import (
-    LATEST,
-    MANIFEST,
-    Manifest,
-    checkpoint_name,
-    latest_checkpoint,
-    latest_problem,
-    read_manifest,
-    write_manifest,
-)
+from megatron_ponder.checkpoint.folders import LATEST, MANIFEST, checkpoint_name, latest_checkpoint, latest_problem
+from megatron_ponder.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from megatron_ponder.checkpoint.run_state import RunState
 from tests.checkpoint.saved import fields_of, put, put_without_checksum
 

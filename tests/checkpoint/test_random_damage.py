@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint.folders import CONFIG, LATEST, MANIFEST, checkpoint_name, point_latest
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.manifest import CONFIG, LATEST, MANIFEST, checkpoint_name, read_manifest
-from megatron_ponder.checkpoint.store import open_tensors, point_latest
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.checkpoint.tensor_files import seal
 from megatron_ponder.config import Config
 from megatron_ponder.training.resuming import find_resume

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.data.diagnostic import VOCABULARY, write_corpus
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.evaluation.figures import FIGURES

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from tests.models import random_tokens, small_config, small_model

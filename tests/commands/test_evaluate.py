@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.data.dataset_manifest import read_dataset_manifest, write_dataset_manifest
 from megatron_ponder.hf.export import export
 from megatron_ponder.runs.metrics import read_metrics

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.generation.results import ResultWriter
 from tests.conftest import Ended
 from tests.distributed import free_port

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ponder.checkpoint.manifest import MANIFEST, checkpoint_name
-from megatron_ponder.checkpoint.store import point_latest, write_weights_checkpoint
+from megatron_ponder.checkpoint.folders import MANIFEST, checkpoint_name, point_latest
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.parallel.sharding import declarations
 from tests.checkpoint.saved import FILES, fields_of, put, save, tensors_of_a_run
 from tests.models import small_config, small_model

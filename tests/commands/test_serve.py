@@ -18,7 +18,7 @@ import pytest
 
 from megatron_ponder.base.errors import EXIT_HUNG
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.commands.ponder import start
 from megatron_ponder.generation import loading
 from megatron_ponder.generation.generate import generate

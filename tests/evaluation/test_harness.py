@@ -13,7 +13,7 @@ import torch
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.evaluation.harness import TaskEvaluation, TaskSet, evaluate_tasks, exported
 from tests.models import small_config, small_model
 

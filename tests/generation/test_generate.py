@@ -7,7 +7,7 @@ import torch
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.checkpoint.store import write_weights_checkpoint
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.generation.generate import generate
 from megatron_ponder.generation.prefill import Prefill

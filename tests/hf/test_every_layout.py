@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ponder.checkpoint.store import read_config_of, read_weights, tokenizer_path, write_weights_checkpoint
+from megatron_ponder.checkpoint.reader import read_config_of, read_weights, tokenizer_path
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 from tests.distributed import run_distributed

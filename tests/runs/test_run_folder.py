@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_ponder.base.signals import StopSignals
-from megatron_ponder.checkpoint.store import resolve_checkpoint
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.lasting_file import LastingFile
 from megatron_ponder.runs.metrics import read_metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.manifest import LATEST, MANIFEST
+from megatron_ponder.checkpoint.folders import LATEST, MANIFEST
 from megatron_ponder.runs.metrics import METRICS
 from megatron_ponder.runs.starts import END, STARTS
 from megatron_ponder.runs.status import PATIENCE, RECENT, run_status

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.optimizer_state import KINDS
-from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
+from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.step_watch import MEASURED

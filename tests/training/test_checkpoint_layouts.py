@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint import store, tensor_files
-from megatron_ponder.checkpoint.manifest import checkpoints_in, read_manifest
+from megatron_ponder.checkpoint import tensor_files
+from megatron_ponder.checkpoint.folders import CONFIG, MANIFEST, checkpoints_in, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.optimizer_state import KINDS
+from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.checkpoint.run_state import RunState
-from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpointer as saving
@@ -118,7 +119,7 @@ def save_beside_training(mesh: Mesh, run: Path) -> dict:
         dist.barrier()
         threading.Timer(0.2 * dist.get_rank(), gate.open).start()
         checkpointer.save(engine.state(), RunState(2, 16))  # into the memory that holds the first
-        complete = (final / store.MANIFEST).exists()
+        complete = (final / MANIFEST).exists()
         engine.train()
     return {"total": float(total), "existed": existed, "complete": complete}
 
@@ -231,7 +232,7 @@ def test_saving_beside_training_writes_what_was_there_when_it_was_asked(layout):
         assert seen["complete"]  # the second save waited for the first
     want = contents(folder / "sync" / "checkpoints" / ONE)
     got = contents(folder / "async" / "checkpoints" / ONE)
-    for name in (store.MANIFEST, store.CONFIG):  # the configurations differ in their run folders
+    for name in (MANIFEST, CONFIG):  # the configurations differ in their run folders
         assert want.pop(name) != got.pop(name)
     assert len(got) == 2 * stages
     assert got == want

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.checkpoint.run_state import RunState
-from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.model.ponder import PonderLM

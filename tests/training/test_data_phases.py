@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer

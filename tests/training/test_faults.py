@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.base.errors import Preempted, UserError
-from megatron_ponder.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
-from megatron_ponder.checkpoint.store import resolve_checkpoint
+from megatron_ponder.checkpoint.folders import MANIFEST, latest_checkpoint, resolve_checkpoint
+from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data import dataset_manifest, indexed_dataset
 from megatron_ponder.data.mixture import open_mixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.checkpoint.store import latest_checkpoint
+from megatron_ponder.checkpoint.folders import latest_checkpoint
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training import interruption

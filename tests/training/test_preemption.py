@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron_ponder.base.errors import EXIT_PREEMPTED, Preempted
 from megatron_ponder.base.signals import StopSignals
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.checkpoint.store import resolve_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics

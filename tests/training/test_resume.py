@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.checkpoint.store import open_tensors, resolve_checkpoint
+from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.step_watch import MEASURED
 from tests.processes import REPOSITORY, Forked

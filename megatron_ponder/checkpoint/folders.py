@@ -1,0 +1,108 @@
+"""Folders of checkpoints: what they are called, which are complete, which one counts, and which go.
+
+A folder is complete if and only if it has a manifest. Read without PyTorch.
+"""
+
+import logging
+import secrets
+import shutil
+from pathlib import Path
+
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.files import did_you_mean, write_atomically
+
+# In a checkpoint's folder; and, beside them, the file that names the latest.
+MANIFEST, CONFIG, TOKENIZER = "manifest.json", "config.yaml", "tokenizer"
+LATEST = "latest"
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder of checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names in a folder of checkpoints, else the newest complete one, else None."""
+    complete, named = checkpoints_in(folder), _latest_name(folder)
+    return next((path for path in complete if path.name == named), complete[-1] if complete else None)
+
+
+def latest_problem(folder: Path) -> str | None:
+    """What is wrong with `latest` in a folder of checkpoints, so that the newest counts; None if nothing is."""
+    named = _latest_name(folder)
+    if named is None or any(path.name == named for path in checkpoints_in(folder)):
+        return None
+    return f"{folder / LATEST} names no complete checkpoint beside it"
+
+
+def _latest_name(folder: Path) -> str | None:
+    """What `latest` says, whatever it may be; None if there is no such thing."""
+    pointer = folder / LATEST
+    if pointer.is_file():
+        return pointer.read_text(encoding="utf-8", errors="replace").strip()
+    return "" if pointer.exists() else None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that a user means by a run folder, a folder of checkpoints or a checkpoint.
+
+    Raises:
+        UserError: if there is no complete checkpoint.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    found = _newest_of(path)
+    if found is None:
+        meant = did_you_mean(path, lambda below: _newest_of(below) is not None)
+        advice = meant or "; give a run folder, or one of the step-… folders in its checkpoints/"
+        raise UserError(f"{path} holds no complete checkpoint{advice}")
+    return found
+
+
+def _newest_of(folder: Path) -> Path | None:
+    """The checkpoint of a run folder or a folder of checkpoints; None if it is neither."""
+    return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder)
+
+
+def point_latest(folder: Path, name: str) -> None:
+    """Let `latest` in a folder of checkpoints name one of them; a folder that has that name gets another one."""
+    pointer = folder / LATEST
+    if pointer.is_dir() and not pointer.is_symlink():
+        aside = folder / f"{LATEST}.{secrets.token_hex(4)}"
+        pointer.rename(aside)
+        logger.warning("%s was a folder; it is %s now", pointer, aside)
+    write_atomically(pointer, name + "\n")
+
+
+def retain(folder: Path, keep: int) -> None:
+    """Remove all but `keep` checkpoints of a folder of checkpoints: the latest, and of the others the newest.
+
+    The latest is not the newest by number in a run that has gone back to an older checkpoint and on from there.
+    """
+    latest = latest_checkpoint(folder)
+    others = [path for path in checkpoints_in(folder) if path != latest]
+    for path in others[: max(0, len(others) - (keep - 1))]:
+        remove(path)
+
+
+def partial_folder(folder: Path, state: str = "") -> Path:
+    """Name beside a checkpoint's folder for what is not, or no longer, complete; hidden and never read."""
+    return folder.with_name(f".{folder.name}.{state}.partial" if state else f".{folder.name}.partial")
+
+
+def partial_folders_in(folder: Path) -> list[Path]:
+    """What failed or killed saves have left in a folder of checkpoints."""
+    return sorted(folder.glob(".step-*.partial"))
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; its manifest goes first, so that half a checkpoint is never taken for a whole one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
