@@ -98,7 +98,13 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
                 norm = engine.step(1e-4)
                 clock(watch.mark)
                 measured, _ = clock(watch.end, REFINEMENTS)
-                record = {"step": step, "loss": 1.0, "grad_norm": norm, "mean_steps": 1.0, "step_histogram": [0, 1]}
+                record = {
+                    "step": step,
+                    "loss": 1.0,
+                    "grad_norm": norm,
+                    "mean_latent_steps": 1.0,
+                    "latent_step_histogram": [0, 1],
+                }
                 record |= dict.fromkeys(("cross_entropy", "learning_rate", "penalty", "penalty_weight"), 1.0)
                 record |= measured
                 if leader:

@@ -44,7 +44,7 @@ def write_figures(folder: Path) -> None:
 
 
 def write_training_plot(folder: Path) -> None:
-    fields = ("cross_entropy", "mean_steps", "grad_norm", "learning_rate")
+    fields = ("cross_entropy", "mean_latent_steps", "grad_norm", "learning_rate")
     record = {"step": 1, **dict.fromkeys(fields, 1.0)}
     if not (folder / "metrics.jsonl").exists():
         (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")

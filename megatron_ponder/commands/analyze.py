@@ -1,4 +1,4 @@
-"""Show what models do with their additional steps: figures, tables, a page with shaded text.
+"""Show what models do with their latent steps: figures, tables, a page with shaded text.
 
     ponder analyze --checkpoint runs/quickstart --output runs/analysis
     ponder analyze --checkpoint runs/vanilla runs/fixed runs/adaptive --output runs/analysis

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model, showing how many additional steps each token got.
+"""Continue prompts with a trained model, showing how many latent steps each token got.
 
 ponder generate --checkpoint runs/quickstart --prompt "def main():" --max-new-tokens 60
 ponder generate --checkpoint runs/quickstart --prompts-file prompts.jsonl --output results.jsonl

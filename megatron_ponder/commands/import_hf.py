@@ -1,7 +1,7 @@
 """Turn a Hugging Face model into a checkpoint: plain, a PonderLM-2, or an export of this package.
 
 Any configuration key may follow as --section.key value; --ponder.embedding_scale is 1 for a plain model unless given,
-so that without additional steps it computes what it computed before.
+so that without latent steps it computes what it computed before.
 
 Example:
     ponder import-hf --model downloaded/pythia-70m --output start --ponder.mode adaptive

@@ -86,7 +86,7 @@ def table_of_checkpoint(found: Inspection) -> Table:
     table.add_row("samples", f"{manifest.state.samples:,}")
     if config is not None:
         table.add_row("tokens", f"{manifest.state.samples * config.data.sequence_length:,}")
-        steps = f"{config.ponder.mode}, {config.ponder.steps} additional steps"
+        steps = f"{config.ponder.mode}, {config.ponder.steps} latent steps"
         table.add_row("model", f"{config.model.description}, {steps}")
     table.add_row("parameters", f"{found.parameters:,}")
     types = sorted({tensor.dtype for tensor in found.tensors})

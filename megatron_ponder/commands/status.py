@@ -109,8 +109,8 @@ def lines_of(status: RunStatus) -> dict[str, str]:
     lines["loss"] = "not finite" if status.loss is None else f"{status.loss:.4f}"
     if status.validation_loss is not None:
         lines["validation loss"] = f"{status.validation_loss:.4f} after step {status.validation_step:,}"
-    if status.mean_steps is not None:
-        lines["steps/token"] = f"{status.mean_steps:.2f}"
+    if status.mean_latent_steps is not None:
+        lines["latent steps/token"] = f"{status.mean_latent_steps:.2f}"
     if status.tokens_per_second is not None:
         used = "" if status.mfu is None else f", MFU {status.mfu:.1%}"
         lines["rate"] = f"{status.tokens_per_second:,.0f} tokens/s{used}"

@@ -1,4 +1,4 @@
-"""Where additional steps help: every measurement of one or several trained models, as tables and a summary."""
+"""Where latent steps help: every measurement of one or several trained models, as tables and a summary."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,7 +174,7 @@ class _SubjectAnalysis:
         )
 
     def benefit(self, own: TokenMeasurements) -> None:
-        """ΔCE and the loss before any additional step, by K̂."""
+        """ΔCE and the loss before any latent step, by K̂."""
         if not self.model.ponder_config.steps:
             self.summary["missing"].append("what the steps gain: there are none")
             return
@@ -198,7 +198,7 @@ class _SubjectAnalysis:
                 )
 
     def difficulty(self, own: TokenMeasurements) -> None:
-        """K̂ against the loss before any additional step, and how much of it the token's identity says."""
+        """K̂ against the loss before any latent step, and how much of it the token's identity says."""
         by_identity = group_means(own.executed, own.tokens)
         parts = equal_parts(own.first_loss, PARTS)
         for part in np.unique(parts):

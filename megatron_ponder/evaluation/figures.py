@@ -17,7 +17,7 @@ from megatron_ponder.evaluation.analysis import HALVES, PAPER_FACTOR, Row
 from megatron_ponder.evaluation.statistics import mean_and_range
 from megatron_ponder.runs.style import STYLE, look, merged_labels
 
-STEPS_LABEL = "mean additional steps per token (K̂)"
+STEPS_LABEL = "mean latent steps per token (K̂)"
 LOSS_LABEL = "loss [nats per token]"
 PANELS_PER_ROW = 3
 CHARACTER = 0.021  # width of a character of a small label, as a share of the width of a panel
@@ -160,7 +160,7 @@ def _random_control(axes: Axes, rows: Sequence[Row], x: str, style: dict) -> Non
 
 
 def benefit(rows: Sequence[Row]) -> Figure:
-    """What additional steps gain, by K̂, and how hard those tokens were before them."""
+    """What latent steps gain, by K̂, and how hard those tokens were before them."""
     figure, panels = _panels(2, shared_y=False)
     for model, style in _looks(rows).items():
         of_model = _where(rows, model=model)
@@ -175,8 +175,8 @@ def benefit(rows: Sequence[Row]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.15)
     panels[0].axhline(0, color="black", linewidth=0.8)
-    _finish(panels[0], "additional steps of the token (K̂)", "ΔCE: step 0 less fused [nats]")
-    _finish(panels[1], "additional steps of the token (K̂)", "step-0 loss [nats]")
+    _finish(panels[0], "latent steps of the token (K̂)", "ΔCE: step 0 less fused [nats]")
+    _finish(panels[1], "latent steps of the token (K̂)", "step-0 loss [nats]")
     panels[1].legend(fontsize=8)
     figure.suptitle(f"Where steps help; mean ± standard error ({_settings(rows)})")
     return figure
@@ -288,7 +288,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
         quality_compute,
     ),
     "benefit": (
-        "What additional steps gain for the tokens that take them (left), and how hard these were without (right).",
+        "What latent steps gain for the tokens that take them (left), and how hard these were without (right).",
         benefit,
     ),
     "difficulty": (
@@ -302,5 +302,5 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
         shifting,
     ),
     "contraction": ("How fast the parallel passes of training approach the model that they stand for.", contraction),
-    "depth": ("Loss and additional steps of answers of known depth.", depth),
+    "depth": ("Loss and latent steps of answers of known depth.", depth),
 }

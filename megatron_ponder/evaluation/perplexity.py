@@ -43,7 +43,7 @@ class Evaluation:
         cross_entropy: nats per token.
         perplexity: its exponential.
         bits_per_byte: of the predicted text; None without a tokenizer.
-        mean_steps: average executed additional steps per token.
+        mean_steps: average executed latent steps per token.
         step_shares: share of tokens at each K̂ = 0..K.
         kv_entries: cached slots per token.
         flops: floating-point operations per token at inference.

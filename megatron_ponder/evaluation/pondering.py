@@ -26,9 +26,9 @@ class TokenMeasurements:
         setting: how the model was evaluated.
         tokens: int64 (N,), what was read.
         labels: int64 (N,), what came next.
-        executed: int64 (N,), additional steps that ran: K̂ under the hard rule, else all.
+        executed: int64 (N,), latent steps that ran: K̂ under the hard rule, else all.
         loss: fp64 (N,), nats of predicting the label.
-        first_loss: fp64 (N,), the same from the hidden state before any additional step; None where the model does not
+        first_loss: fp64 (N,), the same from the hidden state before any latent step; None where the model does not
             show it.
         distribution: fp64 (N, K + 1), s; None without a router.
         flops: fp64 (N,), of inference.
@@ -45,7 +45,7 @@ class TokenMeasurements:
 
     @property
     def gain(self) -> np.ndarray | None:
-        """ΔCE, nats that the additional steps save: loss before them less loss after them."""
+        """ΔCE, nats that the latent steps save: loss before them less loss after them."""
         return None if self.first_loss is None else self.first_loss - self.loss
 
 

@@ -49,7 +49,7 @@ function show(span) {
   tip.replaceChildren();
   const head = node("div", "", tip);
   node("code", token.token, head);
-  head.append(` takes ${token.steps} additional steps, then comes `);
+  head.append(` takes ${token.steps} latent steps, then comes `);
   node("code", token.next, head);
   node("div", `step-0 loss ${token.first_loss.toFixed(3)}, fused loss ${token.loss.toFixed(3)} nats`, tip);
   const table = node("table", "", tip);
@@ -204,7 +204,7 @@ def _text(number: int, label: str, rows: Sequence[Row]) -> str:
         for index, row in enumerate(rows)
     )
     return (
-        f'<h2>Text shaded by executed steps: {escape(label)}</h2>\n<p class="note">Additional steps: '
+        f'<h2>Text shaded by executed steps: {escape(label)}</h2>\n<p class="note">Latent steps: '
         f'<span class="key">{key}</span> ({escape(rows[0]["evaluation"])}). Point at a token for its distribution and '
         f'losses.</p>\n<div class="text">{spans}</div>'
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def latent(step: int) -> int:
-    """What stands in place of a token id in the slot of an additional step, whose input comes from the model."""
+    """What stands in place of a token id in the slot of an latent step, whose input comes from the model."""
     return -step
 
 

@@ -103,7 +103,7 @@ def _kept_alive(generator: Generator) -> Iterator[None]:
 
 
 def _legend() -> Text:
-    legend = Text("additional steps: ", style="dim")
+    legend = Text("latent steps: ", style="dim")
     for count, style in enumerate(SHADES):
         last = count == len(SHADES) - 1
         legend.append(f" {count}{' or more' if last else ''} ", style=style)

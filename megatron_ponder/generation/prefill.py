@@ -96,7 +96,7 @@ class IteratedPiece:
         self._iterate = 0
         self.executed = [0] * len(tokens)
         self.log_w = [[0.0] * (passes.steps + 1)] * len(tokens)
-        # Of the newest iterate: the additional steps it ran of each token, and where in its forward each token begins.
+        # Of the newest iterate: the latent steps it ran of each token, and where in its forward each token begins.
         self._ran = [0] * len(tokens)
         self._at: list[int] = []
         self._routed = 0
@@ -156,7 +156,7 @@ class IteratedPiece:
         return done
 
     def _running(self) -> list[int]:
-        """Additional steps of each token in the next iterate: a latent needs the slot before it in this one."""
+        """Latent steps of each token in the next iterate: a latent needs the slot before it in this one."""
         if not self._at:
             return [0 if self._iterated else self._steps] * len(self.tokens)
         return [min(steps, ran + 1) for steps, ran in zip(self.executed, self._ran, strict=True)]

@@ -1,4 +1,4 @@
-"""Texts in which every token is shaded by the additional steps that were run for it."""
+"""Texts in which every token is shaded by the latent steps that were run for it."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ SHADES = ("", "black on #e8eef9", "black on #bcd0f5", "black on #7fa6ee", "white
 
 
 def shade(steps: int) -> str:
-    """The style of a token that took so many additional steps."""
+    """The style of a token that took so many latent steps."""
     return SHADES[min(steps, len(SHADES) - 1)]
 
 
@@ -136,8 +136,8 @@ class ShadedPrinter:
 
 
 def steps_line(generation: Generation, tokenizer: Tokenizer) -> Text:
-    """Every token that the model was fed, in printable form, with its additional steps."""
+    """Every token that the model was fed, in printable form, with its latent steps."""
     ids = (generation.prompt + generation.tokens)[: len(generation.executed_steps)]
     pairs = zip(ids, generation.executed_steps, strict=True)
     words = (f"{tokenizer.piece(token)!r}:{steps}" for token, steps in pairs)
-    return Text("additional steps: " + " ".join(words), style="dim")
+    return Text("latent steps: " + " ".join(words), style="dim")

@@ -22,7 +22,7 @@ class Totals:
         failed: of these.
         tokens: generated.
         fed: tokens that the model was fed.
-        executed: additional steps of these.
+        executed: latent steps of these.
         slots: that were run, iterates of prompts included.
         rows: sequences that took part, summed over forwards.
         places: for sequences, summed over forwards.
@@ -65,7 +65,7 @@ class Totals:
         seconds = max(seconds, 1e-9)
         return (
             f"{self.tokens:,} tokens in {seconds:.2f} s: {self.tokens / seconds:,.1f} tokens/s, "
-            f"{self.slots / seconds:,.1f} slots/s, {self.executed / max(1, self.fed):.2f} additional steps per token, "
+            f"{self.slots / seconds:,.1f} slots/s, {self.executed / max(1, self.fed):.2f} latent steps per token, "
             f"{100 * self.rows / max(1, self.places):.0f} % of rows in use"
         )
 

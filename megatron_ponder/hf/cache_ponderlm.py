@@ -12,7 +12,7 @@ class PonderLMCache(Cache):
     only the same step of earlier tokens, each step has a lane of its own.
 
     Attributes:
-        executed_steps: int64 (B, L), additional steps K̂ of every token so far; 0 at padding.
+        executed_steps: int64 (B, L), latent steps K̂ of every token so far; 0 at padding.
         lengths: int64 (B,), slots in the cache, in all lanes.
         positions: int64 (B,), RoPE position of the next token.
         ended: bool (B,), whether the last token ended its document.

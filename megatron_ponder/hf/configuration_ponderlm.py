@@ -20,9 +20,9 @@ class PonderLMConfig(PretrainedConfig):
         num_key_value_heads: key and value heads; num_attention_heads unless given. Llama only.
         rms_norm_eps, rope_theta: llama only.
         layer_norm_eps, rotary_pct, rotary_emb_base, use_parallel_residual: gpt_neox only.
-        ponder_mode: `vanilla` (no additional steps), `fixed` (ponder_max_steps for every token), `adaptive` (a router
+        ponder_mode: `vanilla` (no latent steps), `fixed` (ponder_max_steps for every token), `adaptive` (a router
             decides for each token), or `pause`, `loop` or `ponderlm`, with which these are compared.
-        ponder_max_steps: K, the most additional steps of a token.
+        ponder_max_steps: K, the most latent steps of a token.
         ponder_jacobi_iterations: R, refinement passes of `forward` without a cache.
         ponder_threshold: τ, a step is executed while its weight is at least this; raise it for speed.
         ponder_router_bias: α, added k times to the router's logit of step k; positive buys more steps.
@@ -116,7 +116,7 @@ class PonderLMConfig(PretrainedConfig):
 
     @property
     def ponder_steps(self) -> int:
-        """Most additional steps of a token in this mode."""
+        """Most latent steps of a token in this mode."""
         return 0 if self.ponder_mode == "vanilla" else self.ponder_max_steps
 
     @property

@@ -11,7 +11,7 @@ _EVALUATION = {
     "loss": lambda row: f"{row['cross_entropy']:.4f}",
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
     "bits/byte": lambda row: "–" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
-    "steps/token": lambda row: f"{row['mean_steps']:.3f}",
+    "latent steps/token": lambda row: f"{row['mean_steps']:.3f}",
     "KV/token": lambda row: f"{row['kv_entries']:.3f}",
     "MFLOPs/token": lambda row: f"{row['flops'] / 1e6:.2f}",
 }

@@ -1,4 +1,4 @@
-"""What the additional steps of a token read, in each mode of PonderLM.
+"""What the latent steps of a token read, in each mode of PonderLM.
 
     vanilla, fixed, adaptive   a latent slot for each step, which reads the hidden state of the slot before it
     pause                      a slot for each step, which reads a learned embedding

@@ -5,7 +5,7 @@ from megatron_ponder.hf.measured import table
 from megatron_ponder.model.modes import passes_of
 
 _STEPS = {
-    "vanilla": "It takes no additional steps: it is a plain transformer.",
+    "vanilla": "It takes no latent steps: it is a plain transformer.",
     "fixed": "Every token takes {steps} additional latent steps before the next one is predicted.",
     "adaptive": (
         "A router decides for each token how many additional latent steps, from 0 to {steps}, it takes before the next "
@@ -47,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_co
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=50, return_dict_in_generate=True)
 print(tokenizer.decode(output.sequences[0]))
-print(output.past_key_values.executed_steps)  # additional steps of each token
+print(output.past_key_values.executed_steps)  # latent steps of each token
 ```
 
 `generate` runs the model token by token with a cache, which is its definition; steps that are not executed are not
@@ -80,7 +80,7 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
     }
     passes = passes_of(ponder)
     if ponder.steps:
-        rows["Most additional steps K"] = ponder.latent_steps
+        rows["Most latent steps K"] = ponder.latent_steps
     if passes.iterated:
         rows["Refinements R of `forward`"] = config.ponder_training.evaluation_refinements
     if passes.routed:

@@ -49,7 +49,7 @@ class PonderLMOutput(CausalLMOutputWithPast):
     """The usual output of a causal language model, and how much it pondered.
 
     Attributes:
-        executed_steps: int64 (B, L), additional steps K̂ that each token executed; 0 at padding.
+        executed_steps: int64 (B, L), latent steps K̂ that each token executed; 0 at padding.
     """
 
     executed_steps: Tensor | None = None
@@ -74,7 +74,7 @@ class RouterOutput(WideLinear):
 
 
 class PonderLMRouter(nn.Module):
-    """Logits over 0..K additional steps from h_{t,0}, in fp32 or better."""
+    """Logits over 0..K latent steps from h_{t,0}, in fp32 or better."""
 
     def __init__(self, config: PonderLMConfig) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
 
     @property
     def method(self) -> Latents:
-        """What additional steps read."""
+        """What latent steps read."""
         return METHODS[self.config.ponder_mode]
 
     def get_input_embeddings(self) -> nn.Embedding:

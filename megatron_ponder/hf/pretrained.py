@@ -23,7 +23,7 @@ _FRESH = ("router.", "pauses.")
 def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Tensor], Config]:
     """A Hugging Face model as PonderLM's weights and configuration.
 
-    A plain model gets embedding scale 1, so that without additional steps it computes what it computed before; a
+    A plain model gets embedding scale 1, so that without latent steps it computes what it computed before; a
     PonderLM-2 checkpoint the mode, K, R and scale that it was trained with. A router or pause embeddings that the
     folder lacks, or has in other sizes, are initialised as for training. Sizes are compared with the files' headers
     before anything is allocated.

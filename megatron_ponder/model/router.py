@@ -1,4 +1,4 @@
-"""The router: how much of each additional step a token gets, as a softmax over steps and its reversed tails."""
+"""The router: how much of each latent step a token gets, as a softmax over steps and its reversed tails."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,7 +21,7 @@ class Routing(NamedTuple):
     """What the router decided for every token.
 
     Attributes:
-        log_s: (..., K + 1), log of the distribution s over the number of additional steps.
+        log_s: (..., K + 1), log of the distribution s over the number of latent steps.
         log_w: (..., K + 1), log of w_k = Σ_{j ≥ k} s_j; the weight of step k as a key. Decreasing, 0 at k = 0.
         executed: int64 (...), K̂ = max{k : w_k ≥ τ}, the steps that run at inference.
     """
@@ -68,7 +68,7 @@ class _Replicated(ShardedModule):
 
 
 class Router(nn.Module):
-    """Logits g over 0..K additional steps from the hidden state of a token's first slot, or from its embedding."""
+    """Logits g over 0..K latent steps from the hidden state of a token's first slot, or from its embedding."""
 
     def __init__(self, model: ModelConfig, ponder: PonderConfig, axis: Axis) -> None:
         super().__init__()

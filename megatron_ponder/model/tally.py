@@ -18,7 +18,7 @@ class Tally(NamedTuple):
         cross_entropy: nats.
         penalty: Σ_{k ≥ 1} w_k, without its weight λ.
         entropy: of the distribution s over steps, in nats.
-        steps: (K + 1,), tokens by executed additional steps K̂.
+        steps: (K + 1,), tokens by executed latent steps K̂.
         weights: (K + 1,), s_k.
         own_losses: (K + 1,), nats of what h_{t,k} by itself predicts, before it is mixed with other steps.
         first_squared: square of the first of these.
@@ -43,7 +43,7 @@ class Tally(NamedTuple):
 
     @property
     def mean_steps(self) -> float:
-        """Average executed additional steps per token."""
+        """Average executed latent steps per token."""
         return sum(k * count for k, count in enumerate(self.steps)) / self.tokens
 
     @property

@@ -15,13 +15,28 @@ from megatron_ponder.runs.tensorboard_events import TensorBoardEvents
 from megatron_ponder.runs.weights_and_biases import WandbRun
 
 METRICS = "metrics.jsonl"
+# Numbers that had other names before, under which older runs have them.
+RENAMED = {
+    f"{part}{old}": f"{part}{new}"
+    for part in ("", "validation_")
+    for old, new in (
+        ("mean_steps", "mean_latent_steps"),
+        ("step_histogram", "latent_step_histogram"),
+        ("steps_follow_loss", "latent_steps_follow_loss"),
+    )
+}
 Value = float | int | list | str | bool | None
 logger = logging.getLogger(__name__)
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """All records of a run, in order; a last line cut off by a crash is left out. A number not finite is None."""
-    return records_in((run_dir / METRICS).read_bytes())
+    return metrics_in((run_dir / METRICS).read_bytes())
+
+
+def metrics_in(lines: bytes) -> list[dict]:
+    """Records of some lines of the file, by the names that their numbers have now."""
+    return [{RENAMED.get(name, name): value for name, value in record.items()} for record in records_in(lines)]
 
 
 class MetricsLog:

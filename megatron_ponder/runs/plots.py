@@ -11,13 +11,13 @@ TRAINING, VALIDATION, PRUNED = COLOURS["pause"], COLOURS["fixed"], "#000000"
 # Record of training, record of validation, and what the axis says, of every run …
 CURVES = (
     ("cross_entropy", "validation_loss", "loss [nats per token]"),
-    ("mean_steps", "validation_mean_steps", "executed additional steps per token"),
+    ("mean_latent_steps", "validation_mean_latent_steps", "executed latent steps per token"),
     ("grad_norm", None, "gradient norm"),
     ("learning_rate", None, "learning rate"),
 )
 # … and panels of a run with a router besides.
 OWN_LOSSES = "loss above that of validation [nats]"
-SHARES = "share of tokens that execute k steps"
+SHARES = "share of tokens that execute k latent steps"
 
 
 def plot_training(run_dir: Path) -> Path:
@@ -87,13 +87,13 @@ def _own_losses(axes, records: Sequence[dict]) -> None:
 
 
 def _shares(axes, records: Sequence[dict]) -> None:
-    """How many of the tokens execute k steps in training."""
-    records = [record for record in records if record.get("step_histogram")]
-    if not records:
+    """How many of the tokens execute k latent steps in training."""
+    counted = {record["step"]: tokens for record in records if (tokens := record.get("latent_step_histogram"))}
+    if not counted:
         return
-    at = [record["step"] for record in records]
-    for k, style in enumerate(_looks_of_steps(len(records[-1]["step_histogram"]))):
-        shares = [record["step_histogram"][k] / max(1, sum(record["step_histogram"])) for record in records]
+    at, histograms = list(counted), list(counted.values())
+    for k, style in enumerate(_looks_of_steps(len(histograms[-1]))):
+        shares = [tokens[k] / max(1, sum(tokens)) for tokens in histograms]
         axes.plot(at, shares, label=f"k = {k}", **style | {"marker": "", "linewidth": 0.8})
     axes.set_ylabel(SHARES)
     axes.set_ylim(-0.02, 1.02)

@@ -66,7 +66,7 @@ class RunProgress:
         """Show a finished step."""
         self._recent.append(time.monotonic())
         words = (
-            f"loss {nats(record['loss'])}  steps/token {record['mean_steps']:.2f}  "
+            f"loss {nats(record['loss'])}  latent steps/token {record['mean_latent_steps']:.2f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
         )
         if self._bar is not None:

@@ -10,8 +10,7 @@ from megatron_ponder.base.files import did_you_mean
 from megatron_ponder.base.yaml_files import read_mapping
 from megatron_ponder.checkpoint.folders import MANIFEST, latest_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.runs.json_lines import records_in
-from megatron_ponder.runs.metrics import METRICS
+from megatron_ponder.runs.metrics import METRICS, metrics_in
 from megatron_ponder.runs.starts import read_end, read_starts
 
 RECENT = 50  # records that pace and rate are taken from
@@ -48,7 +47,7 @@ class RunStatus:
         loss: of the last step.
         validation_loss: of the last validation.
         validation_step: its step.
-        mean_steps: additional steps per token of the last step.
+        mean_latent_steps: latent steps per token of the last step.
         tokens_per_second: mean over the last records, validation and saving included.
         mfu: of the last step, where it is known.
         seconds_left: at that pace; None unless it is running.
@@ -68,7 +67,7 @@ class RunStatus:
     loss: float | None = None
     validation_loss: float | None = None
     validation_step: int | None = None
-    mean_steps: float | None = None
+    mean_latent_steps: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
     seconds_left: float | None = None
@@ -134,7 +133,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         loss=last.get("loss"),
         validation_loss=validation.get("validation_loss"),
         validation_step=validation.get("step"),
-        mean_steps=last.get("mean_steps"),
+        mean_latent_steps=last.get("mean_latent_steps"),
         tokens_per_second=tokens / pace if pace else last.get("tokens_per_second"),
         mfu=last.get("mfu"),
         seconds_left=pace * (steps - last["step"]) if state == "running" and pace else None,
@@ -168,12 +167,12 @@ def _records(path: Path) -> tuple[list[dict], dict]:
         start = content.rfind(b"\n") + 1  # what follows is still being written, or was cut off
         for _ in range(RECENT):
             start = content.rfind(b"\n", 0, max(0, start - 1)) + 1
-        recent = records_in(content[start:])
+        recent = metrics_in(content[start:])
         found = content.rfind(b'"validation_loss"')
         validation = {}
         if found >= 0:
             line = content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found) + 1]
-            validation = next(iter(records_in(line)), {})
+            validation = next(iter(metrics_in(line)), {})
     return recent, validation
 
 

@@ -78,10 +78,10 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("ponder_preemptions", "Sequences that went back to waiting", usage.preempted)
         yield CounterMetricFamily("ponder_shared_tokens", "Tokens of prompts taken from others", usage.shared)
         yield CounterMetricFamily("ponder_fed_tokens", "Tokens that ended sequences were fed", now.fed)
-        yield CounterMetricFamily("ponder_executed_steps", "Additional steps of those tokens", now.executed)
+        yield CounterMetricFamily("ponder_executed_steps", "Latent steps of those tokens", now.executed)
         yield GaugeMetricFamily(
             "ponder_mean_executed_steps",
-            "Additional steps a token, since the beginning",
+            "Latent steps a token, since the beginning",
             now.executed / max(1, now.fed),
         )
         yield GaugeMetricFamily(

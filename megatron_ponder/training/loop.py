@@ -232,7 +232,7 @@ class TrainingLoop:
         if found is None:
             return {}
         tally, pruned = found
-        steps = f"steps/token {tally.mean_steps:.2f}"
+        steps = f"latent steps/token {tally.mean_steps:.2f}"
         self._output.say(f"step {state.step}  validation loss {nats(tally.mean_loss)}  {steps}")
         fields = records.validation_fields(tally)
         if not self._routed:

@@ -14,7 +14,7 @@ from megatron_ponder.parallel.regions import enter
 
 
 class Objective(nn.Module):
-    """Cross-entropy of the next token plus λ times the weight of additional steps.
+    """Cross-entropy of the next token plus λ times the weight of latent steps.
 
     Attributes:
         model: the language model.

@@ -1,4 +1,4 @@
-"""The weight λ of additional steps in the loss: scheduled, and steered towards a number of steps if one is wanted."""
+"""The weight λ of latent steps in the loss: scheduled, and steered towards a number of steps if one is wanted."""
 
 import math
 

@@ -10,9 +10,9 @@ def step_fields(tally: Tally, penalty_weight: float) -> dict[str, Value]:
     return {
         "loss": tally.mean_loss + penalty_weight * penalty,
         "cross_entropy": tally.mean_loss,
-        "mean_steps": tally.mean_steps,
+        "mean_latent_steps": tally.mean_steps,
         "penalty": penalty,
-        "step_histogram": tally.steps,
+        "latent_step_histogram": tally.steps,
     }
 
 
@@ -30,12 +30,12 @@ def router_fields(tally: Tally, most_steps: int) -> dict[str, Value]:
 def each_step_fields(tally: Tally) -> dict[str, Value]:
     """What every step predicts by itself."""
     losses = [nats / tally.tokens for nats in tally.own_losses]
-    return {"own_losses": losses, "steps_follow_loss": tally.steps_follow_loss}
+    return {"own_losses": losses, "latent_steps_follow_loss": tally.steps_follow_loss}
 
 
 def validation_fields(tally: Tally) -> dict[str, Value]:
     """What every validation tells."""
-    return {"validation_loss": tally.mean_loss, "validation_mean_steps": tally.mean_steps}
+    return {"validation_loss": tally.mean_loss, "validation_mean_latent_steps": tally.mean_steps}
 
 
 def routed_validation_fields(tally: Tally, pruned: Tally) -> dict[str, Value]:
@@ -47,7 +47,7 @@ def routed_validation_fields(tally: Tally, pruned: Tally) -> dict[str, Value]:
     """
     return {
         "validation_pruned_loss": pruned.mean_loss,
-        "validation_step_histogram": tally.steps,
+        "validation_latent_step_histogram": tally.steps,
         "validation_weights": [weight / tally.tokens for weight in tally.weights],
         "validation_router_entropy": tally.entropy / tally.tokens,
         **{f"validation_{name}": value for name, value in each_step_fields(tally).items()},

@@ -32,13 +32,13 @@ def router_complaint(tally: Tally, cost: float, step: int, config: Config) -> st
         return None
     if most == 0:
         return (
-            f"{ALL:.1%} of tokens or more take no additional step: the router has collapsed; lower "
+            f"{ALL:.1%} of tokens or more take no latent step: the router has collapsed; lower "
             "ponder_training.penalty_weight or inference.threshold, begin with a higher ponder.router_initial_bias, or "
             "compare with fixed mode, which tells whether steps help at all"
         )
     if most == last:
         return (
-            f"{ALL:.1%} of tokens or more take all {last} additional steps: nothing is pruned; raise "
+            f"{ALL:.1%} of tokens or more take all {last} latent steps: nothing is pruned; raise "
             f"inference.threshold ({threshold:g}) or ponder_training.penalty_weight ({training.penalty_weight:g})"
         )
-    return f"{ALL:.1%} of tokens or more take {most} additional steps: the router does not tell tokens apart"
+    return f"{ALL:.1%} of tokens or more take {most} latent steps: the router does not tell tokens apart"

@@ -84,7 +84,7 @@ def _output(folder: RunFolder | None, config: Config, first_step: int) -> Silenc
 def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:
     ponder, training = config.ponder, config.training
     limit = "up to " if ponder.mode == "adaptive" else ""
-    steps = f"{limit}{ponder.steps or 'no'} additional steps"
+    steps = f"{limit}{ponder.steps or 'no'} latent steps"
     start = f"going on after step {step}" if step else "starting"
     return (
         f"{start}: {config.model.description}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "

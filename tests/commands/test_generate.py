@@ -25,7 +25,7 @@ from tests.processes import Forked
 PROMPTS = ["import os\n", "def main(argv):\n    return", "", "naïve ☕"]
 NUMBER = r"[\d,]+\.?\d*"
 CLOSING = (
-    rf"{NUMBER} tokens in {NUMBER} s: {NUMBER} tokens/s, {NUMBER} slots/s, {NUMBER} additional steps per token, "
+    rf"{NUMBER} tokens in {NUMBER} s: {NUMBER} tokens/s, {NUMBER} slots/s, {NUMBER} latent steps per token, "
     rf"{NUMBER} % of rows in use\n"
 )
 
@@ -93,7 +93,7 @@ def test_text(tool, run_dir):
     lines = out.splitlines()
     assert lines[0] == "import os"
     assert any(line.startswith("class A") for line in lines)
-    steps = [line for line in lines if line.startswith("additional steps: ")]
+    steps = [line for line in lines if line.startswith("latent steps: ")]
     assert len(steps) == 2
     assert "'\\\\n':" in steps[0] or "os" in steps[0]
     assert lines[-1].startswith("12 tokens in ")

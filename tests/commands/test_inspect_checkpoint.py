@@ -40,7 +40,7 @@ def test_a_sound_checkpoint(inspect, tmp_path):
         "step": "7",
         "samples": "56",
         "tokens": "3,584",  # sequences of 64
-        "model": "llama, adaptive, 2 additional steps",
+        "model": "llama, adaptive, 2 latent steps",
         "parameters": f"{count:,}",
         "stored as": "F32",
         "trained in": "bf16",

@@ -17,7 +17,7 @@ from tests.generation.sequential import Sequential, feed
 from tests.models import random_tokens, small_model
 
 BATCHES = [random_tokens(2, 15, seed=0), random_tokens(1, 8, seed=1)]
-AT_ONCE = Rule("hard", threshold=1.0)  # every w but the first is smaller: no additional step
+AT_ONCE = Rule("hard", threshold=1.0)  # every w but the first is smaller: no latent step
 
 
 @pytest.fixture(scope="module")

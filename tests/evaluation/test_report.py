@@ -83,7 +83,7 @@ def test_a_browser_shows_text_figures_and_the_box_of_a_token(page, tmp_path):
     document = browse(f"{address}#t0-17", profile, "--dump-dom")
     box = re.search(r'<div id="tip".*?>(.*)</div>\s*<script>', document, re.DOTALL).group(1)
     words = html.unescape(re.sub(r"<[^>]*>", " ", box))
-    assert f"takes {row['steps']} additional steps, then comes" in words
+    assert f"takes {row['steps']} latent steps, then comes" in words
     assert f"step-0 loss {row['first_loss']:.3f}, fused loss {row['loss']:.3f} nats" in words
     for step in range(3):
         assert f"s{step}  {row[f's_{step}']:.3f}" in words

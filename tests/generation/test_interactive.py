@@ -54,7 +54,7 @@ def test_answers_follow_each_other_and_mistakes_end_nothing(talk):
     first, second = (part.partition("6 tokens in")[0] for part in printed.split("import os")[1:])
     assert first
     assert second == first
-    assert printed.startswith("additional steps:  0  1  2  3  4 or more   Control-C stops a text, Control-D ends")
+    assert printed.startswith("latent steps:  0  1  2  3  4 or more   Control-C stops a text, Control-D ends")
     assert printed.count("the model is meant for 4096; shorten the prompt or ask for fewer") == 1
 
 

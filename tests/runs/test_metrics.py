@@ -23,8 +23,8 @@ def steps_of(run_dir) -> list[int]:
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
-    write(tmp_path, [1], step_histogram=[3, 4, 5])
-    assert read_metrics(tmp_path) == [record(1, step_histogram=[3, 4, 5])]
+    write(tmp_path, [1], latent_step_histogram=[3, 4, 5])
+    assert read_metrics(tmp_path) == [record(1, latent_step_histogram=[3, 4, 5])]
     line = (tmp_path / METRICS).read_text()
     assert line.endswith("}\n")
     assert json.loads(line)["step"] == 1
@@ -62,11 +62,11 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = LoggingConfig(tensorboard=True)
-    write(tmp_path, [1, 2, 3], config=config, step_histogram=[1, 2])
+    write(tmp_path, [1, 2, 3], config=config, latent_step_histogram=[1, 2])
     write(tmp_path, [3, 4], first_step=2, config=config)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "mean_steps", "tokens_per_second"}
+    assert set(events.Tags()["scalars"]) == {"loss", "mean_latent_steps", "tokens_per_second"}
     losses = events.Scalars("loss")
     assert [(event.step, event.value) for event in losses] == [(1, 6.0), (2, 5.0), (3, 4.0), (4, 3.0)]
 
@@ -116,3 +116,19 @@ def test_the_record_before_a_start_can_be_completed(tmp_path):
     log.write(record(3))
     log.close()
     assert read_metrics(tmp_path) == [record(1), record(2, validation_loss=3.0), record(3)]
+
+
+def test_records_of_before_are_read_under_the_names_of_now(tmp_path):
+    old = {"step": 1, "mean_steps": 1.5, "validation_step_histogram": [1, 2], "steps_follow_loss": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    new = {
+        "step": 1,
+        "mean_latent_steps": 1.5,
+        "validation_latent_step_histogram": [1, 2],
+        "latent_steps_follow_loss": None,
+    }
+    assert read_metrics(tmp_path) == [new]
+    log = MetricsLog(tmp_path, LoggingConfig(tensorboard=False), 1)
+    log.complete(1, {"validation_mean_latent_steps": 2.0})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == new | {"validation_mean_latent_steps": 2.0}

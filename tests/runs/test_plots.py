@@ -16,10 +16,10 @@ def record(step: int, validated: bool) -> dict:
         "cross_entropy": 6 / step,
         "grad_norm": 1 / step,
         "learning_rate": 1e-3,
-        "mean_steps": 2 - step / 50,
+        "mean_latent_steps": 2 - step / 50,
         "tokens_per_second": 1000.0,
     }
-    return numbers | ({"validation_loss": 7 / step, "validation_mean_steps": 1.5} if validated else {})
+    return numbers | ({"validation_loss": 7 / step, "validation_mean_latent_steps": 1.5} if validated else {})
 
 
 @pytest.mark.parametrize("validation", [True, False])
@@ -41,7 +41,11 @@ def test_what_each_step_predicts_is_told_apart_and_not_under_the_validation_curv
     for step in (1, 2, 3):
         validation = 7 / step
         own = [validation + 1e-3 * (k + 1) for k in range(3)]  # on the scale of the losses they would be one line
-        losses = {"validation_own_losses": own, "validation_pruned_loss": validation, "step_histogram": [1, 2, 1]}
+        losses = {
+            "validation_own_losses": own,
+            "validation_pruned_loss": validation,
+            "latent_step_histogram": [1, 2, 1],
+        }
         log.write(record(step, True) | losses)
     log.close()
     pixels = matplotlib.image.imread(plot_training(tmp_path))
@@ -60,8 +64,12 @@ def test_what_each_step_predicts_is_told_apart_and_not_under_the_validation_curv
 def test_what_is_not_finite_leaves_a_gap(tmp_path):
     log = MetricsLog(tmp_path, LoggingConfig(tensorboard=False), 0)
     for step in (1, 2, 3):
-        lost = {"validation_loss": None, "cross_entropy": None, "step_histogram": [0, 0, 0]} if step == 2 else {}
-        losses = {"validation_own_losses": [9.0, None], "validation_pruned_loss": 8.0, "step_histogram": [1, 2, 1]}
+        lost = {"validation_loss": None, "cross_entropy": None, "latent_step_histogram": [0, 0, 0]} if step == 2 else {}
+        losses = {
+            "validation_own_losses": [9.0, None],
+            "validation_pruned_loss": 8.0,
+            "latent_step_histogram": [1, 2, 1],
+        }
         log.write(record(step, True) | losses | lost)
     log.close()
     assert plot_training(tmp_path).is_file()

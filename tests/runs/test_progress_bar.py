@@ -18,7 +18,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "starting"
     assert [line.split("  ")[0] for line in lines[1:]] == ["step 10/25", "step 20/25", "step 25/25"]
-    assert lines[1] == "step 10/25  loss -3.0000  steps/token 1.50  1,234 tokens/s  left 0:00:00"
+    assert lines[1] == "step 10/25  loss -3.0000  latent steps/token 1.50  1,234 tokens/s  left 0:00:00"
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
@@ -31,7 +31,7 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "step 2  saved runs/[a]" in out
     assert "3/4" in out
-    assert "steps/token 1.50" in out
+    assert "latent steps/token 1.50" in out
 
 
 class Unwritable(io.StringIO):

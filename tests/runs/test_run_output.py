@@ -26,14 +26,14 @@ def test_the_first_rank_tells_it_to_every_file_and_to_the_terminal(tmp_path, cap
         output.say("starting")
         output.note("for the log alone")
         output.record(record(1, **CURVES))
-        output.complete(1, {"validation_loss": 4.0, "validation_mean_steps": 1.0})
+        output.complete(1, {"validation_loss": 4.0, "validation_mean_latent_steps": 1.0})
         output.check_folder()
         output.draw()
     shown, log = capsys.readouterr().out, (tmp_path / RUN_LOG).read_text()
     for line in ("starting", "step 1/3  loss 6.0000", "loss plot in"):
         assert line in shown and line in log
     assert "for the log alone" in log and "for the log alone" not in shown
-    assert read_metrics(tmp_path) == [record(1, **CURVES, validation_loss=4.0, validation_mean_steps=1.0)]
+    assert read_metrics(tmp_path) == [record(1, **CURVES, validation_loss=4.0, validation_mean_latent_steps=1.0)]
     assert [start["ranks"] for start in read_starts(tmp_path)] == [2]
     assert read_end(tmp_path)["reason"] == "finished"
 

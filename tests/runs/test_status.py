@@ -21,7 +21,13 @@ BEGUN = 1_700_000_000.0
 
 
 def record(step: int, pace: float = 2.0, **more) -> dict:
-    return {"step": step, "loss": 5.0, "mean_steps": 1.2, "time": BEGUN + pace * step, "step_seconds": pace} | more
+    return {
+        "step": step,
+        "loss": 5.0,
+        "mean_latent_steps": 1.2,
+        "time": BEGUN + pace * step,
+        "step_seconds": pace,
+    } | more
 
 
 @pytest.fixture

@@ -50,14 +50,14 @@ def test_numbers_and_configuration_are_kept_without_a_network(tmp_path, monkeypa
     shown = wandb.run
     assert (shown.id, shown.name, shown.config["training"]) == (run_id(run_dir), "a/seed-0", {"seed": 7})
     for step in (1, 2, 3):
-        log.write({"step": step, "loss": 7.0 - step, "mean_steps": 1.5, "step_histogram": [1, 2]})
+        log.write({"step": step, "loss": 7.0 - step, "mean_latent_steps": 1.5, "latent_step_histogram": [1, 2]})
     kept = log._wandb.summary
     log.close()
     log._wandb.log({"loss": 3.0}, 4)  # the service has gone away, which costs a line
     assert "nothing more is sent" in caplog.messages[-1]
-    assert kept["mean_steps"] == 1.5
+    assert kept["mean_latent_steps"] == 1.5
     assert kept["loss"] in (4.0, 5.0)  # a step is sent when the next one begins
-    assert "step_histogram" not in kept
+    assert "latent_step_histogram" not in kept
     (stored,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     assert stored.stat().st_size > 0
 

@@ -214,7 +214,7 @@ def test_going_on_with_another_micro_batch_and_two_ranks(two_ranks, runs):
     assert [record["step"] for record in got] == [5, 6, 7, 8]
     for key in ("loss", "cross_entropy", "grad_norm", "penalty", "learning_rate"):
         assert [record[key] for record in got] == pytest.approx([record[key] for record in want], rel=1e-5)
-    for key in ("samples", "refinements", "step_histogram"):
+    for key in ("samples", "refinements", "latent_step_histogram"):
         assert [record[key] for record in got] == [record[key] for record in want]
     assert got[-1]["validation_loss"] == pytest.approx(want[-1]["validation_loss"], rel=1e-5)
 
@@ -237,5 +237,5 @@ def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     _, sums = objective(tokens[:1], refinements(0, 7, config.ponder), objective.model.rule("soft"), each_step=True)
     tally = Tally.of(sums.sum(0))
     assert records[0]["own_losses"] == pytest.approx([nats / tally.tokens for nats in tally.own_losses], rel=1e-5)
-    assert records[0]["steps_follow_loss"] is tally.steps_follow_loss is None  # all tokens take all steps so far
-    assert records[0]["below_threshold"] == pytest.approx(1 - records[0]["mean_steps"] / 2)
+    assert records[0]["latent_steps_follow_loss"] is tally.steps_follow_loss is None  # all tokens take all steps so far
+    assert records[0]["below_threshold"] == pytest.approx(1 - records[0]["mean_latent_steps"] / 2)

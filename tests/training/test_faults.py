@@ -296,7 +296,7 @@ def check_nonsense(seen: Attempt, run: Path) -> None:
     assert "warning: skipped, its loss not finite" in seen.printed
     assert "validation loss not finite" in seen.printed
     assert records[-1]["loss"] is records[-1]["validation_loss"] is None
-    assert records[-1]["step_histogram"][-1] <= sum(records[-1]["step_histogram"])
+    assert records[-1]["latent_step_histogram"][-1] <= sum(records[-1]["latent_step_histogram"])
     manifest = read_manifest(resolve_checkpoint(run))
     assert manifest.state.step == len(records) and len(manifest.state.skipped) == 3
 

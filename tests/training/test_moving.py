@@ -81,7 +81,7 @@ def check(folder: Path, source: str, target: str) -> None:
     for expected, got in zip(stayed, moved, strict=True):
         for key in ("loss", "cross_entropy", "penalty", "grad_norm"):
             assert got[key] == pytest.approx(expected[key], rel=1e-5), (key, expected["step"])
-        for key in ("samples", "refinements", "learning_rate", "step_histogram"):
+        for key in ("samples", "refinements", "learning_rate", "latent_step_histogram"):
             assert got[key] == expected[key], (key, expected["step"])
     assert moved[-1]["validation_loss"] == pytest.approx(stayed[-1]["validation_loss"], rel=1e-5)
     assert len({record["refinements"] for record in stayed}) > 1

@@ -102,7 +102,7 @@ def test_metrics_and_pictures_of_a_run(run_arguments, tmp_path):
     run = tmp_path / "run"
     records = read_metrics(run)
     assert [record["step"] for record in records] == list(range(1, 41))
-    needed = {"step", "loss", "grad_norm", "learning_rate", "mean_steps", "tokens_per_second", "samples"}
+    needed = {"step", "loss", "grad_norm", "learning_rate", "mean_latent_steps", "tokens_per_second", "samples"}
     assert all(needed <= record.keys() for record in records)
     assert records[-1]["samples"] == 160
     assert records[-1]["cross_entropy"] < records[0]["cross_entropy"] - 0.5

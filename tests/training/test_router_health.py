@@ -17,9 +17,9 @@ def complaint(steps: list[int], step: int = FORMING, cost: float = 0.0, **overri
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([1000, 0, 0], r"99\.9% of tokens or more take no additional step: the router has collapsed; lower"),
-        ([1, 0, 999], r"99\.9% of tokens or more take all 2 additional steps: nothing is pruned; raise .*\(0\.02\)"),
-        ([0, 1000, 0], r"99\.9% of tokens or more take 1 additional steps: the router does not tell tokens apart"),
+        ([1000, 0, 0], r"99\.9% of tokens or more take no latent step: the router has collapsed; lower"),
+        ([1, 0, 999], r"99\.9% of tokens or more take all 2 latent steps: nothing is pruned; raise .*\(0\.02\)"),
+        ([0, 1000, 0], r"99\.9% of tokens or more take 1 latent steps: the router does not tell tokens apart"),
     ],
 )
 def test_one_number_of_steps_for_all(steps, words):
