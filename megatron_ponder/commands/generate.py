@@ -1,9 +1,9 @@
 """Continue prompts with a trained model, showing how many latent steps each token got.
 
-ponder generate --checkpoint runs/quickstart --prompt "def main():" --max-new-tokens 60
-ponder generate --checkpoint runs/quickstart --prompts-file prompts.jsonl --output results.jsonl
-ponder generate --checkpoint runs/quickstart --interactive --temperature 0.8
-torchrun --nproc_per_node 4 -m megatron_ponder generate --checkpoint runs/quickstart --tensor 2 --pipeline 2
+    ponder generate --checkpoint runs/quickstart --prompt "def main():" --max-new-tokens 60
+    ponder generate --checkpoint runs/quickstart --prompts-file prompts.jsonl --output results.jsonl
+    ponder generate --checkpoint runs/quickstart --interactive --temperature 0.8
+    torchrun --nproc_per_node 4 -m megatron_ponder generate --checkpoint runs/quickstart --tensor 2 --pipeline 2
 
 Also under srun and mpirun. Ranks beyond one copy of the model are further copies, which share the prompts.
 """
@@ -11,7 +11,6 @@ Also under srun and mpirun. Ranks beyond one copy of the model are further copie
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.environment import without_local_rank
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.launch import Launch, discover
+from megatron_ponder.config.command_options import add_options, from_options
 from megatron_ponder.generation.interactive import converse, line_source
-from megatron_ponder.generation.loading import PRECISIONS, CheckedSetup, Setup, check_setup, load_generator
+from megatron_ponder.generation.loading import CheckedSetup, Setup, check_setup, load_generator
 from megatron_ponder.generation.options import Options
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.prompt_lists import Summary, begin_file, print_results, write_results
@@ -38,7 +38,7 @@ from megatron_ponder.parallel.collectives import from_first
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = Parser("generate", __doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
+    add_options(parser, Setup, "checkpoint")
 
     given = parser.add_argument_group("prompts; without any, standard input is one")
     given.add_argument("--prompt", nargs="+", help="one or several texts to continue; - for all of standard input")
@@ -50,34 +50,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     out.add_argument("--json", action="store_true", help="print them as JSON lines; so are those of a file of prompts")
     out.add_argument("--stream", action="store_true", help="print tokens as they come")
 
-    defaults = Options()
-    choice = parser.add_argument_group("continuations")
-    choice.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
-    choice.add_argument("--samples", type=int, default=defaults.samples, help="continuations of each prompt")
-    choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    choice.add_argument("--top-k", type=int, default=0, help="choose among this many likeliest tokens; 0 for all")
-    choice.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest with this probability")
-    choice.add_argument("--min-p", type=float, default=0.0, help="choose among those with this share of the likeliest")
-    choice.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 for fewer repetitions")
-    choice.add_argument("--seed", type=int, default=0, help="of a prompt's first sample; the others follow")
-    choice.add_argument("--stop", nargs="+", default=[], help="texts before which a continuation ends")
-    choice.add_argument("--stop-tokens", nargs="+", type=int, default=[], help="token ids that end a continuation")
-    choice.add_argument("--ignore-eod", action="store_true", help="go on after the end-of-document token")
-    choice.add_argument("--top-log-probabilities", type=int, default=0, help="report so many likeliest tokens in JSON")
+    add_options(parser.add_argument_group("continuations"), Options)
 
-    batching, prefill = Batching(), Prefill()
     work = parser.add_argument_group("computation")
-    work.add_argument("--threshold", type=float, help="τ; the trained model's unless given")
-    work.add_argument("--router-bias", type=float, help="α; positive buys more steps")
+    add_options(work, Setup, "threshold", "router_bias")
     work.add_argument("--prefill", choices=("jacobi", "sequential"), default="jacobi", help="how prompts are read")
-    work.add_argument("--refinements", type=int, help="R of jacobi; iterated to the fixed point unless given")
-    work.add_argument("--tolerance", type=float, help="relative change at which the fixed point is reached")
-    work.add_argument("--chunk", type=int, default=prefill.chunk, help="tokens of a prompt that are iterated together")
-    work.add_argument("--max-sequences", type=int, default=batching.max_sequences, help="that run at a time")
-    work.add_argument("--max-slots", type=int, default=batching.max_slots, help="in the cache at a time")
-    work.add_argument("--precision", choices=PRECISIONS, help="that of training on a GPU, fp32 on a CPU unless given")
-    work.add_argument("--tensor", type=int, default=1, help="ranks that share each layer")
-    work.add_argument("--pipeline", type=int, default=1, help="ranks that share the stack of layers")
+    add_options(work, Prefill, "refinements", "tolerance", "chunk")
+    add_options(work, Batching, "max_sequences", "max_slots")
+    add_options(work, Setup, "precision", "tensor", "pipeline")
     return parser.parse_args(without_local_rank(argv))
 
 
@@ -117,7 +97,7 @@ def check(
         Options of prompts that do not say otherwise, what is known of the generator, what is to be generated, and which
         of it is done already.
     """
-    options, setup = read_options(arguments), read_setup(arguments)
+    options, setup = from_options(Options, arguments), read_setup(arguments)
     prompts = read_input(arguments, options)
     checked = check_setup(setup, launch, device, copies=not (arguments.interactive or arguments.stream))
     tokenizer = checked.tokenizer()
@@ -128,29 +108,12 @@ def check(
     return options, checked, tasks, done
 
 
-def read_options(arguments: argparse.Namespace) -> Options:
-    """How prompts are continued that do not say otherwise."""
-    given = {field.name: getattr(arguments, field.name) for field in fields(Options)}
-    return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-
-
 def read_setup(arguments: argparse.Namespace) -> Setup:
     """What is wanted of the generator."""
     if arguments.prefill == "sequential" and (arguments.refinements is not None or arguments.tolerance is not None):
         raise UserError("--refinements and --tolerance are for --prefill jacobi; leave them out")
-    prefill = Prefill(arguments.refinements, arguments.tolerance, arguments.chunk)
-    batching = Batching(
-        arguments.max_sequences, arguments.max_slots, prefill=prefill if arguments.prefill == "jacobi" else None
-    )
-    return Setup(
-        arguments.checkpoint,
-        arguments.tensor,
-        arguments.pipeline,
-        arguments.threshold,
-        arguments.router_bias,
-        arguments.precision,
-        batching,
-    )
+    prefill = from_options(Prefill, arguments) if arguments.prefill == "jacobi" else None
+    return from_options(Setup, arguments, batching=from_options(Batching, arguments, prefill=prefill))
 
 
 def read_input(arguments: argparse.Namespace, options: Options) -> list[Prompt]:

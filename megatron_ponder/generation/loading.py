@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -34,9 +35,9 @@ class Setup:
         checkpoint: run folder or checkpoint folder.
         tensor: ranks that share each layer.
         pipeline: ranks that share the stack of layers.
-        threshold: τ; None for the trained model's.
-        router_bias: α; None for the trained model's.
-        precision: a name of `PRECISIONS`; None for that of training on a GPU, and for fp32 on a CPU.
+        threshold: τ; the trained model's unless given.
+        router_bias: α, of which a positive one buys more steps; the trained model's unless given.
+        precision: of the computation; that of training on a GPU, and fp32 on a CPU, unless given.
         batching: how many at a time, and how prompts are read.
     """
 
@@ -45,7 +46,7 @@ class Setup:
     pipeline: int = number_field(1, 1, 1 << 16)
     threshold: float | None = number_field(None, 0, 1)
     router_bias: float | None = number_field(None, -1000, 1000)
-    precision: str | None = None
+    precision: Literal["fp32", "bf16"] | None = None
     batching: Batching = field(default_factory=Batching)
 
     def __post_init__(self) -> None:

@@ -23,21 +23,20 @@ KINDS = {
 def _as_in(kind: type, name: str, **default: Any) -> Any:
     """A field that another dataclass declares, with its range, and with its default unless one is given."""
     declared = next(item for item in fields(kind) if item.name == name)
-    return field(**{"default": declared.default} | default, metadata=declared.metadata)
+    return field(**{"default": declared.default} | default, metadata=declared.metadata | {"declared_in": kind})
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of a continuation, as lines of files and command lines give them.
 
+    What is not described here is declared by `Request` and `Sampling`.
+
     Attributes:
-        max_new_tokens: of each continuation.
-        samples: continuations of the prompt; the random numbers of number i are those of `seed` + i.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: as in `Sampling`.
-        stop: texts that end a continuation, which ends before them.
+        samples: continuations of each prompt; the random numbers of number i are those of `seed` + i.
+        stop: texts before which a continuation ends.
         stop_tokens: token ids that end a continuation, beside the end-of-document token.
         ignore_eod: go on after the end-of-document token.
-        top_log_probabilities: report the log-probabilities of so many of the likeliest tokens beside each chosen one.
     """
 
     max_new_tokens: int = _as_in(Request, "max_new_tokens", default=64)

@@ -21,9 +21,9 @@ class Prefill:
     """How prompts are read.
 
     Attributes:
-        refinements: R of `jacobi`; None to iterate to the fixed point.
-        tolerance: the fixed point is reached when no hidden state changes by more than this share of the largest;
-            None for 16 units of rounding.
+        refinements: R of `jacobi`; iterated to the fixed point unless given.
+        tolerance: share of the largest hidden state; where none changes by more, the fixed point is reached. 16 units
+            of rounding unless given.
         chunk: tokens of a prompt that are iterated together; those before them are final by then.
         shortest: prompts with fewer tokens left than this for each live sequence are read slot by slot, as generation
             goes on, which then costs less than iterating; no matter for a model without steps, which never iterates.

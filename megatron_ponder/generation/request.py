@@ -16,7 +16,7 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        max_new_tokens: after which the sequence ends.
+        max_new_tokens: tokens after which the sequence ends.
         sampling: how tokens are chosen.
         stop_ids: tokens that end the sequence; the one that does is its last.
         stop_strings: texts that end the sequence; its text ends before the first of them.

@@ -19,8 +19,8 @@ class Batching:
     """How much is run at a time.
 
     Attributes:
-        max_sequences: live at once; others wait.
-        max_slots: in the cache at once; others wait, and the newest sequence goes back to waiting when it must.
+        max_sequences: sequences that run at a time; others wait.
+        max_slots: slots in the cache at a time; others wait, and the newest sequence goes back to waiting when it must.
         prompt_slots: of prompts that are iterated in one forward, beyond which further prompts begin slot by slot.
         prefix_slots: kept of prompts that were read, for others that begin alike.
         prefill: how prompts are read; None for slot by slot, as in the definition of the model.

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.config.declarations import SECONDS, check_ranges, number_field
 from megatron_ponder.serving.answers import Answer
 from megatron_ponder.serving.prometheus import Metrics
 from megatron_ponder.serving.protocol import Completion, ServedModel, parse, requests_for
@@ -41,18 +42,17 @@ class Limits:
     """What a client may take.
 
     Attributes:
-        seconds: for the body of a request to arrive, and then for its answer, waiting included.
-        body_bytes: of a request.
+        timeout: seconds for the body of a request to arrive, and then for its answer, waiting included.
+        max_body_bytes: size of a request.
         api_key: that clients must send; None for none.
     """
 
-    seconds: float = 600.0
-    body_bytes: int = 1 << 20
+    timeout: float = number_field(600.0, 0, SECONDS, above=True)
+    max_body_bytes: int = number_field(1 << 20, 1, 1 << 40)
     api_key: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.seconds < float("inf") or self.body_bytes < 1:
-            raise UserError("the time-out and the limit of a body must be positive numbers")
+        check_ranges(self)
         if self.api_key is not None and not self.api_key.strip():
             raise UserError("the API key is empty; give one, or none at all")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
@@ -133,14 +133,14 @@ class Application:
     async def _completions(self, request: Request) -> Response:
         model = self._ready_model()
         try:
-            body = await asyncio.wait_for(_read(request, self._limits.body_bytes), self._limits.seconds)
+            body = await asyncio.wait_for(_read(request, self._limits.max_body_bytes), self._limits.timeout)
         except asyncio.TimeoutError:
             raise RefusedError(408, "the body of the request did not arrive in time", code="timeout") from None
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
         # In another thread, because a long prompt takes a while to encode and streams must not wait for it.
         completion, requests = await run_in_threadpool(self._understand, body, model)
-        exchange = _Exchange(self._worker, requests, completion.stream, request.receive, self._limits.seconds)
+        exchange = _Exchange(self._worker, requests, completion.stream, request.receive, self._limits.timeout)
         try:
             answer = Answer(completion, requests, model)
             if completion.stream:

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.serving.refusals import RefusedError
 
 # Beyond the limit, so many more are told so, for which each has a moment; others are closed without a word.
@@ -25,18 +26,15 @@ class ConnectionLimits:
     """What all clients together may take.
 
     Attributes:
-        connections: open at a time.
-        seconds: for the head of a request to arrive, and for the next request to begin after an answer.
+        max_connections: connections open at a time.
+        idle_timeout: seconds for the head of a request to arrive, and for the next one to begin after an answer.
     """
 
-    connections: int = 512
-    seconds: float = 10.0
+    max_connections: int = number_field(512, 1, 10**9)
+    idle_timeout: float = number_field(10.0, 0, 3600, above=True)
 
     def __post_init__(self) -> None:
-        if self.connections < 1:
-            raise UserError("the limit of connections must be at least 1")
-        if not 0 < self.seconds <= 3600:
-            raise UserError("an idle connection must have some time, up to 3600 seconds")
+        check_ranges(self)
 
     def reserve_files(self) -> None:
         """Let this process open a file for each connection.
@@ -44,13 +42,13 @@ class ConnectionLimits:
         Raises:
             UserError: the system does not allow so many.
         """
-        needed = self.connections + SPARE + OTHER_FILES
+        needed = self.max_connections + SPARE + OTHER_FILES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and needed > hard:
             most = hard - SPARE - OTHER_FILES
             raise UserError(
-                f"{self.connections} connections need {needed} open files, but the system allows {hard} (ulimit -Hn); "
-                f"allow more, or {max(1, most)} connections"
+                f"{self.max_connections} connections need {needed} open files, but the system allows {hard} "
+                f"(ulimit -Hn); allow more, or {max(1, most)} connections"
             )
         if soft != resource.RLIM_INFINITY and needed > soft:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -77,13 +75,13 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         # Otherwise the second half of an answer waits for the client to acknowledge the first, 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        too_many = len(self.connections) - self.limits.connections
+        too_many = len(self.connections) - self.limits.max_connections
         if too_many > SPARE:
             transport.abort()
             return
         if too_many > 0:
             self.app = self._refusing_all_but_health
-        self._wait(self.limits.seconds if too_many <= 0 else min(SECONDS_TO_BE_REFUSED, self.limits.seconds))
+        self._wait(self.limits.idle_timeout if too_many <= 0 else min(SECONDS_TO_BE_REFUSED, self.limits.idle_timeout))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -94,7 +92,7 @@ class Connection(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         elif self._patience is None and not self.transport.is_closing():
-            self._wait(self.limits.seconds)
+            self._wait(self.limits.idle_timeout)
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP has an answer in the form of all others."""
@@ -115,7 +113,7 @@ class Connection(H11Protocol):
         else:
             self.transport.close()
         # A client that does not read what it was sent is not waited for either.
-        self.loop.call_later(self.limits.seconds, self.transport.abort)
+        self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
 
     def _refuse(self, refusal: RefusedError) -> None:
         response = refusal.response()
@@ -137,7 +135,7 @@ class Connection(H11Protocol):
             return
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_drain(receive), SECONDS_TO_BE_REFUSED)
-        message = f"{self.limits.connections} connections are open already; try again later"
+        message = f"{self.limits.max_connections} connections are open already; try again later"
         response = RefusedError(503, message, code="too_many_connections", retry_after=1).response()
         response.headers["Connection"] = "close"
         await response(scope, receive, send)

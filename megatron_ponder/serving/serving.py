@@ -11,11 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 import uvicorn
 
+from megatron_ponder.base.environment import LARGEST_PORT
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.base.watchdog import Watchdog
+from megatron_ponder.config.declarations import SECONDS, check_ranges, number_field
 from megatron_ponder.generation.generator import Generator
+from megatron_ponder.generation.loading import CheckedSetup, Setup, check_setup, load_generator
+from megatron_ponder.parallel.collectives import from_first, together
 from megatron_ponder.serving.application import Application, Limits
 from megatron_ponder.serving.connections import Connection, ConnectionLimits
 from megatron_ponder.serving.prometheus import Metrics
@@ -34,16 +40,33 @@ class Address:
     """Where a server listens.
 
     Attributes:
-        host: name or address; the default can be reached from this machine alone.
-        port: 0 for any that is free.
+        host: name or address to listen on; 0.0.0.0 to be reached from other machines.
+        port: number of the port; 0 for any that is free.
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = number_field(8000, 0, LARGEST_PORT)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 1 << 16:
-            raise UserError(f"port {self.port} does not exist; choose one from 1 to 65535")
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many wait, and for how long.
+
+    Attributes:
+        queue_limit: sequences that may wait beside those that run; then clients get 429.
+        step_timeout: seconds that a step of the generator may take, unless ten times the longest so far is more.
+        grace: seconds that requests have to finish, after a signal.
+    """
+
+    queue_limit: int = number_field(64, 0, 10**9)
+    step_timeout: float = number_field(60.0, 1, SECONDS)
+    grace: float = number_field(30.0, 0, SECONDS)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def listen(address: Address) -> socket.socket:
@@ -83,7 +106,7 @@ def web_server(
         http=Connection.limited(connections),
         ws="none",
         loop="asyncio",
-        timeout_keep_alive=connections.seconds,
+        timeout_keep_alive=connections.idle_timeout,
         timeout_graceful_shutdown=SECONDS_TO_SEND,
     )
     server = uvicorn.Server(config)
@@ -137,15 +160,59 @@ def _stopped_by_signals(worker: Worker, grace: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve(
-    load: Callable[[], tuple[Generator, ServedModel]],
-    listening: socket.socket,
-    limits: Limits,
-    connections: ConnectionLimits,
-    most_sequences: int,
-    grace: float,
-    step_timeout: float,
-) -> None:
+@dataclass(frozen=True)
+class Service:
+    """A server, as a user wants it.
+
+    Attributes:
+        setup: of the generator.
+        model_name: under which clients know the model.
+        address: where it listens.
+        limits: of requests.
+        connections: limits of all clients together.
+        patience: what waits.
+    """
+
+    setup: Setup
+    model_name: str
+    address: Address
+    limits: Limits
+    connections: ConnectionLimits
+    patience: Patience
+
+
+def run(service: Service, launch: Launch, device: torch.device) -> None:
+    """Serve on all ranks of a job until a signal.
+
+    Args:
+        service: what is wanted, the same on every rank.
+        launch: the place of this process among the ranks.
+        device: where this rank computes.
+
+    Raises:
+        UserError: the model cannot be loaded, or the address cannot be had.
+    """
+
+    def check() -> CheckedSetup:
+        checked = check_setup(service.setup, launch, device, copies=False)
+        if checked.tokenizer() is None:
+            raise UserError(f"{checked.folder} has no tokenizer; train with tokenizer.path set to serve text")
+        return checked
+
+    def load() -> tuple[Generator, ServedModel]:
+        generator, loaded, _ = load_generator(from_first(check), launch, device)
+        longest = loaded.config.model.max_position_embeddings
+        return generator, ServedModel(service.model_name, loaded.tokenizer, longest, int(time.time()))
+
+    first = launch.rank == 0
+    listening = together(lambda: listen(service.address) if first else None)
+    if first:
+        serve(load, listening, service)
+    else:
+        follow(load)
+
+
+def serve(load: Callable[[], tuple[Generator, ServedModel]], listening: socket.socket, service: Service) -> None:
     """Serve a model until SIGTERM, SIGINT or SIGHUP; call it in the main thread, on the rank that schedules.
 
     When nothing happens for too long, because another rank hangs, all clients hear of it and the process ends.
@@ -153,31 +220,28 @@ def serve(
     Args:
         load: makes the generator; clients are told to wait meanwhile.
         listening: socket, which is closed at the end.
-        limits: of requests.
-        connections: limits of all of them together.
-        most_sequences: that run or wait at a time.
-        grace: seconds that requests have to finish, after a signal.
-        step_timeout: seconds that a step of the generator may take, unless ten times the longest so far is more.
+        service: limits and patience.
 
     Raises:
         UserError: the model cannot be loaded, or the system does not allow so many connections.
         RuntimeError: the generator failed; the cause is attached.
     """
+    connections, patience = service.connections, service.patience
     connections.reserve_files()
     metrics = Metrics()
-    worker = Worker(most_sequences, metrics.observe)
-    application = Application(worker, metrics, limits)
+    worker = Worker(service.setup.batching.max_sequences + patience.queue_limit, metrics.observe)
+    application = Application(worker, metrics, service.limits)
 
     def give_up() -> None:
         worker.give_up()
         time.sleep(SECONDS_TO_HEAR)
 
-    if limits.api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+    if service.limits.api_key is None and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         print("warning: other machines may reach this server, and it asks for no API key", file=sys.stderr)
-    with web_server(application, listening, worker, connections), _stopped_by_signals(worker, grace):
+    with web_server(application, listening, worker, connections), _stopped_by_signals(worker, patience.grace):
         generator, application.model = load()
         print(f"serving {application.model.name} at {url(listening)}", file=sys.stderr, flush=True)
-        with Watchdog(step_timeout, "--step-timeout", give_up) as watchdog, generator:
+        with Watchdog(patience.step_timeout, "--step-timeout", give_up) as watchdog, generator:
             try:
                 worker.serve(generator, watchdog.beat)
             except Exception as error:

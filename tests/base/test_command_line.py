@@ -10,6 +10,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.commands.ponder import COMMANDS
 from megatron_ponder.commands.ponder import main as ponder
+from megatron_ponder.config.command_options import Number
 
 # Those that take the keys of a configuration or of a cluster, or torchrun's options, in place of their own.
 WITHOUT_PARSER = {"build-index", "submit", "torchrun", "train"}
@@ -44,7 +45,8 @@ def test_every_argument_of_a_command_is_a_path_or_known_to_be_none(command, monk
         if action.nargs != 0 and action.type is None and action.choices is None and name not in ("--help", "--version"):
             assert name in WORDS, f"{command} {name}: type=Path or expand_user if it is a path, else add it here"
         if action.type is not None:
-            assert action.type in (Path, expand_user, int, float) or action.choices
+            known = isinstance(action.type, Number) or action.type in (Path, expand_user, int, float)
+            assert known or action.choices or name in WORDS
 
 
 def parse(*arguments: str) -> argparse.Namespace:

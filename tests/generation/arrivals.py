@@ -59,7 +59,11 @@ def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[li
     model = whole
     if mesh.model.size > 1:
         part = even_part(whole.model_config.num_layers, mesh.pipeline)
-        model = PonderLM(whole.model_config, whole.ponder_config, mesh, part=part).double().eval()
+        model = (
+            PonderLM(whole.model_config, whole.ponder_config, mesh, part=part, inference=whole.inference)
+            .double()
+            .eval()
+        )
         load_weights(model, whole.state_dict())
     batching = Batching(max_sequences=6, prefill=None if sequential else Prefill(chunk=32, shortest=8))
     with Generator(model.to(dtype), mesh, batching=batching) as generator:

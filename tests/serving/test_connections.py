@@ -36,7 +36,7 @@ def error_of(answer: bytes) -> dict:
 
 
 def test_clients_that_are_slow_with_the_head_of_a_request(served):
-    with running(served, connections=ConnectionLimits(seconds=0.4)) as server:
+    with running(served, connections=ConnectionLimits(idle_timeout=0.4)) as server:
         begun = time.monotonic()
         silent, half, second = opened(server), opened(server, HALF), opened(server, HALF + b"\r\n\r\n" + HALF)
         trickling = opened(server, HALF)
@@ -56,7 +56,7 @@ def test_clients_that_are_slow_with_the_head_of_a_request(served):
 
 def test_a_slow_answer_is_waited_for(served):
     """The time of a client does not run while the server works."""
-    with running(served, connections=ConnectionLimits(seconds=0.3)) as server:
+    with running(served, connections=ConnectionLimits(idle_timeout=0.3)) as server:
         step = server.generator.step
         server.generator.step = lambda: time.sleep(0.05) or step()
         begun = time.monotonic()
@@ -66,7 +66,10 @@ def test_a_slow_answer_is_waited_for(served):
 
 def test_too_many_connections(served, monkeypatch):
     monkeypatch.setattr(connections, "SPARE", 2)
-    with running(served, connections=ConnectionLimits(connections=5, seconds=1.5)) as server, ExitStack() as stack:
+    with (
+        running(served, connections=ConnectionLimits(max_connections=5, idle_timeout=1.5)) as server,
+        ExitStack() as stack,
+    ):
         held = [stack.enter_context(opened(server)) for _ in range(5)]
         time.sleep(0.1)
         status, answer = server.client.post({"prompt": "a"})
@@ -108,14 +111,14 @@ def test_an_answer_is_there_at_once_on_a_connection_that_is_kept(served):
 
 
 def test_limits(monkeypatch):
-    for options in ({"connections": 0}, {"seconds": 0}, {"seconds": float("nan")}, {"seconds": 1e9}):
+    for options in ({"max_connections": 0}, {"idle_timeout": 0}, {"idle_timeout": float("nan")}, {"idle_timeout": 1e9}):
         with pytest.raises(UserError):
             ConnectionLimits(**options)
     allowed = []
     monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (256, 4096))
     monkeypatch.setattr(connections.resource, "setrlimit", lambda _, limits: allowed.append(limits))
-    ConnectionLimits(connections=1000).reserve_files()
-    ConnectionLimits(connections=20).reserve_files()
+    ConnectionLimits(max_connections=1000).reserve_files()
+    ConnectionLimits(max_connections=20).reserve_files()
     assert allowed == [(1192, 4096)]
     with pytest.raises(UserError, match=r"the system allows 4096 \(ulimit -Hn\); allow more, or 3904 connections"):
-        ConnectionLimits(connections=100_000).reserve_files()
+        ConnectionLimits(max_connections=100_000).reserve_files()

@@ -115,7 +115,7 @@ def _refuse(constant: str) -> None:
 def storm(served, tries: int, seed: int, report: Callable[[str], None] = print) -> None:
     """Ask so many times; afterwards, and now and then, a good request gets the right text."""
     report(f"seed {seed}: set PONDER_FUZZ_SEED to it to have the same requests again")
-    with running(served, Limits(seconds=30, body_bytes=1 << 18), waiting=600) as server:
+    with running(served, Limits(timeout=30, max_body_bytes=1 << 18), waiting=600) as server:
         status, right = server.client.post(GOOD)
         assert status == 200
         for index in range(tries):

@@ -31,7 +31,9 @@ def served_on(mesh: Mesh) -> tuple[list[list[int]], list[list[int]], int] | None
     whole = small_model(model__num_layers=3, model__max_position_embeddings=4096, inference__threshold=0.3).eval()
     axis = mesh.pipeline
     part = ModelPart(LAYERS[axis.size][axis.rank], axis.rank == 0, axis.rank == axis.size - 1)
-    model = PonderLM(whole.model_config, whole.ponder_config, mesh, part=part).double().eval()
+    model = (
+        PonderLM(whole.model_config, whole.ponder_config, mesh, part=part, inference=whole.inference).double().eval()
+    )
     load_weights(model, whole.state_dict())
     generator = Generator(model, mesh, batching=Batching(max_sequences=2))
     with generator:
