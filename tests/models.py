@@ -16,6 +16,17 @@ SMALL = {
     "ponder.latent_steps": 2,
 }
 
+# Features that no family has together.
+MIXED = {
+    "model__norm": "layer",
+    "model__gated_ffn": "true",
+    "model__activation": "gelu",
+    "model__biases": "all",
+    "model__rotary_fraction": 0.5,
+    "model__residual": "parallel",
+    "model__num_kv_heads": 2,
+}
+
 
 def small_config(**overrides) -> Config:
     """A resolved configuration; overrides are written `model__family="gpt_neox"`."""

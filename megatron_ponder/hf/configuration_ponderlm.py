@@ -6,20 +6,30 @@ transformers.
 
 from transformers import PretrainedConfig
 
-MODES = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
+CHOICES = {
+    "norm": ("rms", "layer"),
+    "biases": ("none", "all"),
+    "hidden_act": ("silu", "gelu"),
+    "ponder_mode": ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"),
+}
 
 
 class PonderLMConfig(PretrainedConfig):
-    """A transformer of the llama or gpt_neox family whose tokens may take additional latent steps.
+    """A transformer whose tokens may take additional latent steps.
 
-    Fields of the transformer have the names that the family's own configuration gives them, and only the family's are
-    kept.
+    Features of the transformer have the names that configurations of transformers give them, if there is one.
 
     Args:
-        base_family: `llama` or `gpt_neox`.
-        num_key_value_heads: key and value heads; num_attention_heads unless given. Llama only.
-        rms_norm_eps, rope_theta: llama only.
-        layer_norm_eps, rotary_pct, rotary_emb_base, use_parallel_residual: gpt_neox only.
+        base_family: the family whose features the model began with, as information; the features say what it is.
+        norm: `rms` or `layer`.
+        rms_norm_eps, layer_norm_eps: added to the variance in norms, under the name that fits the norm.
+        gated_ffn: the feed-forward layer multiplies what is activated by a second projection.
+        hidden_act: activation of the feed-forward layer, `silu` or `gelu`.
+        biases: linear layers that have one, `none` or `all` but the head and the router.
+        num_key_value_heads: key and value heads; num_attention_heads unless given.
+        rotary_pct: share of each head's channels that are rotated.
+        rope_theta: base of the rotary frequencies.
+        use_parallel_residual: attention and feed-forward layer read the same input.
         ponder_mode: `vanilla` (no latent steps), `fixed` (ponder_max_steps for every token), `adaptive` (a router
             decides for each token), or `pause`, `loop` or `ponderlm`, with which these are compared.
         ponder_max_steps: K, the most latent steps of a token.
@@ -35,11 +45,12 @@ class PonderLMConfig(PretrainedConfig):
     """
 
     model_type = "ponderlm"
+    attribute_map = {"rotary_emb_base": "rope_theta"}  # noqa: RUF012
     keys_to_ignore_at_inference = ["past_key_values", "cache", "executed_steps"]  # noqa: RUF012  (Trainer adds a list to it)
 
     def __init__(
         self,
-        base_family: str = "llama",
+        base_family: str | None = None,
         vocab_size: int = 32000,
         hidden_size: int = 768,
         intermediate_size: int = 2048,
@@ -48,12 +59,15 @@ class PonderLMConfig(PretrainedConfig):
         num_key_value_heads: int | None = None,
         max_position_embeddings: int = 2048,
         initializer_range: float = 0.02,
+        norm: str | None = None,
         rms_norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
         layer_norm_eps: float = 1e-5,
-        rotary_pct: float = 0.25,
-        rotary_emb_base: float = 10000.0,
-        use_parallel_residual: bool = True,
+        gated_ffn: bool = True,
+        hidden_act: str = "silu",
+        biases: str = "none",
+        rotary_pct: float = 1.0,
+        rope_theta: float = 10000.0,
+        use_parallel_residual: bool = False,
         tie_word_embeddings: bool = False,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
@@ -69,32 +83,34 @@ class PonderLMConfig(PretrainedConfig):
         embedding_scale: float = 1.0,
         **kwargs,
     ) -> None:
-        if base_family not in ("llama", "gpt_neox"):
-            raise ValueError(f"base_family is {base_family}; it must be llama or gpt_neox")
-        if ponder_mode not in MODES:
-            raise ValueError(f"ponder_mode is {ponder_mode}; it must be one of {', '.join(MODES)}")
+        if base_family is not None and norm is None:
+            raise ValueError(
+                f"base_family is {base_family}; it must have norm and the other features beside it, which exports of "
+                "older versions lack: load those with the files that came with them, or export the model again"
+            )
+        self.norm, self.biases, self.hidden_act, self.ponder_mode = norm or "rms", biases, hidden_act, ponder_mode
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
         if not 0 <= ponder_threshold <= 1:
             raise ValueError(f"ponder_threshold is {ponder_threshold}; it must lie between 0 (every step runs) and 1")
+        if self.norm == "rms":
+            self.rms_norm_eps = rms_norm_eps
+        else:
+            self.layer_norm_eps = layer_norm_eps
         self.base_family = base_family
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
-        if base_family == "llama":
-            self.hidden_act = "silu"
-            self.num_key_value_heads = num_key_value_heads or num_attention_heads
-            self.rms_norm_eps = rms_norm_eps
-            self.rope_theta = rope_theta
-        else:
-            self.hidden_act = "gelu"
-            self.layer_norm_eps = layer_norm_eps
-            self.rotary_pct = rotary_pct
-            self.rotary_emb_base = rotary_emb_base
-            self.use_parallel_residual = use_parallel_residual
-        self.ponder_mode = ponder_mode
+        self.gated_ffn = gated_ffn
+        self.rotary_pct = rotary_pct
+        self.rope_theta = rope_theta
+        self.use_parallel_residual = use_parallel_residual
         self.ponder_max_steps = ponder_max_steps
         self.ponder_jacobi_iterations = ponder_jacobi_iterations
         self.ponder_threshold = ponder_threshold
@@ -105,7 +121,6 @@ class PonderLMConfig(PretrainedConfig):
         self.embedding_scale = embedding_scale
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        kwargs.pop("hidden_act", None)
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -120,11 +135,6 @@ class PonderLMConfig(PretrainedConfig):
         return 0 if self.ponder_mode == "vanilla" else self.ponder_max_steps
 
     @property
-    def is_llama(self) -> bool:
-        """Whether the transformer is of the llama family."""
-        return self.base_family == "llama"
-
-    @property
     def head_size(self) -> int:
         """Channels of one head."""
         return self.hidden_size // self.num_attention_heads
@@ -132,4 +142,4 @@ class PonderLMConfig(PretrainedConfig):
     @property
     def rotated_channels(self) -> int:
         """Channels of each head that are rotated."""
-        return self.head_size if self.is_llama else int(self.head_size * self.rotary_pct)
+        return int(self.head_size * self.rotary_pct)

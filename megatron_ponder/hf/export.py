@@ -105,21 +105,18 @@ def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> Ponder
     """
     model, ponder, inference = config.model, config.ponder, config.inference
     eod_id = None if tokenizer is None else tokenizer.eod_id
-    if model.family == "llama":
-        family = {
-            "num_key_value_heads": model.num_kv_heads,
-            "rms_norm_eps": model.norm_epsilon,
-            "rope_theta": model.rope_theta,
-        }
-    else:
-        family = {
-            "layer_norm_eps": model.norm_epsilon,
-            "rotary_pct": model.rotary_fraction,
-            "rotary_emb_base": model.rope_theta,
-            "use_parallel_residual": model.residual == "parallel",
-        }
     return PonderLMConfig(
         base_family=model.family,
+        norm=model.norm,
+        rms_norm_eps=model.norm_epsilon,
+        layer_norm_eps=model.norm_epsilon,
+        gated_ffn=model.gated_ffn,
+        hidden_act=model.activation,
+        biases=model.biases,
+        num_key_value_heads=model.num_kv_heads,
+        rotary_pct=model.rotary_fraction,
+        rope_theta=model.rope_theta,
+        use_parallel_residual=model.residual == "parallel",
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.ffn_hidden_size,
@@ -140,7 +137,6 @@ def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> Ponder
         ponder_eod_id=eod_id if config.data.reset_at_eod else None,
         ponder_pieces=None if tokenizer is None else tokenizer.pieces,
         embedding_scale=ponder.embedding_scale,
-        **family,
     )
 
 

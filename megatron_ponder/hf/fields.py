@@ -70,11 +70,12 @@ class Fields:
             raise self.wrong(name, "an object")
         return Fields(value, f"{name} in {self._where}")
 
-    def only(self, name: str, *allowed: object) -> None:
-        """Refuse a field that is there and holds anything but these."""
+    def only(self, name: str, *allowed: object) -> object:
+        """What the field holds, the first of these if it is absent; anything but these is refused."""
         value = self._value(name, allowed[0])
         if not any(type(value) is type(right) and value == right for right in allowed):
             raise self.foreign(name)
+        return value
 
     def harmless(self, names: Collection[str]) -> None:
         """Let fields hold anything, because nothing that the model computes depends on them."""

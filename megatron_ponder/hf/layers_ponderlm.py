@@ -1,4 +1,4 @@
-"""PonderLM's transformer: the blocks of the llama and gpt_neox families, with keys that carry a weight.
+"""PonderLM's transformer, whose keys carry a weight, and its router.
 
 Shape suffixes: B sequences, T slots, N heads, D channels of a head, H hidden.
 """
@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_ponderlm import PonderLMCache
@@ -31,8 +32,8 @@ class PonderLMRMSNorm(nn.Module):
 
 
 def make_norm(config: PonderLMConfig) -> nn.Module:
-    """The family's norm."""
-    if config.is_llama:
+    """The norm over the residual stream."""
+    if config.norm == "rms":
         return PonderLMRMSNorm(config.hidden_size, config.rms_norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -40,11 +41,9 @@ def make_norm(config: PonderLMConfig) -> nn.Module:
 def rotation(positions: Tensor, config: PonderLMConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B or 1, 1, T, rotated / 2) of the rotary embedding at positions (B or 1, T)."""
     wide = torch.promote_types(dtype, torch.float32)
-    theta = config.rope_theta if config.is_llama else config.rotary_emb_base
-    exponents = (
-        torch.arange(0, config.rotated_channels, 2, device=positions.device, dtype=wide) / config.rotated_channels
-    )
-    angles = (positions.to(wide).unsqueeze(-1) * theta**-exponents).unsqueeze(1)
+    rotated = config.rotated_channels
+    exponents = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / rotated
+    angles = (positions.to(wide).unsqueeze(-1) * config.rope_theta**-exponents).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 
@@ -107,12 +106,12 @@ class PonderLMAttention(nn.Module):
     def __init__(self, config: PonderLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_size = config, layer_idx, config.head_size
-        kv_heads = config.num_key_value_heads if config.is_llama else config.num_attention_heads
-        bias = not config.is_llama
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_size, bias=bias)
-        self.o_proj = ResidualLinear(config.hidden_size, config.hidden_size, bias=bias)
+        hidden, bias = config.hidden_size, config.biases == "all"
+        q_size, kv_size = config.num_attention_heads * self.head_size, config.num_key_value_heads * self.head_size
+        self.q_proj = nn.Linear(hidden, q_size, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
+        self.o_proj = ResidualLinear(q_size, hidden, bias=bias)
 
     def forward(
         self,
@@ -144,19 +143,20 @@ class PonderLMAttention(nn.Module):
 
 
 class PonderLMMLP(nn.Module):
-    """Feed-forward layer: SwiGLU in the llama family, GELU with biases in the gpt_neox family."""
+    """Feed-forward layer: W_down act(W_up x), or, if it is gated, W_down (act(W_gate x) · W_up x)."""
 
     def __init__(self, config: PonderLMConfig) -> None:
         super().__init__()
-        hidden, ffn, bias = config.hidden_size, config.intermediate_size, not config.is_llama
-        self.gate_proj = nn.Linear(hidden, ffn, bias=False) if config.is_llama else None
+        hidden, ffn, bias = config.hidden_size, config.intermediate_size, config.biases == "all"
+        self.act = ACT2FN[config.hidden_act]
+        self.gate_proj = nn.Linear(hidden, ffn, bias=bias) if config.gated_ffn else None
         self.up_proj = nn.Linear(hidden, ffn, bias=bias)
         self.down_proj = ResidualLinear(ffn, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PonderLMDecoderLayer(GradientCheckpointingLayer):
@@ -164,7 +164,7 @@ class PonderLMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PonderLMConfig, layer_idx: int) -> None:
         super().__init__()
-        self.parallel_residual = not config.is_llama and config.use_parallel_residual
+        self.parallel_residual = config.use_parallel_residual
         self.input_layernorm = make_norm(config)
         self.self_attn = PonderLMAttention(config, layer_idx)
         self.post_attention_layernorm = make_norm(config)
@@ -213,3 +213,20 @@ class PonderLMModel(nn.Module):
         for layer in self.layers:
             x_BTH = layer(x_BTH, angles, log_w_BT, mask, cache)
         return self.norm(x_BTH)
+
+
+class RouterOutput(WideLinear):
+    """The layer that gives the router's logits; it starts without a preference among tokens."""
+
+
+class PonderLMRouter(nn.Module):
+    """Logits over 0..K latent steps from h_{t,0}, in fp32 or better."""
+
+    def __init__(self, config: PonderLMConfig) -> None:
+        super().__init__()
+        width, options = config.ponder_router_hidden_size, config.ponder_max_steps + 1
+        self.hidden = WideLinear(config.hidden_size, width) if width else None
+        self.output = RouterOutput(width or config.hidden_size, options)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.output(h if self.hidden is None else F.gelu(self.hidden(h)))

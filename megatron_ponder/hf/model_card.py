@@ -33,7 +33,7 @@ tags:
 
 # PonderLM
 
-A causal language model of the {family} family, trained with megatron_ponder. {pondering}
+A causal language model, trained with megatron_ponder. {pondering}
 
 {table}
 
@@ -73,6 +73,7 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
         "Parameters": f"{parameters:,}",
         "Weights": dtype,
         "Layers × hidden size": f"{model.num_layers} × {model.hidden_size}",
+        "Transformer": model.description,
         "Heads (key-value heads)": f"{model.num_heads} ({model.num_kv_heads})",
         "Vocabulary": f"{model.vocab_size:,}",
         "Longest sequence": f"{model.max_position_embeddings:,} tokens",
@@ -87,7 +88,6 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
         rows["Threshold τ"] = inference.threshold
         rows["Router bias α"] = inference.router_bias
     return _TEMPLATE.format(
-        family=model.family,
         pondering=_STEPS[ponder.mode].format(steps=ponder.latent_steps),
         parallel=" ".join([_ITERATED if passes.iterated else _PARALLEL, *[_ADJUSTED] * passes.routed]),
         table=table(["", ""], [[name, str(value)] for name, value in rows.items()]),

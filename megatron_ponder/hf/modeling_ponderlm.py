@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
-from .layers_ponderlm import PonderLMModel, ResidualLinear, WideLinear
+from .layers_ponderlm import PonderLMModel, PonderLMRouter, ResidualLinear, RouterOutput
 from .methods_ponderlm import METHODS, Latents
 
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
@@ -67,23 +67,6 @@ class Routing(NamedTuple):
     log_w: Tensor | None
     fusion: Tensor
     executed: Tensor
-
-
-class RouterOutput(WideLinear):
-    """The layer that gives the router's logits; it starts without a preference among tokens."""
-
-
-class PonderLMRouter(nn.Module):
-    """Logits over 0..K latent steps from h_{t,0}, in fp32 or better."""
-
-    def __init__(self, config: PonderLMConfig) -> None:
-        super().__init__()
-        width, options = config.ponder_router_hidden_size, config.ponder_max_steps + 1
-        self.hidden = WideLinear(config.hidden_size, width) if width else None
-        self.output = RouterOutput(width or config.hidden_size, options)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.output(h if self.hidden is None else F.gelu(self.hidden(h)))
 
 
 class PonderLMPreTrainedModel(PreTrainedModel):

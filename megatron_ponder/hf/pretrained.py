@@ -10,9 +10,8 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.hf.pretrained_config import settings
+from megatron_ponder.hf.pretrained_config import READERS, settings
 from megatron_ponder.hf.weight_files import describe, read, read_json, weight_files
-from megatron_ponder.hf.weights import from_export, from_gpt_neox, from_llama
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import initialize
 
@@ -42,11 +41,12 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
     own = settings(theirs)
     config = read_config([*own, *overrides])
     files = weight_files(model_dir)
-    described = _renamed(describe(files), theirs["model_type"], config)
+    renamed, num_heads = READERS[theirs["model_type"]].weights, config.model.num_heads
+    described = renamed(describe(files), num_heads)
     # An export whose steps are as it says has every part that it says.
     whole = theirs["model_type"] == "ponderlm" and config.ponder == read_config(own).ponder
     _require_fit(described, config, whole)
-    weights = _renamed(read(files), theirs["model_type"], config)
+    weights = renamed(read(files), num_heads)
     if config.model.tie_embeddings and not torch.equal(
         weights.pop("head.weight", weights["embedding.weight"]), weights["embedding.weight"]
     ):
@@ -76,12 +76,6 @@ def tokenizer_of(model_dir: Path, config: Config) -> Path | None:
             "model's own tokenizer there, or move this one away to convert without"
         )
     return model_dir
-
-
-def _renamed(weights: dict[str, Tensor], model_type: str, config: Config) -> dict[str, Tensor]:
-    if model_type == "gpt_neox":
-        return from_gpt_neox(weights, config.model.num_heads)
-    return (from_llama if model_type == "llama" else from_export)(weights)
 
 
 def _require_fit(described: dict[str, Tensor], config: Config, whole: bool) -> None:

@@ -2,12 +2,14 @@
 
 import math
 import re
-from typing import get_args
+from collections.abc import Callable
+from typing import NamedTuple, get_args
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.config.families import FAMILIES
 from megatron_ponder.config.ponder import Mode
-from megatron_ponder.config.sections import Family
 from megatron_ponder.hf.fields import Fields
+from megatron_ponder.hf.weights import Weights, from_export, from_gpt_neox, from_llama
 
 # Files of an export that define the model, and what in them transformers is to use.
 AUTO_MAP = {
@@ -55,15 +57,14 @@ def settings(theirs: dict) -> list[str]:
         UserError: for another model, a feature that PonderLM does not have, or a field that is not known or holds what
             it cannot.
     """
-    readers = {"llama": _llama, "gpt_neox": _gpt_neox, "ponderlm": _ponderlm}
     fields = Fields(theirs)
     kind = fields.anything("model_type")
-    if kind not in list(readers):
+    if kind not in list(READERS):
         raise UserError(
             f"model_type {kind} in config.json cannot be converted; give a LlamaForCausalLM, a GPTNeoXForCausalLM or "
             "an export of this package"
         )
-    values = _common(fields) | readers[kind](fields)
+    values = _common(fields) | READERS[kind].settings(fields)
     fields.harmless(_HARMLESS)
     fields.end()
     values["data.sequence_length"] = min(2048, values["model.max_position_embeddings"])
@@ -93,29 +94,42 @@ def _common(fields: Fields) -> dict[str, object]:
 
 
 def _llama(fields: Fields) -> dict[str, object]:
-    for name in ("attention_bias", "mlp_bias", "rope_interleaved"):
-        fields.only(name, False)
+    fields.only("rope_interleaved", False)
     fields.only("is_llama_config", True)
-    fields.only("hidden_act", "silu")
     fields.only("partial_rotary_factor", 1.0, 1)
+    biases, in_feed_forward = fields.flag("attention_bias", False), fields.flag("mlp_bias", False)
+    if biases != in_feed_forward:
+        raise fields.foreign("attention_bias" if biases else "mlp_bias")
     theta, fraction = _rope(fields, fields.number("rope_theta", 10000.0), 1.0)
     if fraction != 1:
         raise UserError(
-            f"partial_rotary_factor {fraction} in config.json is something PonderLM does not have in this family; "
+            f"partial_rotary_factor {fraction} in config.json is something that this kind of model does not have; "
             "convert another model"
         )
-    return _llama_fields(fields) | {"model.rope_theta": theta} | _plain(fields, "LlamaForCausalLM")
+    return _plain(fields, "LlamaForCausalLM") | {
+        "model.family": "llama",
+        "model.num_kv_heads": fields.whole("num_key_value_heads", fields.whole("num_attention_heads")),
+        "model.norm_epsilon": fields.number("rms_norm_eps", 1e-6),
+        "model.activation": fields.only("hidden_act", "silu", "gelu"),
+        "model.biases": "all" if biases else "none",
+        "model.rope_theta": theta,
+    }
 
 
 def _gpt_neox(fields: Fields) -> dict[str, object]:
     fields.only("attention_bias", True)
-    fields.only("hidden_act", "gelu")
     # The newest name of each is the one that counts, as in transformers.
     theta = fields.number("rotary_emb_base", fields.number("rope_theta", 10000.0))
     fraction = fields.number("rotary_pct", fields.number("partial_rotary_factor", 0.25))
     theta, fraction = _rope(fields, theta, fraction)
-    family = {"model.rope_theta": theta, "model.rotary_fraction": fraction}
-    return _gpt_neox_fields(fields) | family | _plain(fields, "GPTNeoXForCausalLM")
+    return _plain(fields, "GPTNeoXForCausalLM") | {
+        "model.family": "gpt_neox",
+        "model.norm_epsilon": fields.number("layer_norm_eps", 1e-5),
+        "model.activation": fields.only("hidden_act", "gelu", "silu"),
+        "model.residual": _residual(fields),
+        "model.rope_theta": theta,
+        "model.rotary_fraction": fraction,
+    }
 
 
 def _ponderlm(fields: Fields) -> dict[str, object]:
@@ -126,17 +140,12 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
         if str(auto_map.anything(name) or code).rpartition("--")[2] != code:
             raise auto_map.foreign(name)
     auto_map.end()
-    if fields.choice("base_family", *get_args(Family)) == "llama":
-        fields.only("hidden_act", "silu")
-        family = _llama_fields(fields) | {"model.rope_theta": fields.number("rope_theta")}
-    else:
-        fields.only("hidden_act", "gelu")
-        family = _gpt_neox_fields(fields) | {
-            "model.rope_theta": fields.number("rotary_emb_base"),
-            "model.rotary_fraction": fields.number("rotary_pct"),
-        }
+    family = fields.choice("base_family", *FAMILIES)
+    features = _features if fields.anything("norm") is not None else FORMER_EXPORTS[family]
     fields.harmless(["ponder_pieces"])  # which is the tokenizer's
-    return family | {
+    return {
+        "model.family": family,
+        **features(fields),
         "ponder.mode": fields.choice("ponder_mode", *get_args(Mode)),
         "ponder.latent_steps": fields.whole("ponder_max_steps", least=0),
         "ponder_training.jacobi_iterations": fields.whole("ponder_jacobi_iterations", least=0),
@@ -145,6 +154,43 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
         "ponder.router_hidden_size": fields.whole("ponder_router_hidden_size", least=0),
         "ponder.embedding_scale": fields.number("embedding_scale"),
         "data.reset_at_eod": fields.anything("ponder_eod_id") is not None,
+    }
+
+
+def _features(fields: Fields) -> dict[str, object]:
+    """Features of an export, each of which it says."""
+    norm = fields.choice("norm", "rms", "layer")
+    return {
+        "model.norm": norm,
+        "model.norm_epsilon": fields.number(f"{norm}_norm_eps"),
+        "model.gated_ffn": fields.flag("gated_ffn"),
+        "model.activation": fields.choice("hidden_act", "silu", "gelu"),
+        "model.biases": fields.choice("biases", "none", "all"),
+        "model.num_kv_heads": fields.whole("num_key_value_heads"),
+        "model.rotary_fraction": fields.number("rotary_pct"),
+        "model.rope_theta": fields.number("rope_theta"),
+        "model.residual": _residual(fields),
+    }
+
+
+def _former_llama(fields: Fields) -> dict[str, object]:
+    """What an export of the llama family said before exports said every feature."""
+    fields.only("hidden_act", "silu")
+    return {
+        "model.num_kv_heads": fields.whole("num_key_value_heads"),
+        "model.norm_epsilon": fields.number("rms_norm_eps"),
+        "model.rope_theta": fields.number("rope_theta"),
+    }
+
+
+def _former_gpt_neox(fields: Fields) -> dict[str, object]:
+    """What an export of the gpt_neox family said before exports said every feature."""
+    fields.only("hidden_act", "gelu")
+    return {
+        "model.norm_epsilon": fields.number("layer_norm_eps"),
+        "model.residual": _residual(fields),
+        "model.rope_theta": fields.number("rotary_emb_base"),
+        "model.rotary_fraction": fields.number("rotary_pct"),
     }
 
 
@@ -188,20 +234,8 @@ def _ponderlm_2(fields: Fields, hidden_size: int) -> dict[str, object]:
     return values | ({"ponder.latent_steps": steps} if steps else {})
 
 
-def _llama_fields(fields: Fields) -> dict[str, object]:
-    return {
-        "model.family": "llama",
-        "model.num_kv_heads": fields.whole("num_key_value_heads", fields.whole("num_attention_heads")),
-        "model.norm_epsilon": fields.number("rms_norm_eps", 1e-6),
-    }
-
-
-def _gpt_neox_fields(fields: Fields) -> dict[str, object]:
-    return {
-        "model.family": "gpt_neox",
-        "model.norm_epsilon": fields.number("layer_norm_eps", 1e-5),
-        "model.residual": "parallel" if fields.flag("use_parallel_residual", True) else "sequential",
-    }
+def _residual(fields: Fields) -> str:
+    return "parallel" if fields.flag("use_parallel_residual", True) else "sequential"
 
 
 def _rope(fields: Fields, theta: float, fraction: float) -> tuple[float, float]:
@@ -221,3 +255,25 @@ def _rope(fields: Fields, theta: float, fraction: float) -> tuple[float, float]:
 
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Reader(NamedTuple):
+    """How one kind of model is read.
+
+    Attributes:
+        settings: configuration keys and their values, from config.json.
+        weights: weights by PonderLM's names, from theirs and the number of query heads.
+    """
+
+    settings: Callable[[Fields], dict[str, object]]
+    weights: Callable[[Weights, int], Weights]
+
+
+# By `model_type`.
+READERS = {
+    "llama": Reader(_llama, lambda weights, _: from_llama(weights)),
+    "gpt_neox": Reader(_gpt_neox, from_gpt_neox),
+    "ponderlm": Reader(_ponderlm, lambda weights, _: from_export(weights)),
+}
+# By the family of exports that do not say their features.
+FORMER_EXPORTS = {"llama": _former_llama, "gpt_neox": _former_gpt_neox}

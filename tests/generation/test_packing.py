@@ -5,15 +5,15 @@ import torch
 
 from megatron_ponder.generation.packing import packed
 from megatron_ponder.model.router import Rule
-from tests.models import random_tokens, small_model
+from tests.models import MIXED, random_tokens, small_model
 
 WITH_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
 
 @WITH_ONEDNN
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_a_twin_computes_the_same(family):
-    model = small_model(model__family=family).float().eval()
+@pytest.mark.parametrize("features", [{}, {"model__family": "gpt_neox"}, MIXED])
+def test_a_twin_computes_the_same(features):
+    model = small_model(**features).float().eval()
     twin, rule, tokens = packed(model), Rule("hard", 0.3), random_tokens(2, 9)
     assert twin is not model and twin.head is not model.head
     with torch.no_grad():

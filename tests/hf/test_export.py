@@ -230,7 +230,7 @@ def test_bfloat16_in_several_files(tmp_path):
     assert not list(tmp_path.glob("tokenizer*"))
 
 
-def test_the_configuration_uses_the_familys_names(tmp_path):
+def test_the_configuration_says_every_feature(tmp_path):
     llama, gpt_neox = tmp_path / "llama", tmp_path / "gpt_neox"
     export(weights_of(small_model(model__num_kv_heads=2)), small_config(model__num_kv_heads=2), None, llama)
     neox = {"model__family": "gpt_neox", "model__rotary_fraction": 0.5, "ponder__mode": "fixed"}
@@ -245,7 +245,9 @@ def test_the_configuration_uses_the_familys_names(tmp_path):
     expected = {"rotary_pct": 0.5, "layer_norm_eps": 1e-5, "use_parallel_residual": True, "hidden_act": "gelu"}
     assert {name: second[name] for name in expected} == expected
     assert "rms_norm_eps" not in second
-    assert "rotary_pct" not in first
+    assert (first["rotary_pct"], first["use_parallel_residual"], second["num_key_value_heads"]) == (1.0, False, 4)
+    kinds = [(config["norm"], config["gated_ffn"], config["biases"]) for config in (first, second)]
+    assert kinds == [("rms", True, "none"), ("layer", False, "all")]
 
 
 def test_the_end_of_documents_is_carried(tmp_path, sentencepiece_model):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.layers_ponderlm import fold
 from megatron_ponder.hf.modeling_ponderlm import CACHE, PonderLMForCausalLM, document_layout
 from megatron_ponder.model.passes import interleaving
+from megatron_ponder.model.ponder import PonderLM
 from tests.hf.exported import hugging_face
-from tests.models import random_tokens, small_model
+from tests.model.test_features import COMBINATIONS
+from tests.models import MIXED, random_tokens, small_config, small_model
 
 LLAMA = {"model__family": "llama", "model__num_kv_heads": 2}
 GPT_NEOX = {"model__family": "gpt_neox"}
@@ -50,6 +53,17 @@ def test_forward_equals_the_model(family, mode, refinements):
             assert len(got.executed_steps.unique()) == model.ponder_config.steps + 1
 
 
+@torch.no_grad()
+def test_every_combination_of_features():
+    base, tokens = small_config(model__num_layers=1, ponder__mode="vanilla"), random_tokens(1, 6)
+    for features in COMBINATIONS:
+        model = PonderLM(replace(base.model, **features), base.ponder).double()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        expected = model.head(model.jacobi(tokens, 0, model.rule("hard")).output_BLH)
+        assert (hugging_face(model, 0)(tokens).logits - expected).abs().max() < 1e-10, features
+
+
 @pytest.mark.parametrize(
     "option",
     [{"ponder__router_hidden_size": 8}, {"model__tie_embeddings": True}, {"model__rope_theta": 500.0}],
@@ -62,8 +76,10 @@ def test_options_of_the_model(option):
     assert (hugging_face(model, 1)(tokens).logits - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("family", [LLAMA, GPT_NEOX])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [*((family, mode) for family in (LLAMA, GPT_NEOX) for mode in MODES), (MIXED, {"ponder__threshold": 0.1})],
+)
 def test_the_cache_equals_the_fixed_point(family, mode):
     model = varied_model(**family, **mode)
     tokens = random_tokens(3, 14)
@@ -296,7 +312,12 @@ def test_what_is_missing_is_initialised_and_no_more(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("base_family", "gpt2"), ("ponder_mode", "often"), ("ponder_threshold", 1.5)]
+    ("name", "value"),
+    [
+        ("base_family", "gpt2"),
+        *(("norm", "batch"), ("biases", "some"), ("hidden_act", "relu")),
+        *(("ponder_mode", "often"), ("ponder_threshold", 1.5)),
+    ],
 )
 def test_configurations_that_make_no_sense(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must"):

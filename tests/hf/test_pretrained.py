@@ -37,7 +37,11 @@ def llama(**options):
 
 def gpt_neox(**options):
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | options))
+    return with_biases(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | options)))
+
+
+def with_biases(model):
+    """The model, with random biases."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -56,7 +60,9 @@ def built(weights, config):
     [
         lambda: llama(num_key_value_heads=2, rms_norm_eps=1e-6),
         lambda: llama(tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+        lambda: with_biases(llama(attention_bias=True, mlp_bias=True, hidden_act="gelu")),
         lambda: gpt_neox(use_parallel_residual=True),
+        lambda: gpt_neox(use_parallel_residual=True, hidden_act="silu"),
         lambda: gpt_neox(use_parallel_residual=False, layer_norm_eps=1e-4),
         lambda: gpt_neox(rotary_emb_base=100.0, rotary_pct=0.5, tie_word_embeddings=True),
     ],
@@ -164,7 +170,7 @@ def test_an_export_in_another_mode(tmp_path, sentencepiece_model):
         ({"model_type": "mistral"}, "model_type mistral in config.json cannot be converted"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"hidden_act": "gelu_new"}, "hidden_act gelu_new"),
         ({"head_dim": 16}, "head_dim 16"),
         ({"sliding_window": 128}, "sliding_window 128"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),

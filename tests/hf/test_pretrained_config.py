@@ -8,6 +8,7 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import read_config
+from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.export import export_config
 from megatron_ponder.hf.fields import LARGEST
 from megatron_ponder.hf.pretrained_config import AUTO_MAP, settings
@@ -137,6 +138,34 @@ def test_an_export_with_code_that_is_not_ours_is_refused():
             settings(exported() | {"auto_map": auto_map})
 
 
+# What exports said of features when the family said the others; the rest is as it is today.
+FORMER = {
+    "llama": {"hidden_act": "silu", "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 500.0},
+    "gpt_neox": {
+        **{"hidden_act": "gelu", "layer_norm_eps": 1e-4, "rotary_emb_base": 500.0, "rotary_pct": 0.5},
+        "use_parallel_residual": False,
+    },
+}
+
+
+@pytest.mark.parametrize("family", FORMER)
+def test_exports_that_do_not_say_every_feature(family):
+    today = exported()
+    names = {"norm", "gated_ffn", "biases", *FORMER["llama"], "rotary_pct", "use_parallel_residual"}
+    theirs = {name: today[name] for name in today.keys() - names} | {"base_family": family} | FORMER[family]
+    model = read_config(settings(theirs)).model
+    usual = read_config([f"--model.family={family}"]).model
+    for name in ("norm", "gated_ffn", "activation", "biases"):
+        assert getattr(model, name) == getattr(usual, name)
+    said = (model.num_kv_heads, model.norm_epsilon, model.rotary_fraction, model.residual)
+    assert said == ((2, 1e-6, 1.0, "sequential") if family == "llama" else (4, 1e-4, 0.5, "sequential"))
+    assert (model.family, model.rope_theta) == (family, 500.0)
+    with pytest.raises(ValueError, match="older versions lack: load those with the files that came with them"):
+        PonderLMConfig(**theirs)
+    with pytest.raises(UserError, match=r"^gated_ffn True in config\.json is not known here"):
+        settings(theirs | {"gated_ffn": True})
+
+
 FIELDS = [
     *((written(LlamaConfig(num_key_value_heads=8)), name) for name in ("vocab_size", "num_key_value_heads")),
     *((written(LlamaConfig()), name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")),
@@ -145,6 +174,7 @@ FIELDS = [
     *((written(GPTNeoXConfig()), name) for name in ("layer_norm_eps", "use_parallel_residual", "attention_dropout")),
     *((written(GPTNeoXConfig(), rotary_pct=0.5, rotary_emb_base=100), name) for name in ("rotary_pct",)),
     *((exported(), name) for name in ("embedding_scale", "ponder_mode", "ponder_max_steps", "ponder_threshold")),
+    *((exported(), name) for name in ("norm", "gated_ffn", "biases", "hidden_act", "rotary_pct", "rms_norm_eps")),
     *((exported(), name) for name in ("ponder_router_bias", "ponder_router_hidden_size", "base_family", "rope_theta")),
 ]
 

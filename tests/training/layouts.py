@@ -23,7 +23,7 @@ from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.setup import model_part
 from megatron_ponder.training.state import gradients_of, state_of
 from tests.distributed import run_distributed
-from tests.models import random_tokens, small_config
+from tests.models import MIXED, random_tokens, small_config
 
 STEPS, REFINEMENTS, RATE = 3, (1, 2, 1), 1e-2
 LENGTH = 11  # which neither two nor four tensor ranks can share evenly, nor the vocabulary of 61
@@ -34,6 +34,7 @@ MODELS = {
     for family, heads in {"llama": {"model__num_kv_heads": 2}, "gpt_neox": {}}.items()
     for mode in ("vanilla", "fixed", "adaptive")
 } | {
+    "mixed features": MIXED,
     "llama pause": {"ponder__mode": "pause"},
     "gpt_neox loop": {"ponder__mode": "loop", "model__family": "gpt_neox"},
     # more tokens than a prediction is read through, and tensor ranks with unequal parts of them
