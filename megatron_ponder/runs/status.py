@@ -102,29 +102,13 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     """
     now = time.time() if now is None else now
     config = _config(run_dir)
-    steps = config["training"]["steps"]
     recent, validation = _records(run_dir / METRICS)
-    starts, end = read_starts(run_dir), read_end(run_dir)
-    common = {
-        "run_dir": str(run_dir),
-        "steps": steps,
-        "checkpoint": _newest_checkpoint(run_dir / "checkpoints", now),
-        "saving": next((path.name for path in sorted((run_dir / "checkpoints").glob("*.partial"))), None),
-        "starts": len(starts) or None,
-        "last_start": starts[-1] if starts else None,
-        "end": None if end is None else str(end["reason"]),
-    }
+    saved = _of_folder(run_dir, config["training"]["steps"], now)
     if not recent:
-        return RunStatus(state="not started" if end is None else "stopped", step=0, **common)
-    last = recent[-1]
-    written = last.get("time", (run_dir / METRICS).stat().st_mtime)
-    age, pace = max(0.0, now - written), _pace(recent)
-    if last["step"] >= steps:
-        state = "finished"
-    elif end is not None:
-        state = "stopped"
-    else:
-        state = "running" if age <= PATIENCE + 10 * (pace or 0.0) else "silent"
+        return RunStatus(state="not started" if saved["end"] is None else "stopped", step=0, **saved)
+    last, pace = recent[-1], _pace(recent)
+    age = max(0.0, now - last.get("time", (run_dir / METRICS).stat().st_mtime))
+    state = _state(last["step"] >= saved["steps"], saved["end"], age, pace)
     tokens = config["training"]["global_batch_size"] * config["data"]["sequence_length"]
     compared = next((record for record in reversed(recent) if "slowest_rank" in record), {})
     return RunStatus(
@@ -136,12 +120,34 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         mean_latent_steps=last.get("mean_latent_steps"),
         tokens_per_second=tokens / pace if pace else last.get("tokens_per_second"),
         mfu=last.get("mfu"),
-        seconds_left=pace * (steps - last["step"]) if state == "running" and pace else None,
+        seconds_left=pace * (saved["steps"] - last["step"]) if state == "running" and pace else None,
         age=age,
         slowest_rank=compared.get("slowest_rank"),
         slowest_over_median=compared.get("slowest_over_median"),
-        **common,
+        **saved,
     )
+
+
+def _of_folder(run_dir: Path, steps: int, now: float) -> dict:
+    """Fields of the status that do not depend on its records."""
+    checkpoints, starts, end = run_dir / "checkpoints", read_starts(run_dir), read_end(run_dir)
+    return {
+        "run_dir": str(run_dir),
+        "steps": steps,
+        "checkpoint": _newest_checkpoint(checkpoints, now),
+        "saving": next((path.name for path in sorted(checkpoints.glob("*.partial"))), None),
+        "starts": len(starts) or None,
+        "last_start": starts[-1] if starts else None,
+        "end": None if end is None else str(end["reason"]),
+    }
+
+
+def _state(done: bool, end: str | None, age: float, pace: float | None) -> str:
+    if done:
+        return "finished"
+    if end is not None:
+        return "stopped"
+    return "running" if age <= PATIENCE + 10 * (pace or 0.0) else "silent"
 
 
 def _config(run_dir: Path) -> dict:

@@ -5,7 +5,6 @@ step has ended.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.stragglers import Stragglers
+from megatron_ponder.training.stragglers import Stragglers, slowest_fields
 
 GIB = 2**30
 _STATM = Path("/proc/self/statm")
@@ -106,16 +105,34 @@ class StepWatch:
             Fields of the record, and what is to be said of slow ranks, if anything.
         """
         self.mark()
-        training, ponder = self._config.training, self._config.ponder
         spans = [self._clock.between(*span) for span in self._spans]
-        parts, seconds = dict(zip(PARTS, spans, strict=False)), sum(spans)
-        tokens = training.global_batch_size * self._config.data.sequence_length
-        rate = self._flops[refinements] / seconds
+        parts = dict(zip(PARTS, spans, strict=False))
+        fields = self._fields(parts, sum(spans), refinements)
+        blocks = sum(self._clock.between(*pair) for pair in self._forwards)
+        times = self._stragglers.add(parts["data"], blocks)
+        if times is None:
+            return fields, None
+        return fields | slowest_fields(times), self._stragglers.report(times)
+
+    def close(self) -> None:
+        """Wait for what ranks were telling each other."""
+        self._stragglers.finish()
+
+    def _fields(self, parts: dict[str, float], seconds: float, refinements: int) -> dict[str, float]:
+        """What is measured on this rank.
+
+        Args:
+            parts: seconds of each of `PARTS`.
+            seconds: of the step.
+            refinements: R.
+        """
+        tokens = self._config.training.global_batch_size * self._config.data.sequence_length
+        slots, rate = sum(passes_of(self._config.ponder).plan(refinements)), self._flops[refinements] / seconds
         fields = {
             "time": time.time(),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "slots_per_second": tokens * sum(passes_of(ponder).plan(refinements)) / seconds,
+            "slots_per_second": tokens * slots / seconds,
             **{f"{part}_seconds": parts[part] for part in PARTS},
             "data_wait": parts["data"] / seconds,
             "model_flops": self._flops[refinements],
@@ -124,18 +141,7 @@ class StepWatch:
         }
         if self._peak is not None:
             fields["mfu"] = rate / (self._mesh.size * self._peak)
-        blocks = sum(self._clock.between(*pair) for pair in self._forwards)
-        times = self._stragglers.add(parts["data"], blocks)
-        if times is None:
-            return fields, None
-        slowest = max(range(len(times)), key=lambda rank: times[rank].total)
-        median = statistics.median(rank.total for rank in times)
-        fields |= {"slowest_rank": slowest, "slowest_over_median": times[slowest].total / median}
-        return fields, self._stragglers.report(times)
-
-    def close(self) -> None:
-        """Wait for what ranks were telling each other."""
-        self._stragglers.finish()
+        return fields
 
     def _memory(self) -> dict[str, float]:
         """GiB of this rank: peaks of PyTorch's allocator since the start, or what is resident now."""

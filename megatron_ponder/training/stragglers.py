@@ -92,6 +92,13 @@ class Stragglers:
         return slow_ranks(times, self._hosts, self._factor, self._interval)
 
 
+def slowest_fields(times: Sequence[RankTime]) -> dict[str, float]:
+    """The slowest rank of a window, as fields of a record."""
+    slowest = max(range(len(times)), key=lambda rank: times[rank].total)
+    median = statistics.median(rank.total for rank in times)
+    return {"slowest_rank": slowest, "slowest_over_median": times[slowest].total / median}
+
+
 def slow_ranks(times: Sequence[RankTime], hosts: Sequence[str], factor: float, steps: int, most: int = 8) -> str | None:
     """A table of the ranks that take more than `factor` times the median, slowest first; None without any.
 

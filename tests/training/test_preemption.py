@@ -45,7 +45,7 @@ def test_the_first_signal_is_noted_and_handlers_are_put_back(number):
 def test_a_second_ctrl_c_kills():
     program = (
         "import os, signal, time\n"
-        "from megatron_ponder import signals as module\n"
+        "from megatron_ponder.base import signals as module\n"
         "module.SECONDS_OF_ONE_CTRL_C = 0.2\n"
         "with module.StopSignals() as signals:\n"
         "    for pause in (0, 0, 0.3):\n"  # the second comes with the first, as a launcher passes it on
