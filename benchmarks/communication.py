@@ -29,10 +29,11 @@ from torch.utils._pytree import tree_leaves
 from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.communication import Formula, Term
+from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
-from megatron_ponder.parallel.sharding import declarations, initialize
+from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.setup import model_part
@@ -137,8 +138,8 @@ def _is_group(value: object) -> bool:
     return isinstance(value, torch.ScriptObject) and value._type().name() == "ProcessGroup"
 
 
-def configuration(layout: Layout, mode: str, length: int = 32) -> Config:
-    """The configuration of one case; `length` is L."""
+def configuration(layout: Layout, mode: str, length: int = 32, **overrides: object) -> Config:
+    """The configuration of one case; `length` is L, and `model__norm="layer"` overrides a key."""
     values = {
         "model.hidden_size": 64, "model.num_layers": 4, "model.num_heads": 4, "model.ffn_hidden_size": 176,
         "model.vocab_size": 256, "data.sequence_length": length, "ponder.mode": mode, "ponder.latent_steps": 2,
@@ -147,6 +148,7 @@ def configuration(layout: Layout, mode: str, length: int = 32) -> Config:
         "parallel.pipeline": layout.pipeline, "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
         "parallel.zero_stage": layout.zero_stage, "training.recompute": layout.recompute,
     }  # fmt: skip
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
     return read_config([f"--{key}={value}" for key, value in values.items()])
 
 
@@ -171,7 +173,7 @@ def count_step(mesh: Mesh, config: Config) -> Count:
     model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
     model.recompute = config.training.recompute
     initialize(model, seed=0)
-    formula = Formula(config, mesh, [(part.dim(), part.numel()) for _, part, *_ in declarations(model)], REFINEMENTS)
+    formula = Formula(Rank(config, mesh.data.size, mesh.pipeline.rank, mesh.device.type), REFINEMENTS)
     engine = Engine(Objective(model), config, mesh)
     shape = (MICRO_BATCHES, config.training.micro_batch_size, config.data.sequence_length + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))

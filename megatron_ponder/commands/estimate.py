@@ -84,11 +84,10 @@ def main(argv: Sequence[str]) -> None:
 
 def show_plan(plan, cluster, tokens: float, console: Console) -> None:
     """Memory of every rank, and where the time of a step goes."""
-    from megatron_ponder.estimates.communication import mesh_on_paper
     from megatron_ponder.estimates.layout_table import describe_layout
 
     print(_heading(cluster))
-    print(describe_layout(plan.config, mesh_on_paper(plan.config, plan.data, 0, cluster.device)))
+    print(describe_layout(plan.config, plan.data, cluster.device))
     print(
         f"of {cluster.memory / 2**30:.1f} GiB a GPU, {cluster.usable_memory / 2**30:.1f} are taken to be usable; the "
         f"fullest rank needs {plan.memory.total / 2**30:.2f}\n"

@@ -4,22 +4,16 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from megatron_ponder.config import Config, micro_batches, stage_layers
 from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, zero_stage
-from megatron_ponder.estimates.rank import Rank, rank_parameters, vocabulary_parameters
+from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
 from megatron_ponder.model.baselines import CANDIDATES
-from megatron_ponder.model.modes import passes_of
-from megatron_ponder.model.passes import Sizes
 from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.model.tally import Tally
-from megatron_ponder.parallel.mesh import Axis, Mesh
 
-FP32, INT64, FP64 = 4, 8, 8  # bytes of a number
+INT64, FP64 = 8, 8  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -44,41 +38,6 @@ class Term:
     bytes: int
 
 
-def mesh_on_paper(config: Config, data: int, place: int, device: str) -> Mesh:
-    """The grid of ranks as a rank of one place in the pipeline sees it, without process groups."""
-    parallel = config.parallel
-    return Mesh(
-        torch.device(device),
-        tensor=Axis(parallel.tensor, sequence_parallel=parallel.sequence_parallel),
-        data=Axis(data),
-        pipeline=Axis(parallel.pipeline, place),
-        model=Axis(parallel.tensor * parallel.pipeline),
-    )
-
-
-def parameter_sizes(rank: Rank) -> list[tuple[int, int]]:
-    """Dimensions and numbers of every parameter that one rank holds, padding of the vocabulary included."""
-    config, model, t = rank.config, rank.config.model, rank.config.parallel.tensor
-    hidden, ffn, kv = model.hidden_size, model.ffn_hidden_size // t, model.num_kv_heads * model.head_size // t
-    own, llama = hidden // t, model.family == "llama"
-    norm = [(1, hidden)] if llama else [(1, hidden)] * 2
-    block = [(2, hidden * own), (2, hidden * kv), (2, hidden * kv), (2, hidden * own)]
-    block += [(2, hidden * ffn)] * (3 if llama else 2) + norm * 2
-    block += [] if llama else [(1, own), (1, kv), (1, kv), (1, hidden), (1, ffn), (1, hidden)]
-    every = block * len(rank.layers)
-    table = [(2, vocabulary_parameters(rank))]
-    every += table if rank.first else []
-    every += [(2, config.ponder.steps * hidden)] if rank.first and rank.chain.pauses else []
-    if rank.last:
-        every += norm + ([] if model.tie_embeddings else table)
-        if rank.chain.routed:
-            width, options = config.ponder.router_hidden_size, config.ponder.latent_steps + 1
-            every += [(2, width * hidden), (1, width)] if width else []
-            every += [(2, options * (width or hidden)), (1, options)]
-    assert sum(count for _, count in every) == rank_parameters(rank)
-    return every
-
-
 class Formula:
     """What one rank moves in a training step.
 
@@ -87,87 +46,65 @@ class Formula:
     parallelism L is padded to a multiple of the tensor ranks.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, parameters: Sequence[tuple[int, int]], refinements: int) -> None:
-        """Take the sizes.
-
-        Args:
-            config: resolved.
-            mesh: the ranks, and this one's place.
-            parameters: dimensions and numbers of this rank's part of each parameter.
-            refinements: R of the step.
-        """
-        self._config, self._mesh, self._parameters = config, mesh, parameters
-        self._layers = len(stage_layers(config)[mesh.pipeline.rank])
-        self._first, self._last = mesh.pipeline.rank == 0, mesh.pipeline.rank == mesh.pipeline.size - 1
-        self._passes = passes_of(config.ponder)
-        self._refinements, self._plan = refinements, self._passes.plan(refinements)
-        self._adaptive = self._passes.routed
-        tokens = config.data.sequence_length
-        self._own = mesh.tensor.share(tokens)
-        self._tokens = self._own * mesh.tensor.size if mesh.tensor.sequence_parallel else tokens
-        self._batch, self._hidden = config.training.micro_batch_size, config.model.hidden_size
-        self._micro_batches = micro_batches(config, mesh.data.size)
-        self._width = 2 if config.training.precision == "bf16" else FP32
-        self._stage = zero_stage(config)
+    def __init__(self, rank: Rank, refinements: int) -> None:
+        """Describe the steps of a rank that have R refinements."""
+        self._rank, self._refinements, self._tensor = rank, refinements, rank.tensor
+        self._passes, self._slots = rank.chain, slots_of_passes(rank.config, refinements)
+        tokens = rank.config.data.sequence_length
+        self._tokens = self._tensor.share(tokens) * self._tensor.size if self._tensor.sequence_parallel else tokens
+        self._batch, self._hidden = rank.config.training.micro_batch_size, rank.part.block.hidden
 
     def terms(self) -> list[Term]:
         """All terms of groups that have more than one rank."""
         every = [*self._tensor_terms(), *self._pipeline_terms(), *self._data_terms(), *self._model_terms()]
-        return [term for term in every if term.calls and getattr(self._mesh, term.axis).size > 1]
+        return [term for term in every if term.calls and self._rank.axes[term.axis] > 1]
 
     def textbook(self) -> int:
         """Bytes of Megatron's 4 all-reduces of B · T · H for each block and pass."""
-        slots = self._batch * self._tokens * sum(self._plan)
-        return self._micro_batches * self._layers * 4 * slots * self._hidden * self._width
+        slots = self._batch * self._tokens * sum(run for run, _ in self._slots)
+        return self._rank.micro_batches * len(self._rank.layers) * 4 * slots * self._hidden * self._rank.width
 
     def _tensor_terms(self) -> Iterator[Term]:
-        hidden, options, passes = self._hidden * self._width, self._config.ponder.steps + 1, len(self._plan)
-        sentences = self._batch * self._tokens
-        for index, slots in enumerate(self._plan):
-            count = self._layers
-            yield from self._border("blocks", enter=2, leave=2, repeats=count - self._last, size=slots * hidden)
-            if self._last:
-                kept = len(range(slots)[self._passes.kept(index, self._plan)])
-                yield from self._border("blocks", enter=1, leave=0, size=slots * hidden)  # keys need every slot
+        rank, hidden = self._rank, self._hidden * self._rank.width
+        for index, (run, kept) in enumerate(self._slots):
+            yield from self._border("blocks", enter=2, leave=2, repeats=len(rank.layers) - rank.last, size=run * hidden)
+            if rank.last:
+                yield from self._border("blocks", enter=1, leave=0, size=run * hidden)  # keys need every slot
                 yield from self._border("blocks", enter=1, leave=2, size=kept * hidden)
-            if self._adaptive and index > 0:
-                yield from self._border("log w", enter=1, leave=0, size=slots * FP32)
+            if self._passes.routed and index > 0:
+                yield from self._border("log w", enter=1, leave=0, size=run * FP32)
             yield from self._recompute_terms(index)
-        if self._first:  # a pipeline's first rank embeds anew in every pass that reads tokens
-            repeats = passes if self._mesh.pipeline.size > 1 and self._passes.interleaved else 1
-            yield from self._border("embedding", enter=0, leave=1, repeats=repeats, size=hidden)
-        if self._last:
+        if rank.first:  # a pipeline's first rank embeds anew in every pass that reads tokens
+            anew = rank.axes["pipeline"] > 1 and self._passes.interleaved
+            yield from self._border("embedding", enter=0, leave=1, repeats=len(self._slots) if anew else 1, size=hidden)
+        if rank.last:
             yield from self._border("head", enter=1, leave=0, size=hidden)
-            labels = self._batch * self._config.data.sequence_length * FP32
+            labels = rank.tokens * FP32
             yield self._step("tensor", "all-reduce", "loss: largest logit", 1, labels)
             yield self._step("tensor", "all-reduce", "loss: sum of exponentials, label's logit", 1, 2 * labels)
-        yield from self._baseline_terms()
-        if self._mesh.tensor.sequence_parallel:
-            norms = passes * (2 * self._layers + self._last)
-            yield self._step("tensor", "all-reduce", "gradients of norms", norms, hidden)
-            if self._adaptive and self._last:
-                weight, bias = options * hidden, options * self._width
-                yield self._step("tensor", "all-reduce", "gradient of the router's weight", passes, weight)
-                yield self._step("tensor", "all-reduce", "gradient of the router's bias", passes, bias)
-                yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
-                yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
+        if self._passes.predicts:
+            yield from self._prediction_terms()
+        if self._tensor.sequence_parallel:
+            yield from self._residual_terms()
 
-    def _baseline_terms(self) -> Iterator[Term]:
-        """Pause embeddings, which tokens of all ranks read; predictions, of which ranks gather the likeliest tokens."""
-        model, axis, hidden = self._config.model, self._mesh.tensor, self._hidden * self._width
-        if self._passes.pauses and self._first and axis.sequence_parallel:
-            size = self._config.ponder.steps * hidden
-            yield self._step("tensor", "all-reduce", "gradient of the pause embeddings", 1, size)
-        if not self._passes.predicts:
-            return
-        predictions = len(self._plan) - 1
-        if self._first:
+    def _residual_terms(self) -> Iterator[Term]:
+        """Gradients of what is applied in the residual stream, of which each rank sees its tokens; the routing."""
+        rank = self._rank
+        shared = [parameter.count for parameter in rank.part.parameters if parameter.replicated]
+        yield self._each("tensor", "all-reduce", "gradients of parameters on all ranks", shared, len(self._slots))
+        if rank.part.router:
+            options, sentences = rank.part.router[-1].columns, self._batch * self._tokens
+            yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
+            yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
+
+    def _prediction_terms(self) -> Iterator[Term]:
+        """Of predictions ranks gather the likeliest tokens, whose embeddings the next pass reads."""
+        rank, hidden, predictions = self._rank, self._hidden * self._rank.width, len(self._slots) - 1
+        if rank.first:
             yield from self._border("predictions", enter=0, leave=1, repeats=predictions, size=hidden)
-        if self._last:
+        if rank.last:
             yield from self._border("predictions", enter=1, leave=0, repeats=predictions, size=hidden)
-            unit = self._config.parallel.vocab_multiple
-            columns = math.ceil(model.vocab_size / (axis.size * unit)) * unit
-            count = self._batch * self._config.data.sequence_length * axis.size * min(CANDIDATES, columns)
+            count = rank.tokens * self._tensor.size * min(CANDIDATES, rank.part.columns)
             yield self._step("tensor", "all-gather", "likeliest logits", predictions, count * FP32)
             yield self._step("tensor", "all-gather", "likeliest tokens", predictions, count * INT64)
             yield self._step("tensor", "all-reduce", "gradients of the likeliest logits", predictions, count * FP32)
@@ -175,7 +112,7 @@ class Formula:
     def _border(self, reason: str, enter: int, leave: int, size: int, repeats: int = 1) -> Iterator[Term]:
         """Entering and leaving sharded regions, forward and backward; `size` is bytes of a token."""
         size *= self._batch * self._tokens
-        if not self._mesh.tensor.sequence_parallel:  # one of the two directions is free
+        if not self._tensor.sequence_parallel:  # one of the two directions is free
             yield self._step("tensor", "all-reduce", reason, repeats * (enter + leave), size)
             return
         for operation in ("all-gather", "reduce-scatter"):
@@ -186,14 +123,13 @@ class Formula:
 
         That is the input of the last product, so that the sum after it is not taken again.
         """
-        training, slots = self._config.training, self._plan[index]
-        within = training.recompute_passes is None or index < training.recompute_passes
-        if training.recompute == "none" or not within:
+        recompute, (slots, kept) = self._rank.recompute(index), self._slots[index]
+        if recompute == "none":
             return
-        kept = len(range(slots)[self._passes.kept(index, self._plan)]) if self._last else slots
-        size = self._batch * self._tokens * self._hidden * self._width
-        inner = self._layers - 1
-        gathered, split = self._mesh.tensor.sequence_parallel, training.recompute == "block"
+        kept = kept if self._rank.last else slots
+        size = self._batch * self._tokens * self._hidden * self._rank.width
+        inner = len(self._rank.layers) - 1
+        gathered, split = self._tensor.sequence_parallel, recompute == "block"
         if gathered:  # attention's input
             yield self._step("tensor", "all-gather", "recompute", inner, slots * size)
             yield self._step("tensor", "all-gather", "recompute", 1, slots * size)
@@ -206,49 +142,50 @@ class Formula:
             yield self._step("tensor", operation, "recompute", 1, kept * size)
 
     def _pipeline_terms(self) -> Iterator[Term]:
-        axis = self._mesh.pipeline
-        model = self._config.model
-        sizes = Sizes(self._batch, self._config.data.sequence_length, self._own, model.hidden_size, model.vocab_size)
-        shapes = PassShapes(self._config.ponder, self._refinements, sizes)
-        carried = shapes.carried(axis.size, torch.bfloat16 if self._width < FP32 else torch.float32)
-        for stage in range(axis.rank, len(carried) + 1, axis.size):
+        rank, ranks = self._rank, self._rank.axes["pipeline"]
+        carried = PassShapes(rank.config.ponder, self._refinements, rank.sizes).carried(ranks, rank.dtype)
+        for stage in range(rank.pipeline_rank, len(carried) + 1, ranks):
             if stage < len(carried):
-                yield self._step("pipeline", "send", "activations", 1, carried[stage] * self._width)
+                yield self._step("pipeline", "send", "activations", 1, carried[stage] * rank.width)
             if stage > 0:
-                yield self._step("pipeline", "send", "their gradients", 1, carried[stage - 1] * self._width)
-        yield Term("pipeline", "all-reduce", "sums of the tally", 1, Tally.width(self._config.ponder.steps) * FP64)
+                yield self._step("pipeline", "send", "their gradients", 1, carried[stage - 1] * rank.width)
+        yield Term("pipeline", "all-reduce", "sums of the tally", 1, Tally.width(rank.config.ponder.steps) * FP64)
 
     def _data_terms(self) -> Iterator[Term]:
-        size, stage = self._mesh.data.size, self._stage
-        numbers = [count for _, count in self._parameters]
+        rank, size, stage = self._rank, self._rank.data, zero_stage(self._rank.config)
+        numbers = [parameter.count for parameter in rank.part.parameters]
         each_padded = sum(_padded(count, size) for count in numbers)
         if stage == 3:
             yield self._step("data", "reduce-scatter", "gradients", 1, each_padded * FP32)
         else:
-            repeats = self._micro_batches if stage == 2 else 1
+            repeats = rank.micro_batches if stage == 2 else 1
             yield Term("data", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
-        groups = [sum(count for dims, count in self._parameters if (dims > 1) is decayed) for decayed in (True, False)]
+        groups = [sum(p.count for p in rank.part.parameters if (p.dims > 1) is decayed) for decayed in (True, False)]
         if stage in (1, 2):
             gathered = sum(_padded(count, 2 * size) for count in groups)
-            yield Term("data", "all-gather", "updated weights", len(groups), gathered * self._width)
+            yield Term("data", "all-gather", "updated weights", len(groups), gathered * rank.width)
         if stage == 3:
-            repeats = 1 if sum(numbers) <= LIVE_PARAMETERS else 2 * len(self._plan)
-            for count in numbers:
-                if count > SMALL_PARAMETER:
-                    whole = _padded(count, size) * self._width
-                    yield self._step("data", "all-gather", "weights, for all passes", repeats, whole)
+            repeats = 1 if sum(numbers) <= LIVE_PARAMETERS else 2 * len(self._slots)
+            large = [_padded(count, size) for count in numbers if count > SMALL_PARAMETER]
+            yield self._each("data", "all-gather", "weights, for all passes", large, repeats)
             small = sum(_padded(count, size) for count in numbers if count <= SMALL_PARAMETER)
-            yield Term("data", "all-gather", "updated small weights", 1, small * self._width)
+            yield Term("data", "all-gather", "updated small weights", 1, small * rank.width)
         if stage > 0:
             yield Term("data", "all-reduce", "gradient norm, overflow check", 2, 2 * (FP64 if stage == 3 else FP32))
 
     def _model_terms(self) -> Iterator[Term]:
-        checks = 2 if self._stage > 0 else 1
+        checks = 2 if zero_stage(self._rank.config) > 0 else 1
         yield Term("model", "all-reduce", "gradient norm, overflow check", checks, checks * FP32)
 
     def _step(self, axis: str, operation: str, reason: str, calls: int, size: int) -> Term:
         """As often in every micro-batch."""
-        return Term(axis, operation, reason, self._micro_batches * calls, self._micro_batches * calls * size)
+        count = self._rank.micro_batches * calls
+        return Term(axis, operation, reason, count, count * size)
+
+    def _each(self, axis: str, operation: str, reason: str, counts: list[int], repeats: int) -> Term:
+        """A call for each of these numbers of activations' type, so often in every micro-batch."""
+        times = self._rank.micro_batches * repeats
+        return Term(axis, operation, reason, times * len(counts), times * sum(counts) * self._rank.width)
 
 
 def _padded(count: int, multiple: int) -> int:

@@ -1,12 +1,14 @@
 """Floating-point operations of training, counted from the slots that every pass executes.
 
 A multiplication and the addition after it count as two. Symbols: L tokens of a sequence, S slots a token in a pass,
-T = L S, H hidden size, F feed-forward width, V vocabulary.
+T = L S, H hidden size, V vocabulary.
 """
 
 from typing import NamedTuple
 
-from megatron_ponder.config import Config, ModelConfig
+from megatron_ponder.config import Config
+from megatron_ponder.estimates.part import BlockSizes, PartSizes, Product, part_sizes
+from megatron_ponder.estimates.rank import slots_of_passes
 from megatron_ponder.model.baselines import CANDIDATES
 from megatron_ponder.model.modes import passes_of
 
@@ -26,60 +28,25 @@ class PassFlops(NamedTuple):
     attention: float
 
 
-class Slots(NamedTuple):
-    """Slots of one sequence in one pass.
-
-    Attributes:
-        run: T, slots that every block runs.
-        kept: those that the last block of the stack finishes, because somebody reads their hidden states.
-    """
-
-    run: int
-    kept: int
-
-
-def slots_of_passes(config: Config, refinements: int) -> list[Slots]:
-    """The slots of every pass of one training forward."""
-    passes, tokens = passes_of(config.ponder), config.data.sequence_length
-    plan = passes.plan(refinements)
-    kept = [len(range(slots)[passes.kept(index, plan)]) for index, slots in enumerate(plan)]
-    return [Slots(tokens * slots, tokens * rest) for slots, rest in zip(plan, kept, strict=True)]
-
-
-def block_flops(model: ModelConfig, run: int, kept: int) -> PassFlops:
-    """One block: 2 T (H² + 2 H kv) for q, k, v; 2 T' (H² + 3 H F) for the rest; attention 4 H T (T + 1) / 2.
+def block_flops(block: BlockSizes, run: int, kept: int) -> PassFlops:
+    """One block: 2 T for each weight up to queries, keys and values; 2 T' for the others; attention 4 q T (T + 1) / 2.
 
     Args:
-        model: the transformer; gpt_neox has two matrices of H · F where llama has three.
+        block: of a whole model; its queries are q wide.
         run: T.
         kept: T', slots that the output projection and the feed-forward layer see.
     """
-    hidden, kv = model.hidden_size, model.num_kv_heads * model.head_size
-    ffn = (3 if model.family == "llama" else 2) * hidden * model.ffn_hidden_size
-    matrices = 2 * run * (hidden**2 + 2 * hidden * kv) + 2 * kept * (hidden**2 + ffn)
-    return PassFlops(matrices, 4 * hidden * run * (run + 1) / 2)
+    matrices = 2 * run * _weights(block.before) + 2 * kept * _weights(block.after)
+    return PassFlops(matrices, 4 * block.query * run * (run + 1) / 2)
 
 
-def router_flops(config: Config, final: bool) -> float:
-    """2 L H (K + 1) for a linear router, and as much again where hidden states are fused for the output."""
-    if not passes_of(config.ponder).routed:
-        return 0.0
-    hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.latent_steps + 1
-    router = width * (hidden + options) if width else hidden * options
-    return 2 * config.data.sequence_length * (router + (hidden * options if final else 0))
+def _weights(products: tuple[Product, ...]) -> int:
+    return sum(product.weights for product in products)
 
 
 def head_flops(config: Config) -> float:
     """2 L H V."""
-    return 2.0 * config.data.sequence_length * config.model.hidden_size * config.model.vocab_size
-
-
-def prediction_flops(config: Config, final: bool) -> float:
-    """2 L H (V + n) where a pass but the last ends in a prediction, whose n likeliest tokens the next one reads."""
-    if final or not passes_of(config.ponder).predicts:
-        return 0.0
-    count = min(CANDIDATES, config.model.vocab_size)
-    return head_flops(config) + 2 * config.data.sequence_length * config.model.hidden_size * count
+    return 2.0 * config.data.sequence_length * _whole(config).table
 
 
 def forward_flops(config: Config, refinements: int) -> list[PassFlops]:
@@ -87,14 +54,13 @@ def forward_flops(config: Config, refinements: int) -> list[PassFlops]:
 
     The head that predicts the next token is left out.
     """
-    every = []
+    tokens, block, every = config.data.sequence_length, _whole(config).block, []
     slots = slots_of_passes(config, refinements)
     for index, (run, kept) in enumerate(slots):
-        inner, last = block_flops(config.model, run, run), block_flops(config.model, run, kept)
-        layers = config.model.num_layers - 1
-        final = index == len(slots) - 1
+        inner, last = (block_flops(block, tokens * run, tokens * rest) for rest in (run, kept))
+        layers, final = config.model.num_layers - 1, index == len(slots) - 1
         matrices = layers * inner.matrices + last.matrices
-        matrices += router_flops(config, final) + prediction_flops(config, final)
+        matrices += _router_flops(config, final) + _prediction_flops(config, final)
         every.append(PassFlops(matrices, layers * inner.attention + last.attention))
     return every
 
@@ -113,3 +79,25 @@ def training_flops(config: Config, refinements: int) -> float:
     trained = config.ponder_training.gradient_passes or len(passes)
     sequence = sum(passes[:-trained]) + FORWARD_AND_BACKWARD * (sum(passes[-trained:]) + head_flops(config))
     return config.training.global_batch_size * sequence
+
+
+def _router_flops(config: Config, final: bool) -> float:
+    """2 L for each weight of the router, and 2 L H (K + 1) where hidden states are fused for the output."""
+    router = _whole(config).router
+    if not router:
+        return 0.0
+    fusion = config.model.hidden_size * router[-1].columns
+    return 2 * config.data.sequence_length * (_weights(router) + (fusion if final else 0))
+
+
+def _prediction_flops(config: Config, final: bool) -> float:
+    """2 L H (V + n) where a pass but the last ends in a prediction, whose n likeliest tokens the next one reads."""
+    if final or not passes_of(config.ponder).predicts:
+        return 0.0
+    count = min(CANDIDATES, config.model.vocab_size)
+    return head_flops(config) + 2 * config.data.sequence_length * config.model.hidden_size * count
+
+
+def _whole(config: Config) -> PartSizes:
+    """The model as one process would hold it."""
+    return part_sizes(config.model, config.ponder)

@@ -1,26 +1,29 @@
 """The table that a run prints when it starts: who holds what."""
 
+import math
 from collections.abc import Iterable
 
 from megatron_ponder.config import Config
-from megatron_ponder.estimates.memory import memory_estimate, most_in_flight
-from megatron_ponder.estimates.rank import Rank, rank_parameters
+from megatron_ponder.estimates.activations import most_in_flight
+from megatron_ponder.estimates.memory import memory_estimate
+from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.mesh import AXES
 
 GIB = 2**30
 
 
-def describe_layout(config: Config, mesh: Mesh) -> str:
+def describe_layout(config: Config, data: int, device: str) -> str:
     """What is printed when training starts: the grid of ranks, the step, and a line for each place in the pipeline.
 
     Args:
         config: resolved, with a vocabulary size.
-        mesh: sizes of its axes and the kind of device; its groups are not used.
+        data: data-parallel ranks.
+        device: `cpu` or `cuda`.
     """
     parallel, training, tokens = config.parallel, config.training, config.data.sequence_length
-    data = mesh.data.size
-    ranks = [Rank(config, data, place, mesh.device.type) for place in range(parallel.pipeline)]
+    ranks = [Rank(config, data, place, device) for place in range(parallel.pipeline)]
+    sizes = {axis: ranks[0].axes[axis] for axis in AXES}
     count, sequences = ranks[0].micro_batches, training.global_batch_size
     slots = sequences * tokens * config.ponder.steps
     plans = [passes_of(config.ponder).plan(r) for r in config.ponder_training.refinement_choices]
@@ -30,8 +33,8 @@ def describe_layout(config: Config, mesh: Mesh) -> str:
     flags += [f"optimiser on {parallel.offload_optimizer}"] if parallel.offload_optimizer != "none" else []
     flags += [parallel.pipeline_schedule] if parallel.pipeline > 1 else []
     lines = [
-        f"{parallel.tensor * data * parallel.pipeline} ranks: {parallel.tensor} tensor × {data} data × "
-        f"{parallel.pipeline} pipeline; {', '.join(flags)}",
+        f"{math.prod(sizes.values())} ranks: {' × '.join(f'{size} {axis}' for axis, size in sizes.items())}; "
+        f"{', '.join(flags)}",
         f"a step: {sequences:,} sequences, {sequences * tokens:,} tokens, {slots:,} latent slots",
         f"a micro-batch: {training.micro_batch_size} sequences, {_span(map(len, plans))} passes of "
         f"{_span(map(sum, plans))} slots a token",
@@ -44,12 +47,12 @@ def describe_layout(config: Config, mesh: Mesh) -> str:
     for rank in ranks:
         memory, layers = memory_estimate(rank), rank.layers
         also = ["embedding"] * rank.first + ["head"] * rank.last
-        also += ["router"] * (rank.last and rank.chain.routed)
+        also += ["router"] * bool(rank.part.router)
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.other, memory.total)
         shown = " ".join(f"{size / GIB:{width}.2f}" for size, width in zip(sizes, (7, 5, 5, 6, 5, 6), strict=True))
         lines.append(
             f"{rank.pipeline_rank:>8} {f'{layers[0]}–{layers[-1]}':>7} {' '.join(also):<18} "
-            f"{rank_parameters(rank) / 1e6:>9.1f}M │ {shown}"
+            f"{rank.part.count / 1e6:>9.1f}M │ {shown}"
         )
     return "\n".join(lines)
 

@@ -1,19 +1,36 @@
-"""One rank of a layout, from the configuration alone: its part of the model, its passes, how many parameters it holds.
+"""One rank of a layout, from the configuration alone: its place in the grid, its part of the model, its passes.
 
-Symbols: H hidden size, F feed-forward width, t tensor ranks, D data-parallel ranks, b bytes of an activation.
+Symbols: D data-parallel ranks, b bytes of an activation, L tokens of a sequence.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from megatron_ponder.config import Config, micro_batches, stage_layers
+from megatron_ponder.estimates.part import PartSizes, part_sizes
 from megatron_ponder.kernels.attention import Call, Kernel, choose
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.passes import Passes, Sizes
+from megatron_ponder.model.transformer import ModelPart, Recompute
+from megatron_ponder.parallel.mesh import COPY, Axis
 
 FP32 = 4
+
+
+class PassSlots(NamedTuple):
+    """Slots of one pass, of a token or of so many tokens.
+
+    Attributes:
+        run: that every block runs.
+        kept: those that the last block of the stack finishes, because somebody reads their hidden states.
+    """
+
+    run: int
+    kept: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,18 @@ class Rank:
     device: str = "cpu"
 
     @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of the grid's axes, and of `model`, the ranks that hold one copy of the model."""
+        parallel = self.config.parallel
+        sizes = {"tensor": parallel.tensor, "data": self.data, "pipeline": parallel.pipeline}
+        return sizes | {"model": math.prod(sizes[axis] for axis in COPY)}
+
+    @property
+    def tensor(self) -> Axis:
+        """The tensor ranks, without a group."""
+        return Axis(self.config.parallel.tensor, sequence_parallel=self.config.parallel.sequence_parallel)
+
+    @property
     def layers(self) -> range:
         """Its blocks."""
         return stage_layers(self.config)[self.pipeline_rank]
@@ -47,17 +76,27 @@ class Rank:
         """It has the final norm, the router and the head."""
         return self.pipeline_rank == self.config.parallel.pipeline - 1
 
+    @cached_property
+    def part(self) -> PartSizes:
+        """What it holds of the model."""
+        config, part = self.config, ModelPart(self.layers, self.first, self.last)
+        return part_sizes(config.model, config.ponder, self.tensor.size, part, config.parallel.vocab_multiple)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
+
     @property
     def width(self) -> int:
         """b."""
-        return 2 if self.config.training.precision == "bf16" else FP32
+        return self.dtype.itemsize
 
     @property
     def attention(self) -> Kernel:
         """The kernel that its attention takes."""
-        model, dtype = self.config.model, torch.bfloat16 if self.width < FP32 else torch.float32
-        grouped = model.num_kv_heads < model.num_heads
-        return choose(Call(self.device, dtype, grouped, self.config.data.reset_at_eod))
+        block = self.part.block
+        return choose(Call(self.device, self.dtype, block.key < block.query, self.config.data.reset_at_eod))
 
     @property
     def chain(self) -> Passes:
@@ -66,58 +105,52 @@ class Rank:
 
     @property
     def sizes(self) -> Sizes:
-        """Sizes of a micro-batch."""
+        """Of a micro-batch."""
         config, tokens = self.config, self.config.data.sequence_length
-        share = round(self.residual(tokens))
-        return Sizes(config.training.micro_batch_size, tokens, share, config.model.hidden_size, config.model.vocab_size)
+        batch, share = config.training.micro_batch_size, self.tensor.share(tokens)
+        return Sizes(batch, tokens, share, config.model.hidden_size, config.model.vocab_size)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, B L."""
+        return self.config.training.micro_batch_size * self.config.data.sequence_length
 
     @property
     def plan(self) -> tuple[int, ...]:
-        """Slots a token of every pass, with the largest R that training draws."""
-        return self.chain.plan(self.config.ponder_training.evaluation_refinements)
+        """Slots a token of every pass, with that R."""
+        return self.chain.plan(self.refinements)
+
+    @property
+    def refinements(self) -> int:
+        """The largest R that training draws."""
+        return self.config.ponder_training.evaluation_refinements
 
     @property
     def micro_batches(self) -> int:
         """M, micro-batches of a step."""
         return micro_batches(self.config, self.data)
 
+    def recompute(self, index: int) -> Recompute:
+        """What the backward pass of pass `index` computes again."""
+        training = self.config.training
+        again = training.recompute_passes is None or index < training.recompute_passes
+        return training.recompute if again else "none"
+
     def residual(self, slots: float) -> float:
-        """Those of so many slots that this rank holds between sharded layers."""
-        parallel, tokens = self.config.parallel, self.config.data.sequence_length
-        return slots * math.ceil(tokens / parallel.tensor) / tokens if parallel.sequence_parallel else slots
+        """Of so many slots, those that this rank holds between sharded layers."""
+        tokens = self.config.data.sequence_length
+        return slots * self.tensor.share(tokens) / tokens
 
 
-def rank_parameters(rank: Rank) -> int:
-    """Parameters that one rank holds when it holds all of its part, padding of the vocabulary included."""
-    config = rank.config
-    count = len(rank.layers) * block_parameters(rank)
-    count += vocabulary_parameters(rank) * (rank.first + (rank.last and not config.model.tie_embeddings))
-    count += config.ponder.steps * config.model.hidden_size * (rank.first and rank.chain.pauses)
-    return count + (_norm_parameters(config) + _router_parameters(config) if rank.last else 0)
+def slots_of_passes(config: Config, refinements: int) -> list[PassSlots]:
+    """The slots a token of every pass of one training forward with R refinements."""
+    passes = passes_of(config.ponder)
+    plan = passes.plan(refinements)
+    return [PassSlots(slots, len(range(slots)[passes.kept(index, plan)])) for index, slots in enumerate(plan)]
 
 
-def block_parameters(rank: Rank) -> int:
-    """q, o: H²/t each; k, v: H · kv/t each; 3 or 2 matrices H · F/t; neox biases; two norms."""
-    model, t = rank.config.model, rank.config.parallel.tensor
-    hidden, ffn, kv = model.hidden_size, model.ffn_hidden_size // t, model.num_kv_heads * model.head_size // t
-    matrices = 2 * hidden * (hidden // t + kv) + (3 if model.family == "llama" else 2) * hidden * ffn
-    biases = 0 if model.family == "llama" else hidden // t + 2 * kv + ffn + 2 * hidden
-    return matrices + biases + 2 * _norm_parameters(rank.config)
-
-
-def vocabulary_parameters(rank: Rank) -> int:
-    """Rows of one tensor rank, padded to the multiple, times H."""
-    model, parallel = rank.config.model, rank.config.parallel
-    unit = parallel.vocab_multiple
-    return math.ceil(model.vocab_size / (parallel.tensor * unit)) * unit * model.hidden_size
-
-
-def _norm_parameters(config: Config) -> int:
-    return config.model.hidden_size * (1 if config.model.family == "llama" else 2)
-
-
-def _router_parameters(config: Config) -> int:
-    if not passes_of(config.ponder).routed:
-        return 0
-    hidden, width, options = config.model.hidden_size, config.ponder.router_hidden_size, config.ponder.latent_steps + 1
-    return width * (hidden + 1) + options * (width + 1) if width else options * (hidden + 1)
+def places(config: Config) -> list[int]:
+    """Places in the pipeline of which one needs most: the ends, and the first of every number of blocks."""
+    counts = [len(layers) for layers in stage_layers(config)]
+    between = {counts[place]: place for place in reversed(range(len(counts)))}
+    return sorted({0, len(counts) - 1, *between.values()})

@@ -11,8 +11,8 @@ from megatron_ponder.config import Config, check_layout, data_parallel_size, res
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.config.layout import largest_tensor
 from megatron_ponder.estimates.memory import RankMemory, memory_estimate
-from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.estimates.step_time import StepTime, places, step_time
+from megatron_ponder.estimates.rank import Rank, places
+from megatron_ponder.estimates.step_time import StepTime, step_time
 
 # What a layout is made of: section and key, in the order in which they are shown.
 KEYS = (

@@ -16,6 +16,10 @@ from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, cons
 class RMSNorm(ShardedModule):
     """x / sqrt(mean(x²) + ε) · g over the last dimension, statistics in fp32 or better; replicated."""
 
+    # fp32 numbers of a row that its backward pass needs beside the input, and fp32 tensors as large as the input that
+    # it makes of a narrower one.
+    STATISTICS, WORKSPACE = 1, 4
+
     def __init__(self, hidden_size: int, epsilon: float, axis: Axis) -> None:
         super().__init__(axis)
         self.epsilon = epsilon
@@ -33,6 +37,8 @@ class RMSNorm(ShardedModule):
 
 class LayerNorm(ShardedModule):
     """(x − mean) / sqrt(variance + ε) · g + b over the last dimension; replicated."""
+
+    STATISTICS, WORKSPACE = 2, 0  # as of RMSNorm
 
     def __init__(self, hidden_size: int, epsilon: float, axis: Axis) -> None:
         super().__init__(axis)

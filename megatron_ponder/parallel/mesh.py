@@ -7,6 +7,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
+# From neighbours, which lie inside a node, to ranks that are farthest apart.
+AXES = ("tensor", "data", "pipeline")
+# Those along which one copy of the model lies.
+COPY = ("tensor", "pipeline")
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -33,8 +38,6 @@ class Axis:
 @dataclass(frozen=True)
 class Mesh:
     """The grid of ranks and this rank's device. The default is a single process on the CPU.
-
-    Tensor ranks are neighbours, so that they lie inside a node; pipeline ranks are farthest apart.
 
     Attributes:
         device: of this rank.
@@ -66,7 +69,7 @@ def build_mesh(device: torch.device, tensor: int, pipeline: int, data: int, sequ
         data: ranks that share the batch.
         sequence_parallel: split norms and the residual stream over the tensor ranks.
     """
-    names = ("pipeline", "data", "tensor")
+    names = AXES[::-1]
     grid = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=names)
     axes = {
         name: Axis(grid[name].size(), grid[name].get_local_rank(), grid.get_group(name), split)

@@ -10,9 +10,10 @@ from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from tests.distributed import run_distributed
 
 LENGTH = 7  # odd, so that sequence parallelism pads
-CASES = [(layout, mode) for layout in ("tp2", "tp2+sp") for mode in ("vanilla", "adaptive")]
-CASES += [("tp2", "ponderlm"), ("tp2+sp", "ponderlm"), ("tp2+sp", "pause"), ("tp2", "loop")]
-CASES += [(layout, "adaptive") for layout in ("tp2 block", "tp2+sp block", "tp2+sp attention")]
+CASES = [(layout, mode, {}) for layout in ("tp2", "tp2+sp") for mode in ("vanilla", "adaptive")]
+CASES += [("tp2", "ponderlm", {}), ("tp2+sp", "ponderlm", {}), ("tp2+sp", "pause", {}), ("tp2", "loop", {})]
+CASES += [(layout, "adaptive", {}) for layout in ("tp2 block", "tp2+sp block", "tp2+sp attention")]
+CASES += [("tp2+sp", "adaptive", {"model__family": "gpt_neox", "ponder__router_hidden_size": 8})]
 
 
 def count_by_hand(mesh: Mesh) -> dict[tuple[str, str], Volume]:
@@ -31,10 +32,10 @@ def count_by_hand(mesh: Mesh) -> dict[tuple[str, str], Volume]:
 
 def count_all(mesh: Mesh) -> tuple[dict[tuple[str, str], Volume], list[Count]]:
     counts = []
-    for name, mode in CASES:
+    for name, mode, overrides in CASES:
         layout = LAYOUTS[name]
         case_mesh = build_mesh(mesh.device, layout.tensor, layout.pipeline, layout.data, layout.sequence_parallel)
-        counts.append(count_step(case_mesh, configuration(layout, mode, LENGTH)))
+        counts.append(count_step(case_mesh, configuration(layout, mode, LENGTH, **overrides)))
     return count_by_hand(mesh), counts
 
 
@@ -54,7 +55,7 @@ def test_counts_what_is_called(two_ranks):
     assert two_ranks[1][0] == both
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{layout}-{mode}" for layout, mode in CASES])
+@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_tensor_ranks_move_what_the_formula_says(two_ranks, index):
     for _, counts in two_ranks:
         assert counts[index].measured == counts[index].expected()

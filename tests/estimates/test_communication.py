@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ponder.config import stage_layers
-from megatron_ponder.estimates.communication import Formula, mesh_on_paper, parameter_sizes
+from megatron_ponder.estimates.communication import Formula
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import ModelPart
@@ -31,15 +31,15 @@ def test_parameters_are_those_of_the_model(family, tensor, pipeline, router):
             mesh = Mesh(tensor=Axis(tensor))
             model = PonderLM(config.model, config.ponder, mesh, part=part, vocab_multiple=8)
         real = [(parameter.dim(), parameter.numel()) for _, parameter, *_ in declarations(model)]
-        assert sorted(parameter_sizes(Rank(config, pipeline_rank=place))) == sorted(real)
+        sizes = Rank(config, pipeline_rank=place).part.parameters
+        assert sorted((size.dims, size.count) for size in sizes) == sorted(real)
 
 
 def terms(data: int = 1, place: int = 0, **overrides) -> dict[tuple[str, str], int]:
     """Bytes by axis and operation."""
     config = small_config(training__micro_batch_size=1, training__global_batch_size=4, **overrides)
-    mesh = mesh_on_paper(config, data, place, "cpu")
     sums: dict[tuple[str, str], int] = {}
-    for term in Formula(config, mesh, parameter_sizes(Rank(config, data, place)), refinements=1).terms():
+    for term in Formula(Rank(config, data, place), refinements=1).terms():
         sums[term.axis, term.operation] = sums.get((term.axis, term.operation), 0) + term.bytes
     return sums
 
@@ -58,6 +58,6 @@ def test_half_the_width_sends_half_the_activations():
 
 def test_gradients_are_summed_in_fp32_and_weights_shared_as_they_are():
     sums = terms(data=2, training__precision="bf16", parallel__zero_stage=0)  # which runs as stage 1
-    count = sum(number for _, number in parameter_sizes(Rank(small_config())))
+    count = Rank(small_config()).part.count
     assert sums["data", "all-reduce"] == 4 * count + 8
     assert 2 * count <= sums["data", "all-gather"] <= 2 * count + 16

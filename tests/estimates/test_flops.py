@@ -4,7 +4,9 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ponder.estimates.flops import block_flops, forward_flops, head_flops, slots_of_passes, training_flops
+from megatron_ponder.estimates.flops import block_flops, forward_flops, head_flops, training_flops
+from megatron_ponder.estimates.part import part_sizes
+from megatron_ponder.estimates.rank import slots_of_passes
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.training.objective import Objective
 from tests.models import random_tokens, small_config, small_model
@@ -71,7 +73,7 @@ def test_products_with_weights_are_those_that_run(overrides):
 @pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
 def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
     config = small_config(data__sequence_length=LENGTH, ponder__mode=mode)
-    slots = slots_of_passes(config, R)
+    slots = [(LENGTH * run, LENGTH * kept) for run, kept in slots_of_passes(config, R)]
     expected = 0.0
     for index, ((run, _), flops) in enumerate(zip(slots, forward_flops(config, R), strict=True)):
         square = flops.attention * 2 * run / (run + 1)
@@ -87,7 +89,7 @@ def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
 def test_a_step_by_hand():
     config = small_config(ponder__mode="fixed", data__sequence_length=8, training__global_batch_size=6)
     # K = 2, R = 1: passes of 1, 2, 3, 3 slots; the last block finishes 1, 2, 2 and 1 of them
-    assert [(run // 8, kept // 8) for run, kept in slots_of_passes(config, 1)] == [(1, 1), (2, 2), (3, 2), (3, 1)]
+    assert slots_of_passes(config, 1) == [(1, 1), (2, 2), (3, 2), (3, 1)]
     sequence = 0
     for slots, kept in ((1, 1), (2, 2), (3, 2), (3, 1)):
         inner, last = 8 * slots, 8 * kept
@@ -104,7 +106,8 @@ def test_cost_in_passes():
         slots = sum(pass_slots(steps, refinements))
         assert slots == steps * (steps + 1) / 2 + (refinements + 1) * (steps + 1)
     config = small_config()
-    once, twice = (block_flops(config.model, run, run).matrices for run in (100, 200))
+    block = part_sizes(config.model, config.ponder).block
+    once, twice = (block_flops(block, run, run).matrices for run in (100, 200))
     assert twice == 2 * once
 
 

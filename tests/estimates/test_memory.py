@@ -12,16 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron_ponder.config import Config, stage_layers
-from megatron_ponder.estimates.memory import (
-    held_gradient_bytes,
-    loss_bytes,
-    memory_estimate,
-    most_in_flight,
-    pass_bytes,
-    passes,
-    running_moments,
-)
-from megatron_ponder.estimates.rank import Rank, rank_parameters
+from megatron_ponder.estimates.activations import most_in_flight, pass_bytes, passes
+from megatron_ponder.estimates.memory import held_gradient_bytes, loss_bytes, memory_estimate, running_moments
+from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import ModelPart
 from megatron_ponder.parallel.mesh import Axis, Mesh
@@ -108,7 +101,7 @@ def test_parameters_of_every_rank(family, mode, tensor, pipeline):
         with torch.device("meta"):
             model = PonderLM(config.model, config.ponder, mesh, part=part, vocab_multiple=16)
         expected = sum(parameter.numel() for parameter in model.parameters())
-        assert rank_parameters(Rank(config, pipeline_rank=place)) == expected
+        assert Rank(config, pipeline_rank=place).part.count == expected
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,7 @@ def test_parameters_of_other_models(overrides):
     config = config_for(**overrides)
     with torch.device("meta"):
         model = PonderLM(config.model, config.ponder)
-    assert rank_parameters(Rank(config)) == sum(parameter.numel() for parameter in model.parameters())
+    assert Rank(config).part.count == sum(parameter.numel() for parameter in model.parameters())
 
 
 # Activations

@@ -8,13 +8,9 @@ from megatron_ponder.cluster.hardware import Cluster
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.communication import Term
 from megatron_ponder.estimates.flops import training_flops
-from megatron_ponder.estimates.step_time import (
-    Links,
-    bubble_share,
-    collective_seconds,
-    places,
-    step_time,
-)
+from megatron_ponder.estimates.links import Links, collective_seconds
+from megatron_ponder.estimates.rank import Rank, places
+from megatron_ponder.estimates.step_time import bubble_share, step_time
 from tests.models import small_config
 
 FAST = 1e30
@@ -95,12 +91,12 @@ def test_collectives_by_hand():
 def test_what_leaves_a_node_takes_the_network():
     cluster = replace(CLUSTER, link_share=1.0)
     config = config_for(parallel__tensor=4)
-    links = Links(config, cluster, data=8)
+    links = Links(Rank(config, data=8), cluster)
     assert links.of("tensor") == (4, 400e9, cluster.intra_latency)
     assert links.of("data") == (8, 2 * 50e9, cluster.inter_latency)  # two members in a node, two ports
-    assert Links(config, cluster, data=2).of("data") == (2, 400e9, cluster.intra_latency)
-    assert Links(config_for(parallel__pipeline=2), cluster, data=16).of("pipeline")[1] == 50e9
-    assert Links(config_for(), cluster, data=32).of("data")[1] == 400e9  # eight ports, as fast as inside
+    assert Links(Rank(config, data=2), cluster).of("data") == (2, 400e9, cluster.intra_latency)
+    assert Links(Rank(config_for(parallel__pipeline=2), data=16), cluster).of("pipeline")[1] == 50e9
+    assert Links(Rank(config_for(), data=32), cluster).of("data")[1] == 400e9  # eight ports, as fast as inside
 
 
 def test_reductions_hide_where_the_backward_pass_of_the_first_pass_is_long_enough():

@@ -1,0 +1,146 @@
+"""How long one rank computes in a step on a cluster, from the configuration alone.
+
+Each function states its equation, so that a reader can check it against the code it describes. Symbols: B sequences of
+a micro-batch, L tokens, T slots of a sequence in a pass, T' those whose result somebody reads, H hidden size, N
+parameters of a rank, D data-parallel ranks, b bytes of an activation.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES, moment_bytes
+from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.config.deepspeed import zero_stage
+from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD
+from megatron_ponder.estimates.part import Product
+from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
+from megatron_ponder.kernels.attention import FOLDED_CHANNELS
+
+# The kernels' backward pass computes probabilities anew and then four products, after two in the forward pass.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass
+class Work:
+    """Seconds of computation."""
+
+    matrices: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+
+    def add(self, other: "Work", times: float = 1.0) -> None:
+        """Add some other work so many times."""
+        self.matrices += times * other.matrices
+        self.attention += times * other.attention
+        self.elementwise += times * other.elementwise
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.matrices + self.attention + self.elementwise
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What the ranks of one place in the pipeline compute in a step.
+
+    Attributes:
+        rank: the place.
+        cluster: that it runs on.
+        refinements: R of the step.
+    """
+
+    rank: Rank
+    cluster: Cluster
+    refinements: int
+
+    def products(self, rows: float, weights: tuple[Product, ...]) -> float:
+        """Seconds of (rows × inner) (inner × columns): 2 · rows · inner · columns operations each, or its memory."""
+        rate, b = self.cluster.peak * self.cluster.matrix_share, self.rank.width
+        return sum(
+            max(2 * rows * weight.weights / rate, self.moved(b * (rows * sum(weight) + weight.weights)))
+            for weight in weights
+        )
+
+    def moved(self, size: float) -> float:
+        """Seconds in which so many bytes are read or written."""
+        return size / (self.cluster.memory_bandwidth * self.cluster.memory_bandwidth_share)
+
+    def attention(self, run: int, folded: bool) -> Work:
+        """Everything of a block up to the output projection, forward.
+
+        Products, attention with 4 operations a channel for each query and key that it may see (whole blocks of keys),
+        the norm (T 2 H b), rotations of queries and keys (T 2 b a channel).
+        """
+        rank, block, b = self.rank, self.rank.part.block, self.rank.width
+        batch = rank.config.training.micro_batch_size
+        rows, head_size = batch * run, block.query // block.query_heads
+        channels = (head_size + FOLDED_CHANNELS) / head_size if folded else 1.0
+        return Work(
+            self.products(rows, block.before),
+            4 * block.query * batch * rank.attention.pairs(run) * channels / self._attention_rate,
+            self.moved(b * 2 * (rank.residual(rows) * block.hidden + rows * (block.query + block.key) * channels)),
+        )
+
+    @property
+    def _attention_rate(self) -> float:
+        return self.cluster.peak * self.cluster.attention_share
+
+    def feed_forward(self, kept: int) -> Work:
+        """The rest of a block, forward: products, norm and two additions to the stream (T' 8 H b), the activation."""
+        block, rows = self.rank.part.block, self.rank.config.training.micro_batch_size * kept
+        numbers = 8 * self.rank.residual(rows) * block.hidden + rows * (block.expanded + block.activated)
+        return Work(self.products(rows, block.after), 0.0, self.moved(self.rank.width * numbers))
+
+    def head(self) -> Work:
+        """Head and loss, forward and backward: products, and 36 + 2 b bytes for each logit.
+
+        Cross-entropy reads and writes its fp32 logits about nine times in all.
+        """
+        rows, part = self.rank.tokens, self.rank.part
+        products = FORWARD_AND_BACKWARD * self.products(rows, (Product(part.block.hidden, part.columns),))
+        return Work(products, 0.0, self.moved(rows * part.columns * (36 + 2 * self.rank.width)))
+
+    def micro_batch(self) -> tuple[Work, float]:
+        """All passes of one micro-batch; and of these, the backward pass of the first pass that has one.
+
+        A backward pass does twice the work of its forward pass, attention 2.5 times; what is recomputed comes on top.
+        """
+        work, first_backward = Work(), None
+        slots, tokens = slots_of_passes(self.rank.config, self.refinements), self.rank.config.data.sequence_length
+        trained = self.rank.config.ponder_training.gradient_passes or len(slots)
+        for index, (run, kept) in enumerate(slots):
+            kept = kept if self.rank.last else run
+            front = self.attention(tokens * run, folded=self.rank.chain.routed and index > 0)
+            inner, last = self.feed_forward(tokens * run), self.feed_forward(tokens * kept)
+            forward, attended = Work(), Work()
+            attended.add(front, len(self.rank.layers))
+            forward.add(attended)
+            forward.add(inner, len(self.rank.layers) - 1)
+            forward.add(last)
+            work.add(forward)
+            if index < len(slots) - trained:
+                continue
+            backward = Work(2 * forward.matrices, ATTENTION_BACKWARD * forward.attention, 2 * forward.elementwise)
+            backward.add({"block": forward, "attention": attended, "none": Work()}[self.rank.recompute(index)])
+            work.add(backward)
+            first_backward = backward.total if first_backward is None else first_backward
+        if self.rank.last:
+            work.add(self.head(), len(slots) if self.rank.chain.predicts else 1)
+        return work, first_backward
+
+    def gradient_sums(self) -> float:
+        """Every pass adds its gradients of weights to those before, 3 N b; sums of micro-batches in fp32, N (b + 8)."""
+        rank = self.rank
+        count, passes = rank.part.count, len(slots_of_passes(rank.config, self.refinements))
+        again = rank.micro_batches > 1 or rank.width < FP32
+        size = 3 * rank.width * count * (passes - 1) + (count * (rank.width + 2 * FP32) if again else 0)
+        return rank.micro_batches * self.moved(size)
+
+    def optimizer(self) -> float:
+        """Weight and moments are read and written, the gradient read thrice and, for clipping, written, all in fp32.
+
+        Of AdamW 40 bytes for each of N / D parameters; N without ZeRO.
+        """
+        shared = zero_stage(self.rank.config) > 0
+        size = 2 * (WEIGHT_BYTES + moment_bytes(self.rank.config.optimizer)) + 4 * FP32
+        return self.moved(size * self.rank.part.count / (self.rank.data if shared else 1))
