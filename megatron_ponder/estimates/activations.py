@@ -145,7 +145,7 @@ def _end_bytes(rank: Rank, p: Pass) -> float:
 
 
 def prediction_bytes(rank: Rank, p: Pass) -> float:
-    """Of n likeliest tokens, places 8 n (16 n on tensor ranks) and probabilities 4 n; to mix them, ids 8 n and b n."""
+    """Bytes of n likeliest tokens: places 8 n (16 n on tensor ranks), probabilities 4 n; to mix them, 8 n and b n."""
     numbers = rank.tokens * min(CANDIDATES, rank.config.model.vocab_size)
     size = numbers * ((INT64 if rank.tensor.size == 1 else 2 * INT64) + FP32) * (p.predicts and rank.last)
     return size + numbers * (INT64 + rank.width) * (p.reads and rank.first)

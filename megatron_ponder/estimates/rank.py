@@ -84,7 +84,7 @@ class Rank:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """Type of activations."""
         return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
 
     @property
@@ -105,14 +105,14 @@ class Rank:
 
     @property
     def sizes(self) -> Sizes:
-        """Of a micro-batch."""
+        """Sizes of a micro-batch."""
         config, tokens = self.config, self.config.data.sequence_length
         batch, share = config.training.micro_batch_size, self.tensor.share(tokens)
         return Sizes(batch, tokens, share, config.model.hidden_size, config.model.vocab_size)
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, B L."""
+        """B L, tokens of a micro-batch."""
         return self.config.training.micro_batch_size * self.config.data.sequence_length
 
     @property
@@ -137,7 +137,7 @@ class Rank:
         return training.recompute if again else "none"
 
     def residual(self, slots: float) -> float:
-        """Of so many slots, those that this rank holds between sharded layers."""
+        """Those of so many slots that this rank holds between sharded layers."""
         tokens = self.config.data.sequence_length
         return slots * self.tensor.share(tokens) / tokens
 
