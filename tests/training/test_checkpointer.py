@@ -229,12 +229,12 @@ def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     # the first recorded loss is that of the given weights, before any update, on the first batch of the new order
     config, parts = open_parts(read_config(["--config", str(anew / "config.yaml")]))
     tokens = next(validation_batches(parts.datasets["train"], 4, 4, 0, 1))
-    objective = Objective(load_model(runs.whole).model)
-    _, sums = objective(tokens, refinements(0, 7, config.ponder_training), objective.model.rule("soft"))
+    objective, r = Objective(load_model(runs.whole).model), refinements(0, 7, config.ponder_training)
+    _, sums = objective(tokens, r, objective.model.rule("soft"))
     assert records[0]["cross_entropy"] == pytest.approx(Tally.of(sums.sum(0)).mean_loss, rel=1e-5)
 
     # and what each step predicts by itself is measured with them too, on the first sequence
-    _, sums = objective(tokens[:1], refinements(0, 7, config.ponder_training), objective.model.rule("soft"), each_step=True)
+    _, sums = objective(tokens[:1], r, objective.model.rule("soft"), each_step=True)
     tally = Tally.of(sums.sum(0))
     assert records[0]["own_losses"] == pytest.approx([nats / tally.tokens for nats in tally.own_losses], rel=1e-5)
     assert records[0]["latent_steps_follow_loss"] is tally.steps_follow_loss is None  # all tokens take all steps so far
