@@ -12,10 +12,11 @@ import argparse
 import math
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +34,10 @@ from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.state import StateTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import ratio, seconds
 
 SECONDS_OF_WORK = 5.0
 
@@ -68,13 +73,6 @@ class State:
     def tensors(self) -> list[Tensor]:
         """Every tensor, without its name."""
         return [item.tensor for item in self._items]
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
 
 
 def write_plainly(tensors: list[Tensor], path: Path) -> None:
@@ -159,7 +157,7 @@ def main() -> None:
     size = sum(tensor.nbytes for tensor in state.tensors())
 
     def over(name: str, floor: str) -> str:
-        return f"{statistics.median(x / y for x, y in zip(times[name], times[floor], strict=True)):.2f}"
+        return f"{ratio(times[name], times[floor]):.2f}"
 
     slower = statistics.median(x - y for x, y in zip(times["worked"], times["work"], strict=True))
     title = (

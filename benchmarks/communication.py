@@ -14,15 +14,16 @@ small neighbours together when it can, so that there may be fewer calls than the
 """
 
 import argparse
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.distributed import ProcessGroup
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +38,10 @@ from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.setup import model_part
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import on_ranks
 
 MICRO_BATCHES, REFINEMENTS = 2, 2
 MODES = ("vanilla", "fixed", "adaptive")
@@ -211,17 +216,7 @@ def main() -> None:
     for ranks in sorted({LAYOUTS[name].ranks for name in arguments.layouts}):
         names = [name for name in arguments.layouts if LAYOUTS[name].ranks == ranks]
         cases = [(name, mode) for name in names for mode in arguments.modes]
-        launch = LaunchConfig(
-            1,
-            1,
-            ranks,
-            run_id="count",
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-        )
-        by_rank = elastic_launch(launch, count_cases)([(LAYOUTS[name], mode) for name, mode in cases])
+        by_rank = on_ranks(ranks, count_cases, [(LAYOUTS[name], mode) for name, mode in cases])
         for (name, mode), counts in zip(cases, zip(*by_rank.values(), strict=True), strict=True):
             for row in _rows(counts):
                 counted.add_row(name, mode, *row)

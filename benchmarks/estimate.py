@@ -15,8 +15,8 @@ is the time over that of one rank in the same round.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +34,11 @@ from megatron_ponder.parallel.process_group import process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
-from benchmarks.two_ranks import Step, on_two_ranks
+from benchmarks.measuring import SMALL_LLAMA, by_name, in_turn, on_ranks, ratio, rounds_of
+from benchmarks.two_ranks import Step
 
-HIDDEN, FFN, HEADS, STEPS, REFINEMENTS, SEQUENCES = 256, 688, 4, 2, 1, 4
+HIDDEN, FFN, HEADS = (SMALL_LLAMA[f"model.{name}"] for name in ("hidden_size", "ffn_hidden_size", "num_heads"))
+STEPS, REFINEMENTS, SEQUENCES = 2, 1, 4
 
 
 class Layout(NamedTuple):
@@ -80,9 +82,8 @@ class Machine(NamedTuple):
 
 def configuration(layout: Layout, length: int) -> Config:
     """The configuration of one case; `length` is L."""
-    values = {
-        "model.hidden_size": HIDDEN, "model.num_layers": 6, "model.num_heads": HEADS, "model.ffn_hidden_size": FFN,
-        "model.vocab_size": 8192, "data.sequence_length": length, "ponder.mode": "adaptive",
+    values = SMALL_LLAMA | {
+        "data.sequence_length": length, "ponder.mode": "adaptive",
         "ponder.latent_steps": STEPS, "ponder_training.jacobi_iterations": REFINEMENTS, "training.precision": "fp32",
         "training.micro_batch_size": 1, "training.global_batch_size": SEQUENCES, "parallel.tensor": layout.tensor,
         "parallel.pipeline": layout.pipeline, "parallel.zero_stage": layout.zero_stage,
@@ -91,30 +92,25 @@ def configuration(layout: Layout, length: int) -> Config:
     return read_config([f"--{key}={value}" for key, value in values.items()])
 
 
-def seconds(action: Callable[[], object], repeats: int = 9) -> float:
-    """Median wall time of one call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+def usual(action: Callable[[], object], repeats: int = 9) -> float:
+    """Median seconds of one call."""
+    return statistics.median(in_turn({"action": action}, repeats)["action"])
 
 
 def measure_machine(length: int, together: bool) -> Machine:
     """Rates of this rank."""
     slots = length * (STEPS + 1)
     x, up, down = torch.randn(slots, HIDDEN), torch.randn(HIDDEN, FFN), torch.randn(FFN, HIDDEN)
-    product = seconds(lambda: [(x @ up) @ down for _ in range(20)]) / 20
+    product = usual(lambda: [(x @ up) @ down for _ in range(20)]) / 20
     q, k, v = (torch.randn(1, slots, HEADS, HIDDEN // HEADS, requires_grad=True) for _ in range(3))
-    attended = seconds(lambda: attend(q, k, v, 0.1, None, causal=True).sum().backward())
+    attended = usual(lambda: attend(q, k, v, 0.1, None, causal=True).sum().backward())
     pairs = choose(Call("cpu", q.dtype)).pairs(slots)
     a, b, out = torch.randn(slots, HIDDEN), torch.randn(slots, HIDDEN), torch.empty(slots, HIDDEN)
-    added = seconds(lambda: [torch.add(a, b, out=out) for _ in range(50)]) / 50
+    added = usual(lambda: [torch.add(a, b, out=out) for _ in range(50)]) / 50
     link, latency = float("inf"), 0.0
     if together:
         few, many = torch.ones(64), torch.ones(slots * HIDDEN)
-        short, long = (seconds(lambda t=t: [dist.all_reduce(t) for _ in range(20)]) / 20 for t in (few, many))
+        short, long = (usual(lambda t=t: [dist.all_reduce(t) for _ in range(20)]) / 20 for t in (few, many))
         link, latency = many.nbytes / (long - short), short / 2
     return Machine(
         2 * 2 * slots * HIDDEN * FFN / product,
@@ -133,19 +129,16 @@ def measure(rounds: int, length: int) -> tuple[list[Machine], list[Machine], dic
             name: Step(configuration(layout, length), layout.data, layout.alone, device)
             for name, layout in LAYOUTS.items()
         }
-        alone, both, times = [], [], {name: [] for name in steps}
-        for turn in range(rounds + 2):
-            elapsed = {name: step(REFINEMENTS) for name, step in steps.items()}
-            if turn < 2:  # the first rounds warm up, and DeepSpeed learns the order of modules
-                continue
-            for name, seconds_of_step in elapsed.items():
-                times[name].append(seconds_of_step)
+        alone, both, times = [], [], []
+        actions = {name: partial(step, REFINEMENTS) for name, step in steps.items()}
+        for elapsed in rounds_of(actions, rounds, warm_up=2):  # in which DeepSpeed learns the order of modules
+            times.append(elapsed)
             both.append(measure_machine(length, together=True))
             dist.barrier()
             if dist.get_rank() == 0:
                 alone.append(measure_machine(length, together=False))
             dist.barrier()
-    return alone, both, times
+    return alone, both, by_name(times)
 
 
 def median_machine(machines: list[Machine]) -> Machine:
@@ -159,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=128)
     arguments = parser.parse_args()
-    *machines, times = on_two_ranks(measure, arguments.rounds, arguments.length)
+    *machines, times = on_ranks(2, measure, arguments.rounds, arguments.length)[0]
     alone, both = map(median_machine, machines)
     console = Console(width=120)
     for name, machine in (("one rank", alone), ("each of two", both)):
@@ -185,8 +178,7 @@ def main() -> None:
         cluster = alone.cluster(1) if layout.alone else both.cluster(2)
         estimates[name] = step_time(configuration(layout, arguments.length), layout.data, cluster).total
     for name, measured in times.items():
-        pairs = zip(measured, times["one rank"], strict=True)
-        relative, expected = statistics.median(own / one for own, one in pairs), estimates[name] / estimates["one rank"]
+        relative, expected = ratio(measured, times["one rank"]), estimates[name] / estimates["one rank"]
         median = statistics.median(measured)
         table.add_row(
             name, f"{estimates[name]:.3f}", f"{median:.3f}", f"{estimates[name] / median:.2f}", f"{expected:.2f}",

@@ -21,9 +21,9 @@ that is compared takes turns in one process; ratios are medians over rounds.
 import argparse
 import random
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -43,7 +43,11 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
-VOCABULARY, STEPS, BATCH = 8192, 3, 16
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import SMALL_LLAMA, in_turn, ratio, seconds
+
+VOCABULARY, STEPS, BATCH = SMALL_LLAMA["model.vocab_size"], 3, 16
 PROMPT, NEW = 32, 64
 MEAN_STEPS = (0.5, 1.5, 2.5)
 THRESHOLD = 0.5
@@ -53,10 +57,7 @@ CONSOLE = Console(width=110)
 
 def build(mode: str, device: torch.device, length: int = 4096) -> tuple[PonderLM, Config]:
     """A model with random weights."""
-    values = {
-        "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": VOCABULARY, "model.max_position_embeddings": length, "ponder.mode": mode,
-    }  # fmt: skip
+    values = SMALL_LLAMA | {"model.max_position_embeddings": length, "ponder.mode": mode}
     if mode != "vanilla":
         values["ponder.latent_steps"] = STEPS
     config = read_config([f"--{key}={value}" for key, value in values.items()])
@@ -78,29 +79,6 @@ def build(mode: str, device: torch.device, length: int = 4096) -> tuple[PonderLM
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
     """Random tokens."""
     return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
-
-
-def in_turn(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action, which take turns."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(rounds + 1):
-        for name, action in actions.items():
-            elapsed = seconds(action)
-            if turn:  # the first round warms up
-                times[name].append(elapsed)
-    return times
-
-
-def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median over rounds."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 class Stream:

@@ -13,11 +13,10 @@ import argparse
 import ctypes
 import gc
 import os
-import re
+import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, read_config
@@ -30,6 +29,10 @@ from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.setup import model_part
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import SMALL_LLAMA, on_ranks, resident
 
 CASES: dict[str, tuple[int, dict[str, object]]] = {
     "one process": (1, {}),
@@ -49,18 +52,12 @@ def config_for(name: str, length: int) -> Config:
     """The configuration of a case."""
     ranks, layout = CASES[name]
     shared = int(layout.get("parallel.tensor", 1)) * int(layout.get("parallel.pipeline", 1))
-    values = {
-        "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": 8192, "ponder.latent_steps": 2, "ponder_training.jacobi_iterations": 1,
+    values = SMALL_LLAMA | {
+        "ponder.latent_steps": 2, "ponder_training.jacobi_iterations": 1,
         "data.sequence_length": length, "training.precision": "fp32", "training.micro_batch_size": 2,
         "training.global_batch_size": 8 * ranks // shared,
     }  # fmt: skip
     return read_config([f"--{key}={value}" for key, value in (values | layout).items()])
-
-
-def resident(key: str) -> int:
-    """VmRSS, what is resident now, or VmHWM, the most that was, in bytes."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
 def measure(name: str, length: int) -> tuple[int, int]:
@@ -110,10 +107,7 @@ def main() -> None:
     print(f"{'layout':<28}{'pipeline rank':>14}{'measured MiB':>14}{'expected MiB':>14}{'measured / expected':>21}")
     for name in args.cases:
         ranks, _ = CASES[name]
-        launch = LaunchConfig(
-            1, 1, ranks, run_id="m", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1"
-        )
-        peaks = dict(elastic_launch(launch, measure)(name, args.length).values())
+        peaks = dict(on_ranks(ranks, measure, name, args.length).values())
         config = config_for(name, args.length)
         data = ranks // (config.parallel.tensor * config.parallel.pipeline)
         device = "cuda" if torch.cuda.is_available() else "cpu"

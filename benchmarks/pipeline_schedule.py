@@ -19,6 +19,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,8 @@ from megatron_ponder.parallel.process_group import process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
-from benchmarks.two_ranks import Step, on_two_ranks
+from benchmarks.measuring import SMALL_LLAMA, by_name, on_ranks, ratio, rounds_of
+from benchmarks.two_ranks import Step
 
 KINDS: tuple[ScheduleKind, ...] = ("1f1b", "zero_bubble")
 COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # forward; backward: whole, of inputs, of weights
@@ -172,9 +174,8 @@ CASES = {4: ("one rank", "pp2 1f1b"), 8: tuple(LAYOUTS)}
 
 def configuration(layout: Layout, micro_batches: int, length: int) -> Config:
     """The configuration of one case; `length` is L."""
-    values = {
-        "model.hidden_size": 256, "model.num_layers": 8, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": 8192, "data.sequence_length": length, "ponder.mode": "adaptive",
+    values = SMALL_LLAMA | {
+        "model.num_layers": 8, "data.sequence_length": length, "ponder.mode": "adaptive",
         "ponder.latent_steps": STEPS, "training.precision": "fp32", "training.micro_batch_size": 1,
         "training.global_batch_size": micro_batches, "parallel.tensor": layout.tensor,
         "parallel.pipeline": layout.pipeline, "parallel.pipeline_schedule": layout.schedule,
@@ -193,26 +194,22 @@ def time_steps(rounds: int, length: int) -> dict[tuple[int, str], list[float]]:
             for name in names:
                 layout = LAYOUTS[name]
                 config = configuration(layout, micro_batches, length)
-                steps[name] = Step(config, layout.data, layout.alone, device)
-            for turn in range(rounds + 1):
-                for name, step in steps.items():
-                    elapsed = step(REFINEMENTS)
-                    if turn:  # the first round warms up
-                        times.setdefault((micro_batches, name), []).append(elapsed)
+                step = Step(config, layout.data, layout.alone, device)
+                steps[micro_batches, name] = partial(step, REFINEMENTS)
+            times |= by_name(rounds_of(steps, rounds))
     return times
 
 
 def print_timed(console: Console, rounds: int, length: int) -> None:
     """The table of step times."""
-    times = on_two_ranks(time_steps, rounds, length)
+    times = on_ranks(2, time_steps, rounds, length)[0]
     table = Table(title=f"Two ranks against one, one thread each, sequences of {length}")
     for heading in ("M", "layout", "seconds a step", "speed-up", "ideal", "of the ideal"):
         table.add_column(heading, justify="left" if heading == "layout" else "right")
     plan = pass_slots(STEPS, REFINEMENTS)
     for (micro_batches, name), seconds in times.items():
         layout = LAYOUTS[name]
-        pairs = zip(times[micro_batches, "one rank"], seconds, strict=True)
-        speedup = statistics.median(alone / both for alone, both in pairs)
+        speedup = ratio(times[micro_batches, "one rank"], seconds)
         ideal = 1.0 if layout.alone else 2.0
         if layout.pipeline > 1:
             ideal *= 1 - idle_of(layout.schedule, 2, micro_batches, plan)[1]

@@ -21,7 +21,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ponder.data import encoding
@@ -32,6 +31,10 @@ from megatron_ponder.data.segments import cut_segments
 from megatron_ponder.data.text_files import TextPart
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.data.tokenizer_training import train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import in_turn, ratio, seconds
 
 MEMORY_SCRIPT = """
 import re, sys
@@ -85,13 +88,6 @@ def baseline(corpus: Path, prefix: Path, tokenizer_path: Path, workers: int) -> 
         for ids in pool.imap(functools.partial(encode_line, tokenizer_path), file, 32):
             builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(f"{prefix}.idx")
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
 
 
 def tokenizer_share(corpus: Path, folder: Path, tokenizer_path: Path) -> tuple[float, float]:
@@ -170,18 +166,15 @@ def compare(corpus: Path, folder: Path, tokenizer: Path, arguments: argparse.Nam
     else:
         ways = {"Pool.imap": lambda: baseline(corpus, folder / "theirs", tokenizer, arguments.workers)}
     ways["preprocess"] = lambda: preprocess([corpus], folder / "ours", tokenizer, arguments.workers)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(arguments.rounds):
-        for name, way in ways.items():
-            times[name].append(seconds(way))
+    times = in_turn(ways, arguments.rounds, warm_up=0)
     for name, values in times.items():
         median = statistics.median(values)
         print(f"{name}: {median:.1f} s, {arguments.megabytes / median:.2f} MB/s with {arguments.workers} workers")
     if "Pool.imap" in times:
         ours, theirs = dataset_paths(folder / "ours_text_document"), dataset_paths(folder / "theirs")
         same = all(filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True))
-        ratio = statistics.median(b / a for a, b in zip(times["preprocess"], times["Pool.imap"], strict=True))
-        print(f"{ratio:.2f} times as fast; the files are {'the same' if same else 'DIFFERENT'}")
+        faster = ratio(times["Pool.imap"], times["preprocess"])
+        print(f"{faster:.2f} times as fast; the files are {'the same' if same else 'DIFFERENT'}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ from megatron_ponder.data.mixture import open_mixture
 from megatron_ponder.data.sample_index import SampleIndex, sample_beginnings
 from megatron_ponder.data.stamps import SECONDS_UNTIL_SETTLED
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import by_name, resident, rounds_of
+
 CODE_OF_U2, VOCABULARY, SEED, ACCESSES = 8, 50_000, 1234, 2000
 
 
@@ -57,14 +61,6 @@ def write_dataset(prefix: Path, documents: int, tokens: int) -> None:
     )
 
 
-def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most since `measure` began."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
-
-
 def measure(function: Callable[[], object]) -> tuple[float, int, object]:
     """Seconds, bytes of growth at the peak, and the result."""
     gc.collect()
@@ -77,15 +73,9 @@ def measure(function: Callable[[], object]) -> tuple[float, int, object]:
 
 def by_turns(forms: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, int]]:
     """Median seconds and median bytes of each form, after a round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    sizes: dict[str, list[int]] = {name: [] for name in forms}
-    for turn in range(rounds + 1):
-        for name, form in forms.items():
-            seconds, size, _ = measure(form)
-            if turn:
-                times[name].append(seconds)
-                sizes[name].append(size)
-    return {name: (statistics.median(times[name]), int(statistics.median(sizes[name]))) for name in forms}
+    measured = by_name(rounds_of({name: lambda form=form: measure(form)[:2] for name, form in forms.items()}, rounds))
+    medians = {name: tuple(map(statistics.median, zip(*results, strict=True))) for name, results in measured.items()}
+    return {name: (seconds, int(size)) for name, (seconds, size) in medians.items()}
 
 
 class Megatron:

@@ -8,7 +8,8 @@ medians over rounds. `explicit` adds log w to a T × T mask, which nothing but t
 
 import argparse
 import statistics
-import time
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,10 @@ from megatron_ponder.kernels.attention import FOLDED_CHANNELS, attend, key_chann
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import in_turn, ratio
 
 BATCH, HEADS, SIZE = 4, 4, 64
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Rotation]
@@ -85,22 +90,14 @@ def main() -> None:
         table.add_column(heading, justify="right")
     for length in (256, 512, 1024, 2048):
         given = inputs(length)
-        times: dict[str, list[float]] = {name: [] for name in FORMS}
-        for turn in range(arguments.rounds + 1):
-            for name, form in FORMS.items():
-                begun = time.perf_counter()
-                form(*given).sum().backward()
-                if turn:  # the first round warms up
-                    times[name].append(time.perf_counter() - begun)
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True)) for name in FORMS
-        }
+        steps = {name: lambda form=form, given=given: form(*given).sum().backward() for name, form in FORMS.items()}
+        times = in_turn(steps, arguments.rounds)
         kept = {name: kept_bytes(form, given) / 1e6 for name, form in FORMS.items()}
         table.add_row(
             str(length),
             f"{1e3 * statistics.median(times['plain']):.1f}",
-            f"{ratios['folded']:.2f}",
-            f"{ratios['explicit']:.2f}",
+            f"{ratio(times['folded'], times['plain']):.2f}",
+            f"{ratio(times['explicit'], times['plain']):.2f}",
             f"{kept['folded'] - kept['plain']:.1f}",
             f"{kept['explicit'] - kept['plain']:.1f}",
         )

@@ -10,11 +10,9 @@ are printed. Peak memory is that of a process of its own that trains nothing els
 
 import argparse
 import os
-import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -31,6 +29,10 @@ from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import SMALL_LLAMA, in_turn, ratio, resident
+
 BATCH, LENGTH, REFINEMENTS = 4, 256, 2
 CASES = {
     "fixed fp32": ("fixed", "fp32", "none"),
@@ -42,9 +44,8 @@ CASES = {
 
 def configuration(mode: str, precision: str, recompute: str) -> Config:
     """The configuration of one case."""
-    values = {
-        "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": mode, "ponder.latent_steps": 1,
+    values = SMALL_LLAMA | {
+        "data.sequence_length": LENGTH, "ponder.mode": mode, "ponder.latent_steps": 1,
         "ponder_training.jacobi_iterations": REFINEMENTS, "training.precision": precision,
         "training.recompute": recompute, "training.global_batch_size": BATCH,
         "training.micro_batch_size": BATCH, "parallel.zero_stage": 0,
@@ -72,19 +73,6 @@ class Step:
         self._engine.step(1e-4)
 
 
-def seconds(action) -> float:
-    """Wall time of one call."""
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process in GB; `getrusage` would count that of the parent before the exec."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024 / 1e9
-
-
 def memory_of(case: str, arguments: argparse.Namespace) -> float:
     """Peak resident memory in GB of a process that takes three steps."""
     words = [sys.executable, __file__, "--memory", case, "--threads", str(arguments.threads)]
@@ -107,26 +95,19 @@ def main() -> None:
             step = Step(arguments.memory, mesh)
             for _ in range(3):
                 step()
-            print(peak_memory())
+            print(resident("VmHWM") / 1e9)  # `getrusage` would count that of the parent before the exec
             return
         steps = {case: Step(case, mesh) for case in arguments.cases}
         a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-        times: dict[str, list[float]] = {case: [] for case in (*steps, "product")}
-        for turn in range(arguments.rounds + 1):
-            for name, action in {**steps, "product": lambda: [a @ b for _ in range(4)]}.items():
-                elapsed = seconds(action)
-                if turn:  # the first round warms up
-                    times[name].append(elapsed)
+        times = in_turn(steps | {"product": lambda: [a @ b for _ in range(4)]}, arguments.rounds)
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = 4 * 2 * 2048**3 / median["product"]
     table = Table(title=f"2048³ fp32 product: {rate / 1e9:.0f} GFLOP/s on {arguments.threads} threads")
     for heading in ("case", "seconds a step", "floor / measured", f"over {arguments.cases[0]}", "peak memory, GB"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case, step in steps.items():
-        over = statistics.median(x / y for x, y in zip(times[case], times[arguments.cases[0]], strict=True))
-        share = statistics.median(
-            step.flops / (8 * 2048**3 / product) / x for x, product in zip(times[case], times["product"], strict=True)
-        )
+        over = ratio(times[case], times[arguments.cases[0]])
+        share = step.flops / (8 * 2048**3) * ratio(times["product"], times[case])
         table.add_row(case, f"{median[case]:.3f}", f"{share:.1%}", f"{over:.2f}", f"{memory_of(case, arguments):.2f}")
     Console(width=110).print(table)
 

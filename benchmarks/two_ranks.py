@@ -1,12 +1,9 @@
 """Optimiser steps of any layout of two ranks, or of one of them alone while the other sleeps, timed."""
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
@@ -15,14 +12,6 @@ from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.setup import model_part
-
-
-def on_two_ranks(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function(*args)` returns on the first of two processes that run it."""
-    launch = LaunchConfig(
-        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
-    )
-    return elastic_launch(launch, function)(*args)[0]
 
 
 class Step:

@@ -12,6 +12,7 @@ it is a collective of all ranks, and counted as training does it, once in 100 st
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -20,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_ponder.base.launch import discover
 from megatron_ponder.config import read_config
@@ -35,6 +35,10 @@ from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.step_watch import StepWatch
 from megatron_ponder.training.validation import measure_each_step
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
+
+from benchmarks.measuring import SMALL_LLAMA, on_ranks, ratio
 
 BATCH, LENGTH, REFINEMENTS, PASSES = 4, 256, 2, 4
 INTERVAL = 100  # of `logging.own_losses_interval` unless set
@@ -68,9 +72,8 @@ def hooks_of_a_step(transformer: torch.nn.Module) -> float:
 
 def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[float]]:
     """Seconds of every step, of watching it, and of measuring what each step predicts, as this rank sees them."""
-    values = {
-        "model.hidden_size": 256, "model.num_layers": 6, "model.num_heads": 4, "model.ffn_hidden_size": 688,
-        "model.vocab_size": 8192, "data.sequence_length": LENGTH, "ponder.mode": "adaptive", "ponder.latent_steps": 1,
+    values = SMALL_LLAMA | {
+        "data.sequence_length": LENGTH, "ponder.mode": "adaptive", "ponder.latent_steps": 1,
         "ponder_training.jacobi_iterations": REFINEMENTS, "training.precision": "fp32",
         "training.global_batch_size": BATCH, "training.micro_batch_size": BATCH // 2, "logging.straggler_interval": 1,
     }  # fmt: skip
@@ -126,16 +129,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
-    launch = LaunchConfig(
-        1, 1, 2, run_id="time", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0
-    )
     with tempfile.TemporaryDirectory() as folder:
-        whole, watching, own = elastic_launch(launch, measure)(arguments.steps, folder)[0]
+        whole, watching, own = on_ranks(2, measure, arguments.steps, folder)[0]
     step, cost, apart = map(statistics.median, (whole, watching, own))
-    shares = statistics.median(part / all_of_it for part, all_of_it in zip(watching, whole, strict=True))
     Console(width=110).print(
-        f"a step {step:.3f} s, of which watching {cost * 1e3:.2f} ms: {shares:.3%}; what each step predicts "
-        f"{apart:.3f} s once in {INTERVAL}: {apart / step / INTERVAL:.2%}",
+        f"a step {step:.3f} s, of which watching {cost * 1e3:.2f} ms: {ratio(watching, whole):.3%}; what each step "
+        f"predicts {apart:.3f} s once in {INTERVAL}: {apart / step / INTERVAL:.2%}",
         highlight=False,
     )
 
