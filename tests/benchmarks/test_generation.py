@@ -19,7 +19,7 @@ def test_a_stream_counts_the_work_of_its_forwards():
     stream = Stream(model, 2)
     blocks, head = 6 * (4 * 256**2 + 3 * 256 * 688 + 2 * 256) + 256, 8192 * 256
     cached = 2 * PROMPT * 6 * 2 * 256  # keys and values of both prompts
-    assert stream.engine.cached_slots == 2 * PROMPT
+    assert stream.generator.cached_slots == 2 * PROMPT
     assert stream.work() == (4 * (blocks + head) + 2 * cached, 4 * (blocks + head + cached))
 
 

@@ -3,14 +3,15 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
+from examples.evaluation.make_next_line import main as make_next_line
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.checkpoint.writer import write_weights_checkpoint
@@ -54,14 +55,13 @@ def installed(monkeypatch):
 def folder(tmp_path_factory) -> Path:
     """Where commands run: the shipped task's data, made by its own script, and two small tasks more."""
     folder = tmp_path_factory.mktemp("harness")
-    library = [Path(module.__file__) for module in (json, runpy, subprocess)]
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    library = [stdlib / name for name in ("json/__init__.py", "runpy.py", "subprocess.py")]
     with (folder / "corpus.jsonl").open("w", encoding="utf-8") as out:
         out.writelines(json.dumps({"text": path.read_text(), "path": path.name}) + "\n" for path in library)
     arguments = ["--corpus", folder / "corpus.jsonl", "--output", folder / "data" / "stdlib_next_line.jsonl"]
     arguments += ["--split", "1,2", "--questions", QUESTIONS]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_next_line.py", *map(str, arguments)])
-        runpy.run_path(str(SHIPPED / "make_next_line.py"), run_name="__main__")
+    make_next_line([*map(str, arguments)])
     (folder / "bits.yaml").write_text(ROLLING)
     (folder / "continued.yaml").write_text(GENERATING)
     return folder
