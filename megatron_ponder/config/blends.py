@@ -6,7 +6,8 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.yaml_files import in_words, load_yaml
 from megatron_ponder.config.sections import BlendPart
 
-FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: TEXT}, ...]"
+FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: NUMBERS}, ...]"
+SPLIT = "weights of train, valid and test such as [969, 30, 1]"
 PHASES = "a list of phases, [{first_sample: NUMBER, path: PREFIX}, ...]"
 _PART = ("path", "weight", "split")
 _PHASE = ("first_sample", "path")
@@ -57,14 +58,25 @@ def read_phases(name: str, value: object) -> object:
     ]
 
 
-def _structure(name: str, value: object) -> object:
+def read_split(name: str, value: object) -> object:
+    """Weights of a split as a list of numbers, or as the text "969,30,1" that they were once written as."""
+    value = _structure(name, value, SPLIT)
+    if value is None or isinstance(value, str):
+        return value
+    weights = value if isinstance(value, list) else [value]
+    if not all(isinstance(weight, (int, float)) and not isinstance(weight, bool) for weight in weights):
+        raise UserError(f"{name} is {value}; write {SPLIT}")
+    return weights
+
+
+def _structure(name: str, value: object, forms: str = FORMS) -> object:
     """What is meant by a text that looks like a list or a mapping, as one on a command line does."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
         return load_yaml(value)
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is {value}, which cannot be read ({in_words(error, value)}); write {FORMS}") from None
+        raise UserError(f"{name} is {value}, which cannot be read ({in_words(error, value)}); write {forms}") from None
 
 
 def _read_part(name: str, part: dict) -> dict:
@@ -74,7 +86,8 @@ def _read_part(name: str, part: dict) -> dict:
     if number is None or isinstance(weight, bool):
         hint = "weights are shares of their sum; leave % out" if str(weight).endswith("%") else "write a number"
         raise UserError(f"{name} gives {part['path']} the weight {weight}; {hint}")
-    return part | {"weight": number}
+    split = {"split": read_split(f"the split of {part['path']}", part["split"])} if "split" in part else {}
+    return part | {"weight": number} | split
 
 
 def _check_keys(what: str, given: dict, known: tuple[str, ...], needed: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from megatron_ponder.base.errors import UserError, warn
 from megatron_ponder.base.paths import user_path
 from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of
 from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
-from megatron_ponder.config.blends import read_blend, read_phases
+from megatron_ponder.config.blends import read_blend, read_phases, read_split
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
 from megatron_ponder.config.other_names import VALUES, nearest_key
@@ -29,7 +29,11 @@ RANGES = {
 PRINT_CONFIG = "--print_config"
 _ALONE = ("help", "version")
 # Keys with more than one way of writing them.
-_FORMS = {**dict.fromkeys(("data.path", "data.valid_path", "data.test_path"), read_blend), "data.phases": read_phases}
+_FORMS = {
+    **dict.fromkeys(("data.path", "data.valid_path", "data.test_path"), read_blend),
+    "data.phases": read_phases,
+    "data.split": read_split,
+}
 
 
 def read_config(arguments: Sequence[str]) -> Config:

@@ -140,7 +140,7 @@ class BlendPart:
 
     path: str = path_field(MISSING)
     weight: float = number_field(1.0, 1e-9, 1e12)
-    split: str | None = None
+    split: list[int | float] | str | None = number_field(None, 0, 1e12)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class DataConfig:
     valid_path: list[BlendPart] | str | None = path_field(None)
     test_path: list[BlendPart] | str | None = path_field(None)
     phases: list[PhaseConfig] = field(default_factory=list)
-    split: str = "969,30,1"
+    split: list[int | float] | str = number_field([969, 30, 1], 0, 1e12)
     sequence_length: int = number_field(2048, 1, 2**24)
     num_workers: int = number_field(1, 0, 256)
     cache_path: str | None = path_field(None)

@@ -13,7 +13,7 @@ from megatron_ponder.data.dataset_manifest import fingerprint
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.interleave import Interleave
-from megatron_ponder.data.splits import NAMES, parse_split
+from megatron_ponder.data.splits import NAMES, parse_split, split_text
 
 Samples = TokenDataset | BlendedDataset
 Blend = list[BlendPart] | str
@@ -129,7 +129,7 @@ def _phases(data: DataConfig, name: str) -> list[tuple[int, Blend]]:
 def _with_share(data: DataConfig, name: str, blend: Blend) -> Iterator[BlendPart]:
     """The parts of a blend that a split has documents of, each with the split that applies to it."""
     for part in parts_of(blend):
-        split = part.split or data.split
+        split = split_text(part.split or data.split)
         if name in parse_split(split):
             yield BlendPart(part.path, part.weight, split)
 

@@ -1,10 +1,16 @@
 """Which documents are for training, validation and testing."""
 
 import math
+from collections.abc import Sequence
 
 from megatron_ponder.base.errors import UserError
 
 NAMES = ("train", "valid", "test")
+
+
+def split_text(split: Sequence[float] | str) -> str:
+    """Weights of train, valid and test as one text: [969, 30, 1] gives "969,30,1"."""
+    return split if isinstance(split, str) else ",".join(f"{weight:.12g}" for weight in split)
 
 
 def parse_split(split: str) -> dict[str, float]:
@@ -19,7 +25,7 @@ def parse_split(split: str) -> dict[str, float]:
         weights = []
     total = sum(weights)
     if not 1 <= len(weights) <= len(NAMES) or min(weights) < 0 or not 0 < total < math.inf:
-        raise UserError(f'data.split is "{split}": write weights of train, valid and test such as "969,30,1"')
+        raise UserError(f'data.split is "{split}": write weights of train, valid and test such as [969, 30, 1]')
     return {name: weight / total for name, weight in zip(NAMES, weights, strict=False) if weight > 0}
 
 

@@ -16,6 +16,7 @@ from megatron_ponder.data.dataset_manifest import check_vocabulary
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
+from megatron_ponder.data.splits import split_text
 from megatron_ponder.evaluation.perplexity import windows
 
 
@@ -98,7 +99,7 @@ def _data(loaded: LoadedModel, dataset: str | None) -> DataConfig:
 def _open(loaded: LoadedModel, data: DataConfig, split: str) -> Samples:
     datasets = open_mixture(data, loaded.config.training.seed).samples
     if split not in datasets:
-        raise UserError(f'data.split "{data.split}" has no {split} part; choose another --split, or --text')
+        raise UserError(f'data.split "{split_text(data.split)}" has no {split} part; choose another --split, or --text')
     return datasets[split]
 
 

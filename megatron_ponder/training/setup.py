@@ -10,6 +10,7 @@ from megatron_ponder.checkpoint.reader import open_tensors, read_config_of
 from megatron_ponder.config import Config, DataConfig, architecture, stage_layers
 from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
+from megatron_ponder.data.splits import split_text
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import ModelPart
@@ -53,7 +54,8 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     mixture = open_mixture(config.data, config.training.seed)
     if "train" not in mixture.samples:
-        raise UserError(f'data.split "{config.data.split}" leaves nothing to train on; give its first part a weight')
+        weights = split_text(config.data.split)
+        raise UserError(f'data.split "{weights}" leaves nothing to train on; give its first part a weight')
     manifest = _common_manifest(config.data, tokenizer)
     vocab_size = config.model.vocab_size
     if vocab_size is None:

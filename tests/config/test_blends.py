@@ -1,6 +1,7 @@
 """Datasets, blends and phases in a configuration: what is read, what is kept, what is refused."""
 
 import pytest
+import yaml
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import BlendPart, PhaseConfig, load_config, read_config, to_yaml
@@ -21,7 +22,7 @@ BLEND = """
 data:
   path:
     - {path: data/web, weight: 7}
-    - {path: data/code, weight: 3e-1, split: "1"}
+    - {path: data/code, weight: 3e-1, split: [1]}
   valid_path: data/held_out
   phases:
     - first_sample: 1000
@@ -32,7 +33,7 @@ data:
 
 def test_blends_and_phases_are_read_and_kept(write, tmp_path):
     config = read_config(write(BLEND))
-    assert config.data.path == [BlendPart("data/web", 7.0), BlendPart("data/code", 0.3, "1")]
+    assert config.data.path == [BlendPart("data/web", 7.0), BlendPart("data/code", 0.3, [1])]
     assert config.data.valid_path == "data/held_out"
     assert config.data.test_path is None
     assert config.data.phases == [PhaseConfig(1000, [BlendPart("data/code", 1.0)]), PhaseConfig(2000, "data/web")]
@@ -109,3 +110,27 @@ def test_blends_may_be_written_as_megatron_does(write, written, weights):
     assert read_config(["--data.valid_path", written]).data.valid_path == expected
     phases = f"[{{first_sample: 5, path: {written}}}]"
     assert read_config(["--data.phases", phases]).data.phases == [PhaseConfig(5, expected)]
+
+
+@pytest.mark.parametrize("text", ["[95, 5, 0]", "95,5,0", "[0.9,0.1]", "1"])
+def test_a_split_is_numbers_or_the_text_of_before(text, write):
+    split = yaml.safe_load(text) if text.startswith("[") else text
+    given = read_config(["--data.split", text, "--data.path", f"[{{path: a, split: {text!r}}}]"]).data
+    assert given.split == split
+    assert given.path[0].split == split
+    kept = read_config(write(to_yaml(read_config(["--data.split", text])))).data
+    assert kept.split == split
+
+
+def test_one_weight_needs_no_list(write):
+    assert read_config(write("data: {split: 1, path: [{path: a, split: 1}]}")).data.split == [1]
+
+
+def test_weights_of_a_split_that_are_none():
+    for value, said in {
+        "[95, -5]": r"^data\.split is -5; its range is 0 to 1e12$",
+        "[95, a]": r"^data\.split is \[95, 'a'\]; write weights of train",
+        "[95, ": r"write weights of train, valid and test such as \[969, 30, 1\]$",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            read_config(["--data.split", value])

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.data.splits import parse_split, split_documents
+from megatron_ponder.data.splits import parse_split, split_documents, split_text
 
 
 def test_known_splits():
@@ -16,6 +16,11 @@ def test_known_splits():
     assert split_documents(10, "1") == {"train": range(10)}
     assert split_documents(10, " 0, 0.5 ,0.5") == {"valid": range(5), "test": range(5, 10)}
     assert split_documents(3, "999,1") == {"train": range(3), "valid": range(3, 3)}
+
+
+def test_weights_as_numbers_are_what_they_are_as_text():
+    assert split_text([969, 30, 1]) == split_text([969.0, 30.0, 1.0]) == split_text("969,30,1") == "969,30,1"
+    assert split_text([0.9, 0.1]) == "0.9,0.1"
 
 
 def test_shares_add_up_to_one():
@@ -40,5 +45,5 @@ def test_splits_hold_every_document_once_in_proportion(num_documents, weights):
 
 @pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0", "nan,1", "inf,1", "1,,2", "90/10"])
 def test_a_split_that_is_none(split):
-    with pytest.raises(UserError, match='write weights of train, valid and test such as "969,30,1"'):
+    with pytest.raises(UserError, match=r"write weights of train, valid and test such as \[969, 30, 1\]"):
         parse_split(split)

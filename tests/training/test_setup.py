@@ -37,7 +37,7 @@ def cut(path: Path, size: int) -> None:
         (["--data.sequence_length=999999"], "sequence longer than the data", "set data.sequence_length to at most"),
         (["--data.split=90,1,0"], "leaves no document", "give it a larger weight, or 0 to go without"),
         (["--data.split=0,1,0"], "leaves nothing to train on", "give its first part a weight"),
-        (["--data.split=a,b"], 'data.split is "a,b"', 'such as "969,30,1"'),
+        (["--data.split=a,b"], 'data.split is "a,b"', "such as [969, 30, 1]"),
         (["--tokenizer.path=no/such.model"], "no/such.model does not exist", "make one with ponder train-tokenizer"),
         (["--model.vocab_size=300"], "the tokenizer has 512 tokens", "leave model.vocab_size out"),
         (["--tokenizer.path=", "--model.vocab_size=300"], "token ids up to 511", "model.vocab_size to at least 512"),
