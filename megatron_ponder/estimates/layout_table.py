@@ -41,7 +41,7 @@ def describe_layout(config: Config, data: int, device: str) -> str:
         f"each data rank: {count} micro-batches{_in_flight(ranks)}",
         "",
         f"{'pipeline':>8} {'blocks':>7} {'with':<18} {'parameters':>10} │ expected peak of tensors, GiB a rank",
-        f"{'rank':>8} {'':>7} {'':<18} {'a rank':>10} │ {'weights':>7} {'grads':>5} {'AdamW':>5} {'activ.':>6} "
+        f"{'rank':>8} {'':>7} {'':<18} {'a rank':>10} │ {'weights':>7} {'grads':>5} {'optim':>5} {'activ.':>6} "
         f"{'other':>5} {'total':>6}",
     ]
     for rank in ranks:

@@ -233,9 +233,10 @@ class Engine:
             safe_set_local_optimizer_state(parameter, part, kind)
 
     def set_steps(self, count: int) -> None:
-        """Let the optimiser take itself for so many steps old."""
+        """Let the optimiser take itself for so many steps old, if it counts them."""
         for state in self._engine.basic_optimizer.state.values():
-            state["step"].fill_(count)
+            if "step" in state:
+                state["step"].fill_(count)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """The gradient of a parameter, whole over the data-parallel ranks, before `step`; a collective of them."""

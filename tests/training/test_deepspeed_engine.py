@@ -1,7 +1,11 @@
 """DeepSpeed at every ZeRO stage computes what one process computes: loss, gradients, their norm, updated weights."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from megatron_ponder.training.deepspeed_engine import Engine
 from tests.training.layouts import (
     MODELS,
     Layout,
@@ -45,6 +49,18 @@ def test_one_rank_equals_one_process():
     case = LLAMA | STAGES["zero2"]
     (runs,) = Layout().run(train_all, {"alone": case})
     assert_equal_to_one_process(Layout(), case, [runs["alone"]])
+
+
+@pytest.mark.parametrize(("kind", "counted"), [(torch.optim.AdamW, [7]), (torch.optim.SGD, [])])
+def test_steps_are_set_where_an_optimiser_counts_them(kind, counted):
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = kind([weight], **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    optimizer.step()
+    engine = object.__new__(Engine)
+    engine._engine = SimpleNamespace(basic_optimizer=optimizer)
+    engine.set_steps(7)
+    assert [int(state["step"]) for state in optimizer.state.values() if "step" in state] == counted
 
 
 @pytest.mark.slow
