@@ -32,6 +32,7 @@ from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.communication import Formula, Term
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
@@ -175,8 +176,8 @@ class Count(NamedTuple):
 
 def count_step(mesh: Mesh, config: Config) -> Count:
     """Count one training step on this rank, after steps in which DeepSpeed learns the order of modules."""
-    model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
-    model.recompute = config.training.recompute
+    recompute = Recompute(config.training.recompute)
+    model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh), recompute=recompute)
     initialize(model, seed=0)
     formula = Formula(Rank(config, mesh.data.size, mesh.pipeline.rank, mesh.device.type), REFINEMENTS)
     engine = Engine(Objective(model), config, mesh)

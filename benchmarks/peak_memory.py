@@ -23,6 +23,7 @@ from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
@@ -84,8 +85,8 @@ def measure(name: str, length: int) -> tuple[int, int]:
 
 def take_steps(config: Config, mesh, steps: int) -> None:
     """Build the model and train it on random tokens."""
-    model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
-    model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
+    recompute = Recompute(config.training.recompute, config.training.recompute_passes)
+    model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh), recompute=recompute)
     initialize(model, seed=0)
     engine = Engine(Objective(model.to(mesh.device)), config, mesh)
     own = config.training.global_batch_size // mesh.data.size

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
@@ -32,8 +33,8 @@ class Step:
             mesh = Mesh(device, *[Axis(group=group)] * 4)
         else:
             mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data, parallel.sequence_parallel)
-        model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh))
-        model.recompute = config.training.recompute
+        recompute = Recompute(config.training.recompute)
+        model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh), recompute=recompute)
         initialize(model, seed=0)
         self._engine, self._idle = Engine(Objective(model), config, mesh), alone and dist.get_rank() > 0
         from deepspeed.utils import groups  # after the engine, which knows how to import it

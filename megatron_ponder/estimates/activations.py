@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS
-from megatron_ponder.model.baselines import CANDIDATES
-from megatron_ponder.model.passes import Shape
+from megatron_ponder.model.modes.pondering import Shape
+from megatron_ponder.model.modes.ponderlm import CANDIDATES
 from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.pipeline import packed_size
 

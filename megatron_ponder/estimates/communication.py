@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, zero_stage
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
-from megatron_ponder.model.baselines import CANDIDATES
+from megatron_ponder.model.modes.ponderlm import CANDIDATES
 from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.model.tally import Tally
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from megatron_ponder.config import Config
 from megatron_ponder.estimates.part import BlockSizes, PartSizes, Product, part_sizes
 from megatron_ponder.estimates.rank import slots_of_passes
-from megatron_ponder.model.baselines import CANDIDATES
 from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.modes.ponderlm import CANDIDATES
 
 # The backward pass of a product computes two: one for the gradient of each factor.
 FORWARD_AND_BACKWARD = 3

@@ -14,7 +14,7 @@ from megatron_ponder.config import Config, micro_batches, stage_layers
 from megatron_ponder.estimates.part import PartSizes, part_sizes
 from megatron_ponder.kernels.attention import Call, Kernel, choose
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.model.passes import Passes, Sizes
+from megatron_ponder.model.modes.pondering import Passes, Sizes
 from megatron_ponder.model.transformer import ModelPart, Recompute
 from megatron_ponder.parallel.mesh import COPY, Axis
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_ponder.model.baselines import CANDIDATES
+from megatron_ponder.model.modes.ponderlm import CANDIDATES
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import declarations
 

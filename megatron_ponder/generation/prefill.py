@@ -13,7 +13,7 @@ from typing import Protocol
 
 from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.generation.forward import Forward, Outcome, PromptEnd, Segment, latent
-from megatron_ponder.model.passes import Passes
+from megatron_ponder.model.modes.pondering import Passes
 
 
 @dataclass(frozen=True)

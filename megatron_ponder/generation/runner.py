@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_ponder.generation.block_cache import BlockCache
 from megatron_ponder.generation.forward import Forward, Outcome, PromptEnd
-from megatron_ponder.model.passes import LatentReads
+from megatron_ponder.model.modes.pondering import LatentReads
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule, fusion_weights
 
@@ -89,7 +89,7 @@ class Runner:
                 outputs.append(self._last_output(forward, prompt, token_SH, routed))
         self._hidden_TH = hidden_TH
         unfinished = torch.tensor([max(-token, 0) < self._steps for token in forward.tokens], device=hidden_TH.device)
-        self.read_TX = self.model.passes.read_by_latents(self.model, hidden_TH, unfinished)
+        self.read_TX = self.model.passes.read_by_latents(self.model.back, hidden_TH, unfinished)
         logits = self._logits(torch.cat(outputs)) if outputs else hidden_TH.new_empty(0, self._vocab_size)
         return Outcome(routed.executed_F.tolist(), routed.log_w_FK.tolist(), logits, changes)
 
@@ -101,7 +101,7 @@ class Runner:
         x_TH = model.embed(tokens.masked_fill(latent, 0))
         if min(forward.tokens) < 0:
             read = LatentReads(self.read_TX, self._inputs_TH, sources[latent], -tokens[latent])
-            x_TH[latent] = model.passes.latent_inputs(model, read)
+            x_TH[latent] = model.passes.latent_inputs(model.front, read)
         self._inputs_TH = x_TH
         return x_TH
 

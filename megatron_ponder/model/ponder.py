@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.kernels.attention import folded_channels
 from megatron_ponder.model.attention import LayerCache, Slots
-from megatron_ponder.model.baselines import PauseEmbedding
+from megatron_ponder.model.ends import Back, Front
+from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.model.passes import Interleaving, PassResult, PassState, Sizes, State, Stream, interleaving
+from megatron_ponder.model.modes.pondering import PassResult, Sizes, State, Stream
+from megatron_ponder.model.passes import PassState
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Router, Routing, Rule, RuleKind, fusion_weights, key_log_weights, route
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
@@ -43,17 +46,29 @@ class PonderOutput:
     passes: int
 
 
+class Batch(NamedTuple):
+    """What every pass reads of a batch.
+
+    Attributes:
+        geometry: positions and segments.
+        embedded_BLH: e of every token; None where no pass reads it.
+    """
+
+    geometry: Geometry
+    embedded_BLH: Tensor | None
+
+
 class PonderLM(nn.Module):
     """PonderLM-3, with `fixed` (PonderLM-2) and `vanilla` as special cases, and the baselines.
 
     Attributes:
         model_config, ponder_config: what it was built from.
         inference: τ and α unless others are given.
+        recompute: what the backward pass computes again.
         passes: those of its mode.
         eod_id: end-of-document token that confines attention and restarts positions; None for neither.
         part: which part of the model this pipeline rank holds; modules of other parts are None.
         axis: the tensor ranks.
-        recompute: what the backward pass computes again, in the first `recompute_passes` passes (None for all).
     """
 
     def __init__(
@@ -65,22 +80,24 @@ class PonderLM(nn.Module):
         part: ModelPart | None = None,
         vocab_multiple: int = 1,
         inference: InferenceConfig = UNCHANGED,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         self.model_config, self.ponder_config, self.inference, self.eod_id = model, ponder, inference, eod_id
+        self.recompute = recompute or Recompute()
         self.passes = passes_of(ponder)
         self.part = part = part or ModelPart(range(model.num_layers))
         self.axis = axis = (mesh or Mesh()).tensor
-        self.recompute: Recompute = "none"
-        self.recompute_passes: int | None = None
         vocabulary = (model.vocab_size, model.hidden_size, axis)
         # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
         std = model.init_std if ponder.mode == "vanilla" else math.sqrt(2 / (5 * model.hidden_size))
-        self.embedding, self.pauses = None, None
+        self.embedding, self._learned = None, ()
         if part.first:
             self.embedding = VocabParallelEmbedding(*vocabulary, normal(std), vocab_multiple)
-            if self.passes.pauses:
-                self.pauses = PauseEmbedding(ponder.steps, model.hidden_size, axis, normal(std))
+            learned = self.passes.learned_inputs(model.hidden_size, axis, normal(std))
+            self._learned = tuple(learned)
+            for name, module in learned.items():
+                self.add_module(name, module)
         self.transformer = Transformer(model, axis, part)
         self.router, self.head = None, None
         if part.last:
@@ -90,6 +107,17 @@ class PonderLM(nn.Module):
             )
             if model.tie_embeddings:
                 self.head.weight = self.embedding.weight
+
+    @property
+    def front(self) -> Front:
+        """Where tokens enter, in the first part."""
+        learned = {name: self.get_submodule(name) for name in self._learned}
+        return Front(self.embedding, self.ponder_config.embedding_scale, learned)
+
+    @property
+    def back(self) -> Back:
+        """Where tokens are predicted, in the last part."""
+        return Back(self.head, self.axis, self.model_config.vocab_size)
 
     def rule(self, kind: RuleKind, threshold: float | None = None, bias: float | None = None) -> Rule:
         """A rule for `jacobi` and `exact`, with the configured τ and α unless others are given."""
@@ -108,13 +136,12 @@ class PonderLM(nn.Module):
             gradient_passes: let gradients flow through the last so many passes only; None for all.
         """
         plan = self.passes.plan(refinements)
-        layout = interleaving(tokens_BL, self.eod_id)
-        embedded = self.embed(tokens_BL)
+        batch = self.read(tokens_BL)
         state = None
         for index in range(len(plan)):
             truncated = gradient_passes is not None and index < len(plan) - gradient_passes
             with torch.no_grad() if truncated else nullcontext():
-                result = self.run_pass(embedded, state, layout, rule, index, plan)
+                result = self.run_pass(batch, state, rule, index, plan)
                 if index + 1 < len(plan):
                     state = self.next_state(result, rule, plan[index + 1])
         return self.output(result, rule, len(plan))
@@ -135,12 +162,11 @@ class PonderLM(nn.Module):
         if not self.passes.iterated:
             return self.jacobi(tokens_BL, 0, rule)
         steps = self.ponder_config.steps
-        layout = interleaving(tokens_BL, self.eod_id)
-        embedded = self.embed(tokens_BL)
-        tolerance = 16 * torch.finfo(embedded.dtype).eps if tolerance is None else tolerance
+        batch = self.read(tokens_BL)
+        tolerance = 16 * torch.finfo(batch.embedded_BLH.dtype).eps if tolerance is None else tolerance
         state = PassState()
         for passes in range(1, tokens_BL.shape[1] * (steps + 1) + steps + 2):
-            result = self.run_pass(embedded, state, layout, rule)
+            result = self.run_pass(batch, state, rule)
             following = self.next_state(result, rule, min(passes, steps) + 1)
             if passes > steps + 1 and _settled(state, following, tolerance):
                 break
@@ -152,15 +178,18 @@ class PonderLM(nn.Module):
         config = self.model_config
         return Sizes(batch, tokens, self.axis.share(tokens), config.hidden_size, config.vocab_size)
 
-    def embed(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
-        """e = c · E[x] in the residual stream: (...) ids → (..., H); of (..., n) ids with weights the sum over n."""
-        return self.embedding(tokens, weights) * self.ponder_config.embedding_scale
+    def embed(self, tokens: Tensor) -> Tensor:
+        """e = c · E[x] in the residual stream, of ids (...): (..., H)."""
+        return self.front.embed(tokens)
+
+    def read(self, tokens_BL: Tensor, embedded: bool = True) -> Batch:
+        """What passes read of a batch; without its embeddings where nobody wants them."""
+        return Batch(Geometry.of(tokens_BL, self.eod_id), self.embed(tokens_BL) if embedded else None)
 
     def run_pass(
         self,
-        embedded_BLH: Tensor,
+        batch: Batch,
         state: State | None,
-        layout: Interleaving,
         rule: Rule,
         index: int = 0,
         plan: tuple[int, ...] = (),
@@ -168,21 +197,20 @@ class PonderLM(nn.Module):
         """One pass of a whole model.
 
         Args:
-            embedded_BLH: e of every token.
+            batch: with its embeddings.
             state: what the pass before handed over; None in the first.
-            layout: positions and visibility.
             rule: how a routing is applied.
             index, plan: as in `run_blocks`.
         """
-        stream = self.passes.enter(self, embedded_BLH, state)
-        return self.end_pass(self.run_blocks(stream, layout, index, plan), layout, rule, embedded_BLH)
+        stream = self.passes.enter(self.front, batch.embedded_BLH, state)
+        return self.end_pass(self.run_blocks(stream, batch.geometry, index, plan), batch, rule)
 
-    def run_blocks(self, stream: Stream, layout: Interleaving, index: int = 0, plan: tuple[int, ...] = ()) -> Stream:
+    def run_blocks(self, stream: Stream, geometry: Geometry, index: int = 0, plan: tuple[int, ...] = ()) -> Stream:
         """What this part's blocks do in one pass.
 
         Args:
             stream: what enters them.
-            layout: positions and visibility.
+            geometry: positions and segments.
             index: of the pass.
             plan: slots per token of every pass, which tells which hidden states of this one anybody reads; empty if all
                 are wanted.
@@ -191,31 +219,28 @@ class PonderLM(nn.Module):
             What leaves them; in the last part normed and of the kept slots alone.
         """
         x_BTH, log_w_BT, _ = stream
-        slots_per_token = x_BTH.shape[1] // self.axis.share(layout.tokens)
+        slots_per_token = x_BTH.shape[1] // self.axis.share(geometry.tokens)
         slots = Slots(
-            layout.tokens,
-            layout.angles(slots_per_token, self.model_config, x_BTH.dtype),
-            None if log_w_BT is None else enter(log_w_BT, self.axis, layout.tokens),
-            layout.mask(slots_per_token),
+            geometry.tokens,
+            geometry.angles(slots_per_token, self.model_config, x_BTH.dtype),
+            None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens),
+            geometry.mask(slots_per_token),
             self.passes.kept(index, plan) if plan else slice(None),
         )
-        recomputed = self.recompute_passes is None or index < self.recompute_passes
-        return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute if recomputed else "none"))
+        return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))
 
-    def end_pass(
-        self, stream: Stream, layout: Interleaving, rule: Rule, embedded_BLH: Tensor | None = None
-    ) -> PassResult:
-        """The result of a pass, from what leaves the last block; `embedded_BLH` is wanted if the router reads it."""
-        h_BLSH = stream.x_BTH.unflatten(1, (self.axis.share(layout.tokens), -1))
-        read_BLH = embedded_BLH if self.ponder_config.routes_by_token else h_BLSH[:, :, 0]
-        return PassResult(h_BLSH, self.route(read_BLH, rule), stream.inputs_BTH, layout)
+    def end_pass(self, stream: Stream, batch: Batch, rule: Rule) -> PassResult:
+        """The result of a pass, from what leaves the last block; embeddings are wanted if the router reads them."""
+        h_BLSH = stream.x_BTH.unflatten(1, (self.axis.share(batch.geometry.tokens), -1))
+        read_BLH = batch.embedded_BLH if self.ponder_config.routes_by_token else h_BLSH[:, :, 0]
+        return PassResult(h_BLSH, self.route(read_BLH, rule), stream.inputs_BTH, batch.geometry)
 
     def output(self, result: PassResult, rule: Rule, passes: int) -> PonderOutput:
         """What comes of the final pass."""
-        hidden_BLSH, routing, _, layout = result
-        fused = enter(self.fuse(hidden_BLSH, routing, rule), self.axis, layout.tokens)
+        hidden_BLSH, routing, _, geometry = result
+        fused = enter(self.fuse(hidden_BLSH, routing, rule), self.axis, geometry.tokens)
         if routing is not None:
-            routing = Routing(*(all_tokens(part, self.axis, layout.tokens) for part in routing))
+            routing = Routing(*(all_tokens(part, self.axis, geometry.tokens) for part in routing))
         return PonderOutput(fused, hidden_BLSH, routing, passes)
 
     def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
@@ -225,7 +250,7 @@ class PonderLM(nn.Module):
     def next_state(self, result: PassResult, rule: Rule, next_slots: int) -> State:
         """What the next pass starts from."""
         log_w = None if result.routing is None else key_log_weights(result.routing, rule)
-        return self.passes.leave(self, result, log_w, next_slots)
+        return self.passes.leave(self.back, result, log_w, next_slots)
 
     def fuse(self, hidden_BLSH: Tensor, routing: Routing | None, rule: Rule) -> Tensor:
         """The head's input: Σ_k s_k h_{t,k}, or without a router the hidden state of the token's last slot."""

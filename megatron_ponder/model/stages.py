@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ponder.config import PonderConfig
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.model.passes import Shape, Sizes, interleaving
+from megatron_ponder.model.modes.pondering import Shape, Sizes
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.pipeline import pack, packed_size, unpack
@@ -83,17 +83,17 @@ class PassStage(nn.Module):
             The packed tensor for the next stage, or what `finish` returns.
         """
         model, passes, index, plan = self.model, self.model.passes, self._index, self._shapes.plan
-        layout = interleaving(tokens[:, :-1], model.eod_id)
+        embeds = model.part.first and (index == 0 or passes.interleaved)
+        batch = model.read(tokens[:, :-1], embeds)
         if not model.part.first:
             stream = passes.unpack_stream(*unpack(received, *self._shapes.within(index)))
         else:
-            embedded = model.embed(tokens[:, :-1]) if index == 0 or passes.interleaved else None
             state = passes.state_type(*unpack(received, *self._shapes.after(index - 1))) if index > 0 else None
-            stream = passes.enter(model, embedded, state)
-        stream = model.run_blocks(stream, layout, index, plan)
+            stream = passes.enter(model.front, batch.embedded_BLH, state)
+        stream = model.run_blocks(stream, batch.geometry, index, plan)
         if not model.part.last:
             return pack(*passes.pack_stream(stream))
-        result = model.end_pass(stream, layout, self.rule)
+        result = model.end_pass(stream, batch, self.rule)
         if index + 1 < len(plan):
             return pack(*model.next_state(result, self.rule, plan[index + 1]))
         return self._finish(model.output(result, self.rule, len(plan)), tokens)

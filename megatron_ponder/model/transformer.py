@@ -14,7 +14,24 @@ from megatron_ponder.model.block import Block
 from megatron_ponder.model.norms import make_norm
 from megatron_ponder.parallel.mesh import Axis
 
-Recompute = Literal["none", "block", "attention"]
+RecomputeKind = Literal["none", "block", "attention"]
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass computes again in place of being kept.
+
+    Attributes:
+        kind: `block`, all but the inputs of blocks; `attention`, attention alone; `none`.
+        passes: in the first so many passes only; None for all.
+    """
+
+    kind: RecomputeKind = "none"
+    passes: int | None = None
+
+    def of_pass(self, index: int) -> RecomputeKind:
+        """What is computed again of one pass."""
+        return self.kind if self.passes is None or index < self.passes else "none"
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,7 @@ class Transformer(nn.Module):
         x_BTH: Tensor,
         slots: Slots,
         caches: Sequence[LayerCache] | None = None,
-        recompute: Recompute = "none",
+        recompute: RecomputeKind = "none",
     ) -> Tensor:
         """The residual stream after these blocks, in the last part normed.
 
@@ -63,7 +80,7 @@ class Transformer(nn.Module):
             x_BTH: the residual stream before them.
             slots: what its positions are; those that are not kept end in the last block of the whole stack.
             caches: one for each block.
-            recompute: what is computed again in the backward pass in place of being kept.
+            recompute: what the backward pass computes again.
 
         Returns:
             (B, T, H), in the last part (B, kept slots, H).

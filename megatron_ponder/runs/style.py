@@ -1,4 +1,4 @@
-"""How all figures look: every mode has one colour and one marker, whichever figure it is in."""
+"""How all figures look: a mode has one colour and one marker, whichever figure it is in."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers do it in greyscale.
 COLOURS = {
@@ -10,7 +10,8 @@ COLOURS = {
     "ponderlm": "#E69F00",
 }
 MARKERS = {"vanilla": "^", "fixed": "s", "adaptive": "o", "pause": "P", "loop": "D", "ponderlm": "v"}
-# Of further models of a mode in the same figure.
+# Of modes that have none of their own, and of further models of a mode in the same figure.
+OTHER_COLOUR = "#000000"
 FURTHER_MARKERS = ("X", "*", "<", ">", "p", "h", "d", "8")
 STYLE = {"svg.hashsalt": "megatron_ponder", "svg.fonttype": "none", "axes.axisbelow": True, "font.size": 9}
 
@@ -22,8 +23,9 @@ def look(mode: str, number: int = 0) -> dict:
         mode: of the model.
         number: which of the models of this mode it is in its figure, from 0.
     """
-    marker = FURTHER_MARKERS[(number - 1) % len(FURTHER_MARKERS)] if number else MARKERS[mode]
-    return {"color": COLOURS[mode], "marker": marker, "markersize": 5}
+    further = FURTHER_MARKERS[(number - 1) % len(FURTHER_MARKERS)]
+    marker = further if number else MARKERS.get(mode, further)
+    return {"color": COLOURS.get(mode, OTHER_COLOUR), "marker": marker, "markersize": 5}
 
 
 def merged_labels(places: list[tuple[float, str]], character: float) -> list[tuple[float, str]]:

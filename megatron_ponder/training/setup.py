@@ -13,7 +13,7 @@ from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.splits import split_text
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import ModelPart
+from megatron_ponder.model.transformer import ModelPart, Recompute
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
 
@@ -123,8 +123,8 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None
         model_part(config, mesh),
         config.parallel.vocab_multiple,
         config.inference,
+        Recompute(config.training.recompute, config.training.recompute_passes),
     )
-    model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
     if source is None:
         initialize(model, config.training.seed)
         return model

@@ -16,7 +16,7 @@ from megatron_ponder.estimates.activations import most_in_flight, pass_bytes, pa
 from megatron_ponder.estimates.memory import held_gradient_bytes, loss_bytes, memory_estimate, running_moments
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import ModelPart
+from megatron_ponder.model.transformer import ModelPart, Recompute
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
@@ -120,10 +120,10 @@ def test_parameters_of_other_models(overrides):
 def forward_and_backward(config: Config, mesh: Mesh, eod_id: int | None = None) -> tuple[int, int]:
     """Bytes that a micro-batch's forward leaves for the backward pass, and the most until that has ended."""
     torch.set_flush_denormal(True)
-    model = PonderLM(config.model, config.ponder, mesh, eod_id)
+    recompute = Recompute(config.training.recompute, config.training.recompute_passes)
+    model = PonderLM(config.model, config.ponder, mesh, eod_id, recompute=recompute)
     initialize(model, seed=0)
     model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
-    model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
     objective = Objective(model, config.ponder_training.gradient_passes)
     tokens = random_tokens(BATCH, LENGTH + 1, VOCABULARY)
     parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
@@ -270,9 +270,8 @@ def measure_engine(mesh: Mesh, config: Config) -> int:
     part = ModelPart(stage_layers(config)[place], first=place == 0, last=place == last)
     own = config.training.global_batch_size // mesh.data.size
     with Alive() as alive:
-        model = PonderLM(config.model, config.ponder, mesh, part=part)
+        model = PonderLM(config.model, config.ponder, mesh, part=part, recompute=Recompute(config.training.recompute))
         initialize(model, seed=0)
-        model.recompute = config.training.recompute
         engine = Engine(Objective(model), config, mesh)
         for step in range(2):
             gc.collect()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.layers_ponderlm import fold
 from megatron_ponder.hf.modeling_ponderlm import CACHE, PonderLMForCausalLM, document_layout
-from megatron_ponder.model.passes import interleaving
+from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.ponder import PonderLM
 from tests.hf.exported import hugging_face
 from tests.model.test_features import COMBINATIONS
@@ -182,10 +182,10 @@ def test_layout_of_documents_and_padding():
     """Attention sees differences of positions only, so that nothing else would notice positions that never restart."""
     eod_id, pad = 1, 1
     tokens = torch.tensor([[5, 1, 6, 7, 1, 1, 8, 9], [5, 6, 1, 7, 8, 9, 5, 1]])
-    expected = interleaving(tokens, eod_id)
+    expected = Geometry.of(tokens, eod_id)
     positions, documents = document_layout(tokens, None, eod_id)
     assert torch.equal(positions, expected.positions_BL)
-    assert torch.equal(documents, expected.documents_BL)
+    assert torch.equal(documents, expected.segments_BL)
 
     padded = torch.tensor([[pad, pad, 5, 1, pad, 6, 7, pad]])
     present = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0]]).bool()

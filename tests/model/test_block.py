@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ponder.model.attention import Slots
+from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.norms import LayerNorm, RMSNorm, make_norm
-from megatron_ponder.model.passes import interleaving
 from megatron_ponder.parallel.mesh import Axis
 from tests.models import random_tokens, small_model
 
@@ -21,7 +21,7 @@ def test_residual_stream(family, norm, kind, residual):
     block = model.transformer.blocks["0"]
     tokens = random_tokens(2, 5)
     x = model.embed(tokens)
-    angles = interleaving(tokens, None).angles(1, model.model_config, x.dtype)
+    angles = Geometry.of(tokens, None).angles(1, model.model_config, x.dtype)
     slots = Slots(5, angles)
     attended = block.attention(block.attention_norm(x), slots)
     mlp_input = x if residual == "parallel" else x + attended

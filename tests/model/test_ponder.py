@@ -9,8 +9,10 @@ from torch import Tensor
 
 from megatron_ponder.kernels.attention import DEAD
 from megatron_ponder.model.attention import Slots
-from megatron_ponder.model.passes import PassState, interleaving, pass_slots
+from megatron_ponder.model.geometry import Geometry
+from megatron_ponder.model.passes import PassState, pass_slots
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.sharding import declarations
 from tests.models import random_tokens, small_model
 
@@ -46,12 +48,11 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, kind: str,
     for slots in passes:
         sequence = torch.stack([slot for t in range(length) for slot in (embedded[t], *z[t][: slots - 1])])
         positions = torch.tensor([[t for t in range(length) for _ in range(slots)]])
-        layout = interleaving(torch.zeros(1, len(sequence), dtype=torch.long), None)
-        layout.positions_BL = positions
+        geometry = Geometry(positions)
         log_w = None
         if weights is not None:
             log_w = torch.stack([weights[t][k] for t in range(length) for k in range(slots)]).unsqueeze(0)
-        angles = layout.angles(1, model.model_config, sequence.dtype)
+        angles = geometry.angles(1, model.model_config, sequence.dtype)
         states = model.transformer(sequence.unsqueeze(0), Slots(len(sequence), angles, log_w))[0]
         h = [states[t * slots : (t + 1) * slots] for t in range(length)]
         z = [list(h[t]) for t in range(length)]
@@ -148,7 +149,7 @@ def test_recompute_changes_no_gradient(family, mode, recompute):
     tokens = random_tokens(2, 8)
     plain = gradients(model, soft_loss(model, tokens))
     for passes in (None, 1, 3):
-        model.recompute, model.recompute_passes = recompute, passes
+        model.recompute = Recompute(recompute, passes)
         again = gradients(model, soft_loss(model, tokens))
         assert all(torch.equal(again[name], gradient) for name, gradient in plain.items())
 
@@ -159,12 +160,12 @@ def test_truncated_gradients_equal_detached_states(mode, kept):
     model = small_model(ponder__mode=mode)
     tokens = random_tokens(2, 8)
     inputs, rule = tokens[:, :-1], model.rule("soft")
-    layout, plan = interleaving(inputs, None), pass_slots(2, 2)
+    batch, plan = model.read(inputs), pass_slots(2, 2)
     state = None
     for index, slots in enumerate(plan):
         if index == len(plan) - kept and state is not None:
             state = PassState(*[None if part is None else part.detach() for part in state])
-        result = model.run_pass(model.embed(inputs), state, layout, rule)
+        result = model.run_pass(batch, state, rule)
         state = model.next_state(result, rule, min(slots + 1, 3))
     routing = result.routing
     logits = model.head(model.fuse(result.hidden_BLSH, routing, rule))

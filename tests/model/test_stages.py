@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ponder.model.passes import Sizes
+from megatron_ponder.model.modes.pondering import Sizes
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.model.transformer import ModelPart

@@ -1,4 +1,4 @@
-"""Every mode has a look of its own."""
+"""Modes have looks of their own."""
 
 from typing import get_args
 
@@ -6,11 +6,17 @@ from megatron_ponder.config.ponder import Mode
 from megatron_ponder.runs.style import COLOURS, FURTHER_MARKERS, MARKERS, look, merged_labels
 
 
-def test_every_mode_has_one_colour_and_one_marker_that_no_other_has():
+def test_a_mode_has_one_colour_and_one_marker_that_no_other_has():
     modes = set(get_args(Mode))
-    assert COLOURS.keys() == MARKERS.keys() == modes
-    assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(modes)
+    assert COLOURS.keys() == MARKERS.keys() <= modes
+    assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(COLOURS)
     assert not set(MARKERS.values()) & set(FURTHER_MARKERS)
+
+
+def test_a_mode_without_a_colour_is_drawn_too():
+    first, second = look("another"), look("another", 1)
+    assert first["color"] == second["color"] not in COLOURS.values()
+    assert first["marker"] != second["marker"] and first["marker"] not in MARKERS.values()
 
 
 def test_further_models_of_a_mode_keep_its_colour():

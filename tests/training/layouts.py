@@ -14,6 +14,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import RuleKind
 from megatron_ponder.model.tally import Tally
+from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.deepspeed_engine import Engine
@@ -173,8 +174,10 @@ def model_for(config: Config, mesh: Mesh | None = None) -> PonderLM:
     mesh = mesh or Mesh()
     eod_id = EOD if config.data.reset_at_eod else None
     part = model_part(config, mesh)
-    model = PonderLM(config.model, config.ponder, mesh, eod_id, part, config.parallel.vocab_multiple)
-    model.recompute, model.recompute_passes = config.training.recompute, config.training.recompute_passes
+    recompute = Recompute(config.training.recompute, config.training.recompute_passes)
+    model = PonderLM(
+        config.model, config.ponder, mesh, eod_id, part, config.parallel.vocab_multiple, recompute=recompute
+    )
     initialize(model, seed=5)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

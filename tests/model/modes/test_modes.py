@@ -1,14 +1,20 @@
 """The baselines' passes are what token-by-token definitions give, in every way of running them."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.gradcheck import gradcheck
 
+from megatron_ponder.config import PonderConfig
+from megatron_ponder.config.sections import Mode
 from megatron_ponder.evaluation.inference_flops import block_parameters, inference_flops
 from megatron_ponder.evaluation.perplexity import settings
-from megatron_ponder.model.baselines import CANDIDATES
+from megatron_ponder.model import modes
+from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.modes.ponderlm import CANDIDATES
 from megatron_ponder.parallel.candidates import likeliest
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.training.objective import Objective
@@ -98,10 +104,9 @@ def naive_loss(model, tokens):
 
 def slots_of(model, length: int):
     from megatron_ponder.model.attention import Slots
-    from megatron_ponder.model.passes import interleaving
 
-    layout = interleaving(torch.zeros(1, length, dtype=torch.long), None)
-    return Slots(length, layout.angles(1, model.model_config, torch.float64))
+    geometry = Geometry.of(torch.zeros(1, length, dtype=torch.long), None)
+    return Slots(length, geometry.angles(1, model.model_config, torch.float64))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -217,3 +222,9 @@ def test_mixtures_have_the_gradients_of_their_formula():
     want = (weights.unsqueeze(-1) * model.embedding.weight[ids]).sum(2)
     assert (model.embedding(ids, weights) - want).abs().max() < 1e-12
     assert gradcheck(lambda w: model.embedding(ids, w), (weights,))
+
+
+def test_the_configuration_names_the_modes_that_there_are():
+    assert {mode: passes_of(PonderConfig(mode=mode)).steps for mode in get_args(Mode)} == {
+        mode: 0 if mode == "vanilla" else 3 for mode in modes._PASSES
+    }

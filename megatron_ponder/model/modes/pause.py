@@ -1,0 +1,43 @@
+"""`pause`: one pass over the tokens, each with K learned pause embeddings behind it."""
+
+from torch import Tensor
+
+from megatron_ponder.model.ends import Front
+from megatron_ponder.model.modes.pondering import LatentReads, Passes, Stream
+from megatron_ponder.model.passes import PassState
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.regions import on_residual
+from megatron_ponder.parallel.sharding import Initializer, ParameterSpec, ShardedModule
+
+
+class PauseEmbedding(ShardedModule):
+    """K learned vectors, like further rows of the embedding table."""
+
+    def __init__(self, steps: int, hidden_size: int, axis: Axis, initialize: Initializer) -> None:
+        super().__init__(axis)
+        self.declare("weight", ParameterSpec((steps, hidden_size), initialize))
+
+    def forward(self, scale: float) -> Tensor:
+        """The vectors times a scale, (K, H), for the residual stream."""
+        return on_residual(self.weight, self.axis) * scale
+
+
+class PausePasses(Passes):
+    """Pause embeddings are scaled as tokens are, and carry their token's position; the output is at the last."""
+
+    pauses = True
+    iterated = False
+
+    def plan(self, refinements: int) -> tuple[int, ...]:
+        return (self.steps + 1,)
+
+    def learned_inputs(self, hidden_size: int, axis: Axis, initialize: Initializer) -> dict[str, ShardedModule]:
+        return {"pauses": PauseEmbedding(self.steps, hidden_size, axis, initialize)}
+
+    def enter(self, front: Front, embedded_BLH: Tensor | None, state: PassState | None) -> Stream:
+        pauses_KH = front.learned["pauses"](front.scale)
+        latents = pauses_KH.expand(*embedded_BLH.shape[:2], -1, -1)
+        return super().enter(front, embedded_BLH, PassState(latents))
+
+    def latent_inputs(self, front: Front, reads: LatentReads) -> Tensor:
+        return front.learned["pauses"](front.scale)[reads.steps_n - 1]

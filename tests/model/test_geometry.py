@@ -1,0 +1,58 @@
+"""Positions and masks against a naive loop."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ponder.config import ModelConfig
+from megatron_ponder.model.geometry import Geometry
+from megatron_ponder.model.rope import rotation
+
+EOD = 7
+unhurried = settings(deadline=None)  # first calls of torch are slow
+token_batches = st.integers(1, 9).flatmap(
+    lambda length: st.lists(
+        st.lists(st.sampled_from([1, 2, EOD]), min_size=length, max_size=length), min_size=1, max_size=3
+    )
+)
+
+
+def test_positions_without_documents():
+    geometry = Geometry.of(torch.tensor([[EOD, 1, EOD, 2]]), None)
+    assert geometry.positions_BL.tolist() == [[0, 1, 2, 3]]
+    assert geometry.mask(3) is None
+
+
+@unhurried
+@given(batch=token_batches, slots=st.integers(1, 3))
+def test_positions_and_masks_of_documents(batch, slots):
+    geometry = Geometry.of(torch.tensor(batch), EOD)
+    for row, tokens in enumerate(batch):
+        position, document, positions, documents = 0, 0, [], []
+        for token in tokens:
+            positions.append(position)
+            documents.append(document)
+            position += 1
+            if token == EOD:  # belongs to the document that it ends
+                position, document = 0, document + 1
+        assert geometry.positions_BL[row].tolist() == positions
+        mask = geometry.mask(slots)[row, 0]
+        assert mask.shape == (len(tokens) * slots, len(tokens) * slots)
+        for query in range(len(tokens) * slots):
+            for key in range(len(tokens) * slots):
+                visible = key <= query and documents[key // slots] == documents[query // slots]
+                assert bool(mask[query, key]) == visible
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("rotary_fraction", [1.0, 0.25])
+def test_all_slots_of_a_token_have_its_position(slots, rotary_fraction):
+    config = ModelConfig(hidden_size=32, num_heads=2, rotary_fraction=rotary_fraction)
+    geometry = Geometry.of(torch.tensor([[1, EOD, 1, 2], [1, 1, 1, 1]]), EOD)
+    expected = geometry.positions_BL.repeat_interleave(slots, 1)
+    got = geometry.angles(slots, config, torch.float64)
+    want = rotation(expected, int(16 * rotary_fraction), config.rope_theta, torch.float64)
+    assert torch.equal(got.cos, want.cos)
+    assert torch.equal(got.sin, want.sin)
+    assert geometry.angles(slots, config, torch.float64) is got
