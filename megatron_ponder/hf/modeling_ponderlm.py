@@ -55,7 +55,7 @@ class PonderLMOutput(CausalLMOutputWithPast):
     executed_steps: Tensor | None = None
 
 
-class Routing(NamedTuple):
+class PonderLMRouting(NamedTuple):
     """What the router decided for every token, under the hard rule: steps beyond K̂ do not exist.
 
     Attributes:
@@ -293,13 +293,13 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         log_w = None if log_w_R is None else log_w_R.unsqueeze(1)
         return self.model(x_RH.unsqueeze(1), positions, log_w, mask, cache).squeeze(1)
 
-    def _route(self, h_token: Tensor) -> Routing:
+    def _route(self, h_token: Tensor) -> PonderLMRouting:
         """The routing from h_{t,0} (..., H)."""
         config = self.config
         step = torch.arange(config.ponder_steps + 1, device=h_token.device)
         if self.router is None:
             executed = torch.full(h_token.shape[:-1], config.ponder_steps, device=h_token.device)
-            return Routing(None, (step == executed.unsqueeze(-1)).to(h_token.dtype), executed)
+            return PonderLMRouting(None, (step == executed.unsqueeze(-1)).to(h_token.dtype), executed)
         logits = self.router(h_token) + config.ponder_router_bias * step
         # w_k = Σ_{j ≥ k} softmax(logits)_j, kept as its logarithm, which does not underflow.
         tails = logits.flip(-1).logcumsumexp(-1).flip(-1)
@@ -309,7 +309,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         last = executed.unsqueeze(-1)
         # The last executed step takes all the weight that remains.
         fusion = torch.where(step < last, (logits - tails[..., :1]).exp(), w).masked_fill(step > last, 0)
-        return Routing(log_w.masked_fill(step > last, DEAD), fusion, executed)
+        return PonderLMRouting(log_w.masked_fill(step > last, DEAD), fusion, executed)
 
     @classmethod
     def _supports_default_dynamic_cache(cls, *args) -> bool:
