@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ponder.base.launch import discover
-from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.step_time import step_time
 from megatron_ponder.kernels.attention import Call, attend, choose
@@ -71,9 +71,9 @@ class Machine(NamedTuple):
     link: float
     latency: float
 
-    def cluster(self, ranks: int) -> Cluster:
+    def cluster(self, ranks: int) -> Hardware:
         """As the estimate wants it; shares are 1, because rates are measured."""
-        return Cluster(
+        return Hardware(
             "CPU", 1, ranks, memory=2**40, peak=self.products, memory_bandwidth=self.memory, intra_bandwidth=self.link,
             inter_bandwidth=self.link, intra_latency=self.latency, inter_latency=self.latency, matrix_share=1.0,
             attention_share=self.attention / self.products, memory_bandwidth_share=1.0, link_share=1.0, device="cpu",

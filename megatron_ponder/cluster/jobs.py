@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
-from megatron_ponder.cluster.description import Cluster
+from megatron_ponder.cluster.description import Cluster, check_cluster
 from megatron_ponder.config import check_layout, read_config
 
 SCRIPTS = Path(__file__).with_name("scripts")
@@ -50,7 +50,7 @@ JOBS = {
 
 
 def check_job(job: Job, cluster: Cluster, arguments: Sequence[str]) -> None:
-    """Refuse a training job that could not start, before it waits in a queue.
+    """Refuse a job that could not start, before it waits in a queue.
 
     Args:
         job: what is to run.
@@ -58,8 +58,10 @@ def check_job(job: Job, cluster: Cluster, arguments: Sequence[str]) -> None:
         arguments: of the job.
 
     Raises:
-        UserError: when the configuration is wrong, or its layout does not fit nodes × ranks.
+        UserError: no job could run there; or this one trains, and its configuration is wrong, or its layout does not
+            fit nodes × ranks.
     """
+    check_cluster(cluster)
     if not job.trains:
         return
     config = read_config(arguments)

@@ -8,7 +8,7 @@ parameters of a rank, D data-parallel ranks, b bytes of an activation.
 from dataclasses import dataclass
 
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES, moment_bytes
-from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD
 from megatron_ponder.estimates.part import Product
@@ -50,7 +50,7 @@ class Computation:
     """
 
     rank: Rank
-    cluster: Cluster
+    cluster: Hardware
     refinements: int
 
     def products(self, rows: float, weights: tuple[Product, ...]) -> float:

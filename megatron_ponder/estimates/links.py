@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.estimates.communication import Term
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.parallel.mesh import AXES, COPY
@@ -28,7 +28,7 @@ class Links:
     """What the ranks of an axis communicate over."""
 
     rank: Rank
-    cluster: Cluster
+    cluster: Hardware
 
     def of(self, axis: str) -> tuple[int, float, float]:
         """Ranks, bandwidth and latency of an axis.

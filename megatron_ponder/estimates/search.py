@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
-from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, check_layout, data_parallel_size, resolve, validate
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.config.layout import largest_tensor
@@ -42,7 +42,7 @@ class Plan:
     time: StepTime
 
 
-def check_ranks(config: Config, cluster: Cluster) -> int:
+def check_ranks(config: Config, cluster: Hardware) -> int:
     """Data-parallel ranks of a layout on a cluster.
 
     Raises:
@@ -52,13 +52,13 @@ def check_ranks(config: Config, cluster: Cluster) -> int:
     return data_parallel_size(config, cluster.ranks)
 
 
-def fullest_memory(config: Config, data: int, cluster: Cluster) -> RankMemory:
+def fullest_memory(config: Config, data: int, cluster: Hardware) -> RankMemory:
     """Memory of the pipeline rank that needs most."""
     every = (memory_estimate(Rank(config, data, place, cluster.device)) for place in places(config))
     return max(every, key=lambda memory: memory.total)
 
 
-def plan_of(config: Config, cluster: Cluster) -> Plan:
+def plan_of(config: Config, cluster: Hardware) -> Plan:
     """A configuration as it is.
 
     Raises:
@@ -68,7 +68,7 @@ def plan_of(config: Config, cluster: Cluster) -> Plan:
     return Plan(config, data, fullest_memory(config, data, cluster), step_time(config, data, cluster))
 
 
-def fitting(config: Config, cluster: Cluster) -> list[Plan]:
+def fitting(config: Config, cluster: Hardware) -> list[Plan]:
     """Every layout of this model and batch that fits, fastest first.
 
     Varied are `KEYS`; with another number of pipeline ranks, blocks are divided evenly. The global batch stays. Times
@@ -119,7 +119,7 @@ def _get(config: Config, section: str, key: str) -> object:
     return getattr(getattr(config, section), key)
 
 
-def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
+def _candidates(config: Config, cluster: Hardware) -> Iterator[Config]:
     """Layouts whose sizes divide; whether the rest of the configuration allows them is for its checks to say."""
     model, training, own = config.model, config.training, config.parallel
     lowest = zero_stage(replace(config, parallel=replace(own, zero_stage=0)))

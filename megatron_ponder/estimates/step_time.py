@@ -9,7 +9,7 @@ an activation.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config
 from megatron_ponder.config.deepspeed import overlaps_reduction, zero_stage
 from megatron_ponder.estimates.communication import Formula, Term
@@ -49,7 +49,7 @@ class StepTime:
         """Over all ranks."""
         return self.tokens / self.total
 
-    def utilisation(self, cluster: Cluster) -> float:
+    def utilisation(self, cluster: Hardware) -> float:
         """Model FLOP utilisation: of the peak of all GPUs."""
         return self.flops / self.total / (cluster.ranks * cluster.peak)
 
@@ -120,7 +120,7 @@ class RankStep(Computation):
         )
 
 
-def step_time(config: Config, data: int, cluster: Cluster) -> StepTime:
+def step_time(config: Config, data: int, cluster: Hardware) -> StepTime:
     """A step of a run, mean over the values of R that training draws.
 
     Args:

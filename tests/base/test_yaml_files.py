@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.yaml_files import LARGEST_FILE, dump_yaml, load_yaml, read_mapping
 from megatron_ponder.cluster.description import read_cluster
-from megatron_ponder.cluster.hardware import read_description
 from megatron_ponder.config import read_config
 from megatron_ponder.runs.status import run_status
 
@@ -111,10 +110,9 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     [
         (lambda path: read_config(["--config", str(path)]), "model"),
         (lambda path: read_cluster(["--cluster", str(path)]), "nodes"),
-        (lambda path: read_description(path, {}), "nodes"),
         (lambda path: run_status(path.parent), "training"),
     ],
-    ids=["configuration", "cluster", "description", "run folder"],
+    ids=["configuration", "cluster", "run folder"],
 )
 def test_every_reader_refuses_a_key_that_is_there_twice(tmp_path, read, key):
     path = tmp_path / "config.yaml"

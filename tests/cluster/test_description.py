@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.cluster.description import Cluster, read_cluster
+from megatron_ponder.cluster.description import Cluster, check_cluster, read_cluster
 from tests.finished_runs import REPOSITORY
 
 
@@ -31,10 +31,11 @@ def test_texts_are_what_is_written(tmp_path):
         "environment: {OMP_NUM_THREADS: 1, MODE: 010, TRACE: yes, RATE: 1e-3, 1_0: x, WHEN: 2026-01-01}\n"
     )
     with pytest.raises(UserError, match="1_0"):  # what YAML takes for a number is the name of no variable
-        read_cluster(["--cluster", str(file)])
+        check_cluster(read_cluster(["--cluster", str(file)]))
     file.write_text(file.read_text().replace("1_0: x, ", ""))
     variables = {"OMP_NUM_THREADS": "1", "MODE": "010", "TRACE": "yes", "RATE": "1e-3", "WHEN": "2026-01-01"}
-    expected = Cluster("007", "on", 2, time="24:00:00", modules=["1.10"], environment=variables, log_folder="1e3")
+    texts = {"account": "007", "partition": "on", "modules": ["1.10"], "log_folder": "1e3"}
+    expected = Cluster(nodes=2, time="24:00:00", environment=variables, **texts)
     assert read_cluster(["--cluster", str(file)]) == expected
     options = ["--environment", "{A: '010'}", "--environment.B=1", "--modules", "['1.10']", "--modules+=2.0"]
     assert read_cluster(options) == Cluster(environment={"A": "010", "B": "1"}, modules=["1.10", "2.0"])
@@ -50,12 +51,12 @@ def test_texts_are_what_is_written(tmp_path):
         (["nodes=2"], '"nodes=2" is no option; write --key value'),
         (["--environment", "{A: null}"], "environment is null; write keys with a text each"),
         (["--environment", "{A: [1"], "environment is {A: .1; write keys with a text each"),
-        (["--nodes", "0"], "at least one node"),
+        (["--nodes", "0"], "nodes is 0; its range is 1 to"),
         (["--gpus_per_node", "0"], "set ranks_per_node"),
         (["--ranks_per_node", "9"], "each rank needs a GPU"),
         (["--cpus_per_node", "7"], "fewer than the 8 ranks"),
         (["--time", "tomorrow"], "time tomorrow is no time limit"),
-        (["--signal_seconds", "0"], "needs time to save"),
+        (["--signal_seconds", "0"], "signal_seconds is 0; its range is 1 to"),
         (["--venv", "/nowhere"], "no virtual environment"),
         (["--venv", "/nowhere", "--container", "a.sif"], "give one of them"),
         (["--container=-i"], '"-i" would be taken for an option'),
@@ -74,7 +75,7 @@ def test_texts_are_what_is_written(tmp_path):
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        read_cluster(arguments)
+        check_cluster(read_cluster(arguments))
     assert "\n" not in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.cluster.description import Cluster, read_cluster
+from megatron_ponder.cluster.description import Cluster, check_cluster, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, SCRIPTS, render
 from tests.finished_runs import REPOSITORY
 
@@ -83,7 +83,9 @@ def cluster(folder: Path, **changes) -> Cluster:
     options = [
         f"--{name}={json.dumps(value) if not isinstance(value, str) else value}" for name, value in words.items()
     ]
-    return read_cluster([option for option in options if not option.endswith("=null")])
+    described = read_cluster([option for option in options if not option.endswith("=null")])
+    check_cluster(described)
+    return described
 
 
 @pytest.mark.parametrize("name", JOBS)

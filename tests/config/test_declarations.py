@@ -17,7 +17,7 @@ SECTIONS = {section.name: section.default_factory for section in dataclasses.fie
 PARTS = {"part of a blend": BlendPart, "phase": PhaseConfig}
 # Texts that name no file.
 WORDS = {"data.split", "part of a blend.split", "training.time_limit", "logging.wandb_project"}
-CLUSTER_WORDS = {"account", "partition", "time", "modules", "environment", "sbatch"}
+CLUSTER_WORDS = {"gpu", "account", "partition", "time", "modules", "environment", "sbatch"}
 
 
 def leaves(kind: object) -> set:

@@ -6,13 +6,13 @@ import pytest
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
-from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, check_layout, data_parallel_size, read_config, resolve, validate
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.estimates.search import changes, check_ranks, fitting, flags, nearest, plan_of
 
-CLUSTER = Cluster("GPU", 2, 8, 40e9, 300e12, 2e12, 300e9, 25e9)
+CLUSTER = Hardware("GPU", 2, 8, 40e9, 300e12, 2e12, 300e9, 25e9)
 ARGUMENTS = {
     "model.hidden_size": 1024, "model.num_layers": 24, "model.num_heads": 16, "model.vocab_size": 32000,
     "training.global_batch_size": 64, "training.micro_batch_size": 4,
@@ -52,12 +52,12 @@ def test_they_are_in_order(plans):
 
 
 def test_less_memory_allows_fewer(plans):
-    small = Cluster("GPU", 2, 8, 12e9, 300e12, 2e12, 300e9, 25e9)
+    small = Hardware("GPU", 2, 8, 12e9, 300e12, 2e12, 300e9, 25e9)
     fewer = fitting(config_for(), small)
     assert 0 < len(fewer) < len(plans)
     assert {str(plan.config) for plan in fewer} < {str(plan.config) for plan in plans}
     assert fewer[0].time.total >= 0.99 * plans[0].time.total
-    assert fitting(config_for(), Cluster("GPU", 2, 8, 1e8, 300e12, 2e12, 300e9, 25e9)) == []
+    assert fitting(config_for(), Hardware("GPU", 2, 8, 1e8, 300e12, 2e12, 300e9, 25e9)) == []
 
 
 def test_the_nearest_changes_least(plans):
@@ -82,10 +82,10 @@ def test_flags_undo_what_a_layout_cannot_keep():
 
 def test_ranks_that_do_not_divide_are_refused_with_what_would():
     with pytest.raises(UserError, match=r"add --parallel\.tensor 4"):
-        check_ranks(config_for(parallel__tensor=8), Cluster("GPU", 3, 4, 40e9, 300e12, 2e12, 300e9, 25e9))
+        check_ranks(config_for(parallel__tensor=8), Hardware("GPU", 3, 4, 40e9, 300e12, 2e12, 300e9, 25e9))
 
 
 @pytest.mark.slow
 def test_ten_thousand_gpus_are_searched():
-    cluster = Cluster("GPU", 1250, 8, 40e9, 300e12, 2e12, 300e9, 25e9)
+    cluster = Hardware("GPU", 1250, 8, 40e9, 300e12, 2e12, 300e9, 25e9)
     assert fitting(config_for(training__global_batch_size=20_000), cluster)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ponder.cluster.hardware import Cluster
+from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.communication import Term
 from megatron_ponder.estimates.flops import training_flops
@@ -14,7 +14,7 @@ from megatron_ponder.estimates.step_time import bubble_share, step_time
 from tests.models import small_config
 
 FAST = 1e30
-CLUSTER = Cluster("GPU", 4, 8, 80e9, 1e15, 3e12, 400e9, 50e9)
+CLUSTER = Hardware("GPU", 4, 8, 80e9, 1e15, 3e12, 400e9, 50e9)
 # Products alone take time.
 IDEAL = replace(
     CLUSTER,

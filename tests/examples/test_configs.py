@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.gpus import GPUS
-from megatron_ponder.cluster.hardware import read_description
+from megatron_ponder.cluster.hardware import hardware_of
 from megatron_ponder.config import read_config
 from megatron_ponder.estimates.search import check_ranks, fullest_memory
 from tests.finished_runs import REPOSITORY
@@ -34,7 +35,7 @@ PUBLISHED_RATES = {
 def test_each_fits_nodes_of_eight_gpus_with_80_gb(file: Path, mode):
     config = read_config(["--config", str(file), "--ponder.mode", mode])
     clusters = [
-        read_description(None, {"gpu": name, "nodes": nodes}).cluster(config.training.precision)
+        hardware_of(Cluster(gpu=name, nodes=nodes), config.training.precision)
         for name in GPUS_OF_80_GB
         for nodes in (1, 2, 4, 8)
     ]

@@ -1,0 +1,138 @@
+"""Tables and sentences about plans: what one needs and takes, which are fastest, what to do where none fits."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from megatron_ponder.cluster.hardware import GIB, Hardware
+from megatron_ponder.estimates.layout_table import describe_layout
+from megatron_ponder.estimates.search import KEYS, Plan, changes, flags, nearest
+
+SECONDS_PER_DAY = 86400
+
+
+def heading(hardware: Hardware) -> str:
+    """What the cluster is taken to be."""
+    nodes = "1 node" if hardware.nodes == 1 else f"{hardware.nodes} nodes"
+    return (
+        f"{nodes} of {hardware.gpus_per_node} {hardware.name}: "
+        f"{hardware.peak / 1e12:,.0f} TFLOP/s (reached: {hardware.matrix_share:.0%} in products, "
+        f"{hardware.attention_share:.0%} in attention), memory {hardware.memory_bandwidth / 1e9:,.0f} GB/s, "
+        f"links {hardware.intra_bandwidth / 1e9:,.0f} GB/s in a node and {hardware.inter_bandwidth / 1e9:,.0f} between "
+        "nodes, a GPU"
+    )
+
+
+def memory_lines(plan: Plan, hardware: Hardware) -> str:
+    """What every rank of a plan holds, and how much of a GPU may be used."""
+    return (
+        f"{describe_layout(plan.config, plan.data, hardware.device)}\n"
+        f"of {hardware.memory / GIB:.1f} GiB a GPU, {hardware.usable_memory / GIB:.1f} are taken to be usable; the "
+        f"fullest rank needs {plan.memory.total / GIB:.2f}\n"
+    )
+
+
+def time_table(plan: Plan) -> Table:
+    """Where the time of a step goes."""
+    table = _right_aligned("a step", "seconds", "share")
+    table.columns[0].justify = "left"
+    for name, seconds in plan.time.parts.items():
+        table.add_row(name, f"{seconds:.4f}", f"{seconds / plan.time.total:.1%}")
+    table.add_section()
+    table.add_row("together", f"{plan.time.total:.4f}", "100.0%")
+    return table
+
+
+def time_lines(plan: Plan, hardware: Hardware, tokens: float) -> str:
+    """Communication of a step, then what so many tokens take."""
+    lines = []
+    if plan.time.collectives:
+        kinds = sorted(plan.time.collectives.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{axis} {operation} {seconds:.4f}" for (axis, operation), seconds in kinds)
+        lines.append(
+            f"communication in seconds a step: {shown}; {plan.time.hidden:.4f} of it hidden behind computation"
+        )
+    days = _days(plan, tokens)
+    lines.append(
+        f"{plan.time.tokens_per_second:,.0f} tokens/s, MFU {plan.time.utilisation(hardware):.1%}; {tokens:.3g} tokens "
+        f"take {days:,.2f} days, {days * 24 * hardware.ranks:,.0f} GPU-hours"
+    )
+    return "\n".join(lines)
+
+
+def search_table(plans: Sequence[Plan], most: int, hardware: Hardware, tokens: float) -> Table:
+    """A row for each of the first so many plans."""
+    usable = f"{hardware.usable_memory / GIB:.1f} of {hardware.memory / GIB:.1f} GiB"
+    headings = ("tensor", "pipeline", "data", "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "MFU", "days")
+    table = _right_aligned("", *headings, "GPU-hours")
+    table.title = f"{len(plans):,} layouts fit into the usable {usable} of a GPU"
+    for number, plan in enumerate(plans[:most], 1):
+        parallel, training, days = plan.config.parallel, plan.config.training, _days(plan, tokens)
+        table.add_row(
+            str(number),
+            f"{parallel.tensor}{' + sequence' if parallel.sequence_parallel else ''}",
+            str(parallel.pipeline),
+            str(plan.data),
+            str(parallel.zero_stage),
+            training.recompute,
+            str(training.micro_batch_size),
+            f"{plan.memory.total / GIB:.1f}",
+            f"{plan.time.tokens_per_second:,.0f}",
+            f"{plan.time.utilisation(hardware):.1%}",
+            f"{days:,.2f}",
+            f"{days * 24 * hardware.ranks:,.0f}",
+        )
+    return table
+
+
+def does_not_fit(plan: Plan, hardware: Hardware, plans: Sequence[Plan]) -> str:
+    """One line with the nearest layout that does."""
+    found = nearest(plan.config, plans)
+    if found is None:
+        return nothing_fits(hardware)
+    return (
+        f"{plan.memory.total / GIB:.1f} GiB on the fullest rank do not fit into {hardware.usable_memory / GIB:.1f}; "
+        f"add {flags(changes(plan.config, found.config))}, which needs {found.memory.total / GIB:.1f} GiB and makes "
+        f"{found.time.tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def nothing_fits(hardware: Hardware) -> str:
+    """One line for a model that is too large."""
+    return (
+        f"no layout of this model fits into {hardware.usable_memory / GIB:.1f} GiB on each of {hardware.ranks} ranks; "
+        "use more nodes, or offload the optimiser with --parallel.zero_stage 3 --parallel.offload_optimizer cpu"
+    )
+
+
+def as_dict(plan: Plan, hardware: Hardware, tokens: float) -> dict:
+    """A plan as JSON knows it."""
+    days = _days(plan, tokens)
+    return {
+        **{f"{section}.{key}": getattr(getattr(plan.config, section), key) for section, key in KEYS},
+        "data": plan.data,
+        "ranks": hardware.ranks,
+        "fits": plan.memory.total <= hardware.usable_memory,
+        "memory": {**vars(plan.memory), "total": plan.memory.total},
+        "usable_memory": hardware.usable_memory,
+        "step_seconds": plan.time.total,
+        "parts": plan.time.parts,
+        "collectives": {" ".join(key): value for key, value in plan.time.collectives.items()},
+        "hidden": plan.time.hidden,
+        "tokens_per_second": plan.time.tokens_per_second,
+        "mfu": plan.time.utilisation(hardware),
+        "tokens": tokens,
+        "days": days,
+        "gpu_hours": days * 24 * hardware.ranks,
+    }
+
+
+def _days(plan: Plan, tokens: float) -> float:
+    return tokens / plan.time.tokens_per_second / SECONDS_PER_DAY
+
+
+def _right_aligned(*headings: str) -> Table:
+    table = Table(*headings)
+    for column in table.columns:
+        column.justify = "right"
+    return table
