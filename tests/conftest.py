@@ -13,6 +13,7 @@ import torch
 from megatron_ponder.commands.ponder import main
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
+from tests import REPOSITORY
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -35,7 +36,7 @@ class Ended(NamedTuple):
 def ponder(monkeypatch, capsys) -> Iterator[Callable[..., Ended]]:
     """Runs `ponder` with the words of a command line in this process, where PyTorch is imported already."""
     monkeypatch.setenv("COLUMNS", "400")  # no path is cut
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(REPOSITORY)
 
     def ponder(*words: object) -> Ended:
         capsys.readouterr()

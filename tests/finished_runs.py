@@ -21,7 +21,6 @@ from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.training.trainer import train
 from tests.distributed import free_port, run_distributed
 
-REPOSITORY = Path(__file__).parents[1]
 STEPS = 8
 LATEST = "step-00000008"
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from megatron_ponder.commands.ponder import start
+from tests import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 IMPORTED = ["deepspeed", "megatron_ponder.training.trainer", "megatron_ponder.commands.generate"]
 IMPORTED += ["megatron_ponder.commands.serve", "tests.distributed"]
 

@@ -4,7 +4,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "megatron_ponder"
+from tests import REPOSITORY
+
+PACKAGE = REPOSITORY / "megatron_ponder"
 # A first word is a verb, or the noun of the result.
 NO_BEGINNING = {"Of", "In", "With", "For", "Until", "As", "At", "By", "From", "To", "Between", "Attributes:", "Args:"}
 

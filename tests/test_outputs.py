@@ -22,13 +22,11 @@ from megatron_ponder.evaluation.report import write_page
 from megatron_ponder.hf.export import export
 from megatron_ponder.runs.metrics import MetricsLog
 from megatron_ponder.runs.plots import plot_training
+from tests import REPOSITORY
 from tests.damage import full_disk
 from tests.evaluation.analyses import analysis_of_small_models
 from tests.finished_runs import contents
 from tests.models import small_config, small_model
-
-ROOT = Path(__file__).parents[1]
-
 
 # Full disks -------------------------------------------------------------------------------------------------------
 
@@ -212,15 +210,17 @@ def _may_write(call: ast.Call) -> bool:
     return name in ("write_text", "write_bytes", "savefig", "tofile", "savetxt", "to_csv")
 
 
-SOURCES = [path for part in ("megatron_ponder", "tools", "examples") for path in sorted((ROOT / part).rglob("*.py"))]
+SOURCES = [
+    path for part in ("megatron_ponder", "tools", "examples") for path in sorted((REPOSITORY / part).rglob("*.py"))
+]
 
 
 def test_every_file_is_written_by_the_one_helper():
     found = {
-        (path.relative_to(ROOT).as_posix(), function): line
+        (path.relative_to(REPOSITORY).as_posix(), function): line
         for path in SOURCES
         for function, line in writes_of(path)
-        if path != ROOT / "megatron_ponder" / "base" / "files.py"
+        if path != REPOSITORY / "megatron_ponder" / "base" / "files.py"
     }
     assert sorted(found.keys() - EXCEPTIONS.keys()) == [], (
         "use write_atomically or replacing of megatron_ponder/base/files.py"

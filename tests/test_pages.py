@@ -13,7 +13,8 @@ import yaml
 from docs.refresh import drawn, exchanges, link_repository, pages, refreshed, runner, scripts, shortened
 from megatron_ponder import __version__
 from megatron_ponder.commands.ponder import COMMANDS
-from tests.finished_runs import REPOSITORY, finished_runs
+from tests import REPOSITORY
+from tests.finished_runs import finished_runs
 from tests.pages import calls
 from tests.processes import Forked
 

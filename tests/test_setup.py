@@ -7,7 +7,7 @@ import pytest
 import setuptools
 
 from megatron_ponder.commands import ponder
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 
 @pytest.fixture

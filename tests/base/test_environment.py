@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,9 @@ from megatron_ponder.base.environment import (
     without_local_rank,
 )
 from megatron_ponder.base.errors import UserError
+from tests import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
-COMMANDS = ROOT / "megatron_ponder" / "commands"
+COMMANDS = REPOSITORY / "megatron_ponder" / "commands"
 
 
 @pytest.fixture
@@ -98,11 +97,15 @@ def test_a_local_rank_that_contradicts_is_refused(local_rank, given, message):
 
 
 def test_numbers_are_read_here_alone():
-    package = [path for path in (ROOT / "megatron_ponder").rglob("*.py") if path.stem not in ("environment", "errors")]
-    for path in [*package, *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_ponder.py"]:
+    package = [
+        path for path in (REPOSITORY / "megatron_ponder").rglob("*.py") if path.stem not in ("environment", "errors")
+    ]
+    for path in [*package, *(REPOSITORY / "tools").glob("*.py"), REPOSITORY / "pretrain_ponder.py"]:
         assert not re.search(r"(int|float)\([^\n]*environ", path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize("program", ["train", "generate", "serve", "preprocess"])
 def test_every_program_of_several_ranks_takes_the_option_of_launchers(program):
-    assert "without_local_rank(argv)" in (ROOT / f"megatron_ponder/commands/{program}.py").read_text(encoding="utf-8")
+    assert "without_local_rank(argv)" in (REPOSITORY / f"megatron_ponder/commands/{program}.py").read_text(
+        encoding="utf-8"
+    )

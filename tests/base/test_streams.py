@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from megatron_ponder.runs.metrics import read_metrics
-from tests.finished_runs import REPOSITORY, STEPS, tiny_arguments
+from tests import REPOSITORY
+from tests.finished_runs import STEPS, tiny_arguments
 
 PRINTS = """
 from megatron_ponder.base.errors import command

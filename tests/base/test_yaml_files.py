@@ -123,7 +123,7 @@ def test_every_reader_refuses_a_key_that_is_there_twice(tmp_path, read, key):
 
 
 def test_yaml_is_read_in_one_module_alone():
-    from tests.finished_runs import REPOSITORY
+    from tests import REPOSITORY
 
     files = [*(REPOSITORY / "megatron_ponder").rglob("*.py"), *(REPOSITORY / "tools").glob("*.py")]
     calls = ("yaml.load(", "yaml.safe_load(", "yaml.safe_dump(", "yaml.dump(")

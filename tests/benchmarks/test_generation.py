@@ -3,15 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.generation import BATCH, PROMPT, Stream, build, calibrated, prompts
 from megatron_ponder.generation.generate import generate
-
-ROOT = Path(__file__).parents[2]
+from tests import REPOSITORY
 
 
 def test_a_stream_counts_the_work_of_its_forwards():
@@ -34,9 +32,9 @@ def test_routers_take_about_as_many_steps_as_asked():
 
 @pytest.mark.slow
 def test_it_measures():
-    command = [sys.executable, str(ROOT / "benchmarks" / "generation.py"), "--rounds", "1", "--threads", "1"]
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "generation.py"), "--rounds", "1", "--threads", "1"]
     command += ["--prompt-tokens", "50"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     assert "rows in use while requests wait: " in result.stdout

@@ -2,16 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import REPOSITORY
 
 
 @pytest.mark.slow
 def test_it_measures():
-    command = [sys.executable, ROOT / "benchmarks" / "preprocessing.py", "--megabytes", "1", "--memory", "1"]
+    command = [sys.executable, REPOSITORY / "benchmarks" / "preprocessing.py", "--megabytes", "1", "--memory", "1"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "preprocess: " in done.stdout

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 
 @pytest.mark.slow

@@ -4,15 +4,13 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.sample_index import measure, write_dataset
 from megatron_ponder.data.indexed_dataset import IndexedDataset
-
-ROOT = Path(__file__).parents[2]
+from tests import REPOSITORY
 
 
 def test_what_it_writes_is_a_dataset_of_about_that_size(tmp_path):
@@ -35,9 +33,9 @@ def test_growth_of_memory_is_seen_at_its_peak():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 def test_it_runs():
-    command = [sys.executable, str(ROOT / "benchmarks" / "sample_index.py"), "--documents", "5000"]
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "sample_index.py"), "--documents", "5000"]
     command += ["--tokens", "1000000", "--sequence-length", "64", "--rounds", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "samples, random access" in result.stdout

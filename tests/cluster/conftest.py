@@ -10,9 +10,9 @@ import pytest
 
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render
+from tests import REPOSITORY
 from tests.cluster.runs import long_arguments, succeed
 from tests.cluster.virtual_cluster import VirtualCluster, missing_commands, wait_for
-from tests.finished_runs import REPOSITORY
 
 
 @pytest.fixture(scope="session")

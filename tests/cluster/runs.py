@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import REPOSITORY
 from tests.cluster.virtual_cluster import VirtualCluster, wait_for
-from tests.finished_runs import REPOSITORY, contents, tiny_arguments
+from tests.finished_runs import contents, tiny_arguments
 
 # On two nodes with two ranks each: the tensor ranks on a node, the data ranks on both.
 TWO_BY_TWO = {"parallel__tensor": 2, "parallel__sequence_parallel": "true"}

@@ -5,7 +5,7 @@ import yaml
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, check_cluster, read_cluster
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 
 def test_the_example_names_every_key_and_changes_none():

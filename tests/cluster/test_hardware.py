@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,9 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, Machines, read_cluster
 from megatron_ponder.cluster.gpus import GPUS
 from megatron_ponder.cluster.hardware import GIB, hardware_of
+from tests import REPOSITORY
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = REPOSITORY / "examples"
 FILES = [*sorted((EXAMPLES / "clusters").glob("*.yaml")), EXAMPLES / "slurm" / "cluster.yaml"]
 NUMBERS = {"memory_gib": 10.0, "tflops": 5.0, "memory_bandwidth": 100.0, "intra_bandwidth": 7.0}
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.jobs import JOBS, SCRIPTS, check_job, render
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 LARGE = ["--config", str(REPOSITORY / "examples" / "configs" / "llama_410m.yaml")]
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import REPOSITORY
 from tests.cluster.runs import TWO_BY_TWO, assert_same_run, long_arguments, losses, one_process, starts, steps
 from tests.cluster.virtual_cluster import wait_for
-from tests.finished_runs import REPOSITORY, contents, tiny_arguments
+from tests.finished_runs import contents, tiny_arguments
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -17,7 +17,7 @@ import pytest
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, check_cluster, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, SCRIPTS, render
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 # What a shell would execute, expand, or take apart; each command would leave a file behind.
 HOSTILE = "a  $(touch hacked) `touch hacked`; touch hacked & 'b' \"c\" $HOME * ? [d] {e,f} ~ #g !h <(touch hacked) 100%"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import REPOSITORY
 from tests.cluster.virtual_cluster import wait_for
-from tests.finished_runs import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from tests import REPOSITORY
 from tests.cluster.virtual_cluster import wait_for
-from tests.finished_runs import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

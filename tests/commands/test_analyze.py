@@ -8,10 +8,11 @@ from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.data.diagnostic import VOCABULARY, write_corpus
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.evaluation.figures import FIGURES
+from tests import REPOSITORY
 from tests.finished_runs import finished_runs
 from tests.models import small_config, small_model
 
-TOOL = Path(__file__).parents[2] / "tools" / "analyze_pondering.py"
+TOOL = REPOSITORY / "tools" / "analyze_pondering.py"
 QUICK = ["--samples", "6", "--refinements", "1", "--thresholds", "0.5", "--biases", "1", "--random-draws", "1"]
 
 

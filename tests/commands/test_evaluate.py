@@ -15,10 +15,11 @@ from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.data.dataset_manifest import read_dataset_manifest, write_dataset_manifest
 from megatron_ponder.hf.export import export
 from megatron_ponder.runs.metrics import read_metrics
+from tests import REPOSITORY
 from tests.finished_runs import LATEST, finished_runs
 from tests.models import small_config, small_model
 
-TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+TOOL = REPOSITORY / "tools" / "evaluate.py"
 EXAMPLES = TOOL.parents[1] / "examples" / "evaluation"
 ROWS = ["soft, jacobi(0)", "soft, jacobi(3)", "soft, exact", "hard, jacobi(0)", "hard, jacobi(3)", "hard, exact"]
 

@@ -13,7 +13,7 @@ import pytest
 import megatron_ponder
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.commands import ponder
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 FOLDER = Path(ponder.__file__).parent
 FILES = [*sorted((REPOSITORY / "tools").glob("*.py")), REPOSITORY / "pretrain_ponder.py"]

@@ -15,8 +15,8 @@ import pytest
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.data.tokenizer_training import train_tokenizer
+from tests import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 SOURCES = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -58,11 +58,14 @@ def test_the_tool_preprocesses(run, tokenizer_path, tmp_path):
         ({"--tokenizer": "nowhere.model"}, "error: nowhere.model does not exist: give a tokenizer, or make one with"),
         ({"--input": "nowhere"}, "error: nowhere does not exist and matches no file: check --input"),
         ({"--input": "/dev/zero"}, "error: /dev/zero is a device: write what it gives to a file, and give that"),
-        ({"--input": ROOT / "Makefile"}, f"error: {ROOT}/Makefile has no ending that says what it is (.txt, "),
+        (
+            {"--input": REPOSITORY / "Makefile"},
+            f"error: {REPOSITORY}/Makefile has no ending that says what it is (.txt, ",
+        ),
         ({"--workers": "0"}, "error: --workers is 0: set it to 1 or more"),
         (
-            {"--output-prefix": ROOT / "pyproject.toml" / "data"},
-            f"error: cannot make the folder {ROOT}/pyproject.toml (",
+            {"--output-prefix": REPOSITORY / "pyproject.toml" / "data"},
+            f"error: cannot make the folder {REPOSITORY}/pyproject.toml (",
         ),
     ],
 )
@@ -80,8 +83,8 @@ def test_workers_end_with_a_killed_parent(tokenizer_path, tmp_path):
     (tmp_path / "a.txt").write_text((SOURCES / "argparse.py").read_text() * 300)
     options = ("--output-prefix", tmp_path / "data", "--tokenizer", tokenizer_path, "--workers", "2")
     process = subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", tmp_path / "a.txt", *options],
-        env={"PYTHONPATH": str(ROOT)},
+        [sys.executable, REPOSITORY / "tools" / "preprocess_data.py", "--input", tmp_path / "a.txt", *options],
+        env={"PYTHONPATH": str(REPOSITORY)},
         start_new_session=True,
     )
     try:

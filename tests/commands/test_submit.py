@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.jobs import JOBS
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 from tests.pages import calls
 
 

@@ -19,12 +19,11 @@ from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.runs.metrics import read_metrics
+from tests import REPOSITORY
 from tests.distributed import free_port
 from tests.finished_runs import LATEST, contents, finished_runs, refused, tiny_arguments
 from tests.pages import calls
 from tests.processes import Forked
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def command(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:

@@ -11,7 +11,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, read_cluster
 from megatron_ponder.config import BlendPart, Config, PhaseConfig, read_config
 from megatron_ponder.config.declarations import Range, check_ranges, expand_paths, is_path, range_of, written
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 SECTIONS = {section.name: section.default_factory for section in dataclasses.fields(Config)}
 PARTS = {"part of a blend": BlendPart, "phase": PhaseConfig}

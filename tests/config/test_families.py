@@ -9,7 +9,7 @@ import yaml
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import load_config, read_config, to_yaml
 from megatron_ponder.config.families import FAMILIES
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 # The section as a run of that time wrote it, in full; llama's residual was sequential whatever it says.
 WRITTEN_BEFORE = """\

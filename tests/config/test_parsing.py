@@ -11,7 +11,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import read_config, to_yaml
 from megatron_ponder.config.other_names import NAMES, VALUES, nearest_key
 from megatron_ponder.config.parsing import KEYS
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 
 def shown(capsys, *arguments: str) -> str:

@@ -35,8 +35,9 @@ from megatron_ponder.config import (
 )
 from megatron_ponder.config.layout import fits_schedule
 from megatron_ponder.model.ponder import PonderLM
+from tests import REPOSITORY
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+EXAMPLES = REPOSITORY / "examples" / "configs"
 
 
 def read(**overrides) -> Config:

@@ -16,8 +16,7 @@ from megatron_ponder.data.dataset_manifest import check_vocabulary, read_dataset
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parents[2]
+from tests import REPOSITORY
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -130,7 +129,9 @@ def test_of_two_at_a_time_the_second_is_told_and_harms_nothing(source_files, tok
         if not second:
             program = [sys.executable, "tools/preprocess_data.py", "--input", source_files[-1]]
             program += ["--output-prefix", tmp_path / "data", "--tokenizer", tokenizer_path]
-            second.append(subprocess.run([*map(str, program)], capture_output=True, text=True, cwd=ROOT, check=False))
+            second.append(
+                subprocess.run([*map(str, program)], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+            )
         return _encode(*arguments)
 
     with monkeypatch.context() as patched:

@@ -18,8 +18,8 @@ from megatron_ponder.data import preprocessing
 from megatron_ponder.data.dataset_manifest import manifest_path, read_dataset_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
 from megatron_ponder.data.preprocessing import Team, preprocess
+from tests import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 SHARD = 60_000
 # Prints the number of shards that an earlier run had finished, on the first rank.
 DRIVER = """
@@ -47,7 +47,7 @@ def start(tmp_path, corpus, output, tokenizer, workers=1, rank=0, size=1, shard_
     command = [sys.executable, script, corpus, output, tokenizer, workers, rank, size, shard_bytes]
     return subprocess.Popen(
         list(map(str, command)),
-        env={"PYTHONPATH": str(ROOT)},
+        env={"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -221,7 +221,7 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer_path, tmp_path):
     def peak(name, content):
         (tmp_path / name).write_bytes(content)
         command = [sys.executable, script, tmp_path / name, tmp_path / "out", tokenizer_path]
-        done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True)
         return int(done.stdout) << 10
 
     text = b"many words that say nothing " * (1 << 16)

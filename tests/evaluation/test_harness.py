@@ -16,10 +16,10 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.evaluation.harness import TaskEvaluation, TaskSet, evaluate_tasks, exported
+from tests import REPOSITORY
 from tests.models import small_config, small_model
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "examples" / "evaluation"
+SHIPPED = REPOSITORY / "examples" / "evaluation"
 QUESTIONS = 24
 ROLLING = """\
 task: bits

@@ -9,7 +9,7 @@ from megatron_ponder.cluster.gpus import GPUS
 from megatron_ponder.cluster.hardware import hardware_of
 from megatron_ponder.config import read_config
 from megatron_ponder.estimates.search import check_ranks, fullest_memory
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 
 FILES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))
 GPUS_OF_80_GB = [name for name, gpu in GPUS.items() if gpu.memory == 80]

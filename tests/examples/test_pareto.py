@@ -10,8 +10,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from megatron_ponder.runs.style import COLOURS
+from tests import REPOSITORY
 
-PARETO = Path(__file__).parents[2] / "examples" / "pareto"
+PARETO = REPOSITORY / "examples" / "pareto"
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu", "paper", "diagnostic"])

@@ -7,7 +7,8 @@ import pytest
 from docs.refresh import exchanges
 from examples.quickstart.quickstart import COMMANDS, MADE, Made
 from megatron_ponder.base.errors import UserError
-from tests.finished_runs import REPOSITORY, contents
+from tests import REPOSITORY
+from tests.finished_runs import contents
 
 
 def make(folder, *names: str) -> None:

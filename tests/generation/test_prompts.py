@@ -18,7 +18,7 @@ from megatron_ponder.generation.prompts import Prompt, read_prompts, tasks_of, t
 from megatron_ponder.generation.sampling import Sampling
 from megatron_ponder.generation.scheduler import Scheduler
 from megatron_ponder.generation.sequences import Batching
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 from tests.models import small_config
 
 DEFAULTS = Options(max_new_tokens=5, temperature=0.5, stop=("\n",), seed=3)

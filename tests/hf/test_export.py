@@ -16,7 +16,7 @@ from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.generation.generate import generate
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
-from tests.finished_runs import REPOSITORY
+from tests import REPOSITORY
 from tests.hf.exported import weights_of
 from tests.models import random_tokens, small_config, small_model
 

@@ -13,6 +13,7 @@ from megatron_ponder.checkpoint.folders import LATEST, MANIFEST
 from megatron_ponder.runs.metrics import METRICS
 from megatron_ponder.runs.starts import END, STARTS
 from megatron_ponder.runs.status import PATIENCE, RECENT, run_status
+from tests import REPOSITORY
 from tests.finished_runs import LATEST as LATEST_NAME
 from tests.finished_runs import STEPS, finished_runs
 
@@ -166,5 +167,4 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 def test_pytorch_is_not_imported():
     code = "import sys, megatron_ponder.runs.status; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

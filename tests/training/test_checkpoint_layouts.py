@@ -31,6 +31,7 @@ from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.resuming import verify_together
 from megatron_ponder.training.shares import shared_out
 from megatron_ponder.training.state import StateTensor
+from tests import REPOSITORY
 from tests.distributed import run_distributed
 from tests.finished_runs import alone, contents
 from tests.models import small_config
@@ -312,7 +313,7 @@ with alone():
 
 
 def test_a_kill_while_saving_beside_training_leaves_the_last_checkpoint(tmp_path):
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environ = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as process:
         assert {process.stdout.readline(), process.stdout.readline()} == {"writing\n", "training\n"}

@@ -13,9 +13,10 @@ import pytest
 
 from megatron_ponder.commands.ponder import start
 from megatron_ponder.training.deepspeed_engine import Engine
+from tests import REPOSITORY
 from tests.distributed import free_port
 from tests.finished_runs import tiny_arguments
-from tests.processes import REPOSITORY, Forked
+from tests.processes import Forked
 
 SECONDS = 60
 

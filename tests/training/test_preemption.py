@@ -22,9 +22,9 @@ from megatron_ponder.runs.run_folder import RunFolder
 from megatron_ponder.runs.starts import read_end, read_starts, recorded
 from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.trainer import train
+from tests import REPOSITORY
 from tests.distributed import run_distributed
 from tests.finished_runs import catches, tiny_arguments
-from tests.processes import REPOSITORY
 from tests.training.test_failures import end_all, environment, start_ranks, wait_for
 from tests.training.test_resume import essentials, final_state
 

@@ -11,10 +11,10 @@ import torch
 
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.runs.starts import read_end, read_starts
+from tests import REPOSITORY
 from tests.finished_runs import tiny_arguments
 from tests.training.test_resume import essentials, final_state
 
-REPOSITORY = Path(__file__).parents[2]
 SEED, KILLS, STEPS, RANKS = 20, 50, 300, 2
 
 

@@ -14,7 +14,8 @@ from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.step_watch import MEASURED
-from tests.processes import REPOSITORY, Forked
+from tests import REPOSITORY
+from tests.processes import Forked
 
 
 def start(arguments, ranks=1):

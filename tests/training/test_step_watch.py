@@ -2,7 +2,6 @@
 
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.step_watch import MEASURED, PARTS, StepWatch
+from tests import REPOSITORY
 from tests.finished_runs import finished_runs
 from tests.models import random_tokens, small_config
 
@@ -58,7 +58,7 @@ def test_the_parts_of_a_step_are_where_the_time_went():
 
 
 def test_every_field_of_a_record_is_documented(corpus):
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     table = text.split("### Fields of `metrics.jsonl`")[1].split("\n\n")[1]
     documented = set(re.findall(r"^\| `(\w+)` \| \S", table, re.MULTILINE))
     records = read_metrics(finished_runs(corpus).whole)

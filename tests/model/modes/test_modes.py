@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd.gradcheck import gradcheck
 
 from megatron_ponder.config import PonderConfig
-from megatron_ponder.config.sections import Mode
+from megatron_ponder.config.ponder import Mode
 from megatron_ponder.evaluation.inference_flops import block_parameters, inference_flops
 from megatron_ponder.evaluation.perplexity import settings
 from megatron_ponder.model import modes
