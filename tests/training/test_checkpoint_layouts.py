@@ -288,6 +288,7 @@ def test_an_exception_in_training_does_not_lose_the_save_under_way(tmp_path):
 KILLED = """
 import os, sys, time, torch
 from pathlib import Path
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import checkpointer as saving
 from tests.finished_runs import alone
