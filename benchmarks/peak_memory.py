@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_ponder.base.launch import discover
-from megatron_ponder.config import Config, read_config
+from megatron_ponder.config import Config, data_parallel_size, read_config
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.ponder import PonderLM
@@ -67,7 +67,7 @@ def measure(name: str, length: int) -> tuple[int, int]:
     parallel, launch = config.parallel, discover()
     with process_group(launch) as device:
         torch.set_num_threads(1)
-        data = launch.world_size // (parallel.tensor * parallel.pipeline)
+        data = data_parallel_size(config, launch.world_size)
         mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data, parallel.sequence_parallel)
         ctypes.CDLL(None).mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD: blocks from this size on go back when freed
         take_steps(config_for(name, 8), mesh, steps=1)  # loads what loads at first use
@@ -110,7 +110,7 @@ def main() -> None:
         ranks, _ = CASES[name]
         peaks = dict(on_ranks(ranks, measure, name, args.length).values())
         config = config_for(name, args.length)
-        data = ranks // (config.parallel.tensor * config.parallel.pipeline)
+        data = data_parallel_size(config, ranks)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for place, peak in sorted(peaks.items()):
             expected = memory_estimate(Rank(config, data, place, device)).total

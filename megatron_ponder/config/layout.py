@@ -5,7 +5,22 @@ from itertools import accumulate
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
-from megatron_ponder.config.sections import Config, ModelConfig
+from megatron_ponder.config.sections import Config, ModelConfig, ParallelConfig
+
+# Axes of the grid of ranks, from neighbours, which lie inside a node, to ranks that are farthest apart.
+AXES = ("tensor", "data", "pipeline")
+# Those along which one copy of the model lies.
+COPY = ("tensor", "pipeline")
+
+
+def copy_size(parallel: ParallelConfig) -> int:
+    """Ranks that hold one copy of the model."""
+    return math.prod(getattr(parallel, axis) for axis in COPY)
+
+
+def grid_sizes(config: Config, data_size: int) -> dict[str, int]:
+    """Size of every axis of the grid, neighbours first."""
+    return {axis: data_size if axis == "data" else getattr(config.parallel, axis) for axis in AXES}
 
 
 def stage_layers(config: Config) -> list[range]:
@@ -92,7 +107,7 @@ def check_layout(config: Config, launch: Launch) -> None:
 
 def _divide(config: Config, world_size: int, local_size: int) -> int:
     parallel, training = config.parallel, config.training
-    shared = parallel.tensor * parallel.pipeline
+    shared = copy_size(parallel)
     if world_size % shared:
         raise UserError(
             f"{world_size} ranks cannot be divided into groups of parallel.tensor × parallel.pipeline = {shared}; "

@@ -8,6 +8,8 @@ from megatron_ponder.config.declarations import SECONDS, STEPS, changeable, is_c
 from megatron_ponder.config.families import FAMILIES, Family
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
 
+RecomputeKind = Literal["none", "block", "attention"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -246,7 +248,7 @@ class TrainingConfig:
     micro_batch_size: int = number_field(8, 1, 2**20)
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = number_field(1234, 0, 2**63 - 1)
-    recompute: Literal["none", "block", "attention"] = "none"
+    recompute: RecomputeKind = "none"
     recompute_passes: int | None = number_field(None, 1, 1000)
     eval_interval: int = number_field(1000, 0, STEPS)
     eval_samples: int = number_field(512, 0, STEPS)

@@ -7,11 +7,11 @@ b bytes of an activation.
 
 from dataclasses import dataclass
 
+from megatron_ponder.config.sections import RecomputeKind
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 from megatron_ponder.model.modes.pondering import Shape
 from megatron_ponder.model.modes.ponderlm import CANDIDATES
-from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.pipeline import packed_size
 
 INT64 = 8
@@ -41,7 +41,7 @@ class Pass:
     final: bool
     predicts: bool
     reads: bool
-    recompute: Recompute
+    recompute: RecomputeKind
 
 
 def passes(rank: Rank) -> list[Pass]:
@@ -62,7 +62,7 @@ def passes(rank: Rank) -> list[Pass]:
                 final=final,
                 predicts=chain.predicts and not final,
                 reads=chain.predicts and index > 0,
-                recompute=rank.recompute(index),
+                recompute=rank.recompute.of_pass(index),
             )
         )
     trained = rank.config.ponder_training.gradient_passes
@@ -112,7 +112,7 @@ def _norm_bytes(rank: Rank, inputs: int = 1) -> int:
     return inputs * rank.part.block.hidden * rank.width + FP32 * rank.part.block.norm_statistics
 
 
-def block_bytes(rank: Rank, p: Pass, kept: int, recompute: Recompute) -> float:
+def block_bytes(rank: Rank, p: Pass, kept: int, recompute: RecomputeKind) -> float:
     """Input of the first norm, attention and feed-forward; what is recomputed keeps the block's input alone, T H b."""
     inputs = rank.residual(p.slots) * rank.part.block.hidden * rank.width
     if recompute == "block":

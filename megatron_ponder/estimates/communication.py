@@ -123,7 +123,7 @@ class Formula:
 
         That is the input of the last product, so that the sum after it is not taken again.
         """
-        recompute, (slots, kept) = self._rank.recompute(index), self._slots[index]
+        recompute, (slots, kept) = self._rank.recompute.of_pass(index), self._slots[index]
         if recompute == "none":
             return
         kept = kept if self._rank.last else slots

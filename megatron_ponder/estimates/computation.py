@@ -121,7 +121,7 @@ class Computation:
             if index < len(slots) - trained:
                 continue
             backward = Work(2 * forward.matrices, ATTENTION_BACKWARD * forward.attention, 2 * forward.elementwise)
-            backward.add({"block": forward, "attention": attended, "none": Work()}[self.rank.recompute(index)])
+            backward.add({"block": forward, "attention": attended, "none": Work()}[self.rank.recompute.of_pass(index)])
             work.add(backward)
             first_backward = backward.total if first_backward is None else first_backward
         if self.rank.last:

@@ -1,14 +1,13 @@
 """The table that a run prints when it starts: who holds what."""
 
-import math
 from collections.abc import Iterable
 
 from megatron_ponder.config import Config
+from megatron_ponder.config.layout import copy_size, grid_sizes
 from megatron_ponder.estimates.activations import most_in_flight
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.parallel.mesh import AXES
 
 GIB = 2**30
 
@@ -23,18 +22,17 @@ def describe_layout(config: Config, data: int, device: str) -> str:
     """
     parallel, training, tokens = config.parallel, config.training, config.data.sequence_length
     ranks = [Rank(config, data, place, device) for place in range(parallel.pipeline)]
-    sizes = {axis: ranks[0].axes[axis] for axis in AXES}
     count, sequences = ranks[0].micro_batches, training.global_batch_size
     slots = sequences * tokens * config.ponder.steps
     plans = [passes_of(config.ponder).plan(r) for r in config.ponder_training.refinement_choices]
+    sizes = [f"{size} {axis}" for axis, size in grid_sizes(config, data).items()]
     flags = [f"ZeRO {parallel.zero_stage}", training.precision]
     flags += ["sequence parallel"] if parallel.sequence_parallel else []
     flags += [f"recompute {training.recompute}"] if training.recompute != "none" else []
     flags += [f"optimiser on {parallel.offload_optimizer}"] if parallel.offload_optimizer != "none" else []
     flags += [parallel.pipeline_schedule] if parallel.pipeline > 1 else []
     lines = [
-        f"{math.prod(sizes.values())} ranks: {' × '.join(f'{size} {axis}' for axis, size in sizes.items())}; "
-        f"{', '.join(flags)}",
+        f"{data * copy_size(parallel)} ranks: {' × '.join(sizes)}; {', '.join(flags)}",
         f"a step: {sequences:,} sequences, {sequences * tokens:,} tokens, {slots:,} latent slots",
         f"a micro-batch: {training.micro_batch_size} sequences, {_span(map(len, plans))} passes of "
         f"{_span(map(sum, plans))} slots a token",

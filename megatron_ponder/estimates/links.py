@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_ponder.cluster.hardware import Hardware
+from megatron_ponder.config.layout import AXES, COPY
 from megatron_ponder.estimates.communication import Term
 from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.parallel.mesh import AXES, COPY
 
 
 def collective_seconds(term: Term, ranks: int, bandwidth: float, latency: float) -> float:

@@ -50,6 +50,7 @@ class BlockSizes:
     """One block on one tensor rank; widths are numbers of a slot.
 
     Attributes:
+        parameters: all of them, norms and biases too.
         hidden: H.
         query, key: of all its queries, and of all its keys, which are as many values.
         query_heads, key_heads: in how many heads.
@@ -62,6 +63,7 @@ class BlockSizes:
         shares_input: attention and feed-forward read the same tensor.
     """
 
+    parameters: int
     hidden: int
     query: int
     key: int
@@ -140,6 +142,7 @@ def _block_sizes(block: Block) -> BlockSizes:
     query, key = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
     layers = [layer for layer in block.modules() if "weight" in getattr(layer, "specs", ())]
     return BlockSizes(
+        parameters=sum(parameter.numel() for parameter in block.parameters()),
         hidden=norm.weight.numel(),
         query=query,
         key=key,

@@ -3,7 +3,6 @@
 Symbols: D data-parallel ranks, b bytes of an activation, L tokens of a sequence.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,12 +10,13 @@ from typing import NamedTuple
 import torch
 
 from megatron_ponder.config import Config, micro_batches, stage_layers
+from megatron_ponder.config.layout import copy_size, grid_sizes
 from megatron_ponder.estimates.part import PartSizes, part_sizes
 from megatron_ponder.kernels.attention import Call, Kernel, choose
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.pondering import Passes, Sizes
 from megatron_ponder.model.transformer import ModelPart, Recompute
-from megatron_ponder.parallel.mesh import COPY, Axis
+from megatron_ponder.parallel.mesh import Axis
 
 FP32 = 4
 
@@ -52,9 +52,7 @@ class Rank:
     @property
     def axes(self) -> dict[str, int]:
         """Sizes of the grid's axes, and of `model`, the ranks that hold one copy of the model."""
-        parallel = self.config.parallel
-        sizes = {"tensor": parallel.tensor, "data": self.data, "pipeline": parallel.pipeline}
-        return sizes | {"model": math.prod(sizes[axis] for axis in COPY)}
+        return grid_sizes(self.config, self.data) | {"model": copy_size(self.config.parallel)}
 
     @property
     def tensor(self) -> Axis:
@@ -130,11 +128,10 @@ class Rank:
         """M, micro-batches of a step."""
         return micro_batches(self.config, self.data)
 
-    def recompute(self, index: int) -> Recompute:
-        """What the backward pass of pass `index` computes again."""
-        training = self.config.training
-        again = training.recompute_passes is None or index < training.recompute_passes
-        return training.recompute if again else "none"
+    @property
+    def recompute(self) -> Recompute:
+        """What backward passes compute again."""
+        return Recompute(self.config.training.recompute, self.config.training.recompute_passes)
 
     def residual(self, slots: float) -> float:
         """Those of so many slots that this rank holds between sharded layers."""

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import get_args
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, check_layout, data_parallel_size, resolve, validate
 from megatron_ponder.config.deepspeed import zero_stage
-from megatron_ponder.config.layout import largest_tensor
+from megatron_ponder.config.layout import copy_size, largest_tensor
+from megatron_ponder.config.sections import RecomputeKind
 from megatron_ponder.estimates.memory import RankMemory, memory_estimate
 from megatron_ponder.estimates.rank import Rank, places
 from megatron_ponder.estimates.step_time import StepTime, step_time
@@ -97,10 +100,11 @@ def nearest(config: Config, plans: list[Plan]) -> Plan | None:
 
 def changes(config: Config, other: Config) -> dict[str, object]:
     """What has to be set to go from one layout to another, by dotted key."""
-    every = {(section, key): getattr(getattr(other, section), key) for section, key in KEYS}
-    changed = {
-        f"{section}.{key}": value for (section, key), value in every.items() if value != _get(config, section, key)
-    }
+    changed = {}
+    for section, key in KEYS:
+        before, after = (getattr(getattr(of, section), key) for of in (config, other))
+        if before != after:
+            changed[f"{section}.{key}"] = after
     if other.parallel.pipeline_layers != config.parallel.pipeline_layers:
         changed["parallel.pipeline_layers"] = None
     if other.parallel.pipeline_schedule != config.parallel.pipeline_schedule:
@@ -115,46 +119,37 @@ def flags(changed: dict[str, object]) -> str:
     return " ".join(f"--{key} {value}" for key, value in shown.items())
 
 
-def _get(config: Config, section: str, key: str) -> object:
-    return getattr(getattr(config, section), key)
-
-
 def _candidates(config: Config, cluster: Hardware) -> Iterator[Config]:
     """Layouts whose sizes divide; whether the rest of the configuration allows them is for its checks to say."""
-    model, training, own = config.model, config.training, config.parallel
+    training, own = config.training, config.parallel
     lowest = zero_stage(replace(config, parallel=replace(own, zero_stage=0)))
+    for tensor, pipeline in _copies(config, cluster):
+        same = pipeline == own.pipeline
+        grid = replace(
+            own,
+            tensor=tensor,
+            pipeline=pipeline,
+            pipeline_layers=own.pipeline_layers if same else None,
+            pipeline_schedule=own.pipeline_schedule if same else "1f1b",
+        )
+        micro_batches = _powers(training.global_batch_size * copy_size(grid) // cluster.ranks)
+        sequence_parallel, stages = (False, True)[:tensor], range(lowest, 4 if pipeline == 1 else 2)
+        for size, split, stage, recompute in product(micro_batches, sequence_parallel, stages, get_args(RecomputeKind)):
+            passes = None if recompute == "none" else training.recompute_passes
+            yield replace(
+                config,
+                parallel=replace(grid, sequence_parallel=split, zero_stage=stage),
+                training=replace(training, micro_batch_size=size, recompute=recompute, recompute_passes=passes),
+            )
+
+
+def _copies(config: Config, cluster: Hardware) -> Iterator[tuple[int, int]]:
+    """Numbers of tensor and pipeline ranks that leave data-parallel ranks whole, and each of them whole sequences."""
     for tensor in _divisors(cluster.gpus_per_node):
-        if largest_tensor(model, tensor) != tensor:
-            continue
         for pipeline in _divisors(cluster.ranks // tensor):
-            if pipeline > model.num_layers:
-                break
-            data = cluster.ranks // (tensor * pipeline)
-            if training.global_batch_size % data:
-                continue
-            same = pipeline == own.pipeline
-            for micro_batch in _powers(training.global_batch_size // data):
-                for sequence_parallel in (False, True) if tensor > 1 else (False,):
-                    for stage in range(lowest, 4 if pipeline == 1 else 2):
-                        for recompute in ("none", "attention", "block"):
-                            yield replace(
-                                config,
-                                parallel=replace(
-                                    own,
-                                    tensor=tensor,
-                                    pipeline=pipeline,
-                                    sequence_parallel=sequence_parallel,
-                                    zero_stage=stage,
-                                    pipeline_layers=own.pipeline_layers if same else None,
-                                    pipeline_schedule=own.pipeline_schedule if same else "1f1b",
-                                ),
-                                training=replace(
-                                    training,
-                                    micro_batch_size=micro_batch,
-                                    recompute=recompute,
-                                    recompute_passes=None if recompute == "none" else training.recompute_passes,
-                                ),
-                            )
+            divides = largest_tensor(config.model, tensor) == tensor and pipeline <= config.model.num_layers
+            if divides and config.training.global_batch_size % (cluster.ranks // (tensor * pipeline)) == 0:
+                yield tensor, pipeline
 
 
 def _divisors(number: int) -> list[int]:

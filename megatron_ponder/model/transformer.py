@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
+from megatron_ponder.config.sections import RecomputeKind
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.block import Block
 from megatron_ponder.model.norms import make_norm
 from megatron_ponder.parallel.mesh import Axis
-
-RecomputeKind = Literal["none", "block", "attention"]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
-# From neighbours, which lie inside a node, to ranks that are farthest apart.
-AXES = ("tensor", "data", "pipeline")
-# Those along which one copy of the model lies.
-COPY = ("tensor", "pipeline")
+from megatron_ponder.config.layout import AXES
 
 
 @dataclass(frozen=True)

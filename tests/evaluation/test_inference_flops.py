@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ponder.evaluation.inference_flops import block_parameters, inference_flops
+from megatron_ponder.evaluation.inference_flops import inference_flops
 from tests.models import random_tokens, small_model
 
 
@@ -12,7 +12,6 @@ def test_formula_by_a_loop_over_cached_slots(family):
     model = small_model(model__family=family)
     config = model.model_config
     blocks = sum(parameter.numel() for parameter in model.transformer.blocks.parameters())
-    assert block_parameters(model) == blocks
     executed = torch.tensor([[0, 2, 1, 0, 2], [2, 2, 0, 0, 0]])
     got = inference_flops(executed, model)
     for row, sequence in enumerate(executed.tolist()):
