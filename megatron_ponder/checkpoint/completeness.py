@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the whole state of the model that its configuration describes."""
+"""Comparison of a checkpoint with the whole state of the model that its configuration describes."""
 
 from collections.abc import Iterable
 from pathlib import Path

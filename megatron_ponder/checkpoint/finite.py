@@ -6,7 +6,7 @@ from megatron_ponder.base.errors import UserError
 
 
 def not_finite(tensor: Tensor) -> tuple[int, int]:
-    """How many values of a tensor are NaN, and how many infinite."""
+    """Count the values of a tensor that are NaN, and those that are infinite."""
     if tensor.isfinite().all():
         return 0, 0
     return int(tensor.isnan().sum()), int(tensor.isinf().sum())

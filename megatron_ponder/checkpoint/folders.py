@@ -34,7 +34,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def latest_problem(folder: Path) -> str | None:
-    """What is wrong with `latest` in a folder of checkpoints, so that the newest counts; None if nothing is."""
+    """Describe what is wrong with `latest`, so that the newest checkpoint of a folder counts; None if nothing is."""
     named = _latest_name(folder)
     if named is None or any(path.name == named for path in checkpoints_in(folder)):
         return None
@@ -42,7 +42,7 @@ def latest_problem(folder: Path) -> str | None:
 
 
 def _latest_name(folder: Path) -> str | None:
-    """What `latest` says, whatever it may be; None if there is no such thing."""
+    """The content of `latest`, whatever it may be; None if there is no such thing."""
     pointer = folder / LATEST
     if pointer.is_file():
         return pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -98,7 +98,7 @@ def partial_folder(folder: Path, state: str = "") -> Path:
 
 
 def partial_folders_in(folder: Path) -> list[Path]:
-    """What failed or killed saves have left in a folder of checkpoints."""
+    """Folders that failed or killed saves have left in a folder of checkpoints."""
     return sorted(folder.glob(".step-*.partial"))
 
 

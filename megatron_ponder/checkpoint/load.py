@@ -70,7 +70,7 @@ def load_model(
 
 
 def even_part(num_layers: int, axis: Axis) -> ModelPart:
-    """What this rank holds of a stack of layers that is spread evenly over the pipeline ranks."""
+    """The part that this rank holds of a stack of layers that is spread evenly over the pipeline ranks."""
     ends = list(accumulate(even_layers(num_layers, axis.size), initial=0))
     layers = range(ends[axis.rank], ends[axis.rank + 1])
     return ModelPart(layers, first=axis.rank == 0, last=axis.rank == axis.size - 1)

@@ -23,7 +23,7 @@ _LARGEST = 2**63  # no count of a run comes near
 
 @dataclass
 class Manifest:
-    """What is in a checkpoint.
+    """The content of a checkpoint and the state of the run that wrote it.
 
     Attributes:
         state: of the run that wrote it.
@@ -150,7 +150,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_inside(name: object) -> bool:
-    """Whether it is the path of a file that lies in the folder."""
+    """Tell whether it is the path of a file that lies in the folder."""
     if not _is_text(name) or name in ("", ".", MANIFEST):
         return False
     path = PurePosixPath(name)
@@ -163,7 +163,7 @@ def _is_tensor(key: str) -> bool:
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether it is the size and the sha256 of a file."""
+    """Tell whether it is the size and the sha256 of a file."""
     if not isinstance(entry, list) or len(entry) != 2:
         return False
     size, digest = entry

@@ -1,4 +1,4 @@
-"""What there is of every parameter: the weight, and what the optimiser remembers of it.
+"""Kinds of tensors that there are of every parameter: the weight, and what the optimiser remembers of it.
 
 Checkpoints name their tensors by these kinds, the engine hands them over by kind, and estimates count their bytes. Read
 without PyTorch.
@@ -16,7 +16,7 @@ KINDS = (WEIGHT, *ADAMW)
 
 
 def moments(optimizer: OptimizerConfig) -> dict[str, int]:
-    """What an optimiser remembers of every parameter: bytes a parameter, by its name in PyTorch.
+    """Bytes a parameter of everything that an optimiser remembers, by its name in PyTorch.
 
     Args:
         optimizer: which it is; AdamW is the only one so far.
@@ -30,5 +30,5 @@ def kinds(optimizer: OptimizerConfig) -> tuple[str, ...]:
 
 
 def moment_bytes(optimizer: OptimizerConfig) -> int:
-    """What an optimiser remembers of every parameter, in bytes."""
+    """Bytes a parameter of all that an optimiser remembers."""
     return sum(moments(optimizer).values())

@@ -102,7 +102,7 @@ class TensorReader:
 
 
 class _TensorsOfKind(Mapping[str, Tensor]):
-    """What `TensorReader.of_kind` gives."""
+    """Mapping that `TensorReader.of_kind` gives."""
 
     def __init__(self, reader: TensorReader, kind: str) -> None:
         self._reader, self._kind = reader, kind

@@ -1,11 +1,11 @@
-"""How far a run has come: all that it needs to go on besides weights and moments. Read without PyTorch."""
+"""State of a run: all that it needs to go on besides weights and moments. Read without PyTorch."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class RunState:
-    """What changes from step to step; one object from the training loop to the manifest of a checkpoint and back.
+    """The numbers that change from step to step; one object from the training loop to a manifest and back.
 
     Attributes:
         step: optimiser steps done.

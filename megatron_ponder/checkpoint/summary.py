@@ -1,4 +1,4 @@
-"""What is inside a checkpoint and whether it is sound, read tensor by tensor."""
+"""Inspection of a checkpoint, tensor by tensor: what is inside, and whether it is sound."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found in a checkpoint.
+    """The findings in a checkpoint.
 
     Attributes:
         folder: of the checkpoint.
@@ -172,7 +172,7 @@ def _tensors(folder: Path, name: str, keys: list[str], contents: bool) -> Iterat
 
 
 def _wanted(manifest: Manifest, config: Config | None) -> list[str]:
-    """What a checkpoint should hold, in the model's order; without a configuration, what belongs to its weights."""
+    """Tensors that should be there, in the model's order; without a configuration, those that belong to its weights."""
     if config is not None:
         return list(expected_tensors(manifest, config))
     weights = [key.partition("/")[2] for key in manifest.tensors if key.startswith(f"{WEIGHT}/")]

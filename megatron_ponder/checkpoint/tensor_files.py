@@ -65,7 +65,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | np.ndarray]:
 
 
 def problem_of(path: Path, size: int, digest: str | None, advance: Callable[[int], None] | None = None) -> str | None:
-    """What is wrong with a file, as the end of a sentence that begins with its name; None if it is whole.
+    """Describe what is wrong with a file, as the end of a sentence that begins with its name; None if it is whole.
 
     Args:
         path: of the file.
@@ -83,7 +83,7 @@ def problem_of(path: Path, size: int, digest: str | None, advance: Callable[[int
 
 
 def tensors_problem(path: Path, keys: Collection[str]) -> str | None:
-    """What is wrong with the header of a file of tensors, as `problem_of` says it; None if nothing is.
+    """Describe what is wrong with the header of a file of tensors, as `problem_of` says it; None if nothing is.
 
     Args:
         path: of a safetensors file.

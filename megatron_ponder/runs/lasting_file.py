@@ -65,14 +65,14 @@ class LastingFile:
         self._end = os.fstat(self._file.fileno()).st_size
 
     def _is_removed(self) -> bool:
-        """Whether the name stands for another file by now, or for none."""
+        """Tell whether the name stands for another file by now, or for none."""
         try:
             return not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         except OSError:  # none, or one that another machine has removed
             return True
 
     def _make_again(self) -> None:
-        """What has been removed can be read for as long as it is open, but not over every network file system."""
+        """Write again what was removed; it can be read while it is open, but not over every network file system."""
         held = b""
         with suppress(OSError):
             held = os.pread(self._file.fileno(), self._end, 0)

@@ -69,7 +69,7 @@ def _curve(axes, records: Sequence[dict], training: str, validation: str | None)
 
 
 def _own_losses(axes, records: Sequence[dict]) -> None:
-    """What each step predicts by itself, and the pruned model, above or below the validation loss."""
+    """Draw what each latent step predicts by itself, and the pruned model, above or below the validation loss."""
     at = [record["step"] for record in records]
 
     def above(values: Sequence[float | None]) -> list[float | None]:
@@ -87,7 +87,7 @@ def _own_losses(axes, records: Sequence[dict]) -> None:
 
 
 def _shares(axes, records: Sequence[dict]) -> None:
-    """How many of the tokens execute k latent steps in training."""
+    """Draw how many of the tokens execute k latent steps in training."""
     counted = {record["step"]: tokens for record in records if (tokens := record.get("latent_step_histogram"))}
     if not counted:
         return

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, and plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, and plain lines elsewhere."""
 
 import math
 import sys

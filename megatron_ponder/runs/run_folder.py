@@ -72,7 +72,7 @@ class RunFolder:
             self.write_config()
 
     def is_ours(self) -> bool:
-        """Whether no other run has taken it."""
+        """Tell whether no other run has taken it."""
         try:
             self._claim.verify()
         except UserError:

@@ -1,4 +1,4 @@
-"""What a run says, in a file of its folder."""
+"""The log of what a run says, in its folder."""
 
 import time
 from contextlib import suppress
@@ -11,7 +11,7 @@ RUN_LOG = "train.log"
 
 
 class RunLog:
-    """What a run says, in `train.log`: every line with the time, over all its starts. Written by rank 0 alone."""
+    """Writes `train.log`: every line that a run says, with the time, over all its starts. On rank 0 alone."""
 
     def __init__(self, run_dir: Path) -> None:
         """Open for appending.

@@ -15,7 +15,7 @@ from megatron_ponder.runs.starts import recorded
 
 
 class Silence:
-    """What all ranks but the first tell: nothing. Use as a context manager around training.
+    """The output of all ranks but the first: nothing. Use as a context manager around training.
 
     Attributes:
         losses: of the steps before this start.
@@ -49,7 +49,7 @@ class Silence:
 
 
 class RunOutput(Silence):
-    """What the first rank tells, in the run's folder and on standard output."""
+    """The output of the first rank, in the run's folder and on standard output."""
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int, ranks: int) -> None:
         """Open the files; those of an earlier start are gone on with.

@@ -1,4 +1,4 @@
-"""How often a run has been started, from where, and how each start ended."""
+"""The starts of a run: from where each was made, and how it ended."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ STARTS, END = "starts.jsonl", "end.json"
 
 
 class Phases:
-    """How long each part of a start has taken, as text: `6.1 s imports, 0.3 s data`."""
+    """Durations of the parts of a start, as text: `6.1 s imports, 0.3 s data`."""
 
     def __init__(self, begun: float) -> None:
         """Begin at a time of the monotonic clock."""
@@ -40,7 +40,7 @@ def read_starts(run_dir: Path) -> list[dict]:
 
 
 def read_end(run_dir: Path) -> dict | None:
-    """How the last start ended, with `time` and `reason`; None while it runs, and after it was killed."""
+    """Read how the last start ended, with `time` and `reason`; None while it runs, and after it was killed."""
     try:
         end = json.loads((run_dir / END).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

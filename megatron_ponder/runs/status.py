@@ -1,4 +1,4 @@
-"""How a run is doing, from its folder alone: nothing is asked of its processes, and PyTorch is not imported."""
+"""The status of a run, read from its folder alone: nothing is asked of its processes, and PyTorch is not imported."""
 
 import mmap
 import time
@@ -36,7 +36,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What a run folder tells.
+    """The status of a run.
 
     Attributes:
         run_dir: the folder.

@@ -1,4 +1,4 @@
-"""How all figures look: a mode has one colour and one marker, whichever figure it is in."""
+"""The look of all figures: a mode has one colour and one marker, whichever figure it is in."""
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers do it in greyscale.
 COLOURS = {

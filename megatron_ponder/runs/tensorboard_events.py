@@ -1,4 +1,4 @@
-"""What a run tells TensorBoard."""
+"""Events of a run for TensorBoard."""
 
 import logging
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""That all ranks of a run have been started alike."""
+"""Agreement of all ranks that they have been started alike."""
 
 import hashlib
 

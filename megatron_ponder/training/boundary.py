@@ -19,7 +19,7 @@ MARGIN = 1.5
 
 
 class Boundary:
-    """Where one step ends and the next begins: ranks add up their sums, and agree on whether to stop.
+    """The point between two steps, at which ranks add up their sums and agree on whether to stop.
 
     What a rank has to say, about stopping or about a problem of its own, travels with the sums, so that it costs no
     message.
@@ -76,7 +76,7 @@ class Boundary:
         return agreed[:-1]
 
     def poll(self, problem: str | None = None) -> bool:
-        """Whether all ranks are to stop, asked in work that is no step; a collective of all ranks.
+        """Ask whether all ranks are to stop, in work that is no step; a collective of all ranks.
 
         Args:
             problem: as in `cross`.
@@ -105,7 +105,7 @@ class Boundary:
         return sums
 
     def _wish(self) -> str | None:
-        """Why this rank wants to stop. Time is rank 0's alone, because clocks of nodes differ."""
+        """The reason for which this rank wants to stop. Time is rank 0's alone, because clocks of nodes differ."""
         if self._signals.received is not None:
             return self._signals.received
         if self._leader and self._end is not None and self._end - time.monotonic() < self._needed():

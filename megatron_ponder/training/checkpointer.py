@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank writes.
+    """The part of a checkpoint that one rank writes.
 
     Attributes:
         tensors: by `kind/parameter name`.
@@ -137,7 +137,7 @@ class Checkpointer:
         return sizes | {"zero_stage": config.parallel.zero_stage, "precision": config.training.precision}
 
     def _take_share(self, tensors: Iterable[StateTensor]) -> _Share:
-        """This rank's share of what its pipeline stage holds.
+        """Pick this rank's share of the tensors of its pipeline stage.
 
         What is given may be training's own memory, so that the thread needs a copy. It goes where that of the
         save before was, because new memory costs many times as long as the copy itself.

@@ -29,7 +29,7 @@ from megatron_ponder.training.pipelined import PipelinedObjective
 
 
 class _ModelParallelUnit:
-    """What DeepSpeed asks about the ranks that hold one copy of the model."""
+    """Answers to what DeepSpeed asks about the ranks that hold one copy of the model."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -245,7 +245,7 @@ class Engine:
         return safe_get_full_grad(parameter)
 
     def held(self, parameter: nn.Parameter) -> Tensor:
-        """What this rank keeps of a parameter between steps: all of it, or its share at stage 3, without padding."""
+        """The part of a parameter that this rank keeps: all of it, or its share at stage 3, without padding."""
         if self._stage < 3:
             return parameter.detach()
         part = parameter.ds_tensor

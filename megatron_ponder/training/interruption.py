@@ -72,7 +72,7 @@ class Interruption:
             self._possible = False
 
     def point(self) -> bool:
-        """Whether what comes next need not be computed. Every rank passes as many points as the others in a step.
+        """Tell whether the next computation may be left out. Every rank passes as many points as the others in a step.
 
         Raises:
             Abandoned: the step ends here. In a pipeline it goes on to its end, since ranks wait for messages of others,

@@ -128,7 +128,11 @@ class TrainingLoop:
         self._end()
 
     def _take_step(self) -> dict[str, Value]:
-        """One optimiser step; its record."""
+        """Take one optimiser step.
+
+        Returns:
+            Its record.
+        """
         state = self._state
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
@@ -165,12 +169,12 @@ class TrainingLoop:
     # Parts of a step, in their order -------------------------------------------------------------------------------
 
     def _read(self) -> list[Tensor]:
-        """This rank's micro-batches of the step, on its device."""
+        """Read this rank's micro-batches of the step, onto its device."""
         read = self._reader.read(self._loader, micro_batches(self._config, self._mesh.data.size))
         return [tokens.to(self._mesh.device, non_blocking=True) for tokens in read]
 
     def _measure_each_step(self, own_batches: list[Tensor], plan: StepPlan) -> dict[str, Value]:
-        """Every so often, what every step predicts by itself."""
+        """Measure, every so often, what every latent step predicts by itself."""
         interval = self._config.logging.own_losses_interval
         if not self._routed or interval <= 0 or (self._state.step + 1) % interval:
             return {}
@@ -280,7 +284,7 @@ class TrainingLoop:
             raise Preempted(stop, message)
 
     def _due(self, interval: int) -> bool:
-        """Whether something is to be done after this step that is done every so often, and at the end."""
+        """Tell whether the time has come for something that is done every so often, and at the end."""
         return self._step_is_multiple_of(interval) or (interval > 0 and self._state.step == self._config.training.steps)
 
     def _step_is_multiple_of(self, interval: int) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a run can fit into the memory that its ranks have, before any of it is taken."""
+"""Refusal of runs that cannot fit into the memory of their ranks, before any of it is taken."""
 
 import os
 import socket

@@ -84,7 +84,7 @@ class PipelinedObjective:
         return self._share(total)
 
     def _share(self, sums: Tensor | None) -> Tensor:
-        """From the last pipeline rank to all."""
+        """Tell all pipeline ranks the sums of the last."""
         if sums is None:
             steps = self._objective.model.ponder_config.steps
             sums = torch.zeros(Tally.width(steps), dtype=torch.float64, device=self._mesh.device)

@@ -5,7 +5,7 @@ from megatron_ponder.runs.metrics import Value
 
 
 def step_fields(tally: Tally, penalty_weight: float) -> dict[str, Value]:
-    """What every training step tells of its loss."""
+    """Fields of every training step's record about its loss."""
     penalty = tally.penalty / tally.tokens
     return {
         "loss": tally.mean_loss + penalty_weight * penalty,
@@ -17,7 +17,7 @@ def step_fields(tally: Tally, penalty_weight: float) -> dict[str, Value]:
 
 
 def router_fields(tally: Tally, most_steps: int) -> dict[str, Value]:
-    """What a training step of a routed model tells besides.
+    """Further fields of a training step of a routed model.
 
     Args:
         tally: of the step.
@@ -28,18 +28,18 @@ def router_fields(tally: Tally, most_steps: int) -> dict[str, Value]:
 
 
 def each_step_fields(tally: Tally) -> dict[str, Value]:
-    """What every step predicts by itself."""
+    """Fields about what every latent step predicts by itself."""
     losses = [nats / tally.tokens for nats in tally.own_losses]
     return {"own_losses": losses, "latent_steps_follow_loss": tally.steps_follow_loss}
 
 
 def validation_fields(tally: Tally) -> dict[str, Value]:
-    """What every validation tells."""
+    """Fields of every validation."""
     return {"validation_loss": tally.mean_loss, "validation_mean_latent_steps": tally.mean_steps}
 
 
 def routed_validation_fields(tally: Tally, pruned: Tally) -> dict[str, Value]:
-    """What a validation of a routed model tells besides.
+    """Further fields of a validation of a routed model.
 
     Args:
         tally: under the rule of training.

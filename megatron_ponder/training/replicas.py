@@ -1,4 +1,4 @@
-"""Whether what ranks hold in common is still the same on all of them, bit for bit."""
+"""Comparison of the parameters that several ranks hold, which have to stay the same bit for bit."""
 
 import torch
 import torch.distributed as dist

@@ -19,7 +19,7 @@ from megatron_ponder.training.shares import shared_out
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The beginning of a run: a checkpoint, given weights, or nothing.
 
     Attributes:
         state: of the run.
@@ -106,7 +106,7 @@ def _candidates(config: Config) -> list[Path]:
 
 
 def _pointer_problem(config: Config) -> list[str]:
-    """What is wrong with `latest` of the run folder, where it is to say which checkpoint counts."""
+    """Describe what is wrong with `latest` of the run folder, where it is to say which checkpoint counts."""
     problem = latest_problem(Path(config.training.run_dir) / "checkpoints")
     return [problem] if problem is not None and config.checkpoint.resume == "auto" else []
 

@@ -1,4 +1,4 @@
-"""Whether a router decides anything, by the tokens that it spreads over steps."""
+"""Complaints about routers that decide nothing, by the tokens that they spread over latent steps."""
 
 from megatron_ponder.config import Config
 from megatron_ponder.model.tally import Tally
@@ -10,7 +10,7 @@ COSTLY = 0.01
 
 
 def router_complaint(tally: Tally, cost: float, step: int, config: Config) -> str | None:
-    """What is wrong with how a router spreads its tokens over steps, once the penalty has its full weight.
+    """Describe what is wrong with how a router spreads its tokens over steps, once the penalty has its full weight.
 
     Args:
         tally: of a validation.

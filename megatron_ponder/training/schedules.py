@@ -1,4 +1,4 @@
-"""What changes from step to step: pure functions of the configuration and the step, so that a resume needs no state."""
+"""Schedules: pure functions of the configuration and the step, so that a resume needs no state."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ from megatron_ponder.model.router import Rule
 
 
 class StepPlan(NamedTuple):
-    """What is fixed of an optimiser step before it begins.
+    """The settings of one optimiser step, fixed before it begins.
 
     Attributes:
         learning_rate: of every parameter.
@@ -61,7 +61,7 @@ def refinements(step: int, seed: int, config: PonderTrainingConfig) -> int:
 
 
 def training_rule(step: int, config: PonderTrainingConfig, threshold: float) -> Rule:
-    """How the passes of this optimiser step apply the routing.
+    """The rule by which the passes of this optimiser step apply the routing.
 
     Before `router_start` every token takes all steps, as in `fixed` mode; from `prune_start` on steps beyond K̂ are not
     there, as at inference with this threshold τ; between them the mask is soft.

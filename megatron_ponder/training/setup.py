@@ -1,4 +1,4 @@
-"""What a run is made of, checked against each other before anything is written: tokenizer, data, model."""
+"""The parts of a run, checked against each other before anything is written: tokenizer, data, model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_ponder.parallel.sharding import initialize
 
 @dataclass
 class RunParts:
-    """What a run needs besides its configuration.
+    """Everything that a run needs besides its configuration.
 
     Attributes:
         datasets: by split: train, valid, test; a split without weight is absent.
@@ -78,7 +78,7 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
 
 
 def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetManifest | None:
-    """What the manifests of all datasets say about their tokenizer; None if none has one.
+    """Read what the manifests of all datasets say about their tokenizer; None if none has one.
 
     Raises:
         UserError: they were made with different tokenizers, or with another one than that of the run.
@@ -98,13 +98,13 @@ def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetMa
 
 
 def model_part(config: Config, mesh: Mesh) -> ModelPart:
-    """What this pipeline rank holds of the model."""
+    """The part of the model that this pipeline rank holds."""
     axis = mesh.pipeline
     return ModelPart(stage_layers(config)[axis.rank], first=axis.rank == 0, last=axis.rank == axis.size - 1)
 
 
 def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None) -> PonderLM:
-    """This rank's part of the model in fp32, with initial weights from the seed or those of a checkpoint.
+    """Build this rank's part of the model in fp32, with initial weights from the seed or those of a checkpoint.
 
     Args:
         config: resolved, with a vocabulary size.

@@ -1,4 +1,4 @@
-"""How the ranks share work on a checkpoint's bytes."""
+"""Division of a checkpoint's bytes between the ranks that write or verify it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

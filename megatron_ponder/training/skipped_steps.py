@@ -20,14 +20,14 @@ class SkippedSteps:
         self._budget, self._window = training.skipped_steps_budget, training.skipped_steps_window
 
     def note(self, step: int, norm: float) -> bool:
-        """Whether a step was skipped, which its gradient norm tells, the same on all ranks."""
+        """Note a step if it was skipped, and tell whether it was; its gradient norm shows it, alike on all ranks."""
         if math.isfinite(norm):
             return False
         self._state.skipped.append(step)
         return True
 
     def too_many(self, step: int) -> str | None:
-        """What to say if there are more of them than the budget allows."""
+        """The line to say if there are more of them than the budget allows."""
         recent = sum(skipped > step - self._window for skipped in self._state.skipped)
         if recent <= self._budget:
             return None

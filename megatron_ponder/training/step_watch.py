@@ -1,4 +1,4 @@
-"""How a step is doing: where its time goes, how well the device is used, and how much memory.
+"""Measurements of a step: where its time goes, how well the device is used, how much memory is taken.
 
 Nothing here waits for a device in the middle of a step. On a GPU times are those of events on its stream, read when the
 step has ended.
@@ -119,7 +119,7 @@ class StepWatch:
         self._stragglers.finish()
 
     def _fields(self, parts: dict[str, float], seconds: float, refinements: int) -> dict[str, float]:
-        """What is measured on this rank.
+        """Fields of the record that are measured on this rank.
 
         Args:
             parts: seconds of each of `PARTS`.

@@ -1,4 +1,4 @@
-"""Which ranks hold the others up.
+"""Search for the ranks that hold the others up.
 
 Nothing here waits for another rank in the middle of a step: what ranks tell each other travels while the next one runs.
 """
@@ -80,7 +80,7 @@ class Stragglers:
         return finished
 
     def finish(self) -> list[RankTime] | None:
-        """What is still on its way."""
+        """Wait for the times that are still on their way."""
         if self._pending is None:
             return None
         (work, everyone), self._pending = self._pending, None

@@ -1,4 +1,4 @@
-"""How much time a run has."""
+"""The time that a run has left."""
 
 import os
 import time

@@ -77,7 +77,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
 
 
 def _output(folder: RunFolder | None, config: Config, first_step: int) -> Silence:
-    """What this rank tells of the run: all of it where it holds the run's folder, and nothing elsewhere."""
+    """The output of this rank: full where it holds the run's folder, silent elsewhere."""
     return Silence() if folder is None else RunOutput(folder, config, first_step, dist.get_world_size())
 
 

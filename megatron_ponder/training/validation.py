@@ -59,7 +59,7 @@ class Validation:
         return None if pruned is None else (tally, pruned)
 
     def measure(self, rule: Rule, each_step: bool) -> Tally | None:
-        """One tally, as `run`.
+        """Measure one tally, as `run` does two.
 
         Args:
             rule: how a routing is applied.
@@ -86,7 +86,7 @@ class Validation:
 def measure_each_step(
     mesh: Mesh, engine: Engine, micro_batches: Sequence[Tensor], refinements: int, rule: Rule
 ) -> Tally:
-    """What every step predicts by itself, on the first sequences of a training step: an eighth of a micro-batch.
+    """Measure what every latent step predicts by itself, on an eighth of a micro-batch of a training step.
 
     Of as many micro-batches as there are pipeline ranks. Apart from the training step, whose memory and communication
     it leaves as they are; so few sequences that it takes next to no time.
