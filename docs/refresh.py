@@ -2,11 +2,12 @@
 
     python docs/refresh.py                               # README.md, which makes the run, then all pages
     python docs/refresh.py docs/inference.md --folder /tmp/pages
-    python docs/refresh.py --house                       # the drawing of the package, which takes a second
+    python docs/refresh.py --house                       # what is drawn of the package, which takes a second
 
 Two kinds of blocks are run: ```console blocks, in which lines with `$ ` are commands and the others their output, and
 ```python blocks that a ```text block follows at once, which is their output. Where an output is cut short by a line
-`…`, as many lines are kept before and after it as before. Where a ```text house block is, the package is drawn.
+`…`, as many lines are kept before and after it as before. Where a ```text house block is, the package is drawn, and
+tables of the keys of a configuration are those that the package declares.
 
 Commands run in a folder that has the repository's files, and the data and runs that earlier pages have made there.
 """
@@ -19,10 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import make_folder, write_atomically
+from megatron_ponder.config import Config
+from megatron_ponder.config.documentation import key_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CUT = "…"
@@ -34,6 +38,8 @@ HOUSE = re.compile(r"(?ms)(?<=^```text house\n).*?(?=^```$)")
 ABOVE = "pretrain_ponder.py   tools/*.py   three lines each: a command of the package as a file"
 GROUND = "─" * 118
 BESIDE = "tests/ mirrors the package   benchmarks/   examples/   docs/"
+# A section of a configuration, down to the table of its keys, and that.
+KEYS = re.compile(r"(?ms)^(?P<intro>## `(?P<section>\w+)`\n(?:(?!^## ).)*?)^\| key \| default (?:(?!^$).)*")
 Run = Callable[[list[str], str | None], str]
 
 
@@ -74,7 +80,9 @@ def refreshed(page: str, run: Run) -> str:
 
 
 def drawn(page: str) -> str:
-    """A page with the package drawn as it is."""
+    """A page with the package drawn as it is, and the keys of a configuration as they are declared."""
+    sections = {section.name: section.default_factory for section in fields(Config)}
+    page = KEYS.sub(lambda found: found["intro"] + key_table(sections[found["section"]]), page)
     return HOUSE.sub(lambda block: house(), page)
 
 
@@ -135,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
     """Refresh pages in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, default=pages(), help="those to refresh; all unless given")
-    parser.add_argument("--house", action="store_true", help="draw the house alone, and run nothing")
+    parser.add_argument("--house", action="store_true", help="draw the house and the tables of keys, and run nothing")
     parser.add_argument("--folder", type=Path, help="where commands run; a temporary one unless given")
     arguments = parser.parse_args(argv)
     for page in arguments.pages:

@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
-def parser_of(name: str, kind: type, file_option: str, description: str | None = None) -> "jsonargparse.ArgumentParser":
+def parser_of(name: str, kind: type, file_option: str) -> "jsonargparse.ArgumentParser":
     """A parser of a dataclass: an option for each of its keys, and one for a file of them.
 
     Args:
         name: of the command that takes them, after `ponder`.
         kind: the dataclass, whose fields may be dataclasses.
         file_option: for the file, with its dashes.
-        description: for `--help`.
     """
     import jsonargparse
 
@@ -35,7 +34,6 @@ def parser_of(name: str, kind: type, file_option: str, description: str | None =
     parser = jsonargparse.ArgumentParser(
         prog=f"ponder {name}",
         exit_on_error=False,
-        description=description,
         parser_mode="our_yaml",
         print_config=None,
         version=megatron_ponder.__version__,

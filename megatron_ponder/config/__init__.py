@@ -5,6 +5,7 @@ resolved form, so that nothing is ever derived twice.
 """
 
 from megatron_ponder.config.checks import validate
+from megatron_ponder.config.data import BlendPart, DataConfig, PhaseConfig, TokenizerConfig
 from megatron_ponder.config.layout import (
     check_layout,
     data_parallel_size,
@@ -13,23 +14,12 @@ from megatron_ponder.config.layout import (
     micro_batches,
     stage_layers,
 )
+from megatron_ponder.config.model import ModelConfig
+from megatron_ponder.config.parallel import ParallelConfig
 from megatron_ponder.config.parsing import load_config, read_config, to_yaml
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
-from megatron_ponder.config.sections import (
-    BlendPart,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PhaseConfig,
-    TokenizerConfig,
-    TrainingConfig,
-    architecture,
-    resolve,
-)
+from megatron_ponder.config.run import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_ponder.config.sections import Config, architecture, resolve
 
 __all__ = [
     "BlendPart",

@@ -4,7 +4,7 @@ import yaml
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.yaml_files import in_words, load_yaml
-from megatron_ponder.config.sections import BlendPart
+from megatron_ponder.config.data import BlendPart
 
 FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: NUMBERS}, ...]"
 SPLIT = "weights of train, valid and test such as [969, 30, 1]"

@@ -5,16 +5,13 @@ from dataclasses import fields
 
 from megatron_ponder.base.durations import parse_duration
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.config.data import BlendPart, DataConfig
 from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.layout import even_layers, largest_tensor
-from megatron_ponder.config.sections import (
-    BlendPart,
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainingConfig,
-)
+from megatron_ponder.config.model import ModelConfig
+from megatron_ponder.config.parallel import ParallelConfig
+from megatron_ponder.config.run import TrainingConfig
+from megatron_ponder.config.sections import Config
 
 
 def validate(config: Config) -> Config:

@@ -5,7 +5,9 @@ from itertools import accumulate
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
-from megatron_ponder.config.sections import Config, ModelConfig, ParallelConfig
+from megatron_ponder.config.model import ModelConfig
+from megatron_ponder.config.parallel import ParallelConfig
+from megatron_ponder.config.sections import Config
 
 # Axes of the grid of ranks, from neighbours, which lie inside a node, to ranks that are farthest apart.
 AXES = ("tensor", "data", "pipeline")

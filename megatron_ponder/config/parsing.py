@@ -13,6 +13,7 @@ from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapp
 from megatron_ponder.config.blends import read_blend, read_phases, read_split
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
+from megatron_ponder.config.documentation import help_text
 from megatron_ponder.config.other_names import VALUES, nearest_key
 from megatron_ponder.config.renamed import RENAMED, check_names, current, notice
 from megatron_ponder.config.sections import Config, resolve
@@ -72,9 +73,7 @@ def to_yaml(config: Config) -> str:
 
 @functools.cache
 def _parser():
-    parser = parser_of("train", Config, "--config", "Sections and keys, with their defaults:")
-    parser.add_argument(PRINT_CONFIG, action="store_true", help="Show the configuration of the other arguments.")
-    return parser
+    return parser_of("train", Config, "--config")
 
 
 def _read(arguments: Sequence[str]) -> tuple[Config, list[str]]:
@@ -93,7 +92,10 @@ def _rewritten(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments with names and values that are known, and files by their content; and the old names among them."""
     rewritten, given = [], {}
     for name, value in options_of(["--help" if argument == "-h" else argument for argument in arguments], _ALONE):
-        if value is None:
+        if name == "help":
+            print(help_text(), end="")
+            sys.exit(0)
+        elif value is None:
             rewritten.append(f"--{name}")
         elif name == "config":
             path = user_path(value)

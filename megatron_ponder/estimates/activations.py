@@ -7,7 +7,7 @@ b bytes of an activation.
 
 from dataclasses import dataclass
 
-from megatron_ponder.config.sections import RecomputeKind
+from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 from megatron_ponder.model.modes.pondering import Shape

@@ -12,7 +12,7 @@ from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, check_layout, data_parallel_size, resolve, validate
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.config.layout import copy_size, largest_tensor
-from megatron_ponder.config.sections import RecomputeKind
+from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.estimates.memory import RankMemory, memory_estimate
 from megatron_ponder.estimates.rank import Rank, places
 from megatron_ponder.estimates.step_time import StepTime, step_time

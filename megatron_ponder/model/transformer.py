@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
-from megatron_ponder.config.sections import RecomputeKind
+from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.block import Block
 from megatron_ponder.model.norms import make_norm

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import typing
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,6 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, read_cluster
 from megatron_ponder.config import BlendPart, Config, PhaseConfig, read_config
 from megatron_ponder.config.declarations import Range, check_ranges, expand_paths, is_path, range_of, written
-from tests import REPOSITORY
 
 SECTIONS = {section.name: section.default_factory for section in dataclasses.fields(Config)}
 PARTS = {"part of a blend": BlendPart, "phase": PhaseConfig}
@@ -143,16 +141,6 @@ def test_what_is_no_path_and_what_nobody_has():
     assert expand_paths(Config()) == Config()
     with pytest.raises(UserError, match="~nobody_has_this_name/x: it is not known where"):
         read_config(["--training.run_dir", "~nobody_has_this_name/x"])
-
-
-def test_the_page_of_keys_shows_the_ranges():
-    page = Path(REPOSITORY, "docs", "configuration.md").read_text(encoding="utf-8")
-    for name, section in SECTIONS.items():
-        table = page.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
-        for item in dataclasses.fields(section):
-            row = next(line for line in table.splitlines() if line.startswith(f"| `{item.name}` |"))
-            expected = range_of(item)
-            assert row.split(" | ")[2] == (f"{expected}" if expected else "–"), f"{name}.{item.name}"
 
 
 def test_absurd_numbers_are_written_too():

@@ -78,7 +78,7 @@ def test_options_of_the_model(option):
 
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [*((family, mode) for family in (LLAMA, GPT_NEOX) for mode in MODES), (MIXED, {"ponder__threshold": 0.1})],
+    [*((family, mode) for family in (LLAMA, GPT_NEOX) for mode in MODES), (MIXED, {"inference__threshold": 0.1})],
 )
 def test_the_cache_equals_the_fixed_point(family, mode):
     model = varied_model(**family, **mode)

@@ -1,0 +1,109 @@
+"""The sections about a run: its optimiser, its loop, what it saves and what it says."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
+
+RecomputeKind = Literal["none", "block", "attention"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = number_field(3e-4, 1e-30, 1e30)
+    """Peak of the learning rate."""
+    min_learning_rate_fraction: float = number_field(0.1, 0, 1)
+    """End of its cosine, as a share of the peak."""
+    warmup_fraction: float = number_field(0.02, 0, 1, below=True)
+    """Share of the steps spent on the linear warm-up."""
+    betas: tuple[float, float] = number_field((0.9, 0.95), 0, 1, below=True)
+    """Decay rates of the two moments."""
+    epsilon: float = number_field(1e-8, 1e-20, 1)
+    """Added to the root of the second moment."""
+    weight_decay: float = number_field(0.1, 0, 1e3)
+    """Decoupled decay of matrices and embeddings; norms and biases have none."""
+    gradient_clipping: float = number_field(1.0, 1e-6, 1e9, or_zero=True)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    run_dir: str = path_field("runs/default")
+    """The run's folder."""
+    steps: int = number_field(50_000, 1, STEPS)
+    """Optimiser steps."""
+    global_batch_size: int = number_field(256, 1, 2**30)
+    """Sequences of one optimiser step, over all ranks."""
+    micro_batch_size: int = number_field(8, 1, 2**20)
+    """Sequences of one forward pass on one rank; the rest is gradient accumulation."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of activations and of the weights that compute; master weights and moments are always fp32."""
+    seed: int = number_field(1234, 0, 2**63 - 1)
+    """Of initial weights, data order and the drawn number of refinements."""
+    recompute: RecomputeKind = "none"
+    """`block` keeps only the inputs of blocks and computes the rest again in the backward pass; `attention` does so
+    with attention alone."""
+    recompute_passes: int | None = number_field(None, 1, 1000)
+    """Recompute in the first so many passes only; in all of them unless given."""
+    eval_interval: int = number_field(1000, 0, STEPS)
+    """Optimiser steps between validations; 0 for none."""
+    eval_samples: int = number_field(512, 0, STEPS)
+    """Validation sequences, at most what the split holds."""
+    time_limit: str | int | None = number_field(None, 1, 10**6)
+    """Minutes or H:MM:SS from the start on, before whose end the run saves and stops by itself; under SLURM the end of
+    the job counts as well, see [resilience.md](resilience.md#preemption)."""
+    step_timeout: int = number_field(600, 0, SECONDS)
+    """Seconds without the end of a step, or ten times the longest step if that is more, after which a rank shows where
+    its threads are and ends; saves do not count, nor what comes before the first step ends; 0 = never."""
+    skipped_steps_budget: int = number_field(10, 0, STEPS)
+    """Steps of the last `skipped_steps_window` that may be skipped because their loss or gradients are not finite; one
+    more ends the run."""
+    skipped_steps_window: int = number_field(1000, 1, 10**6)
+    """See `skipped_steps_budget`."""
+    allow_memory_overcommit: bool = False
+    """Start although the expected peak of a rank is more than three times the memory of its GPU, or of its share of the
+    host; from 0.9 times on there is a warning."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    interval: int = number_field(1000, 1, STEPS)
+    """Optimiser steps between checkpoints; one is always written at the end."""
+    keep: int = number_field(2, 1, 10**6)
+    """Newest checkpoints that are kept."""
+    resume: str = path_field("none")
+    """`none` starts anew, `auto` goes on from the run folder's latest checkpoint if there is one, anything else is the
+    folder of a checkpoint to go on from."""
+    initialize_from: str | None = path_field(None)
+    """Run or checkpoint folder whose weights a new run starts from, with a fresh optimiser at step 0."""
+    allow_data_change: bool = False
+    """Resume although dataset, split, sequence length or seed are not the checkpoint's."""
+    asynchronous: bool = False
+    """Write while training goes on, at the cost of host memory for one copy of this rank's share."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run writes about itself."""
+
+    interval: int = number_field(10, 1, STEPS)
+    """Optimiser steps between plain progress lines, in `train.log` and where there is no terminal for a bar."""
+    own_losses_interval: int = number_field(100, 0, STEPS)
+    """Optimiser steps between measurements of what each latent step of a routed model predicts by itself; 0 = never."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs the extra `wandb`)."""
+    spike_threshold: float = number_field(10.0, 0, 1e6)
+    """Say so, with its samples, when a loss lies so many standard deviations above the median of the 100 before; 0 =
+    never."""
+    straggler_interval: int = number_field(100, 0, STEPS)
+    """Optimiser steps between comparisons of the ranks' times; 0 = never."""
+    straggler_factor: float = number_field(1.3, 1, 1e6, above=True)
+    """A rank is reported that takes this many times the median."""
