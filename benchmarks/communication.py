@@ -196,8 +196,8 @@ def count_cases(cases: Sequence[tuple[Layout, str]]) -> list[Count]:
         torch.set_num_threads(1)
         counts = []
         for layout, mode in cases:
-            mesh = build_mesh(device, layout.tensor, layout.pipeline, layout.data, layout.sequence_parallel)
-            counts.append(count_step(mesh, configuration(layout, mode)))
+            config = configuration(layout, mode)
+            counts.append(count_step(build_mesh(device, config.parallel), config))
         return counts
 
 

@@ -125,10 +125,7 @@ def measure(rounds: int, length: int) -> tuple[list[Machine], list[Machine], dic
     """The machine for one rank and for two, and seconds of every step by layout, round by round; runs on every rank."""
     with process_group(discover()) as device:
         torch.set_num_threads(1)
-        steps = {
-            name: Step(configuration(layout, length), layout.data, layout.alone, device)
-            for name, layout in LAYOUTS.items()
-        }
+        steps = {name: Step(configuration(layout, length), layout.alone, device) for name, layout in LAYOUTS.items()}
         alone, both, times = [], [], []
         actions = {name: partial(step, REFINEMENTS) for name, step in steps.items()}
         for elapsed in rounds_of(actions, rounds, warm_up=2):  # in which DeepSpeed learns the order of modules

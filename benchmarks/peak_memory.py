@@ -64,11 +64,9 @@ def config_for(name: str, length: int) -> Config:
 def measure(name: str, length: int) -> tuple[int, int]:
     """This rank's place in the pipeline and its peak in bytes; runs on every rank."""
     config = config_for(name, length)
-    parallel, launch = config.parallel, discover()
-    with process_group(launch) as device:
+    with process_group(discover()) as device:
         torch.set_num_threads(1)
-        data = data_parallel_size(config, launch.world_size)
-        mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data, parallel.sequence_parallel)
+        mesh = build_mesh(device, config.parallel)
         ctypes.CDLL(None).mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD: blocks from this size on go back when freed
         take_steps(config_for(name, 8), mesh, steps=1)  # loads what loads at first use
         gc.collect()

@@ -194,7 +194,7 @@ def time_steps(rounds: int, length: int) -> dict[tuple[int, str], list[float]]:
             for name in names:
                 layout = LAYOUTS[name]
                 config = configuration(layout, micro_batches, length)
-                step = Step(config, layout.data, layout.alone, device)
+                step = Step(config, layout.alone, device)
                 steps[micro_batches, name] = partial(step, REFINEMENTS)
             times |= by_name(rounds_of(steps, rounds))
     return times

@@ -149,7 +149,7 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     from megatron_ponder.base.signals import StopSignals
     from megatron_ponder.base.watchdog import Watchdog
     from megatron_ponder.checkpoint.run_state import RunState
-    from megatron_ponder.config import read_config
+    from megatron_ponder.config import ParallelConfig, read_config
     from megatron_ponder.data.loader import batches
     from megatron_ponder.parallel.mesh import build_mesh
     from megatron_ponder.parallel.process_group import process_group
@@ -164,7 +164,7 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     config = read_config([f"--{key}={value}" for key, value in (settings | {"training.run_dir": folder}).items()])
     with process_group(discover({})), StopSignals() as signals, Watchdog(600) as watchdog:
         config, parts = open_parts(config)
-        mesh = build_mesh(torch.device("cpu"), tensor=1, pipeline=1, data=1)
+        mesh = build_mesh(torch.device("cpu"), ParallelConfig())
         engine = Engine(Objective(build_model(config, parts, mesh, None)), config, mesh)
         boundary, skipped, spikes = (
             Boundary(signals, 1e9, mesh),

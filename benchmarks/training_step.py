@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ponder.base.launch import Launch, discover
-from megatron_ponder.config import Config, read_config
+from megatron_ponder.config import Config, ParallelConfig, read_config
 from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import Recompute
@@ -90,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with process_group(Launch(port=discover().port)) as device:
         torch.set_num_threads(arguments.threads)
-        mesh = build_mesh(device, tensor=1, pipeline=1, data=1)
+        mesh = build_mesh(device, ParallelConfig())
         if arguments.memory:
             step = Step(arguments.memory, mesh)
             for _ in range(3):

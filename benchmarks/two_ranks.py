@@ -18,21 +18,20 @@ from megatron_ponder.training.setup import model_part
 class Step:
     """Runs optimiser steps of one layout on this rank."""
 
-    def __init__(self, config: Config, data: int, alone: bool, device: torch.device) -> None:
+    def __init__(self, config: Config, alone: bool, device: torch.device) -> None:
         """Build the model and its engine.
 
         Args:
             config: resolved; its micro-batches are one sequence each.
-            data: data-parallel ranks.
             alone: the first rank does all the work.
             device: of this rank.
         """
-        parallel, length, sequences = config.parallel, config.data.sequence_length, config.training.global_batch_size
+        length, sequences = config.data.sequence_length, config.training.global_batch_size
         if alone:  # each rank builds one of its own, but only the first steps
             group, _ = dist.new_subgroups_by_enumeration([[0], [1]])
             mesh = Mesh(device, *[Axis(group=group)] * 4)
         else:
-            mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data, parallel.sequence_parallel)
+            mesh = build_mesh(device, config.parallel)
         recompute = Recompute(config.training.recompute)
         model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh), recompute=recompute)
         initialize(model, seed=0)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_ponder.base.launch import discover
-from megatron_ponder.config import read_config
+from megatron_ponder.config import ParallelConfig, read_config
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
@@ -81,7 +81,7 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
     whole, watching, own = [], [], []
     with process_group(discover()) as device:
         torch.set_num_threads(1)
-        mesh = build_mesh(device, tensor=1, pipeline=1, data=2)
+        mesh = build_mesh(device, ParallelConfig())
         model = PonderLM(config.model, config.ponder, mesh)
         initialize(model, seed=0)
         engine, watch = Engine(Objective(model), config, mesh), StepWatch(config, mesh, model.transformer)

@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from megatron_ponder.base.launch import Launch
+from megatron_ponder.config import ParallelConfig
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from tests.processes import server
@@ -51,8 +52,8 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        layout = (tensor, pipeline, world_size // (tensor * pipeline), sequence_parallel)
-        arguments = (function, world_size, free_port(), layout, folder, args)
+        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel)
+        arguments = (function, world_size, free_port(), parallel, folder, args)
         method = "spawn" if fresh else server().get_start_method()
         context = mp.start_processes(_run_rank, arguments, nprocs=world_size, join=False, start_method=method)
         deadline = time.monotonic() + time_limit
@@ -75,13 +76,19 @@ def run_distributed(
 
 
 def _run_rank(
-    rank: int, function: Callable[..., Any], world_size: int, port: int, layout: tuple, folder: Path, args: tuple
+    rank: int,
+    function: Callable[..., Any],
+    world_size: int,
+    port: int,
+    parallel: ParallelConfig,
+    folder: Path,
+    args: tuple,
 ) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     with process_group(Launch(rank, world_size, rank, world_size, "127.0.0.1", port, source="test")) as device:
         torch.set_num_threads(1)
         try:
-            mesh = build_mesh(device, *layout)
+            mesh = build_mesh(device, parallel)
             torch.save(function(mesh, *args), folder / f"result-{rank}")
         except BaseException:
             (folder / f"error-{rank}").write_text(traceback.format_exc())

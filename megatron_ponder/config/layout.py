@@ -20,9 +20,9 @@ def copy_size(parallel: ParallelConfig) -> int:
     return math.prod(getattr(parallel, axis) for axis in COPY)
 
 
-def grid_sizes(config: Config, data_size: int) -> dict[str, int]:
+def grid_sizes(parallel: ParallelConfig, data_size: int) -> dict[str, int]:
     """Size of every axis of the grid, neighbours first."""
-    return {axis: data_size if axis == "data" else getattr(config.parallel, axis) for axis in AXES}
+    return {axis: data_size if axis == "data" else getattr(parallel, axis) for axis in AXES}
 
 
 def stage_layers(config: Config) -> list[range]:

@@ -52,7 +52,7 @@ class Rank:
     @property
     def axes(self) -> dict[str, int]:
         """Sizes of the grid's axes, and of `model`, the ranks that hold one copy of the model."""
-        return grid_sizes(self.config, self.data) | {"model": copy_size(self.config.parallel)}
+        return grid_sizes(self.config.parallel, self.data) | {"model": copy_size(self.config.parallel)}
 
     @property
     def tensor(self) -> Axis:

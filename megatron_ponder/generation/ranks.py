@@ -8,7 +8,7 @@ import torch
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
-from megatron_ponder.config import ModelConfig, largest_tensor
+from megatron_ponder.config import ModelConfig, ParallelConfig, largest_tensor
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
@@ -32,7 +32,7 @@ def build_ranks(device: torch.device, launch: Launch, tensor: int, pipeline: int
     """The grid of ranks; those beyond one copy of the model are further copies, along its data axis."""
     if launch.world_size == 1:
         return Mesh(device)
-    return build_mesh(device, tensor, pipeline, launch.world_size // (tensor * pipeline))
+    return build_mesh(device, ParallelConfig(tensor=tensor, pipeline=pipeline))
 
 
 def check_sizes(model: ModelConfig, tensor: int, pipeline: int, world_size: int, copies: bool) -> None:

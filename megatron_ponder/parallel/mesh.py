@@ -1,13 +1,14 @@
 """The grid of ranks: which ones share a layer, which ones share the stack, which ones share the data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
-from megatron_ponder.config.layout import AXES
+from megatron_ponder.config import ParallelConfig
+from megatron_ponder.config.layout import AXES, copy_size, grid_sizes
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,18 @@ class Mesh:
         return self.model.size * self.data.size
 
 
-def build_mesh(device: torch.device, tensor: int, pipeline: int, data: int, sequence_parallel: bool = False) -> Mesh:
-    """The grid over all ranks of the default process group.
+def build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
+    """The grid over all ranks of the default process group, of which those beyond one copy of the model share the data.
 
     Args:
         device: where this rank computes.
-        tensor: ranks that share each layer.
-        pipeline: ranks that share the stack of layers.
-        data: ranks that share the batch.
-        sequence_parallel: split norms and the residual stream over the tensor ranks.
+        parallel: sizes of the axes.
     """
-    names = AXES[::-1]
-    grid = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=names)
-    axes = {
-        name: Axis(grid[name].size(), grid[name].get_local_rank(), grid.get_group(name), split)
-        for name, split in zip(names, (False, False, sequence_parallel), strict=True)
-    }
-    copies = grid.mesh.transpose(0, 1).reshape(data, pipeline * tensor).tolist()
+    names, copy = AXES[::-1], copy_size(parallel)
+    sizes = grid_sizes(parallel, dist.get_world_size() // copy)
+    grid = init_device_mesh(device.type, tuple(sizes[name] for name in names), mesh_dim_names=names)
+    axes = {name: Axis(sizes[name], grid[name].get_local_rank(), grid.get_group(name)) for name in names}
+    axes["tensor"] = replace(axes["tensor"], sequence_parallel=parallel.sequence_parallel)
+    copies = grid.mesh.movedim(names.index("data"), 0).flatten(1).tolist()
     group, _ = dist.new_subgroups_by_enumeration(copies)
-    model = Axis(pipeline * tensor, dist.get_rank(group), group)
-    return Mesh(device=device, **axes, model=model)
+    return Mesh(device=device, **axes, model=Axis(copy, dist.get_rank(group), group))

@@ -53,8 +53,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         together(lambda: None if folder is None else stack.enter_context(folder))
         start = find_start(config, *parts.fingerprints)
         phases.mark("data and checkpoint")
-        parallel = config.parallel
-        mesh = build_mesh(device, parallel.tensor, parallel.pipeline, data_size, parallel.sequence_parallel)
+        mesh = build_mesh(device, config.parallel)
         model = together(lambda: build_model(config, parts, mesh, start.weights))
         together(lambda: None if folder is None else folder.write_config())
         phases.mark("model")

@@ -33,9 +33,8 @@ def count_by_hand(mesh: Mesh) -> dict[tuple[str, str], Volume]:
 def count_all(mesh: Mesh) -> tuple[dict[tuple[str, str], Volume], list[Count]]:
     counts = []
     for name, mode, overrides in CASES:
-        layout = LAYOUTS[name]
-        case_mesh = build_mesh(mesh.device, layout.tensor, layout.pipeline, layout.data, layout.sequence_parallel)
-        counts.append(count_step(case_mesh, configuration(layout, mode, LENGTH, **overrides)))
+        config = configuration(LAYOUTS[name], mode, LENGTH, **overrides)
+        counts.append(count_step(build_mesh(mesh.device, config.parallel), config))
     return count_by_hand(mesh), counts
 
 
