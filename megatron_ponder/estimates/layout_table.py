@@ -25,7 +25,7 @@ def describe_layout(config: Config, data: int, device: str) -> str:
     count, sequences = ranks[0].micro_batches, training.global_batch_size
     slots = sequences * tokens * config.ponder.steps
     plans = [passes_of(config.ponder).plan(r) for r in config.ponder_training.refinement_choices]
-    sizes = [f"{size} {axis}" for axis, size in grid_sizes(config, data).items()]
+    sizes = [f"{size} {axis}" for axis, size in grid_sizes(config.parallel, data).items()]
     flags = [f"ZeRO {parallel.zero_stage}", training.precision]
     flags += ["sequence parallel"] if parallel.sequence_parallel else []
     flags += [f"recompute {training.recompute}"] if training.recompute != "none" else []
