@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +153,22 @@ def test_modules_do_not_import_each_other_in_circles():
     while leaves := {name for name in remaining if not targets[name] & remaining}:
         remaining -= leaves
     assert not remaining, f"import each other: {sorted(remaining)}"
+
+
+def test_a_name_of_a_class_means_one_thing():
+    named = defaultdict(set)
+    for path in PARTS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and path.name not in SHIPPED:
+                named[node.name].add(module_name(path))
+    assert {name: modules for name, modules in named.items() if len(modules) > 1} == {}
+
+
+def test_a_name_of_a_file_means_one_thing():
+    """But a command has the name of what it calls, a kernel of its layer, a mode and a section of what they are of."""
+    named = Counter(
+        path.name
+        for path in PARTS
+        if path.parent.name not in ("commands", "kernels", "modes", "config") and path.name != "__init__.py"
+    )
+    assert [name for name, count in named.items() if count > 1] == []
