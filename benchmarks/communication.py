@@ -31,14 +31,12 @@ from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.communication import Formula, Term
 from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import Recompute
+from megatron_ponder.model.build import build_part
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.setup import model_part
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
@@ -176,8 +174,7 @@ class Count(NamedTuple):
 
 def count_step(mesh: Mesh, config: Config) -> Count:
     """Count one training step on this rank, after steps in which DeepSpeed learns the order of modules."""
-    recompute = Recompute(config.training.recompute)
-    model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh), recompute=recompute)
+    model = build_part(config, mesh)
     initialize(model, seed=0)
     formula = Formula(Rank(config, mesh.data.size, mesh.pipeline.rank, mesh.device.type), REFINEMENTS)
     engine = Engine(Objective(model), config, mesh)

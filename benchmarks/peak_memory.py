@@ -22,14 +22,12 @@ from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, data_parallel_size, read_config
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import Recompute
+from megatron_ponder.model.build import build_part
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.setup import model_part
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
@@ -83,8 +81,7 @@ def measure(name: str, length: int) -> tuple[int, int]:
 
 def take_steps(config: Config, mesh, steps: int) -> None:
     """Build the model and train it on random tokens."""
-    recompute = Recompute(config.training.recompute, config.training.recompute_passes)
-    model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh), recompute=recompute)
+    model = build_part(config, mesh)
     initialize(model, seed=0)
     engine = Engine(Objective(model.to(mesh.device)), config, mesh)
     own = config.training.global_batch_size // mesh.data.size

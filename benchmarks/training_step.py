@@ -21,9 +21,8 @@ from rich.table import Table
 
 from megatron_ponder.base.launch import Launch, discover
 from megatron_ponder.config import Config, ParallelConfig, read_config
+from megatron_ponder.model.build import build_part
 from megatron_ponder.model.passes import pass_slots
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
@@ -59,7 +58,7 @@ class Step:
 
     def __init__(self, case: str, mesh: Mesh) -> None:
         config = configuration(*CASES[case])
-        model = PonderLM(config.model, config.ponder, mesh, recompute=Recompute(config.training.recompute))
+        model = build_part(config, mesh)
         initialize(model, seed=0)
         self._engine = Engine(Objective(model), config, mesh)
         self._tokens = torch.randint(0, 8192, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))

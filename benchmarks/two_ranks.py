@@ -6,13 +6,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.config import Config
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import Recompute
+from megatron_ponder.model.build import build_part
 from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.setup import model_part
 
 
 class Step:
@@ -32,8 +30,7 @@ class Step:
             mesh = Mesh(device, *[Axis(group=group)] * 4)
         else:
             mesh = build_mesh(device, config.parallel)
-        recompute = Recompute(config.training.recompute)
-        model = PonderLM(config.model, config.ponder, mesh, part=model_part(config, mesh), recompute=recompute)
+        model = build_part(config, mesh)
         initialize(model, seed=0)
         self._engine, self._idle = Engine(Objective(model), config, mesh), alone and dist.get_rank() > 0
         from deepspeed.utils import groups  # after the engine, which knows how to import it

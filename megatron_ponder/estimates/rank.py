@@ -13,6 +13,7 @@ from megatron_ponder.config import Config, micro_batches, stage_layers
 from megatron_ponder.config.layout import copy_size, grid_sizes
 from megatron_ponder.estimates.part import PartSizes, part_sizes
 from megatron_ponder.kernels.attention import Call, Kernel, choose
+from megatron_ponder.model.build import model_part
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.pondering import Passes, Sizes
 from megatron_ponder.model.transformer import ModelPart, Recompute
@@ -62,23 +63,27 @@ class Rank:
     @property
     def layers(self) -> range:
         """Its blocks."""
-        return stage_layers(self.config)[self.pipeline_rank]
+        return self._model_part.layers
 
     @property
     def first(self) -> bool:
         """It has the embedding."""
-        return self.pipeline_rank == 0
+        return self._model_part.first
 
     @property
     def last(self) -> bool:
         """It has the final norm, the router and the head."""
-        return self.pipeline_rank == self.config.parallel.pipeline - 1
+        return self._model_part.last
 
     @cached_property
     def part(self) -> PartSizes:
         """What it holds of the model."""
-        config, part = self.config, ModelPart(self.layers, self.first, self.last)
-        return part_sizes(config.model, config.ponder, self.tensor.size, part, config.parallel.vocab_multiple)
+        model, ponder, multiple = self.config.model, self.config.ponder, self.config.parallel.vocab_multiple
+        return part_sizes(model, ponder, self.tensor.size, self._model_part, multiple)
+
+    @cached_property
+    def _model_part(self) -> ModelPart:
+        return model_part(self.config, self.pipeline_rank)
 
     @property
     def dtype(self) -> torch.dtype:

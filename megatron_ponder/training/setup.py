@@ -7,13 +7,13 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.reader import open_tensors, read_config_of
-from megatron_ponder.config import Config, DataConfig, architecture, stage_layers
+from megatron_ponder.config import Config, DataConfig, architecture
 from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.splits import split_text
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ponder.model.build import build_part
 from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import ModelPart, Recompute
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
 
@@ -97,12 +97,6 @@ def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetMa
     return known.get(first)
 
 
-def model_part(config: Config, mesh: Mesh) -> ModelPart:
-    """The part of the model that this pipeline rank holds."""
-    axis = mesh.pipeline
-    return ModelPart(stage_layers(config)[axis.rank], first=axis.rank == 0, last=axis.rank == axis.size - 1)
-
-
 def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None) -> PonderLM:
     """Build this rank's part of the model in fp32, with initial weights from the seed or those of a checkpoint.
 
@@ -115,16 +109,7 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None
     Raises:
         UserError: if the checkpoint is of another model.
     """
-    model = PonderLM(
-        config.model,
-        config.ponder,
-        mesh,
-        parts.eod_id if config.data.reset_at_eod else None,
-        model_part(config, mesh),
-        config.parallel.vocab_multiple,
-        config.inference,
-        Recompute(config.training.recompute, config.training.recompute_passes),
-    )
+    model = build_part(config, mesh, parts.eod_id)
     if source is None:
         initialize(model, config.training.seed)
         return model

@@ -1,38 +1,8 @@
 """What is communicated on paper; `tests/benchmarks/test_communication.py` compares it with real ranks."""
 
-import pytest
-import torch
-
-from megatron_ponder.config import stage_layers
 from megatron_ponder.estimates.communication import Formula
 from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import ModelPart
-from megatron_ponder.parallel.mesh import Axis, Mesh
-from megatron_ponder.parallel.sharding import declarations
 from tests.models import small_config
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 3), (4, 2)])
-@pytest.mark.parametrize("router", [0, 24])
-def test_parameters_are_those_of_the_model(family, tensor, pipeline, router):
-    config = small_config(
-        model__family=family,
-        model__num_layers=5,
-        ponder__router_hidden_size=router,
-        parallel__tensor=tensor,
-        parallel__pipeline=pipeline,
-        parallel__vocab_multiple=8,
-    )
-    for place, layers in enumerate(stage_layers(config)):
-        part = ModelPart(layers, first=place == 0, last=place == pipeline - 1)
-        with torch.device("meta"):
-            mesh = Mesh(tensor=Axis(tensor))
-            model = PonderLM(config.model, config.ponder, mesh, part=part, vocab_multiple=8)
-        real = [(parameter.dim(), parameter.numel()) for _, parameter, *_ in declarations(model)]
-        sizes = Rank(config, pipeline_rank=place).part.parameters
-        assert sorted((size.dims, size.count) for size in sizes) == sorted(real)
 
 
 def terms(data: int = 1, place: int = 0, **overrides) -> dict[tuple[str, str], int]:

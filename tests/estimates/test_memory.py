@@ -11,13 +11,12 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, Sche
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_ponder.config import Config, stage_layers
+from megatron_ponder.config import Config
 from megatron_ponder.estimates.activations import most_in_flight, pass_bytes, passes
 from megatron_ponder.estimates.memory import held_gradient_bytes, loss_bytes, memory_estimate, running_moments
 from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.model.transformer import ModelPart, Recompute
-from megatron_ponder.parallel.mesh import Axis, Mesh
+from megatron_ponder.model.build import build_part
+from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
@@ -77,51 +76,13 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-# Parameters
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "ponderlm"])
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("pipeline", [1, 2, 3])
-def test_parameters_of_every_rank(family, mode, tensor, pipeline):
-    config = config_for(
-        model__family=family,
-        model__num_layers=5,
-        ponder__mode=mode,
-        ponder__router_hidden_size=24 if tensor == 2 else 0,
-        parallel__tensor=tensor,
-        parallel__pipeline=pipeline,
-        parallel__vocab_multiple=16,
-        training__global_batch_size=BATCH * pipeline,
-    )
-    mesh = Mesh(tensor=Axis(size=tensor))
-    for place, layers in enumerate(stage_layers(config)):
-        part = ModelPart(layers, first=place == 0, last=place == pipeline - 1)
-        with torch.device("meta"):
-            model = PonderLM(config.model, config.ponder, mesh, part=part, vocab_multiple=16)
-        expected = sum(parameter.numel() for parameter in model.parameters())
-        assert Rank(config, pipeline_rank=place).part.count == expected
-
-
-@pytest.mark.parametrize(
-    "overrides", [{"model__num_kv_heads": 2}, {"model__tie_embeddings": "true"}, {"ponder__latent_steps": 4}]
-)
-def test_parameters_of_other_models(overrides):
-    config = config_for(**overrides)
-    with torch.device("meta"):
-        model = PonderLM(config.model, config.ponder)
-    assert Rank(config).part.count == sum(parameter.numel() for parameter in model.parameters())
-
-
 # Activations
 
 
-def forward_and_backward(config: Config, mesh: Mesh, eod_id: int | None = None) -> tuple[int, int]:
+def forward_and_backward(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Bytes that a micro-batch's forward leaves for the backward pass, and the most until that has ended."""
     torch.set_flush_denormal(True)
-    recompute = Recompute(config.training.recompute, config.training.recompute_passes)
-    model = PonderLM(config.model, config.ponder, mesh, eod_id, recompute=recompute)
+    model = build_part(config, mesh, eod_id=3)
     initialize(model, seed=0)
     model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     objective = Objective(model, config.ponder_training.gradient_passes)
@@ -162,7 +123,7 @@ ACTIVATIONS = [
 @pytest.mark.parametrize("overrides", ACTIVATIONS, ids=lambda o: "-".join(map(str, o.values())) or "adaptive")
 def test_activations_are_what_stays_alive(overrides, precision):
     config = config_for(**overrides, training__precision=precision)
-    left, _ = forward_and_backward(config, Mesh(), eod_id=3 if config.data.reset_at_eod else None)
+    left, _ = forward_and_backward(config, Mesh())
     rank = Rank(config)
     softmax = BATCH * LENGTH * VOCABULARY * 4  # of the loss, in place of the logits
     expected = sum(pass_bytes(rank, p) for p in passes(rank)) + softmax
@@ -255,7 +216,7 @@ PEAKS = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_peak_of_a_micro_batch(overrides, precision):
     config = config_for(**overrides, training__precision=precision)
-    _, most = forward_and_backward(config, Mesh(), eod_id=3 if config.data.reset_at_eod else None)
+    _, most = forward_and_backward(config, Mesh())
     held = held_gradient_bytes(Rank(config))  # by DeepSpeed, which is not there
     assert max(map(sum, running_moments(Rank(config)))) - held == pytest.approx(most, rel=0.12)
 
@@ -266,11 +227,9 @@ def measure_engines(mesh: Mesh, cases: list[dict]) -> list[int]:
 
 def measure_engine(mesh: Mesh, config: Config) -> int:
     """The most that is alive during the second step of real training."""
-    place, last = mesh.pipeline.rank, mesh.pipeline.size - 1
-    part = ModelPart(stage_layers(config)[place], first=place == 0, last=place == last)
     own = config.training.global_batch_size // mesh.data.size
     with Alive() as alive:
-        model = PonderLM(config.model, config.ponder, mesh, part=part, recompute=Recompute(config.training.recompute))
+        model = build_part(config, mesh)
         initialize(model, seed=0)
         engine = Engine(Objective(model), config, mesh)
         for step in range(2):

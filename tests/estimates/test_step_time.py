@@ -6,10 +6,8 @@ import pytest
 
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, read_config
-from megatron_ponder.estimates.communication import Term
 from megatron_ponder.estimates.flops import training_flops
-from megatron_ponder.estimates.links import Links, collective_seconds
-from megatron_ponder.estimates.rank import Rank, places
+from megatron_ponder.estimates.rank import places
 from megatron_ponder.estimates.step_time import bubble_share, step_time
 from tests.models import small_config
 
@@ -76,27 +74,6 @@ def test_a_pipeline_waits_as_long_as_the_formula_says():
     parts = step_time(config, 2, IDEAL).parts
     busy = parts["matrices"] + parts["attention"]
     assert parts["bubble"] / (busy + parts["bubble"]) == pytest.approx(3 / (6 * 128 + 3), rel=1e-6)
-
-
-def test_collectives_by_hand():
-    term = Term("data", "all-reduce", "gradients", 3, 800)
-    assert collective_seconds(term, 4, bandwidth=100.0, latency=0.5) == 3 * 2 * 2 * 0.5 + 2 * 3 / 4 * 8
-    halves = [
-        collective_seconds(replace(term, operation=name), 4, 100.0, 0.5) for name in ("all-gather", "reduce-scatter")
-    ]
-    assert sum(halves) == collective_seconds(term, 4, 100.0, 0.5)
-    assert collective_seconds(replace(term, operation="send"), 4, 100.0, 0.5) == 3 * 0.5 + 8
-
-
-def test_what_leaves_a_node_takes_the_network():
-    cluster = replace(CLUSTER, link_share=1.0)
-    config = config_for(parallel__tensor=4)
-    links = Links(Rank(config, data=8), cluster)
-    assert links.of("tensor") == (4, 400e9, cluster.intra_latency)
-    assert links.of("data") == (8, 2 * 50e9, cluster.inter_latency)  # two members in a node, two ports
-    assert Links(Rank(config, data=2), cluster).of("data") == (2, 400e9, cluster.intra_latency)
-    assert Links(Rank(config_for(parallel__pipeline=2), data=16), cluster).of("pipeline")[1] == 50e9
-    assert Links(Rank(config_for(), data=32), cluster).of("data")[1] == 400e9  # eight ports, as fast as inside
 
 
 def test_reductions_hide_where_the_backward_pass_of_the_first_pass_is_long_enough():

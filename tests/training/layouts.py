@@ -11,17 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.config import Config
+from megatron_ponder.model.build import build_part
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import RuleKind
 from megatron_ponder.model.tally import Tally
-from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.replicas import differing_replicas
 from megatron_ponder.training.schedules import training_rule
-from megatron_ponder.training.setup import model_part
 from megatron_ponder.training.state import gradients_of, state_of
 from tests.distributed import run_distributed
 from tests.models import MIXED, random_tokens, small_config
@@ -172,12 +171,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 def model_for(config: Config, mesh: Mesh | None = None) -> PonderLM:
     """This rank's part of the initial model, whose router decides differently from token to token."""
     mesh = mesh or Mesh()
-    eod_id = EOD if config.data.reset_at_eod else None
-    part = model_part(config, mesh)
-    recompute = Recompute(config.training.recompute, config.training.recompute_passes)
-    model = PonderLM(
-        config.model, config.ponder, mesh, eod_id, part, config.parallel.vocab_multiple, recompute=recompute
-    )
+    model = build_part(config, mesh, EOD)
     initialize(model, seed=5)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
