@@ -16,7 +16,8 @@ def weights_of(model: PonderLM) -> dict[str, torch.Tensor]:
 
 def hugging_face(model: PonderLM, refinements: int = 2) -> PonderLMForCausalLM:
     """The export's model with the same weights in the same type."""
-    config = export_config(Config(model=model.model_config, ponder=model.ponder_config), None)
+    ours = Config(model=model.model_config, ponder=model.ponder_config, inference=model.inference)
+    config = export_config(ours, None)
     config.ponder_jacobi_iterations, config.ponder_eod_id = refinements, model.eod_id
     twin = PonderLMForCausalLM(config).to(model.embedding.weight.dtype).eval()
     missing = twin.load_state_dict(to_export(dict(model.named_parameters())), strict=not config.tie_word_embeddings)
