@@ -1,7 +1,6 @@
 """Functions of tests on several real ranks."""
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import ParallelConfig
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
-from tests.processes import server
+from tests.processes import free_port, server
 
 
 class RankError(AssertionError):
@@ -97,10 +96,3 @@ def _run_rank(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -19,7 +19,8 @@ from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.training.trainer import train
-from tests.distributed import free_port, run_distributed
+from tests.distributed import run_distributed
+from tests.processes import free_port
 
 STEPS = 8
 LATEST = "step-00000008"

@@ -8,6 +8,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -21,6 +22,8 @@ from tests import REPOSITORY
 
 IMPORTED = ["deepspeed", "megatron_ponder.training.trainer", "megatron_ponder.commands.generate"]
 IMPORTED += ["megatron_ponder.commands.serve", "tests.distributed"]
+# Where a test says nothing else, processes compute on one thread each, and on no GPU.
+SMALL = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def server() -> multiprocessing.context.BaseContext:
@@ -28,6 +31,20 @@ def server() -> multiprocessing.context.BaseContext:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(IMPORTED)
     return multiprocessing.get_context("forkserver")
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environments(ranks: int) -> list[dict[str, str]]:
+    """Of each rank, the environment that a launcher gives it on this machine."""
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    places = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [os.environ | {name: str(value) for name, value in place.items()} for place in places]
 
 
 class Forked:
@@ -71,7 +88,13 @@ class Forked:
                     files.append(files[-1])
                 else:
                     files.append(_Descriptor((wanted or nowhere).fileno()))
-            arguments = (program, ["ponder", *map(str, words)], dict(os.environ if env is None else env), cwd, files)
+            arguments = (
+                program,
+                ["ponder", *map(str, words)],
+                dict(os.environ if env is None else env) | SMALL,
+                cwd,
+                files,
+            )
             self._process = server().Process(target=_become, args=arguments)
             self._process.start()
         for end in ends:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests import REPOSITORY
+from tests.processes import SMALL
 
 
 @pytest.mark.slow
@@ -21,7 +22,6 @@ from tests import REPOSITORY
 )
 def test_a_part_measures(part, said):
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "resilience.py"), "--part", part, "--repeats", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=os.environ | SMALL, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(said, done.stdout), done.stdout

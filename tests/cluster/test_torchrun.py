@@ -10,8 +10,8 @@ import pytest
 from tests import REPOSITORY
 from tests.cluster.daemons import wait_for
 from tests.cluster.runs import LONG, losses, one_process, steps
-from tests.distributed import free_port
 from tests.finished_runs import catches, tiny_arguments
+from tests.processes import free_port
 
 RANK = """
 import os, signal, sys, time

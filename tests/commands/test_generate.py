@@ -17,10 +17,9 @@ from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.generation.results import ResultWriter
 from tests.conftest import Ended
-from tests.distributed import free_port
 from tests.finished_runs import LATEST, finished_runs
 from tests.models import small_config, small_model
-from tests.processes import Forked
+from tests.processes import Forked, environments
 
 PROMPTS = ["import os\n", "def main(argv):\n    return", "", "naïve ☕"]
 NUMBER = r"[\d,]+\.?\d*"
@@ -351,26 +350,14 @@ def test_ends(records):
         assert after["text"] == before["text"].partition(stop)[0]
 
 
-def start_ranks(count: int, *arguments: object, **options) -> list[Forked]:
-    """Start the command on so many ranks."""
-    place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [
-        Forked(
-            *("generate", *arguments),
-            env=os.environ | {name: str(value) for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
-        )
-        for rank in range(count)
-    ]
-
-
 def on_ranks(count: int, *arguments: object, typed: str = "") -> list[Ended]:
     """Run the command on so many ranks, each with something to read; how each has ended."""
     with tempfile.TemporaryFile("w+") as given:
         given.write(typed)
         given.flush()
         given.seek(0)
-        processes = start_ranks(count, *arguments, stdin=given)
+        streams = {"stdin": given, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes = [Forked("generate", *arguments, env=env, **streams) for env in environments(count)]
         printed = [process.communicate(300) for process in processes]
     return [Ended(process.wait(), *texts) for process, texts in zip(processes, printed, strict=True)]
 

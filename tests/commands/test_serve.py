@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,8 @@ from megatron_ponder.commands.ponder import start
 from megatron_ponder.generation import loading
 from megatron_ponder.generation.generate import generate
 from megatron_ponder.generation.generator import Generator
-from tests.distributed import free_port
 from tests.models import small_config, small_model
-from tests.processes import Forked
+from tests.processes import Forked, environments
 
 OVERRIDES = {"model__vocab_size": 512, "model__max_position_embeddings": 4096, "inference__threshold": 0.3}
 
@@ -64,10 +63,12 @@ class Process:
 
 
 @contextmanager
-def started(*words: object, program: Callable[[], None] = start, key: str | None = None) -> Iterator[Process]:
+def started(
+    *words: object, program: Callable[[], None] = start, key: str | None = None, env: Mapping[str, str] | None = None
+) -> Iterator[Process]:
     """A server that has loaded its model."""
-    environment = {name: value for name, value in os.environ.items() if name != "PONDER_API_KEY"}
-    process = Forked("serve", *words, program=program, env=environment, stderr=subprocess.PIPE)
+    env = {name: value for name, value in (env or os.environ).items() if name != "PONDER_API_KEY"}
+    process = Forked("serve", *words, program=program, env=env, stderr=subprocess.PIPE)
     try:
         line = process.stderr.readline()
         found = re.fullmatch(r"serving small at http://127\.0\.0\.1:(\d+)\n", line)
@@ -111,17 +112,15 @@ def test_a_server_from_its_start_to_its_end(checkpoint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [["--tensor", 2], ["--pipeline", 2]], ids=["tensor", "pipeline"])
-def test_a_server_on_two_ranks(checkpoint, monkeypatch, sizes):
+def test_a_server_on_two_ranks(checkpoint, sizes):
     """It waits, answers as one process does, and a signal to all ranks ends all of them well."""
     loaded = load_model(checkpoint)
     want = generate(loaded.model, [[5, 90]], 8)[0]
-    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
+    first, second = environments(2)
     command = ["--checkpoint", checkpoint, "--port", 0, *sizes]
-    other = Forked("serve", *command, env=os.environ | {"RANK": "1"})
+    other = Forked("serve", *command, env=second)
     try:
-        monkeypatch.setenv("RANK", "0")
-        with started(*command) as server:
+        with started(*command, env=first) as server:
             time.sleep(2)  # idle, in which the other rank hears from this one several times
             status, answer = server.answer({"prompt": [5, 90], "temperature": 0, "max_tokens": 8, "logprobs": 0})
             assert status == 200
@@ -137,15 +136,13 @@ def test_a_server_on_two_ranks(checkpoint, monkeypatch, sizes):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_ends_streams_and_the_server(checkpoint, monkeypatch):
+def test_a_rank_that_is_stopped_ends_streams_and_the_server(checkpoint):
     """Within the time that --step-timeout says, with words, and with a code of its own."""
-    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
+    first, second = environments(2)
     command = ["--checkpoint", checkpoint, "--port", 0, "--tensor", 2, "--step-timeout", 3]
-    other = Forked("serve", *command, env=os.environ | {"RANK": "1"})
+    other = Forked("serve", *command, env=second)
     try:
-        monkeypatch.setenv("RANK", "0")
-        with started(*command) as server:
+        with started(*command, env=first) as server:
             body = {"max_tokens": 4000, "ignore_eos": True, "stream": True}
             with server.post(body) as response:
                 response.readline()

@@ -20,10 +20,9 @@ from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.runs.metrics import read_metrics
 from tests import REPOSITORY
-from tests.distributed import free_port
 from tests.finished_runs import LATEST, contents, finished_runs, refused, tiny_arguments
 from tests.pages import calls
-from tests.processes import Forked
+from tests.processes import SMALL, Forked, environments
 
 
 def command(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
@@ -32,7 +31,7 @@ def command(*arguments, ranks: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *launcher, str(REPOSITORY / "pretrain_ponder.py"), *map(str, arguments)],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | SMALL,
         capture_output=True,
         text=True,
         timeout=200,
@@ -131,8 +130,7 @@ def test_an_error_of_the_configuration_is_printed_once(run_arguments):
 
 def ranks_in_the_environment(monkeypatch, rank: int) -> None:
     """As if torchrun had started six ranks, of which no other is alive."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for name, value in {"RANK": str(rank), "WORLD_SIZE": "6", "LOCAL_RANK": str(rank), **address}.items():
+    for name, value in environments(6)[rank].items():
         monkeypatch.setenv(name, value)
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.process_group import process_group
-from tests.distributed import RankError, free_port, run_distributed
+from tests.distributed import RankError, run_distributed
+from tests.processes import free_port
 
 
 def join(launch: Launch, patience: float) -> str:

@@ -1,75 +1,37 @@
-"""A run whose ranks are killed again and again: `python -m tests.training.kills SEED KILLS RANKS FOLDER ARGUMENTS…`.
-
-Prints one JSON object. Ranks are forked from a process that has imported everything, because that takes most of the
-time of a start; each has a session of its own, so that whatever a killed one leaves can be found.
-"""
+"""A run whose ranks are killed again and again."""
 
 import json
 import os
 import random
-import signal
-import sys
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import deepspeed  # noqa: F401, before ranks are forked
-
-import pretrain_ponder
-from megatron_ponder.training import trainer  # noqa: F401, as above
-from tests.distributed import free_port
+from tests.processes import Forked, environments
 
 SECONDS = 60  # within which a start takes its first step, and the others end when one is killed
 PATIENCE = 20  # seconds for the run to come to where it is to be killed
 PLACES = ("start", "step", "save", "validation")
 
 
-def fork_rank(rank: int, ranks: int, port: int, output: Path, arguments: list[str]) -> int:
-    """Start a rank; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        os.setsid()
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(port)
-        sys.argv = ["pretrain_ponder.py", *arguments]
-        pretrain_ponder.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def start_ranks(ranks: int, output: Path, arguments: list[str]) -> list[Forked]:
+    """Start a run, all of whose ranks write to one file."""
+    with output.open("w") as file:
+        streams = {"stdout": file, "stderr": subprocess.STDOUT}
+        return [Forked("train", *arguments, env=env, **streams) for env in environments(ranks)]
 
 
-def reap(children: list[int], seconds: float) -> list[int]:
+def reap(ranks: list[Forked], seconds: float) -> list[int]:
     """Exit codes of ranks that end by themselves within so many seconds."""
-    codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
-    while len(codes) < len(children):
-        for child in children:
-            if child not in codes:
-                done, status = os.waitpid(child, os.WNOHANG)
-                if done:
-                    codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            for child in set(children) - codes.keys():
-                os.kill(child, signal.SIGKILL)
-            raise TimeoutError(f"ranks were still there after {seconds} s")
-        time.sleep(0.02)
-    return [codes[child] for child in children]
+    try:
+        return [rank.wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def alive_in(sessions: set[int]) -> list[str]:
@@ -122,13 +84,22 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.002)
 
 
-def main() -> None:
+def run_and_kill(seed: int, kills: int, ranks: int, folder: Path, arguments: list[str]) -> dict:
     """Run, killing one drawn rank at drawn places as often as wanted, and then to the end.
 
     A kill is aimed at a start, or at a step, a save or a validation of a start that has taken its first step.
+
+    Args:
+        seed: of what is drawn.
+        kills: how often.
+        ranks: of the run.
+        folder: for what each start prints.
+        arguments: of the run.
+
+    Returns:
+        Exit codes of the last start, steps and places of the kills, the longest end of a start in seconds, and the
+        processes that are left.
     """
-    seed, kills, ranks = (int(argument) for argument in sys.argv[1:4])
-    folder, arguments = Path(sys.argv[4]), sys.argv[5:]
     given = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
     total, run = int(given["training.steps"]), Path(given["training.run_dir"])
     watched = Watched(run, int(given["training.eval_interval"]))
@@ -137,12 +108,11 @@ def main() -> None:
     longest_end, step_seconds, starting = 0.0, 0.1, 4.0
     steps_at_kill, places = [], []
     for attempt in range(kills + 1):
-        port, output = free_port(), folder / f"start-{attempt:03d}"
         begun, since = time.monotonic(), time.time()
-        children = [fork_rank(rank, ranks, port, output, arguments) for rank in range(ranks)]
-        sessions |= set(children)
+        started = start_ranks(ranks, folder / f"start-{attempt:03d}", arguments)
+        sessions |= {rank.pid for rank in started}
         if attempt == kills:
-            codes = reap(children, 600)
+            codes = reap(started, 600)
             break
         done = steps_at_kill[-1] if steps_at_kill else 0
         steps = min(25.0, max(1.0, (attempt + 1) / kills * total - done + 10))  # so that kills last to the end
@@ -156,10 +126,9 @@ def main() -> None:
             wait_until(lambda aim=aim, pace=step_seconds: watched.place(pace) == aim, PATIENCE)
         stepped = watched.last()["time"] > since
         places.append(watched.place(step_seconds) if stepped else "start")
-        victim = draw.choice(children)
-        os.kill(victim, signal.SIGKILL)
+        draw.choice(started).kill()
         killed = time.monotonic()
-        codes = reap(children, SECONDS)
+        codes = reap(started, SECONDS)
         longest_end = max(longest_end, time.monotonic() - killed)
         last = watched.last()
         steps_at_kill.append(last["step"])
@@ -167,18 +136,10 @@ def main() -> None:
     deadline = time.monotonic() + 30
     while alive_in(sessions) and time.monotonic() < deadline:
         time.sleep(0.5)
-    print(
-        json.dumps(
-            {
-                "codes": codes,
-                "steps_at_kill": steps_at_kill,
-                "places": dict(Counter(places)),
-                "longest_end": longest_end,
-                "left": alive_in(sessions),
-            }
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "codes": codes,
+        "steps_at_kill": steps_at_kill,
+        "places": dict(Counter(places)),
+        "longest_end": longest_end,
+        "left": alive_in(sessions),
+    }

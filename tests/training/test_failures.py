@@ -14,9 +14,8 @@ import pytest
 from megatron_ponder.commands.ponder import start
 from megatron_ponder.training.deepspeed_engine import Engine
 from tests import REPOSITORY
-from tests.distributed import free_port
 from tests.finished_runs import tiny_arguments
-from tests.processes import Forked
+from tests.processes import SMALL, Forked, environments
 
 SECONDS = 60
 
@@ -34,22 +33,14 @@ def fail_in_third_step() -> None:
     start()
 
 
-def environment(**variables) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
-
-
 def start_ranks(arguments: list[str], ranks: int, folder: Path, failing: int | None) -> list[Forked]:
     """Without a launcher, which would end the others itself."""
-    port = str(free_port())
     processes = []
-    for rank in range(ranks):
+    for rank, env in enumerate(environments(ranks)):
         program = fail_in_third_step if rank == failing else start
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         with (folder / f"rank-{rank}").open("w") as output:
-            env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
             streams = {"stdout": output, "stderr": subprocess.STDOUT}
-            process = Forked("train", *arguments, program=program, env=env, **streams)
-        processes.append(process)
+            processes.append(Forked("train", *arguments, program=program, env=env, **streams))
     return processes
 
 
@@ -103,7 +94,7 @@ def test_torchrun_shows_which_rank_was_killed(corpus, tmp_path):
     arguments = tiny_arguments(corpus, tmp_path / "run", **layout)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "pretrain_ponder.py", *arguments]
     output = (tmp_path / "output").open("w+")
-    job = subprocess.Popen(launch, cwd=REPOSITORY, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+    job = subprocess.Popen(launch, cwd=REPOSITORY, env=os.environ | SMALL, stdout=output, stderr=subprocess.STDOUT)
     wait_for(lambda: "step 2/" in (tmp_path / "output").read_text(), [job], seconds=180)
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)

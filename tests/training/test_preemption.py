@@ -25,7 +25,8 @@ from megatron_ponder.training.trainer import train
 from tests import REPOSITORY
 from tests.distributed import run_distributed
 from tests.finished_runs import catches, tiny_arguments
-from tests.training.test_failures import end_all, environment, start_ranks, wait_for
+from tests.processes import SMALL
+from tests.training.test_failures import end_all, start_ranks, wait_for
 from tests.training.test_resume import essentials, final_state
 
 STOPPED = r"stopped at step (\d+) by (SIG\w+); checkpoint \S+/step-0*\1; resume with --checkpoint\.resume auto"
@@ -144,7 +145,7 @@ def test_a_signal_while_a_rank_still_imports_is_remembered(corpus, tmp_path):
     arguments = tiny_arguments(corpus, tmp_path / "run", training__steps=10**6)
     command = [sys.executable, "pretrain_ponder.py", *arguments]
     with (tmp_path / "rank-0").open("w") as output:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | SMALL, stdout=output, stderr=output)
     wait_for(lambda: catches(process.pid, signal.SIGUSR1), [process], seconds=60)
     assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the handler came late"
     process.send_signal(signal.SIGUSR1)

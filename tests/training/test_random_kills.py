@@ -1,9 +1,6 @@
 """A run that is killed fifty times, whenever and whichever rank, is the run that was never interrupted."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ import torch
 
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.runs.starts import read_end, read_starts
-from tests import REPOSITORY
 from tests.finished_runs import tiny_arguments
+from tests.training.kills import run_and_kill
 from tests.training.test_resume import essentials, final_state
 
 SEED, KILLS, STEPS, RANKS = 20, 50, 300, 2
@@ -20,13 +17,8 @@ SEED, KILLS, STEPS, RANKS = 20, 50, 300, 2
 
 def run(folder: Path, kills: int, arguments: list[str]) -> dict:
     folder.mkdir()
-    command = [sys.executable, "-m", "tests.training.kills", str(SEED), str(kills), str(RANKS), str(folder), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    last = sorted(folder.iterdir())[-1].read_text()
-    assert done.returncode == 0, done.stderr + last
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["codes"] == [0] * RANKS, last
+    seen = run_and_kill(SEED, kills, RANKS, folder, arguments)
+    assert seen["codes"] == [0] * RANKS, sorted(folder.iterdir())[-1].read_text()
     return seen
 
 

@@ -15,17 +15,16 @@ from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.step_watch import MEASURED
 from tests import REPOSITORY
-from tests.processes import Forked
+from tests.processes import SMALL, Forked
 
 
 def start(arguments, ranks=1):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     if ranks == 1:
-        return Forked("train", *arguments, env=environment, **streams)
+        return Forked("train", *arguments, **streams)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "pretrain_ponder.py"]
     return subprocess.Popen(
-        [*launcher, *arguments], cwd=REPOSITORY, env=environment, text=True, start_new_session=True, **streams
+        [*launcher, *arguments], cwd=REPOSITORY, env=os.environ | SMALL, text=True, start_new_session=True, **streams
     )
 
 
