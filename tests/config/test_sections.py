@@ -23,6 +23,7 @@ from megatron_ponder.config import (
     PonderConfig,
     PonderTrainingConfig,
     TrainingConfig,
+    architecture,
     check_layout,
     data_parallel_size,
     load_config,
@@ -611,6 +612,18 @@ def test_nothing_is_derived_twice(tmp_path):
     path.write_text(to_yaml(read(ponder__mode="fixed", model__hidden_size=96)))
     kept = read_config(["--config", str(path), "--ponder.mode", "vanilla"])
     assert kept.ponder.embedding_scale == math.sqrt(2.5 * 96)
+
+
+def test_a_run_may_differ_from_its_checkpoint_in_what_no_weight_depends_on():
+    ours = architecture(read_config([]))
+    assert ours["ponder.latent_steps"] == 3 and ours["model.norm"] == "rms"
+    free = ["--model.init_std=0.1", "--model.max_position_embeddings=4096", "--ponder.router_initial_bias=0"]
+    assert architecture(read_config([*free, "--inference.threshold=0.5", "--ponder_training.prune_start=3"])) == ours
+    bound = {"model.norm_epsilon": 0.01, "ponder.router_hidden_size": 8, "ponder.embedding_scale": 2.0}
+    for key, value in bound.items():
+        assert {
+            name for name, other in architecture(read_config([f"--{key}={value}"])).items() if other != ours[name]
+        } == {key}
 
 
 # Shipped examples -------------------------------------------------------------------------------------------------
