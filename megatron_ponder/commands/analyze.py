@@ -24,6 +24,7 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_writable, write_atomically
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
+from megatron_ponder.config.command_options import add_options, from_options
 from megatron_ponder.evaluation.analysis import Analysis, analyse
 from megatron_ponder.evaluation.analysis_plan import AnalysisPlan, Subject
 from megatron_ponder.evaluation.figures import draw, write_rows
@@ -36,7 +37,6 @@ from megatron_ponder.parallel.mesh import Mesh
 @command
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, draw, print a summary."""
-    plan = AnalysisPlan()
     parser = Parser("analyze", __doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", required=True, help="run folders or checkpoint folders")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
@@ -49,29 +49,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--depths", type=expand_user, help="prefix of the indexed dataset that holds the true depth of every token"
     )
-    parser.add_argument(
-        "--refinements", type=int, help="measure by jacobi(R), which is faster, in place of exact, as a user runs it"
-    )
-    parser.add_argument("--thresholds", type=float, nargs="*", default=plan.thresholds, help="τ of the sweep")
-    parser.add_argument("--biases", type=float, nargs="*", default=plan.biases, help="α of the sweep")
-    parser.add_argument(
-        "--random-draws", type=int, default=plan.random_seeds, help="random choices of K̂ at each τ (default: 3)"
-    )
-    parser.add_argument(
-        "--listed", type=int, default=plan.listed, help="tokens shown and listed one by one (default: 1000)"
-    )
+    add_options(parser, AnalysisPlan, "refinements", "thresholds", "biases", "random_draws", "listed")
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     arguments = parser.parse_args(argv)
 
     check_writable(arguments.output)
     prepare_cpu()
-    plan = AnalysisPlan(
-        refinements=arguments.refinements,
-        thresholds=tuple(arguments.thresholds),
-        biases=tuple(arguments.biases),
-        random_seeds=arguments.random_draws,
-        listed=arguments.listed,
-    )
+    plan = from_options(AnalysisPlan, arguments)
     device = _device(arguments.device)
     models = [load_model(path, Mesh(device=device)) for path in arguments.checkpoint]
     _check_same_tokens(models)

@@ -24,8 +24,10 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_output, write_atomically
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
+from megatron_ponder.config.command_options import add_options
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
 from megatron_ponder.evaluation.sources import split_batches, text_batches
+from megatron_ponder.generation.loading import Setup
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 
@@ -34,8 +36,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse the command line, evaluate, print a table."""
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="run folder or checkpoint folder")
-    parser.add_argument("--threshold", type=float, help="τ; the trained model's unless given")
-    parser.add_argument("--router-bias", type=float, help="α; the trained model's unless given")
+    add_options(parser, Setup, "threshold", "router_bias")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON to this file")
     text = parser.add_argument_group("on text")
     text.add_argument("--text", type=Path, help="a UTF-8 text file to evaluate on, in place of the split")

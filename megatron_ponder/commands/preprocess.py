@@ -16,7 +16,8 @@ from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.environment import without_local_rank
 from megatron_ponder.base.errors import command
 from megatron_ponder.base.paths import expand_user
-from megatron_ponder.data.formats import AUTO, DECLARED
+from megatron_ponder.config.command_options import add_options
+from megatron_ponder.data.inputs import Source
 from megatron_ponder.data.preprocessing import Team, preprocess
 
 
@@ -24,13 +25,7 @@ from megatron_ponder.data.preprocessing import Team, preprocess
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("preprocess", __doc__)
-    parser.add_argument(
-        "--input",
-        type=expand_user,
-        nargs="+",
-        required=True,
-        help="files, folders, glob patterns, folders of save_to_disk, or hf://owner/name[:split]",
-    )
+    add_options(parser, Source)
     parser.add_argument(
         "--output-prefix", type=expand_user, required=True, help="path of the dataset without _KEY_document.bin"
     )
@@ -39,15 +34,6 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes per rank that tokenise (default: 1)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end token")
-    parser.add_argument(
-        "--key", default="text", help="field of a JSON line or column that holds the text (default: text)"
-    )
-    parser.add_argument(
-        "--format",
-        choices=DECLARED,
-        default=AUTO,
-        help="what all files are: lines (JSON, one object each), parquet or text; default: as their endings say",
-    )
     arguments = parser.parse_args(without_local_rank(argv))
     # Here, because every worker imports this file again and has no use for PyTorch, which this one imports.
     from megatron_ponder.base.launch import discover

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
 from megatron_ponder.base.paths import expand_user
-from megatron_ponder.data.formats import AUTO, DECLARED
+from megatron_ponder.config.command_options import add_options
+from megatron_ponder.data.inputs import Source
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 
 
@@ -17,18 +18,9 @@ from megatron_ponder.data.tokenizer_training import train_tokenizer
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("train-tokenizer", __doc__)
-    parser.add_argument("--input", type=expand_user, nargs="+", required=True, help="as of ponder preprocess")
+    add_options(parser, Source)
     parser.add_argument("--output-prefix", type=expand_user, required=True, help="path of the tokenizer without .model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
-    parser.add_argument(
-        "--key", default="text", help="field of a JSON line or column that holds the text (default: text)"
-    )
-    parser.add_argument(
-        "--format",
-        choices=DECLARED,
-        default=AUTO,
-        help="what all files are: lines (JSON, one object each), parquet or text; default: as their endings say",
-    )
     parser.add_argument(
         "--sample-bytes",
         type=int,

@@ -76,9 +76,10 @@ def _values(item: Field, hint: Any) -> dict[str, Any]:
         return {"choices": get_args(hint), "default": item.default}
     several = get_origin(hint) is tuple
     kind = get_args(hint)[0] if several else hint
-    known = {"type": _reader(item, kind), "metavar": _METAVARS[kind]}
+    known = {"type": _reader(item, kind), "metavar": "PATH" if is_path(item) else _METAVARS[kind]}
     if several:
-        known["nargs"] = "*" if item.default else "+"  # of several by default, there may be none
+        # of several by default, there may be none
+        known["nargs"] = "+" if item.default in (MISSING, ()) else "*"
     return known | ({"required": True} if item.default is MISSING else {"default": item.default})
 
 

@@ -8,8 +8,6 @@ from megatron_ponder.base.texts import UTF16_MARKS, require_file
 from megatron_ponder.data.text_files import COMPRESSIONS, READING_FAILS, open_input, split_name
 
 AUTO, LINES, PARQUET, TEXT = "auto", "lines", "parquet", "text"
-# What a user may declare all files to be.
-DECLARED = (AUTO, LINES, PARQUET, TEXT)
 ENDINGS = {
     ".txt": TEXT,
     ".md": TEXT,
@@ -36,7 +34,7 @@ class FormatError(UserError):
 
 
 def format_of(path: Path, declared: str = AUTO) -> str:
-    """One of `DECLARED` other than `AUTO`.
+    """`LINES`, `PARQUET` or `TEXT`.
 
     Endings count in any case and before any of `COMPRESSIONS`. A `.json` file is JSON lines if its content is.
 

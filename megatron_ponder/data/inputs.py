@@ -4,15 +4,32 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.config.declarations import path_field
 from megatron_ponder.data.formats import AUTO, TEXT, FormatError, format_of
 from megatron_ponder.data.tables import HUB, is_saved_dataset
 from megatron_ponder.data.text_files import split_name
 
 DATASET = "dataset"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a user says that texts are.
+
+    Attributes:
+        input: files, folders, glob patterns, folders of save_to_disk, or hf://owner/name[:split].
+        key: field of a JSON line or column that holds the text.
+        format: what all files are: lines (JSON, one object each), parquet or text; auto is as their endings say.
+    """
+
+    input: tuple[str, ...] = path_field(MISSING)
+    key: str = "text"
+    format: Literal["auto", "lines", "parquet", "text"] = AUTO
 
 
 @dataclass

@@ -131,7 +131,7 @@ class _SubjectAnalysis:
             rule = replace(self.own.rule, threshold=threshold)
             measured = self.at(f"τ = {threshold:g}", rule, own)
             self.quality("threshold", measured)
-            for seed in range(self.plan.random_seeds):
+            for seed in range(self.plan.random_draws):
                 random = replace(self.own, rule=shuffled(measured, seed))
                 control = self.measure(f"random K̂ at the mean of τ = {threshold:g}", random)
                 self.quality("random", control, seed)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.model.ponder import PonderLM
 
 # The threshold that the paper uses.
@@ -36,22 +37,26 @@ class AnalysisPlan:
     """What to measure.
 
     Attributes:
-        refinements: R of all measurements that do not compare several; None for `exact`.
+        refinements: R of jacobi(R), by which all is measured that does not compare several R; `exact`, as a user runs
+            it, unless given.
         thresholds: τ of the sweep; that of the model is added.
         biases: α of the sweep; that of the model is added.
-        random_seeds: how many random choices of K̂ are measured at each threshold.
+        random_draws: random choices of K̂ that are measured at each τ.
         iterations: how many Jacobi iterates are compared with the fixed point.
         contraction_batches: on how many batches.
-        listed: the first so many tokens are listed one by one.
+        listed: tokens shown and listed one by one, the first of them.
     """
 
-    refinements: int | None = None
-    thresholds: tuple[float, ...] = (1e-4, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-    biases: tuple[float, ...] = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
-    random_seeds: int = 3
-    iterations: int = 8
-    contraction_batches: int = 1
-    listed: int = 1000
+    refinements: int | None = number_field(None, 0, 10**6)
+    thresholds: tuple[float, ...] = number_field((1e-4, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9), 0, 1)
+    biases: tuple[float, ...] = number_field((-4.0, -2.0, -1.0, 1.0, 2.0, 4.0), -1000, 1000)
+    random_draws: int = number_field(3, 0, 10**6)
+    iterations: int = number_field(8, 1, 10**6)
+    contraction_batches: int = number_field(1, 1, 10**6)
+    listed: int = number_field(1000, 0, 10**9)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def sweep(self, model: PonderLM) -> tuple[list[float], list[float]]:
         """Thresholds and biases of a model's sweeps, its own among them."""
@@ -68,4 +73,4 @@ class AnalysisPlan:
             return 3 + jacobi
         thresholds, biases = self.sweep(subject.model)
         rules = len({PAPER_THRESHOLD, subject.model.inference.threshold})
-        return len(thresholds) * (1 + self.random_seeds) + len(biases) + rules * (1 + jacobi) + 1
+        return len(thresholds) * (1 + self.random_draws) + len(biases) + rules * (1 + jacobi) + 1

@@ -136,7 +136,7 @@ def test_mistakes_are_one_line(tool, run_dir, diagnostic, corpus):
         ([run_dir, "--depths", made.depths], "depths has 40 documents", "give the depths that were made with"),
         ([run_dir, "--text", corpus.text, "--depths", made.depths], "--depths belong to a dataset", "leave out --text"),
         ([run_dir, checkpoints["fixed"]], "have different tokenizers", "analyse them one by one"),
-        ([run_dir, "--thresholds", "2", "--samples", "1"], "threshold 2.0 is not a weight", "between 0"),
+        ([run_dir, "--thresholds", "2", "--samples", "1"], "thresholds is 2; its range is 0 to 1", "see --help"),
         ([run_dir, "--device", "cuda:99"], "--device cuda:99 cannot be used here", "choose cpu"),
         ([run_dir, "--device", "toaster"], "--device toaster cannot be used here", "choose cpu"),
     ):

@@ -126,7 +126,7 @@ def test_a_folder_without_tokenizer_and_data(tool, corpus, tmp_path):
         (["--data", "no/such"], "no/such.bin does not exist", "ponder preprocess"),
         (["--text", "no/such.txt"], "No such file or directory (no/such.txt)", "check the path"),
         (["--samples", "0"], "there is nothing to evaluate", "another split"),
-        (["--threshold", "-1"], "threshold -1.0 is not a weight", "choose it between 0"),
+        (["--threshold", "-1"], "threshold is -1; its range is 0 to 1", "see --help"),
         (["--limit", "5"], "--limit and --num-fewshot go with --tasks", "name the tasks to run"),
         (["--tasks", "x", "--text", "README.md"], "do not go with --tasks", "run one command for each"),
         (["--tasks", "x", "--export", "out"], "on a --checkpoint or an --export", "give one of them"),

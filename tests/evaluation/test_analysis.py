@@ -14,7 +14,7 @@ from tests.models import random_tokens, small_model
 
 BATCHES = [random_tokens(2, 21, seed=0), random_tokens(1, 12, seed=1)]
 DEPTHS = [random_tokens(2, 21, vocab_size=4, seed=2) - 1, random_tokens(1, 12, vocab_size=4, seed=3) - 1]
-PLAN = AnalysisPlan(refinements=1, thresholds=(0.2, 0.6), biases=(-2.0, 2.0), random_seeds=2, iterations=3, listed=30)
+PLAN = AnalysisPlan(refinements=1, thresholds=(0.2, 0.6), biases=(-2.0, 2.0), random_draws=2, iterations=3, listed=30)
 LABELS = {"a": "adaptive", "f": "fixed", "v": "vanilla"}
 
 
