@@ -49,9 +49,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: always, the same on every rank.
         """
-        error = UserError(f"{message}; see --help")
-        error.shared = True
-        raise error
+        raise UserError(f"{message}; see --help", shared=True)
 
     def _check_names(self, arguments: Sequence[str], concerned: Callable[[str], bool]) -> None:
         """Refuse an option that there is not, with those that there are."""

@@ -27,7 +27,9 @@ class UserError(ValueError):
         shared: every rank raises this same error, so that one rank's report is enough.
     """
 
-    shared = False
+    def __init__(self, message: str, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
 class Preempted(Exception):  # noqa: N818, it is no error

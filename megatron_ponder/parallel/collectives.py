@@ -91,9 +91,7 @@ def together(action: Callable[[], Result], group: ProcessGroup | None = None) ->
         dist.all_gather_object(messages, message, group=group)
         message = next((m for m in messages if m is not None), None)
     if message is not None:
-        error = UserError(message)
-        error.shared = True
-        raise error
+        raise UserError(message, shared=True)
     return result
 
 

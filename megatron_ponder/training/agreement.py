@@ -2,10 +2,9 @@
 
 import hashlib
 
-import torch.distributed as dist
-
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import Config, to_yaml
+from megatron_ponder.parallel.collectives import from_all
 
 
 def check_same(config: Config) -> None:
@@ -14,23 +13,17 @@ def check_same(config: Config) -> None:
     Raises:
         UserError: on every rank, naming the first key that differs, and the ranks.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    world = dist.get_world_size()
-    digests: list = [None] * world
-    dist.all_gather_object(digests, hashlib.sha256(to_yaml(config).encode()).hexdigest())
-    other = next((rank for rank in range(world) if digests[rank] != digests[0]), None)
+    digests = from_all(hashlib.sha256(to_yaml(config).encode()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    everyones: list = [None] * world
-    dist.all_gather_object(everyones, config)
+    everyones = from_all(config)
     key, first, differs = first_difference(everyones[0], everyones[other])
-    error = UserError(
+    raise UserError(
         f"ranks were started with different configurations: {key} is {first} on rank 0 and {differs} on rank {other}; "
-        "start all ranks with the same file and the same overrides"
+        "start all ranks with the same file and the same overrides",
+        shared=True,
     )
-    error.shared = True
-    raise error
 
 
 def first_difference(one: Config, other: Config) -> tuple[str, object, object]:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +27,6 @@ from megatron_ponder.training.interruption import Interruption
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.optimizer import build_optimizer
 from megatron_ponder.training.pipelined import PipelinedObjective
-
-
-class _ModelParallelUnit:
-    """Answers to what DeepSpeed asks about the ranks that hold one copy of the model."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-
-    def get_model_parallel_group(self):
-        return self._mesh.model.group
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.model.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.model.size
-
-    def get_data_parallel_group(self):
-        return self._mesh.data.group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.data.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.data.size
 
 
 class Engine:
@@ -93,7 +69,7 @@ class Engine:
                 model=objective,
                 optimizer=build_optimizer(self.model, config.optimizer),
                 config=deepspeed_config(config, mesh.data.size, mesh.device.type),
-                mpu=_ModelParallelUnit(mesh),
+                mpu=_model_parallel_unit(mesh),
                 dist_init_required=False,
             )
         if mesh.pipeline.size > 1:
@@ -278,6 +254,18 @@ class Engine:
             if mapping is not None:
                 flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
                 mapping.set_optim_state_fragment(flat, optimizer.state[flat])
+
+
+def _model_parallel_unit(mesh: Mesh) -> SimpleNamespace:
+    """Answers to what DeepSpeed asks about the ranks that hold one copy of the model, and those that share data."""
+    return SimpleNamespace(
+        get_model_parallel_group=lambda: mesh.model.group,
+        get_model_parallel_rank=lambda: mesh.model.rank,
+        get_model_parallel_world_size=lambda: mesh.model.size,
+        get_data_parallel_group=lambda: mesh.data.group,
+        get_data_parallel_rank=lambda: mesh.data.rank,
+        get_data_parallel_world_size=lambda: mesh.data.size,
+    )
 
 
 def _import_deepspeed(mesh: Mesh):

@@ -226,7 +226,7 @@ class TrainingLoop:
         """Fields of the record; none if the run is to stop before they are known."""
         state, config = self._state, self._config
         state.validated = False
-        rule = training_rule(state.step - 1, config.ponder_training, config.inference.threshold)  # of the last step
+        rule = training_rule(state.step - 1, config)  # of the last step
         try:
             found = self._validation.run(rule)
         except UserError:
@@ -274,9 +274,7 @@ class TrainingLoop:
         folder = self._checkpointer.folder / checkpoint_name(step)
         complaint = self._skipped.too_many(step)
         if complaint is not None:
-            error = UserError(f"{complaint}; saved {folder}")
-            error.shared = True
-            raise error
+            raise UserError(f"{complaint}; saved {folder}", shared=True)
         if stop and (step < self._config.training.steps or not self._state.validated):
             where = f"checkpoint {folder}" if step > 0 else "there is nothing to save yet"
             message = f"stopped at step {step} by {stop}; {where}; resume with --checkpoint.resume auto"

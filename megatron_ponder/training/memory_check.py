@@ -44,12 +44,11 @@ def check_memory(config: Config, data_size: int, device: torch.device) -> str | 
     found = f"the expected peak of a rank is {peak / GIB:,.1f} GiB, and {what} ({host}) has {least / GIB:,.1f}"
     if peak <= HOPELESS * least or config.training.allow_memory_overcommit:
         return f"{found}: it may end for want of memory"
-    error = UserError(
+    raise UserError(
         f"{found}; lower training.micro_batch_size, set training.recompute to block, or use more ranks "
-        "(ponder estimate tells what fits); training.allow_memory_overcommit true starts it all the same"
+        "(ponder estimate tells what fits); training.allow_memory_overcommit true starts it all the same",
+        shared=True,
     )
-    error.shared = True
-    raise error
 
 
 def memory_of_a_rank(device: torch.device) -> float:

@@ -47,7 +47,8 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
     """
     resumed, damage = find_resume(config)
     if resumed is None:
-        weights = together(lambda: initial_weights(config))
+        given = config.checkpoint.initialize_from
+        weights = None if given is None else together(lambda: resolve_checkpoint(Path(given)))
         if weights is not None:
             verify_together(weights)
         return Start(RunState(), None, weights, damage)
@@ -79,12 +80,11 @@ def find_resume(config: Config) -> tuple[Path | None, list[str]]:
                 raise
             damage.append(str(error))
     if damage:
-        error = UserError(
+        raise UserError(
             f"all {len(damage)} checkpoints in {candidates[0].parent} are damaged ({damage[0]}); resume from a copy "
-            "with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew"
+            "with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew",
+            shared=True,
         )
-        error.shared = True
-        raise error
     return None, []
 
 
@@ -109,16 +109,6 @@ def _pointer_problem(config: Config) -> list[str]:
     """Describe what is wrong with `latest` of the run folder, where it is to say which checkpoint counts."""
     problem = latest_problem(Path(config.training.run_dir) / "checkpoints")
     return [problem] if problem is not None and config.checkpoint.resume == "auto" else []
-
-
-def initial_weights(config: Config) -> Path | None:
-    """The checkpoint whose weights a new run starts from; None for initial ones from the seed.
-
-    Raises:
-        UserError: if there is no such checkpoint.
-    """
-    source = config.checkpoint.initialize_from
-    return None if source is None else resolve_checkpoint(Path(source))
 
 
 def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Manifest:

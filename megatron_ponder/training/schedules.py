@@ -34,8 +34,7 @@ def plan_step(step: int, config: Config, penalty_weight: float) -> StepPlan:
     """
     rate = learning_rate(step, config.training.steps, config.optimizer)
     r = refinements(step, config.training.seed, config.ponder_training)
-    rule = training_rule(step, config.ponder_training, config.inference.threshold)
-    return StepPlan(rate, r, rule, penalty_weight)
+    return StepPlan(rate, r, training_rule(step, config), penalty_weight)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
@@ -60,13 +59,14 @@ def refinements(step: int, seed: int, config: PonderTrainingConfig) -> int:
     return choices[int.from_bytes(digest[:8], "little") % len(choices)]
 
 
-def training_rule(step: int, config: PonderTrainingConfig, threshold: float) -> Rule:
+def training_rule(step: int, config: Config) -> Rule:
     """The rule by which the passes of this optimiser step apply the routing.
 
     Before `router_start` every token takes all steps, as in `fixed` mode; from `prune_start` on steps beyond K̂ are not
-    there, as at inference with this threshold τ; between them the mask is soft.
+    there, as at inference; between them the mask is soft.
     """
-    if step < config.router_start:
+    training, threshold = config.ponder_training, config.inference.threshold
+    if step < training.router_start:
         return Rule("all", threshold)
-    prunes = config.prune_start is not None and step >= config.prune_start
+    prunes = training.prune_start is not None and step >= training.prune_start
     return Rule("hard" if prunes else "soft", threshold)

@@ -129,7 +129,7 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     """
     config = layout.config(case)
     engine = Engine(Objective(model_for(config, mesh)), config, mesh)
-    rule, scale = training_rule(0, config.ponder), 1 / (config.training.global_batch_size * LENGTH)
+    rule, scale = training_rule(0, config), 1 / (config.training.global_batch_size * LENGTH)
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
@@ -204,7 +204,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     """PyTorch alone, the whole batch at once; it must be able to tell right from wrong."""
     config = Layout().config(dict(items))
     objective = Objective(model_for(config))
-    model, rule = objective.model, training_rule(0, config.ponder)
+    model, rule = objective.model, training_rule(0, config)
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},

@@ -162,7 +162,7 @@ def train_with_drawn_refinements(mesh: Mesh, layout: Layout, case: dict) -> list
     seen = []
     for step in range(6):
         executed.clear()
-        drawn = refinements(step, config.training.seed, config.ponder)
+        drawn = refinements(step, config.training.seed, config.ponder_training)
         engine.forward_backward(batch_of(config, step).split(2), drawn, engine.rule("soft"), 0.0, 1.0)
         engine.step(1e-3)
         seen.append((drawn, len(executed)))

@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ponder.config import PonderTrainingConfig
 from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import training_rule
-from tests.models import random_tokens, small_model
+from tests.models import random_tokens, small_config, small_model
 
 TOKENS = random_tokens(3, 18)
 RULE = Rule("soft", 0.4)
@@ -76,7 +75,7 @@ def test_what_is_minimised(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
     """Loss, gradients and steps; the router learns nothing, whatever it would say."""
-    model, rule = small_model().to(dtype), training_rule(0, PonderTrainingConfig(router_start=1), 1e-4)
+    model, rule = small_model().to(dtype), training_rule(0, small_config(ponder_training__router_start=1))
     fixed = small_model(ponder__mode="fixed", ponder__embedding_scale=model.ponder_config.embedding_scale).to(dtype)
     fixed.load_state_dict({name: value for name, value in model.state_dict().items() if "router" not in name})
     losses, sums = zip(*(Objective(each)(TOKENS, 2, rule, 0.3) for each in (model, fixed)), strict=True)

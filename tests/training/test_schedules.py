@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ponder.config import OptimizerConfig, PonderTrainingConfig
+from megatron_ponder.config import Config, InferenceConfig, OptimizerConfig, PonderTrainingConfig
 from megatron_ponder.model.router import Rule
 from megatron_ponder.training.schedules import learning_rate, refinements, training_rule
 
@@ -38,9 +38,10 @@ def test_refinements_are_drawn_uniformly_and_depend_on_seed_and_step_only():
 
 
 def test_pruning_and_the_router_begin_at_their_steps():
-    config = PonderTrainingConfig(prune_start=20, router_start=10)
-    rules = [training_rule(step, config, 0.25) for step in (0, 9, 10, 19, 20, 99)]
+    training = PonderTrainingConfig(prune_start=20, router_start=10)
+    config = Config(ponder_training=training, inference=InferenceConfig(threshold=0.25))
+    rules = [training_rule(step, config) for step in (0, 9, 10, 19, 20, 99)]
     assert [rule.kind for rule in rules] == ["all", "all", "soft", "soft", "hard", "hard"]
     assert {rule.threshold for rule in rules} == {0.25}
-    always = PonderTrainingConfig()
-    assert training_rule(10**9, always, 1e-4) == Rule("soft", 1e-4) == training_rule(0, always, 1e-4)
+    always = Config(inference=InferenceConfig(threshold=1e-4))
+    assert training_rule(10**9, always) == Rule("soft", 1e-4) == training_rule(0, always)

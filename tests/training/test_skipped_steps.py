@@ -104,7 +104,7 @@ def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tup
         with at_fault(fault, engine) if fault is not None and last else nullcontext():
             scale = 1 / (config.training.global_batch_size * LENGTH)
             micro_batches = tokens.split(config.training.micro_batch_size)
-            engine.forward_backward(micro_batches, 1, training_rule(step, config.ponder), 0.05, scale)
+            engine.forward_backward(micro_batches, 1, training_rule(step, config), 0.05, scale)
             norms.append(engine.step(RATE))
     return norms, {(item.kind, item.name): item.tensor.clone() for item in state_of(engine)}
 
