@@ -38,7 +38,7 @@ def test_a_run_of_one_dataset_may_get_phases_from_where_it_stands_on(corpus, run
     folder = runs.whole / "checkpoints" / LATEST  # after 32 samples
     for first in (32, 33, 10**6):
         changed = tiny_arguments(corpus, tmp_path, data__phases=phases((first, runs.other_dataset)))
-        assert go_on(folder, changed).samples == 32
+        assert go_on(folder, changed).state.samples == 32
     for first in (1, 31):
         changed = tiny_arguments(corpus, tmp_path, data__phases=phases((first, runs.other_dataset)))
         with pytest.raises(
@@ -49,7 +49,7 @@ def test_a_run_of_one_dataset_may_get_phases_from_where_it_stands_on(corpus, run
     with pytest.raises(UserError, match="the data are not those"):
         go_on(folder, tiny_arguments(corpus, tmp_path, data__path=mixed))
     alone = tiny_arguments(corpus, tmp_path, data__path=blend((corpus.dataset, 0.5)))
-    assert go_on(folder, alone).samples == 32
+    assert go_on(folder, alone).state.samples == 32
 
 
 def test_datasets_of_different_tokenizers(corpus, runs, tmp_path, other_dataset):

@@ -257,7 +257,7 @@ def test_a_bad_gradient_is_skipped_and_logged_and_the_run_resumes_bit_for_bit(ra
     assert [record["samples"] for record in records] == [4 * step for step in range(1, 9)]
     assert alike(ranks, "stopped").end.startswith("Preempted: stopped at step 5")
     assert "going on after step 5" in alike(ranks, "resumed").printed
-    assert read_manifest(resolve_checkpoint(folder / "resumed")).skipped == [3]
+    assert read_manifest(resolve_checkpoint(folder / "resumed")).state.skipped == [3]
     assert essentials(folder / "resumed") == essentials(folder / "skipped")
     want, got = final_state(folder / "skipped"), final_state(folder / "resumed")
     assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
