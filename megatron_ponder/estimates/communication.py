@@ -5,7 +5,8 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, zero_stage
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
@@ -29,6 +30,7 @@ class Term:
         reason: in words.
         calls: of the operation.
         bytes: of all messages together.
+        during: the computation that it may hide behind where DeepSpeed overlaps the two: `forward`, `backward` or none.
     """
 
     axis: str
@@ -36,6 +38,7 @@ class Term:
     reason: str
     calls: int
     bytes: int
+    during: Literal["forward", "backward"] | None = None
 
 
 class Formula:
@@ -156,10 +159,11 @@ class Formula:
         numbers = [parameter.count for parameter in rank.part.parameters]
         each_padded = sum(_padded(count, size) for count in numbers)
         if stage == 3:
-            yield self._step("data", "reduce-scatter", "gradients", 1, each_padded * FP32)
+            gradients = self._step("data", "reduce-scatter", "gradients", 1, each_padded * FP32)
         else:
             repeats = rank.micro_batches if stage == 2 else 1
-            yield Term("data", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
+            gradients = Term("data", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
+        yield replace(gradients, during="backward" if stage > 0 else None)
         groups = [sum(p.count for p in rank.part.parameters if (p.dims > 1) is decayed) for decayed in (True, False)]
         if stage in (1, 2):
             gathered = sum(_padded(count, 2 * size) for count in groups)
@@ -167,7 +171,8 @@ class Formula:
         if stage == 3:
             repeats = 1 if sum(numbers) <= LIVE_PARAMETERS else 2 * len(self._slots)
             large = [_padded(count, size) for count in numbers if count > SMALL_PARAMETER]
-            yield self._each("data", "all-gather", "weights, for all passes", large, repeats)
+            weights = self._each("data", "all-gather", "weights, for all passes", large, repeats)
+            yield replace(weights, during="forward")
             small = sum(_padded(count, size) for count in numbers if count <= SMALL_PARAMETER)
             yield Term("data", "all-gather", "updated small weights", 1, small * rank.width)
         if stage > 0:

@@ -1,24 +1,20 @@
 """How long an optimiser step takes on a cluster, part by part, from the configuration alone.
 
-Nothing is measured: each function states its equation, so that a reader can check it against the code it describes.
-Symbols: B sequences of a micro-batch, L tokens, T slots of a sequence in a pass, H hidden size, F feed-forward width, V
-vocabulary, t tensor ranks, P pipeline ranks, D data-parallel ranks, M micro-batches, N parameters of a rank, b bytes of
-an activation.
+Nothing is measured. Symbols: P pipeline ranks, D data-parallel ranks, M micro-batches.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config
 from megatron_ponder.config.deepspeed import overlaps_reduction, zero_stage
-from megatron_ponder.estimates.communication import Formula, Term
-from megatron_ponder.estimates.computation import Computation
+from megatron_ponder.estimates.communication import Formula
+from megatron_ponder.estimates.computation import Computation, Work
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD, training_flops
 from megatron_ponder.estimates.links import Links, collective_seconds
 from megatron_ponder.estimates.rank import Rank, places, slots_of_passes
-
-PARTS = ("matrices", "attention", "element-wise", "gradient sums", "collectives", "bubble", "reduction", "optimiser")
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class StepTime:
     """Seconds of an optimiser step, on the pipeline rank that needs most.
 
     Attributes:
-        parts: by name of `PARTS`.
+        parts: by name.
         collectives: seconds of every axis and operation, before any of it is hidden behind computation.
         hidden: of these, what is.
         flops: model FLOPs of the step over all ranks.
@@ -65,59 +61,49 @@ def bubble_share(pipeline: int, micro_batches: int, passes: int) -> float:
     return 1 - passes * micro_batches / stages
 
 
-@dataclass(frozen=True)
-class RankStep(Computation):
-    """A step of the ranks of one place in the pipeline."""
+def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
+    """The step of one place in the pipeline, if it waits for others in the bubble alone.
 
-    def terms(self) -> Iterator[tuple[Term, float]]:
-        """Everything that is communicated, with its seconds."""
-        links = Links(self.rank, self.cluster)
-        for term in Formula(self.rank, self.refinements).terms():
-            yield term, collective_seconds(term, *links.of(term.axis))
+    Tensor ranks wait for every collective, and pipeline ranks for what they receive.
+    """
+    config, count, passes = rank.config, rank.micro_batches, len(slots_of_passes(rank.config, refinements))
+    computation, links = Computation(rank, cluster, refinements), Links(rank, cluster)
+    work, first_backward = computation.micro_batch()
+    collectives: Counter[tuple[str, str]] = Counter()
+    during: Counter[str | None] = Counter()
+    for term in Formula(rank, refinements).terms():
+        seconds = collective_seconds(term, *links.of(term.axis))
+        collectives[term.axis, term.operation] += seconds
+        during["waited" if term.axis in ("tensor", "pipeline") else term.during] += seconds
+    hidden = _hidden(rank, during, work, first_backward)
+    sums, waited = computation.gradient_sums(), during.pop("waited", 0.0)
+    share = bubble_share(rank.axes["pipeline"], count, passes)
+    parts = {
+        "matrices": count * work.matrices,
+        "attention": count * work.attention,
+        "element-wise": count * work.elementwise,
+        "gradient sums": sums,
+        "collectives": waited,
+        "bubble": (count * work.total + sums + waited) * share / (1 - share),
+        "reduction": during.total() - hidden,
+        "optimiser": computation.optimizer(),
+    }
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    return StepTime(parts, dict(collectives), hidden, training_flops(config, refinements), tokens)
 
-    def time(self) -> StepTime:
-        """The step of this place in the pipeline, if it waits for others in the bubble alone.
 
-        Tensor ranks wait for every collective, and pipeline ranks for what they receive. On GPUs without a pipeline
-        DeepSpeed reduces gradients while the backward pass still runs, but those of shared weights are whole only in
-        the backward pass of the first pass: so much can hide, once a step, at ZeRO 2 and 3 in every micro-batch. The
-        weights of ZeRO 3 are fetched ahead, and hide behind the forward passes.
-        """
-        config, count = self.rank.config, self.rank.micro_batches
-        work, first_backward = self.micro_batch()
-        kinds: dict[tuple[str, str], float] = {}
-        waited, gradients, weights, exposed = 0.0, 0.0, 0.0, 0.0
-        for term, seconds in self.terms():
-            kinds[term.axis, term.operation] = kinds.get((term.axis, term.operation), 0.0) + seconds
-            if term.axis in ("tensor", "pipeline"):
-                waited += seconds
-            elif term.reason == "gradients":
-                gradients += seconds
-            elif term.reason == "weights, for all passes":
-                weights += seconds
-            else:
-                exposed += seconds
-        hidden, stage = 0.0, zero_stage(config)
-        if overlaps_reduction(config, self.rank.device) and stage > 0:
-            hidden = min(gradients, (count if stage >= 2 else 1) * first_backward)
-            hidden += min(weights, count * work.total / FORWARD_AND_BACKWARD)
-        sums = self.gradient_sums()
-        busy = count * work.total + sums + waited
-        share = bubble_share(config.parallel.pipeline, count, len(slots_of_passes(config, self.refinements)))
-        values = (
-            count * work.matrices,
-            count * work.attention,
-            count * work.elementwise,
-            sums,
-            waited,
-            busy * share / (1 - share),
-            gradients + weights + exposed - hidden,
-            self.optimizer(),
-        )
-        tokens = config.training.global_batch_size * config.data.sequence_length
-        return StepTime(
-            dict(zip(PARTS, values, strict=True)), kinds, hidden, training_flops(config, self.refinements), tokens
-        )
+def _hidden(rank: Rank, during: Mapping[str | None, float], work: Work, first_backward: float) -> float:
+    """Seconds of reductions that hide behind computation.
+
+    On GPUs without a pipeline DeepSpeed reduces gradients while the backward pass still runs, but those of shared
+    weights are whole only in the backward pass of the first pass: so much can hide, once a step, at ZeRO 2 and 3 in
+    every micro-batch. The weights of ZeRO 3 are fetched ahead, and hide behind the forward passes.
+    """
+    if not overlaps_reduction(rank.config, rank.device):
+        return 0.0
+    repeats = rank.micro_batches if zero_stage(rank.config) >= 2 else 1
+    forward = rank.micro_batches * work.total / FORWARD_AND_BACKWARD
+    return min(during["backward"], repeats * first_backward) + min(during["forward"], forward)
 
 
 def step_time(config: Config, data: int, cluster: Hardware) -> StepTime:
@@ -128,19 +114,16 @@ def step_time(config: Config, data: int, cluster: Hardware) -> StepTime:
         data: D.
         cluster: that it runs on.
     """
+    ranks = [Rank(config, data, place, cluster.device) for place in places(config)]
     drawn = config.ponder_training.refinement_choices
-    slowest = []
-    for refinements in drawn:
-        every = [RankStep(Rank(config, data, place, cluster.device), cluster, refinements) for place in places(config)]
-        slowest.append(max((step.time() for step in every), key=lambda time: time.total))
-    return _mean(slowest)
+    return _mean([max((time_of_rank(rank, cluster, r) for rank in ranks), key=lambda time: time.total) for r in drawn])
 
 
 def _mean(times: list[StepTime]) -> StepTime:
     count = len(times)
     keys = dict.fromkeys(key for time in times for key in time.collectives)
     return StepTime(
-        {part: sum(time.parts[part] for time in times) / count for part in PARTS},
+        {part: sum(time.parts[part] for time in times) / count for part in times[0].parts},
         {key: sum(time.collectives.get(key, 0.0) for time in times) / count for key in keys},
         sum(time.hidden for time in times) / count,
         sum(time.flops for time in times) / count,
