@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.10",
     entry_points={"console_scripts": ["ponder = megatron_ponder.commands.ponder:start"]},
     packages=find_packages(include=["megatron_ponder", "megatron_ponder.*"]),
-    package_data={"megatron_ponder.cluster": ["scripts/*.sh"]},
+    package_data={"megatron_ponder.cluster": ["scripts/*.sh"], "megatron_ponder.commands": ["completion.bash"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",

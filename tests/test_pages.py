@@ -85,7 +85,7 @@ def test_every_page_is_in_the_list_of_the_readme():
 def test_commands_that_a_page_names_are_there(page):
     named = {call.words[0] for call in calls("ponder", (page,))}
     named |= set(re.findall(r"`ponder ([a-z][\w-]*)", page.read_text(encoding="utf-8")))
-    assert named <= {*COMMANDS, "COMMAND", "--help", "--version"}
+    assert named <= {*COMMANDS, "COMMAND", "--help", "--version", "--completion"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/development.md"])

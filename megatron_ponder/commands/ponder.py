@@ -61,9 +61,13 @@ def _answer(words: Sequence[str]) -> None:
         print("usage: ponder COMMAND ...\n")
         for group, names in GROUPS.items():
             print(f"{group}:", *(f"  {name:<20}{line_of(name)}" for name in names), sep="\n", end="\n\n")
-        print("`ponder COMMAND --help` says what a command takes; `ponder --version` which version this is.")
+        print("`ponder COMMAND --help` says what a command takes, `ponder --version` which version this is, and")
+        print('`eval "$(ponder --completion)"` completes commands and options in your shell.')
     elif first == "--version":
         print(version_line())
+    elif first == "--completion":
+        script = Path(__file__).with_name("completion.bash").read_text(encoding="utf-8")
+        print(script.replace("COMMANDS", " ".join(COMMANDS)), end="")
     else:
         near = difflib.get_close_matches(first.replace("_", "-"), COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"

@@ -91,3 +91,22 @@ def test_a_process_ends_with_the_code_of_its_command(start):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: there is no option --inptu; did you mean --input?")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["tr"], {"train", "train-tokenizer"}),
+        (["merge", "--inp"], {"--input"}),
+        (["merge", "--"], {"--help", "--version", "--input", "--output-prefix"}),
+        (["merge", "file"], set()),
+    ],
+)
+def test_the_shell_completes_commands_and_options(words, offered):
+    start = f'ponder() {{ {sys.executable} -m megatron_ponder "$@"; }}; eval "$(ponder --completion)"'
+    ask = f'COMP_WORDS=(ponder {" ".join(words)}); COMP_CWORD={len(words)}; _ponder; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        ["bash", "-c", f"{start}; {ask}"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert (set(done.stdout.split()), done.stderr) == (offered, "")
