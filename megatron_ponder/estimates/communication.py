@@ -131,18 +131,15 @@ class Formula:
             return
         kept = kept if self._rank.last else slots
         size = self._batch * self._tokens * self._hidden * self._rank.width
-        inner = len(self._rank.layers) - 1
-        gathered, split = self._tensor.sequence_parallel, recompute == "block"
-        if gathered:  # attention's input
-            yield self._step("tensor", "all-gather", "recompute", inner, slots * size)
-            yield self._step("tensor", "all-gather", "recompute", 1, slots * size)
-        if gathered and split:  # the feed-forward layer's
-            yield self._step("tensor", "all-gather", "recompute", inner, slots * size)
-            yield self._step("tensor", "all-gather", "recompute", 1, kept * size)
-        if split:  # attention's output
-            operation = "reduce-scatter" if gathered else "all-reduce"
-            yield self._step("tensor", operation, "recompute", inner, slots * size)
-            yield self._step("tensor", operation, "recompute", 1, kept * size)
+        again = []  # what is sent, and slots of it in the last block
+        if self._tensor.sequence_parallel:
+            again += [("all-gather", slots)]  # attention's input
+            again += [("all-gather", kept)] if recompute == "block" else []  # the feed-forward layer's
+        if recompute == "block":  # attention's output
+            again += [("reduce-scatter" if self._tensor.sequence_parallel else "all-reduce", kept)]
+        for operation, last in again:
+            yield self._step("tensor", operation, "recompute", len(self._rank.layers) - 1, slots * size)
+            yield self._step("tensor", operation, "recompute", 1, last * size)
 
     def _pipeline_terms(self) -> Iterator[Term]:
         rank, ranks = self._rank, self._rank.axes["pipeline"]

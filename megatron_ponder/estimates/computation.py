@@ -19,7 +19,7 @@ from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 ATTENTION_BACKWARD = 2.5
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
     """Seconds of computation."""
 
@@ -27,11 +27,12 @@ class Work:
     attention: float = 0.0
     elementwise: float = 0.0
 
-    def add(self, other: "Work", times: float = 1.0) -> None:
-        """Add some other work so many times."""
-        self.matrices += times * other.matrices
-        self.attention += times * other.attention
-        self.elementwise += times * other.elementwise
+    def __add__(self, other: "Work") -> "Work":
+        attention, elementwise = self.attention + other.attention, self.elementwise + other.elementwise
+        return Work(self.matrices + other.matrices, attention, elementwise)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(times * self.matrices, times * self.attention, times * self.elementwise)
 
     @property
     def total(self) -> float:
@@ -105,27 +106,22 @@ class Computation:
 
         A backward pass does twice the work of its forward pass, attention 2.5 times; what is recomputed comes on top.
         """
-        work, first_backward = Work(), None
-        slots, tokens = slots_of_passes(self.rank.config, self.refinements), self.rank.config.data.sequence_length
-        trained = self.rank.config.ponder_training.gradient_passes or len(slots)
+        work, first_backward = Work(), 0.0
+        rank, slots = self.rank, slots_of_passes(self.rank.config, self.refinements)
+        tokens, layers = rank.config.data.sequence_length, len(rank.layers)
+        trained = rank.config.ponder_training.gradient_passes or len(slots)
         for index, (run, kept) in enumerate(slots):
-            kept = kept if self.rank.last else run
-            front = self.attention(tokens * run, folded=self.rank.chain.routed and index > 0)
-            inner, last = self.feed_forward(tokens * run), self.feed_forward(tokens * kept)
-            forward, attended = Work(), Work()
-            attended.add(front, len(self.rank.layers))
-            forward.add(attended)
-            forward.add(inner, len(self.rank.layers) - 1)
-            forward.add(last)
-            work.add(forward)
-            if index < len(slots) - trained:
-                continue
-            backward = Work(2 * forward.matrices, ATTENTION_BACKWARD * forward.attention, 2 * forward.elementwise)
-            backward.add({"block": forward, "attention": attended, "none": Work()}[self.rank.recompute.of_pass(index)])
-            work.add(backward)
-            first_backward = backward.total if first_backward is None else first_backward
-        if self.rank.last:
-            work.add(self.head(), len(slots) if self.rank.chain.predicts else 1)
+            kept = kept if rank.last else run
+            attended = self.attention(tokens * run, folded=rank.chain.routed and index > 0) * layers
+            forward = attended + self.feed_forward(tokens * run) * (layers - 1) + self.feed_forward(tokens * kept)
+            work += forward
+            if index >= len(slots) - trained:
+                again = {"block": forward, "attention": attended, "none": Work()}[rank.recompute.of_pass(index)]
+                backward = forward * 2 + Work(attention=forward.attention * (ATTENTION_BACKWARD - 2)) + again
+                first_backward = first_backward or backward.total
+                work += backward
+        if rank.last:
+            work += self.head() * (len(slots) if rank.chain.predicts else 1)
         return work, first_backward
 
     def gradient_sums(self) -> float:
