@@ -25,7 +25,6 @@ class PauseEmbedding(ShardedModule):
 class PausePasses(Passes):
     """Pause embeddings are scaled as tokens are, and carry their token's position; the output is at the last."""
 
-    pauses = True
     iterated = False
 
     def plan(self, refinements: int) -> tuple[int, ...]:

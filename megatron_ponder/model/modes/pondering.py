@@ -87,14 +87,12 @@ class Passes:
         interleaved: every pass reads the embedded tokens, with their latents between them; otherwise only the first
             does, and each pass has keys of its own.
         routed: a router weighs the steps of each token.
-        pauses: there are learned pause embeddings.
         predicts: every pass but the last ends in a prediction that the next one reads.
         state_type: what one pass hands to the next: a tensor of activations, and one of numbers in fp32 or better.
     """
 
     interleaved = True
     routed = False
-    pauses = False
     predicts = False
     state_type = PassState
 
