@@ -89,8 +89,9 @@ class TrainingLoop:
             vocab_size=config.model.vocab_size,
         )
         self._reader = CarefulReader((training.micro_batch_size, config.data.sequence_length + 1))
-        held_out = parts.datasets.get("valid")
-        self._validation = held_out and Validation(config, mesh, held_out, engine, self._boundary, self._watchdog)
+        self._validation = None
+        if (held_out := parts.datasets.get("valid")) is not None:
+            self._validation = Validation(config, mesh, held_out, engine, self._boundary, self._watchdog)
 
     def run(self) -> None:
         """Train.
