@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from docs.refresh import drawn
 from megatron_ponder.config import BlendPart, Config, PhaseConfig
 from megatron_ponder.config.documentation import FIRST, entries, help_text, key_table
 from megatron_ponder.config.parsing import KEYS
@@ -55,3 +56,9 @@ def test_every_key_is_read_by_something():
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert {key.rpartition(".")[2] for key in KEYS} - read == set()
+
+
+def test_the_page_of_keys_has_these_tables():
+    page = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert drawn(page) == page, "python docs/refresh.py --house"
+    assert all(key_table(section) in page for section in SECTIONS.values())
