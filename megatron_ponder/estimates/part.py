@@ -4,7 +4,7 @@ Nothing about the shape of a layer is said here; it is asked of the layer.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -102,7 +102,7 @@ class PartSizes:
     columns: int
     table: int
 
-    @property
+    @cached_property
     def count(self) -> int:
         """N."""
         return sum(parameter.count for parameter in self.parameters)
