@@ -31,6 +31,7 @@ setup(
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "jsonargparse[signatures]>=4.50,<5",
+        "docstring-parser>=0.16,<0.19",
         "numpy>=2.0,<3",
         "PyYAML>=6.0.1,<7",
         "rich>=13.7,<16",

@@ -26,10 +26,11 @@ from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.config.command_options import add_options, from_options
 from megatron_ponder.evaluation.analysis import Analysis, analyse
-from megatron_ponder.evaluation.analysis_plan import AnalysisPlan, Subject
+from megatron_ponder.evaluation.analysis_plan import AnalysisPlan
 from megatron_ponder.evaluation.figures import draw, write_rows
 from megatron_ponder.evaluation.report import write_page
 from megatron_ponder.evaluation.sources import EvaluationBatches, depth_batches, split_batches, text_batches
+from megatron_ponder.evaluation.subjects import subjects_of
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
 
@@ -58,12 +59,8 @@ def main(argv: Sequence[str]) -> None:
     plan = from_options(AnalysisPlan, arguments)
     device = _device(arguments.device)
     models = [load_model(path, Mesh(device=device)) for path in arguments.checkpoint]
-    _check_same_tokens(models)
+    subjects = subjects_of(models)
     (batches, data), depths = _inputs(models[0], arguments)
-    subjects = [
-        Subject(label, loaded.model, loaded.folder, loaded.config.ponder_training.evaluation_refinements)
-        for label, loaded in zip(_labels(models), models, strict=True)
-    ]
     tokenizer = models[0].tokenizer
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     columns = (SpinnerColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -97,19 +94,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_same_tokens(models: Sequence[LoadedModel]) -> None:
-    def identity(loaded: LoadedModel) -> tuple:
-        tokenizer = loaded.tokenizer
-        return (loaded.config.model.vocab_size, None if tokenizer is None else tokenizer.fingerprint)
-
-    for loaded in models[1:]:
-        if identity(loaded) != identity(models[0]):
-            raise UserError(
-                f"{models[0].folder} and {loaded.folder} have different tokenizers, so that their losses cannot be "
-                "compared; analyse them one by one"
-            )
-
-
 def _inputs(loaded: LoadedModel, arguments: argparse.Namespace) -> tuple[EvaluationBatches, list[Tensor] | None]:
     if arguments.text:
         if arguments.depths:
@@ -118,19 +102,6 @@ def _inputs(loaded: LoadedModel, arguments: argparse.Namespace) -> tuple[Evaluat
     where = (arguments.data, arguments.split, arguments.samples)
     inputs = split_batches(loaded, *where)
     return inputs, depth_batches(loaded, *where, arguments.depths) if arguments.depths else None
-
-
-def _labels(models: Sequence[LoadedModel]) -> list[str]:
-    """The run's name, with the checkpoint's where two are of one run, and numbers where that is not enough."""
-    folders = [loaded.folder.resolve() for loaded in models]
-    runs = [folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name for folder in folders]
-    labels = [
-        run if runs.count(run) == 1 else f"{run}/{folder.name}" for run, folder in zip(runs, folders, strict=True)
-    ]
-    return [
-        label if labels.count(label) == 1 else f"{label} ({labels[: index + 1].count(label)})"
-        for index, label in enumerate(labels)
-    ]
 
 
 def _print(analysis: Analysis, console: Console) -> None:
