@@ -20,8 +20,10 @@ from typing import IO
 from megatron_ponder.commands.ponder import start
 from tests import REPOSITORY
 
-IMPORTED = ["deepspeed", "megatron_ponder.training.trainer", "megatron_ponder.commands.generate"]
-IMPORTED += ["megatron_ponder.commands.serve", "tests.distributed"]
+IMPORTED = ["megatron_ponder.training.trainer", "megatron_ponder.commands.generate", "megatron_ponder.commands.serve"]
+IMPORTED += ["jsonargparse", "matplotlib.backends.backend_agg", "matplotlib.pyplot", "deepspeed", "tests.distributed"]
+# What DeepSpeed imports when it builds an engine, with all of PyTorch's compiler; other versions may have other names.
+IMPORTED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
 # Where a test says nothing else, processes compute on one thread each, and on no GPU.
 SMALL = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
