@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.yaml_files import load_yaml
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.config import Config, read_config
@@ -282,5 +282,6 @@ def test_every_key_is_documented_with_its_default():
             if default is None:
                 assert not shown.startswith("`"), f"{section.name}.{key} is derived; say from what, not {shown}"
             else:
-                stated = yaml.safe_load(shown.strip("`"))
+                stated = load_yaml(shown.strip("`"))
+                stated = float(stated) if isinstance(default, float) else stated  # 1e-5 is a text in YAML
                 assert (tuple(stated) if isinstance(default, tuple) else stated) == default, f"{section.name}.{key}"

@@ -153,7 +153,7 @@ def test_every_truncation_is_reported(prefix):
         whole = path.read_bytes()
         for size in range(len(whole)):
             path.write_bytes(whole[:size])
-            with pytest.raises(UserError, match=rf"{path.name} .*preprocess_data\.py"):
+            with pytest.raises(UserError, match=rf"{path.name} .*ponder preprocess"):
                 IndexedDataset(prefix)
         path.write_bytes(whole + b"\0")
         with pytest.raises(UserError, match=path.name):
@@ -172,7 +172,7 @@ def test_every_corruption_of_the_header_is_reported(prefix):
             if place == 17 and value in same_size:
                 continue
             idx_path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-            with pytest.raises(UserError, match=r"small\.(idx|bin) .*preprocess_data\.py"):
+            with pytest.raises(UserError, match=r"small\.(idx|bin) .*ponder preprocess"):
                 IndexedDataset(prefix)
 
 
@@ -196,7 +196,7 @@ def test_a_corrupt_index_is_reported(prefix, place, format, value):
     content = bytearray(idx_path.read_bytes())
     struct.pack_into(format, content, place, value)
     idx_path.write_bytes(content)
-    with pytest.raises(UserError, match=r"small\.(idx|bin) .*preprocess_data\.py"):
+    with pytest.raises(UserError, match=r"small\.(idx|bin) .*ponder preprocess"):
         IndexedDataset(prefix).document_lengths  # noqa: B018
 
 
