@@ -5,17 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.base.yaml_files import load_yaml
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.config import Config, read_config
+from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 from megatron_ponder.runs.metrics import read_metrics
@@ -266,22 +264,3 @@ def test_what_the_pages_train_is_a_configuration(monkeypatch, call):
             read_config(call.filled_in())
     else:
         read_config(call.filled_in())
-
-
-def test_every_key_is_documented_with_its_default():
-    text = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
-    documented = {}
-    for section, body in re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
-        documented[section] = dict(re.findall(r"^\| `(\w+)` \| (.+?) \| \S.* \|$", body, re.MULTILINE))
-    assert documented.keys() == {section.name for section in fields(Config)}
-    for section in fields(Config):
-        defaults = section.default_factory()
-        assert list(documented[section.name]) == [item.name for item in fields(defaults)]
-        for key, shown in documented[section.name].items():
-            default = getattr(defaults, key)
-            if default is None:
-                assert not shown.startswith("`"), f"{section.name}.{key} is derived; say from what, not {shown}"
-            else:
-                stated = load_yaml(shown.strip("`"))
-                stated = float(stated) if isinstance(default, float) else stated  # 1e-5 is a text in YAML
-                assert (tuple(stated) if isinstance(default, tuple) else stated) == default, f"{section.name}.{key}"
