@@ -50,12 +50,12 @@ class Rank:
     pipeline_rank: int = 0
     device: str = "cpu"
 
-    @property
+    @cached_property
     def axes(self) -> dict[str, int]:
         """Sizes of the grid's axes, and of `model`, the ranks that hold one copy of the model."""
         return grid_sizes(self.config.parallel, self.data) | {"model": copy_size(self.config.parallel)}
 
-    @property
+    @cached_property
     def tensor(self) -> Axis:
         """The tensor ranks, without a group."""
         return Axis(self.config.parallel.tensor, sequence_parallel=self.config.parallel.sequence_parallel)
@@ -85,7 +85,7 @@ class Rank:
     def _model_part(self) -> ModelPart:
         return model_part(self.config, self.pipeline_rank)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Type of activations."""
         return torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
@@ -95,7 +95,7 @@ class Rank:
         """b."""
         return self.dtype.itemsize
 
-    @property
+    @cached_property
     def attention(self) -> Kernel:
         """The kernel that its attention takes."""
         block = self.part.block
@@ -118,7 +118,7 @@ class Rank:
         """B L, tokens of a micro-batch."""
         return self.config.training.micro_batch_size * self.config.data.sequence_length
 
-    @property
+    @cached_property
     def plan(self) -> tuple[int, ...]:
         """Slots a token of every pass, with that R."""
         return self.chain.plan(self.refinements)
@@ -128,7 +128,7 @@ class Rank:
         """The largest R that training draws."""
         return self.config.ponder_training.evaluation_refinements
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         """M, micro-batches of a step."""
         return micro_batches(self.config, self.data)
