@@ -24,9 +24,25 @@ def check(results, name, tolerance):
         assert {step for _, _, steps in got for step in steps} == {0, 1, 2, 3}
 
 
+# In fp32 the same is computed with other rounding: two of them stand for all that are slow.
+QUICK_IN_FP32 = ("llama-adaptive", "gpt_neox-fixed")
+
+
 @pytest.mark.parametrize("sequential", [True, False], ids=["slots", "jacobi"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [pytest.param(name, torch.float64, 1e-9, id=f"{name}-fp64") for name in MODELS]
+    + [
+        pytest.param(
+            name,
+            torch.float32,
+            1e-4,
+            id=f"{name}-fp32",
+            marks=[] if name in QUICK_IN_FP32 else pytest.mark.slow,
+        )
+        for name in MODELS
+    ],
+)
 def test_one_process(name, dtype, tolerance, sequential):
     check(generated(Mesh(), name, dtype, sequential), name, tolerance)
 
