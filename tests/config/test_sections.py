@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +36,7 @@ from megatron_ponder.config import (
 from megatron_ponder.config.layout import fits_schedule
 from megatron_ponder.model.ponder import PonderLM
 from tests import REPOSITORY
+from tests.parallel.schedule_stages import schedule_stages
 
 EXAMPLES = REPOSITORY / "examples" / "configs"
 
@@ -537,29 +537,10 @@ def test_micro_batches_that_make_no_rounds_are_refused(batch, rounds, fits):
     )
 
 
-class StageStub(SimpleNamespace):
-    """As much of a pipeline stage as a schedule looks at when it is made."""
-
-
 @given(pipeline=st.integers(2, 5), count=st.integers(1, 14), passes=st.integers(1, 5), zero_bubble=st.booleans())
 @settings(deadline=None, max_examples=40)
 def test_the_rule_for_micro_batches_is_that_of_the_schedules(pipeline, count, passes, zero_bubble):
-    ranks = {stage: stage % pipeline for stage in range(passes * pipeline)}
-    stages = [
-        StageStub(
-            group_size=pipeline,
-            group_rank=0,
-            group=None,
-            stage_index=index * pipeline,
-            num_stages=len(ranks),
-            stage_index_to_group_rank=ranks,
-            is_first=index == 0,
-            is_last=False,
-            has_backward=True,
-            submod=None,
-        )
-        for index in range(passes)
-    ]
+    stages = schedule_stages(pipeline, passes)
     schedule = ScheduleInterleavedZeroBubble if zero_bubble else ScheduleInterleaved1F1B
     if fits_schedule(count, pipeline):
         assert len(schedule(stages, count, loss_fn=torch.sum).pipeline_order) == pipeline

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
+from tests.parallel.schedule_stages import schedule_stages
 
 BATCH, LENGTH, VOCABULARY, R = 2, 48, 500, 1
 TOO_LARGE_TO_BE_TOUCHED = 500_000_000
@@ -166,22 +166,7 @@ def test_what_is_in_flight_is_what_the_schedule_runs(pipeline, count, mode, sche
     )
     kind = ScheduleInterleaved1F1B if schedule == "1f1b" else ScheduleInterleavedZeroBubble
     sizes = [float(2**index) for index in range(len(Rank(config).plan))]
-    ranks = {stage: stage % pipeline for stage in range(len(sizes) * pipeline)}
-    stages = [
-        SimpleNamespaceStage(
-            group_size=pipeline,
-            group_rank=0,
-            group=None,
-            stage_index=index * pipeline,
-            num_stages=len(ranks),
-            stage_index_to_group_rank=ranks,
-            is_first=index == 0,
-            is_last=False,
-            has_backward=True,
-            submod=None,
-        )
-        for index in range(len(sizes))
-    ]
+    stages = schedule_stages(pipeline, len(sizes))
     order = kind(stages, count, loss_fn=torch.sum).pipeline_order
     frees = "FULL_BACKWARD" if schedule == "1f1b" else "BACKWARD_WEIGHT"
     for place in range(pipeline):
@@ -192,10 +177,6 @@ def test_what_is_in_flight_is_what_the_schedule_runs(pipeline, count, mode, sche
             most = max(most, now)
         assert now == 0
         assert most_in_flight(Rank(config, pipeline_rank=place), sizes) == most
-
-
-class SimpleNamespaceStage(SimpleNamespace):
-    """As much of a pipeline stage as a schedule looks at when it is made."""
 
 
 # Peaks
