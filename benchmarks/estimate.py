@@ -103,7 +103,7 @@ def measure_machine(length: int, together: bool) -> Machine:
     x, up, down = torch.randn(slots, HIDDEN), torch.randn(HIDDEN, FFN), torch.randn(FFN, HIDDEN)
     product = usual(lambda: [(x @ up) @ down for _ in range(20)]) / 20
     q, k, v = (torch.randn(1, slots, HEADS, HIDDEN // HEADS, requires_grad=True) for _ in range(3))
-    attended = usual(lambda: attend(q, k, v, 0.1, None, causal=True).sum().backward())
+    attended = usual(lambda: attend(q, k, v, 0.1).sum().backward())
     pairs = choose(Call("cpu", q.dtype)).pairs(slots)
     a, b, out = torch.randn(slots, HIDDEN), torch.randn(slots, HIDDEN), torch.empty(slots, HIDDEN)
     added = usual(lambda: [torch.add(a, b, out=out) for _ in range(50)]) / 50

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_ponder.kernels.attention import FOLDED_CHANNELS, attend, key_channels, query_channels
+from megatron_ponder.kernels.attention import attend
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
@@ -39,14 +39,12 @@ def inputs(length: int) -> Inputs:
 
 def plain(q: Tensor, k: Tensor, v: Tensor, _: Tensor, angles: Rotation) -> Tensor:
     """Causal attention without weights."""
-    return attend(rotate(q, angles), rotate(k, angles), v, SIZE**-0.5, None, causal=True)
+    return attend(q, k, v, SIZE**-0.5, angles=angles)
 
 
 def folded(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, angles: Rotation) -> Tensor:
     """log w in the keys' further channels, as the model has it."""
-    q = rotate(q, angles, query_channels(q, SIZE))
-    k = rotate(k, angles, key_channels(log_w, SIZE, k.dtype))
-    return attend(q, k, F.pad(v, (0, FOLDED_CHANNELS)), SIZE**-0.5, None, causal=True)[..., :SIZE]
+    return attend(q, k, v, SIZE**-0.5, log_w, angles=angles)
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, angles: Rotation) -> Tensor:

@@ -76,17 +76,14 @@ def _packed_bytes(rank: Rank, shapes: tuple[Shape, Shape | None]) -> int:
 def attention_bytes(rank: Rank, p: Pass, kept: int) -> float:
     """q, k, v and what the kernel and the output projection need.
 
-    T b (q + k + v + output), one statistic a query and head, and a mask if there is one. The projection keeps its
-    input, kept H/t b, which is the kernel's output unless channels or slots are cut from it. With sequence parallelism
-    T H b, the gathered input.
+    T b (q + k + v + output), and one statistic a query and head. The projection keeps its input, kept H/t b, which is
+    the kernel's output unless channels or slots are cut from it. With sequence parallelism T H b, the gathered input.
     """
     block, b = rank.part.block, rank.width
     query, key = head_channels(rank, p)
     size = p.slots * (b * 2 * (query + key) + FP32 * block.query_heads)
     if p.folded or kept < p.slots:
         size += kept * b * block.query
-    if rank.config.data.reset_at_eod:
-        size += b * p.slots**2 / rank.config.training.micro_batch_size
     return size + (p.slots * b * block.hidden if rank.tensor.sequence_parallel else 0)
 
 

@@ -95,11 +95,7 @@ class BlockCache:
         at = decoding
         for row, start, count in segments[decoding:]:
             table = torch.tensor(self._tables[row], device=device)
-            mask = None
-            if start:
-                places = torch.arange(start + count, device=device)
-                mask = (places <= places[start:, None]).view(1, 1, count, -1)
-            self.prompts.append((slice(at, at + count), table, start + count, mask))
+            self.prompts.append((slice(at, at + count), table, start + count))
             at += count
 
     def _extend(self, row: int, length: int) -> None:
@@ -172,9 +168,9 @@ class _Layer:
         if cache.decoding:
             q = q_TNE[: cache.decoding] * scale
             parts.append(_attend_blocks(q, keys[cache.read], values[cache.read], cache.owners))
-        for at, table, length, mask in cache.prompts:
+        for at, table, length in cache.prompts:
             k, v = (x[table].transpose(1, 2).flatten(0, 1)[:length].unsqueeze(0) for x in (keys, values))
-            y = attend(q_TNE[at].unsqueeze(0), k, F.pad(v, (0, FOLDED_CHANNELS)), scale, mask, causal=mask is None)
+            y = attend(q_TNE[at].unsqueeze(0), k, F.pad(v, (0, FOLDED_CHANNELS)), scale)
             parts.append(y[0, ..., : v.shape[-1]])
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 

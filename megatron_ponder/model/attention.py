@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
-from megatron_ponder.kernels.attention import FOLDED_CHANNELS, attend, folded_channels
+from megatron_ponder.kernels.attention import attend
 from megatron_ponder.kernels.rotary import Rotation, rotate
+from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import enter
@@ -38,15 +38,15 @@ class Slots(NamedTuple):
         tokens: L.
         angles: of the T slots.
         log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1.
-        mask: bool (B, 1, T, T) in place of the causal one.
+        segments: of the B · T slots; None if every row is one.
         kept: the slots of every token whose result is wanted.
-        channels: folded channels of queries and keys, where they are computed once for all layers.
+        channels: log w as folded channels of queries and keys, once for all layers; what caches take.
     """
 
     tokens: int
     angles: Rotation
     log_w_BT: Tensor | None = None
-    mask: Tensor | None = None
+    segments: Segments | None = None
     kept: slice = slice(None)
     channels: tuple[Tensor, Tensor] | None = None
 
@@ -78,22 +78,18 @@ class Attention(ShardedModule):
         Args:
             x_BTH: normed inputs in the residual stream.
             slots: what they are.
-            cache: keys and values of earlier slots; then log w is needed.
+            cache: keys and values of earlier slots; then folded channels are needed.
 
         Returns:
             (B, kept slots, H) in the residual stream.
         """
         x_BTH = enter(x_BTH, self.axis, slots.tokens)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.project(x_BTH))
-        if slots.log_w_BT is None:
-            q, k = rotate(q, slots.angles), rotate(k, slots.angles)
+        scale = self.head_size**-0.5
+        if cache is None:
+            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles)
         else:
-            of_q, of_k = slots.channels or folded_channels(slots.log_w_BT, self.head_size, k)
-            q, k = rotate(q, slots.angles, of_q), rotate(k, slots.angles, of_k)
-        if cache is not None:
-            y = cache.attend(q, k, v, self.head_size**-0.5)
-        else:
-            v = v if slots.log_w_BT is None else F.pad(v, (0, FOLDED_CHANNELS))
-            y = attend(q, k, v, self.head_size**-0.5, slots.mask, causal=True)
-        y = slots.keep(y[..., : self.head_size].flatten(2), slots.tokens)
+            of_q, of_k = slots.channels
+            y = cache.attend(rotate(q, slots.angles, of_q), rotate(k, slots.angles, of_k), v, scale)
+        y = slots.keep(y.flatten(2), slots.tokens)
         return self.o_proj(y, slots.tokens)

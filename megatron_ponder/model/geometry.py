@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.kernels.rotary import Rotation
+from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.rope import rotation
 
 
@@ -23,7 +25,7 @@ class Geometry:
     positions_BL: Tensor
     segments_BL: Tensor | None = None
     _angles: dict[int, Rotation] = field(default_factory=dict)
-    _masks: dict[int, Tensor | None] = field(default_factory=dict)
+    _segments: dict[int, Segments] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokens_BL: Tensor, eod_id: int | None) -> "Geometry":
@@ -52,12 +54,17 @@ class Geometry:
             self._angles[slots] = base.repeat(slots)
         return self._angles[slots]
 
-    def mask(self, slots: int) -> Tensor | None:
-        """Causal attention within segments, bool (B, 1, L · slots, L · slots); None for plain causal attention."""
+    def segments(self, slots: int) -> Segments | None:
+        """Segments of the B · L · slots slots, rows one behind the other; None for plain causal attention."""
         if self.segments_BL is None:
             return None
-        if slots not in self._masks:
-            segments = self.segments_BL.repeat_interleave(slots, 1)
-            same = segments.unsqueeze(2) == segments.unsqueeze(1)
-            self._masks[slots] = same.tril().unsqueeze(1)
-        return self._masks[slots]
+        if slots not in self._segments:
+            self._segments[slots] = self.segments(1).repeat(slots) if slots > 1 else self._of_tokens()
+        return self._segments[slots]
+
+    def _of_tokens(self) -> Segments:
+        total, tokens = self.segments_BL.numel(), self.tokens
+        first = torch.ones_like(self.segments_BL, dtype=torch.bool)
+        first[:, 1:] = self.segments_BL.diff(dim=1) != 0
+        begins = first.flatten().nonzero().squeeze(1)  # on a GPU the host waits here, once a micro-batch
+        return Segments.of(F.pad(begins, (0, 1), value=total), total, tokens)

@@ -224,7 +224,7 @@ class PonderLM(nn.Module):
             geometry.tokens,
             geometry.angles(slots_per_token, self.model_config, x_BTH.dtype),
             None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens),
-            geometry.mask(slots_per_token),
+            geometry.segments(slots_per_token),
             self.passes.kept(index, plan) if plan else slice(None),
         )
         return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))

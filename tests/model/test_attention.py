@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_ponder.config import Config, ModelConfig, resolve
 from megatron_ponder.kernels.attention import DEAD, FOLDED_CHANNELS, key_channels, query_channels
+from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.attention import Attention, Slots
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Rule, route
@@ -38,9 +39,9 @@ def build(heads: int = 4, kv_heads: int = 4, head_size: int = 8, family: str = "
     return layer
 
 
-def slots_for(layer: Attention, dtype: torch.dtype, log_w: Tensor | None, mask: Tensor | None = None) -> Slots:
+def slots_for(layer: Attention, dtype: torch.dtype, log_w: Tensor | None, segments: Segments | None = None) -> Slots:
     angles = rotation(torch.arange(LENGTH).unsqueeze(0), layer.rotated, 10000.0, dtype)
-    return Slots(LENGTH, angles, log_w, mask)
+    return Slots(LENGTH, angles, log_w, segments)
 
 
 def turn(x: Tensor, rotated: int) -> Tensor:
@@ -74,11 +75,12 @@ def random_log_w() -> Tensor:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("head_size", [8, 24, 64])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_folded_equals_explicit_mask(dtype, tolerance, heads, kv_heads, head_size, family, masked):
+@pytest.mark.parametrize("documents", [False, True])
+def test_folded_equals_explicit_mask(dtype, tolerance, heads, kv_heads, head_size, family, documents):
     layer = build(heads, kv_heads, head_size, family)
-    mask = None
-    if masked:  # two documents
+    mask = segments = None
+    if documents:  # two in each of both sequences
+        segments = Segments.of(torch.tensor([0, 5, 12, 17, 24]), BATCH * LENGTH, LENGTH)
         document = (torch.arange(LENGTH) > 4).long()
         mask = ((document[:, None] == document) & torch.ones(LENGTH, LENGTH).tril().bool()).expand(BATCH, 1, -1, -1)
     results = []
@@ -88,7 +90,7 @@ def test_folded_equals_explicit_mask(dtype, tolerance, heads, kv_heads, head_siz
         x = random(BATCH, LENGTH, heads * head_size).to(kind).requires_grad_()
         log_w = random_log_w().to(kind).requires_grad_()
         if not results:
-            y = layer(x, slots_for(layer, kind, log_w, mask))
+            y = layer(x, slots_for(layer, kind, log_w, segments))
         else:
             y = oracle(layer, x, log_w, mask)
         (y * random(*y.shape, seed=2).to(kind)).sum().backward()

@@ -1,4 +1,6 @@
-"""Positions and masks against a naive loop."""
+"""Positions and segments against a naive loop."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,28 +23,28 @@ token_batches = st.integers(1, 9).flatmap(
 def test_positions_without_documents():
     geometry = Geometry.of(torch.tensor([[EOD, 1, EOD, 2]]), None)
     assert geometry.positions_BL.tolist() == [[0, 1, 2, 3]]
-    assert geometry.mask(3) is None
+    assert geometry.segments(3) is None
 
 
 @unhurried
 @given(batch=token_batches, slots=st.integers(1, 3))
-def test_positions_and_masks_of_documents(batch, slots):
+def test_positions_and_segments_of_documents(batch, slots):
     geometry = Geometry.of(torch.tensor(batch), EOD)
+    bounds = [0]
     for row, tokens in enumerate(batch):
-        position, document, positions, documents = 0, 0, [], []
-        for token in tokens:
+        position, positions = 0, []
+        for index, token in enumerate(tokens, 1):
             positions.append(position)
-            documents.append(document)
             position += 1
-            if token == EOD:  # belongs to the document that it ends
-                position, document = 0, document + 1
+            if token == EOD or index == len(tokens):  # an end belongs to the document that it ends
+                bounds.append(bounds[-1] + position)
+                position = 0
         assert geometry.positions_BL[row].tolist() == positions
-        mask = geometry.mask(slots)[row, 0]
-        assert mask.shape == (len(tokens) * slots, len(tokens) * slots)
-        for query in range(len(tokens) * slots):
-            for key in range(len(tokens) * slots):
-                visible = key <= query and documents[key // slots] == documents[query // slots]
-                assert bool(mask[query, key]) == visible
+    segments = geometry.segments(slots)
+    assert segments.bounds.tolist() == [slots * bound for bound in bounds]
+    assert segments.longest == slots * len(batch[0])
+    for begin, end in pairwise(segments.bounds.tolist()):
+        assert (segments.starts[begin:end] == begin).all() and (segments.ends[begin:end] == end).all()
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])

@@ -1,0 +1,122 @@
+"""Causal attention within segments on CPUs: PyTorch's kernel for one segment after another, none of which sees another.
+
+An operation of its own, so that a compiler has one graph for any number of segments, and one output is kept for all.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_ponder.kernels.segments import Segments
+
+# Segments that are this short share calls with their neighbours, in which a mask keeps them apart.
+SHORT = 32
+
+
+class _Piece(NamedTuple):
+    """Slots that one call computes.
+
+    Attributes:
+        begin, end: the slots.
+        shared: they are of several segments.
+    """
+
+    begin: int
+    end: int
+    shared: bool
+
+    def of(self, x_TND: Tensor) -> Tensor:
+        """Its slots, heads first, as a view (1, N, slots, D)."""
+        return x_TND[self.begin : self.end].transpose(0, 1).unsqueeze(0)
+
+    def seeing(self, starts_T: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """How the call is told who sees whom."""
+        if not self.shared:
+            return {"is_causal": True}
+        places = torch.arange(self.begin, self.end)
+        visible = (places >= starts_T[self.begin : self.end, None]) & (places <= places[:, None])
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+        return {"is_causal": False, "attn_mask": mask[None, None]}
+
+
+def segmented_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, scale: float, segments: Segments) -> Tensor:
+    """Attention from every slot to those of its segment up to itself; memory grows with T, not with its square.
+
+    Args:
+        q_TND: queries of N heads.
+        k_TMD, v_TMD: keys and values of M heads; M divides N.
+        scale: factor on the logits.
+        segments: of the T slots.
+
+    Returns:
+        (T, N, D).
+    """
+    return _attend(q_TND, k_TMD, v_TMD, segments.bounds, segments.starts, scale)[0]
+
+
+def _pieces(bounds: list[int]) -> Iterator[_Piece]:
+    """Every segment by itself, but short ones together."""
+    begin = count = 0
+    for last, end in pairwise(bounds):
+        if count and end - begin > SHORT:
+            yield _Piece(begin, last, count > 1)
+            begin, count = last, 0
+        count += end > last
+    if count:
+        yield _Piece(begin, bounds[-1], count > 1)
+
+
+@torch.library.custom_op("megatron_ponder::segmented_attention", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The output (T, N, D), and the log of every query's sum of exponentials (N, T)."""
+    out, log_sums = _attend_fake(q, k, v, bounds, starts, scale)
+    for piece in _pieces(bounds.tolist()):
+        computed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *map(piece.of, (q, k, v)), scale=scale, **piece.seeing(starts, q.dtype)
+        )
+        piece.of(out).copy_(computed)
+        log_sums[:, piece.begin : piece.end] = log_sum[0]
+    return out, log_sums
+
+
+@_attend.register_fake
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, starts: Tensor, scale: float) -> tuple:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+
+
+@torch.library.custom_op("megatron_ponder::segmented_attention_backward", mutates_args=())
+def _differentiate(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, bounds: Tensor, starts: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = _differentiate_fake(grad, q, k, v, out, log_sums, bounds, starts, scale)
+    for piece in _pieces(bounds.tolist()):
+        computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *map(piece.of, (grad, q, k, v, out)), log_sums[None, :, piece.begin : piece.end].contiguous(), 0.0,
+            scale=scale, **piece.seeing(starts, q.dtype)
+        )  # fmt: skip
+        for whole, part in zip(gradients, computed, strict=True):
+            piece.of(whole).copy_(part)
+    return gradients
+
+
+@_differentiate.register_fake
+def _differentiate_fake(grad, q, k, v, out, log_sums, bounds, starts, scale) -> tuple:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:
+    q, k, v, bounds, starts, out, log_sums = ctx.saved_tensors
+    return *_differentiate(grad, q, k, v, out, log_sums, bounds, starts, ctx.scale), None, None, None
+
+
+_attend.register_autograd(_backward, setup_context=_keep)
