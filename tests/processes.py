@@ -23,7 +23,8 @@ from tests import REPOSITORY
 IMPORTED = ["megatron_ponder.training.trainer", "megatron_ponder.commands.generate", "megatron_ponder.commands.serve"]
 IMPORTED += ["jsonargparse", "matplotlib.backends.backend_agg", "matplotlib.pyplot", "deepspeed", "tests.distributed"]
 # What DeepSpeed imports when it builds an engine, with all of PyTorch's compiler; other versions may have other names.
-IMPORTED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
+IMPORTED += ["deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"]
+IMPORTED += ["deepspeed.comm.mori", "pytest", "tests.warm"]
 # Where a test says nothing else, processes compute on one thread each, and on no GPU.
 SMALL = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
