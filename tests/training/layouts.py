@@ -56,7 +56,7 @@ class Layout:
     zero_stage: int = 1
 
     def config(self, case: dict) -> Config:
-        """Of a run with the given overrides; four micro-batches on every data-parallel rank unless they differ."""
+        """Of a run with the given overrides; two micro-batches a data rank, four in a pipeline, unless they say."""
         values = {
             "model__num_layers": self.pipeline + 1,  # some ranks have more blocks than others
             "model__init_std": 0.05,
@@ -66,7 +66,7 @@ class Layout:
             "optimizer__gradient_clipping": 0.3,
             # Adam would make steps of full size of gradients that are 0 but for rounding, as key biases have
             "optimizer__epsilon": 1e-4,
-            "training__global_batch_size": 8 * self.data,
+            "training__global_batch_size": (8 if self.pipeline > 1 else 4) * self.data,
             "training__micro_batch_size": 2,
             "training__precision": "fp32",
             "parallel__tensor": self.tensor,

@@ -29,7 +29,7 @@ from megatron_ponder.training import objective, trainer
 from megatron_ponder.training.loss_spikes import LossSpikes
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.finished_runs import alone, tiny_arguments
+from tests.finished_runs import alone, tiny_arguments, undrawn
 from tests.training.test_preemption import AfterLooks
 from tests.training.test_resume import essentials, final_state
 from tests.training.test_skipped_steps import faulty
@@ -54,9 +54,9 @@ class Attempt:
     printed: str
 
 
-def attempt(mesh: Mesh, arguments: list[str], signals=None) -> Attempt:
+def attempt(mesh: Mesh, arguments: list[str], signals=None, drawn: bool = False) -> Attempt:
     printed, end = io.StringIO(), "finished"
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), nullcontext() if drawn else undrawn():
         try:
             train(read_config(arguments), mesh.device, signals)
         except (UserError, Preempted) as error:
@@ -167,7 +167,7 @@ def everything(mesh: Mesh, folder: Path, commands: dict[str, list[str]]) -> dict
     """All faults, one after another, because a start of ranks takes longer than the rest."""
     seen = {}
     with bad_gradients(3):
-        seen["skipped"] = attempt(mesh, commands["skipped"])
+        seen["skipped"] = attempt(mesh, commands["skipped"], drawn=True)
     with bad_gradients(3):
         seen["stopped"] = attempt(mesh, commands["resumed"], AfterLooks(4))
     seen["resumed"] = attempt(mesh, commands["resumed"])

@@ -11,7 +11,7 @@ from megatron_ponder.runs.metrics import read_metrics
 from tests.distributed import run_distributed
 from tests.finished_runs import tiny_arguments, train_in_turn
 
-SAVED, STEPS = 3, 8
+SAVED, STEPS = 2, 5
 
 
 class Layout(NamedTuple):
@@ -49,6 +49,7 @@ def command(corpus, run_dir: Path, layout: Layout, **overrides) -> list[str]:
         parallel__tensor=layout.tensor,
         parallel__pipeline=layout.pipeline,
         parallel__replica_check_interval=2,
+        logging__own_losses_interval=0,
         **dict(layout.overrides),
         **overrides,
     )
