@@ -2,12 +2,14 @@
 
     python benchmarks/pipeline_schedule.py [--rounds 3] [--length 64]
 
-First, every rank's table of actions is taken from the schedule itself and played through without communication: an
-action starts when its rank is free and the stage that it depends on has finished. A forward pass takes 1, a backward
-pass 2, half of it for the gradients of inputs and half for those of weights where these are apart; once the same in
-every pass of the model, once in proportion to the slots of a pass, of which growth passes have fewer. Beside it: the
-share (P − 1) / (passes · M + P − 1) of a ring that P ranks fill once for all passes of M micro-batches, and
-(P − 1) / (M + P − 1), that of a pipeline that is emptied after every pass.
+First, every rank's table of actions is taken from the schedule itself and played through: an action starts when its
+rank is free and the stage that it depends on has finished. A forward pass takes 1, a backward pass 2, half of it for
+the gradients of inputs and half for those of weights where these are apart; once the same in every pass of the model,
+once in proportion to the slots of a pass, of which growth passes have fewer. Beside it: the share
+(P − 1) / (passes · M + P − 1) of a ring that P ranks fill once for all passes of M micro-batches, and
+(P − 1) / (M + P − 1), that of a pipeline that is emptied after every pass. By slots it is counted twice more with sends
+and receives that wait for each other as NCCL's do (`benchmarks/rendezvous_sends.py`), on one stream for a rank and on
+one for every edge of the ring and direction, which is how they are sent.
 
 Then two ranks of one thread each train a llama of 10 million parameters (hidden 256, 8 layers, 4 heads, ffn 688,
 vocabulary 8192, adaptive, K = 2, R = 1) on M micro-batches of one sequence. They take turns with one rank alone that
@@ -18,136 +20,53 @@ ratios within a round.
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, read_config
+from megatron_ponder.estimates.schedule_walk import idle_share
 from megatron_ponder.model.passes import pass_slots
-from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule
+from megatron_ponder.parallel.pipeline import ScheduleKind
 from megatron_ponder.parallel.process_group import process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
 from benchmarks.measuring import SMALL_LLAMA, by_name, on_ranks, ratio, rounds_of
+from benchmarks.rendezvous_sends import busy_share
 from benchmarks.two_ranks import Step
 
 KINDS: tuple[ScheduleKind, ...] = ("1f1b", "zero_bubble")
-COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # forward; backward: whole, of inputs, of weights
 STEPS, REFINEMENTS = 2, 1
-
-
-class Action(NamedTuple):
-    """What a rank does next; `kind` is a key of `COSTS`."""
-
-    stage: int
-    kind: str
-    micro_batch: int
-
-
-def actions_of(kind: ScheduleKind, ranks: int, micro_batches: int, passes: int) -> dict[int, list[Action]]:
-    """Each rank's actions in the order of the schedule that training builds, without sends and receives."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        schedule = build_schedule(
-            rounds=[nn.Identity() for _ in range(passes)],
-            carried=[1] * (passes * ranks - 1),
-            first_input=torch.zeros(1),
-            last_output=torch.zeros(1),
-            dtype=torch.float32,
-            micro_batches=micro_batches,
-            axis=Axis(ranks, 0, dist.group.WORLD),
-            device=torch.device("cpu"),
-            kind=kind,
-            loss_function=lambda output, _: output,
-        )
-    finally:
-        dist.destroy_process_group()
-    return {
-        rank: [Action(a.stage_index, a.computation_type.value, a.microbatch_index) for a in actions if a.is_compute_op]
-        for rank, actions in schedule.pipeline_order_with_comms.items()
-    }
-
-
-def idle_share(actions: Mapping[int, Sequence[Action]], duration: Callable[[Action], float]) -> float:
-    """Share of all ranks' time, from the first action to the last, in which they do nothing.
-
-    Raises:
-        ValueError: if the ranks wait for each other for ever.
-    """
-    last_stage = max(action.stage for own in actions.values() for action in own)
-    free, finished = dict.fromkeys(actions, 0.0), {}
-    waiting = {rank: list(reversed(own)) for rank, own in actions.items()}
-    while any(waiting.values()):
-        before = len(finished)
-        for rank, own in waiting.items():
-            while own and all(need in finished for need in _needs(own[-1], last_stage)):
-                action = own.pop()
-                start = max([free[rank], *(finished[need] for need in _needs(action, last_stage))])
-                free[rank] = finished[_result(action)] = start + duration(action)
-        if len(finished) == before:
-            raise ValueError(f"nothing can start of {[own[-1] for own in waiting.values() if own]}")
-    busy = sum(duration(action) for own in actions.values() for action in own)
-    return 1 - busy / (len(actions) * max(free.values()))
-
-
-def _result(action: Action) -> tuple[str, int, int]:
-    """What others wait for: of a backward pass in two parts, the gradients of the inputs."""
-    return "I" if action.kind == "B" else action.kind, action.stage, action.micro_batch
-
-
-def _needs(action: Action, last_stage: int) -> list[tuple[str, int, int]]:
-    kind, stage, micro_batch = _result(action)
-    if kind == "F":
-        return [("F", stage - 1, micro_batch)] if stage else []
-    if kind == "W":
-        return [("I", stage, micro_batch)]
-    return [("F", stage, micro_batch)] + ([("I", stage + 1, micro_batch)] if stage < last_stage else [])
-
-
-def idle_of(kind: ScheduleKind, ranks: int, micro_batches: int, plan: Sequence[int]) -> tuple[float, float]:
-    """Idle share with passes that take the same time, and with passes that take time in proportion to their slots."""
-    actions = actions_of(kind, ranks, micro_batches, len(plan))
-    even = idle_share(actions, lambda action: COSTS[action.kind])
-    return even, idle_share(actions, lambda action: COSTS[action.kind] * plan[action.stage // ranks])
 
 
 def print_counted(console: Console) -> None:
     """The table of idle shares."""
     for title, plan in (("vanilla", pass_slots(0, 0)), ("K = 3, R = 2", pass_slots(3, 2))):
         table = Table(title=f"Idle share, {title}: passes of {', '.join(map(str, plan))} slots")
-        for heading in (
-            "schedule",
-            "P",
-            "M",
-            "formula",
-            "equal passes",
-            "/ formula",
-            "by slots",
-            "/ formula",
-            "emptied",
-        ):
+        headings = ("formula", "equal passes", "by slots", "/ formula", "one stream", "stream an edge", "emptied")
+        for heading in ("schedule", "P", "M", *headings):
             table.add_column(heading, justify="left" if heading == "schedule" else "right")
-        for kind in KINDS:
-            for ranks in (2, 4, 8):
-                for micro_batches in (ranks, 2 * ranks, 4 * ranks):
-                    formula = (ranks - 1) / (len(plan) * micro_batches + ranks - 1)
-                    emptied = (ranks - 1) / (micro_batches + ranks - 1)
-                    even, by_slots = idle_of(kind, ranks, micro_batches, plan)
-                    shares = (formula, even, even / formula, by_slots, by_slots / formula, emptied)
-                    texts = [f"{x:.2f}" if index in (2, 4) else f"{x:.1%}" for index, x in enumerate(shares)]
-                    table.add_row(kind, str(ranks), str(micro_batches), *texts)
+        for kind, ranks, times in product(KINDS, (2, 4, 8), (1, 2, 4)):
+            shares = _idle_shares(kind, ranks, ranks * times, plan)
+            texts = [
+                f"{x:.2f}" if name == "/ formula" else f"{x:.1%}" for name, x in zip(headings, shares, strict=True)
+            ]
+            table.add_row(kind, str(ranks), str(ranks * times), *texts)
         console.print(table)
+
+
+def _idle_shares(kind: ScheduleKind, ranks: int, micro_batches: int, plan: tuple[int, ...]) -> tuple[float, ...]:
+    formula, emptied = ((ranks - 1) / (runs + ranks - 1) for runs in (len(plan) * micro_batches, micro_batches))
+    even, by_slots = (idle_share(kind, ranks, micro_batches, slots) for slots in ((1,) * len(plan), plan))
+    streams = (1 - busy_share(kind, ranks, micro_batches, plan, name) for name in ("rank", "edge"))
+    return formula, even, by_slots, by_slots / formula, *streams, emptied
 
 
 class Layout(NamedTuple):
@@ -212,7 +131,7 @@ def print_timed(console: Console, rounds: int, length: int) -> None:
         speedup = ratio(times[micro_batches, "one rank"], seconds)
         ideal = 1.0 if layout.alone else 2.0
         if layout.pipeline > 1:
-            ideal *= 1 - idle_of(layout.schedule, 2, micro_batches, plan)[1]
+            ideal *= 1 - idle_share(layout.schedule, 2, micro_batches, plan)
         median = statistics.median(seconds)
         table.add_row(
             str(micro_batches), name, f"{median:.2f}", f"{speedup:.2f}", f"{ideal:.2f}", f"{speedup / ideal:.0%}"

@@ -14,7 +14,8 @@ from megatron_ponder.estimates.communication import Formula
 from megatron_ponder.estimates.computation import Computation, Work
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD, training_flops
 from megatron_ponder.estimates.links import Links, collective_seconds
-from megatron_ponder.estimates.rank import Rank, places, slots_of_passes
+from megatron_ponder.estimates.rank import Rank, places
+from megatron_ponder.estimates.schedule_walk import idle_share
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,12 @@ class StepTime:
         return self.flops / self.total / (cluster.ranks * cluster.peak)
 
 
-def bubble_share(pipeline: int, micro_batches: int, passes: int) -> float:
-    """Share of a step in which a pipeline rank waits: (P − 1) / (passes · M + P − 1), if M ≥ P.
-
-    The ring is filled and emptied once for all passes of all micro-batches; `benchmarks/pipeline_schedule.py` counts
-    this from the schedules that run. With fewer micro-batches than ranks, a micro-batch comes round only after P
-    stages, so that a step has passes · P + M − 1 of them in place of passes · M + P − 1.
-    """
-    stages = passes * max(micro_batches, pipeline) + min(micro_batches, pipeline) - 1
-    return 1 - passes * micro_batches / stages
-
-
 def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
     """The step of one place in the pipeline, if it waits for others in the bubble alone.
 
     Tensor ranks wait for every collective, and pipeline ranks for what they receive.
     """
-    config, count, passes = rank.config, rank.micro_batches, len(slots_of_passes(rank.config, refinements))
+    config, count = rank.config, rank.micro_batches
     computation, links = Computation(rank, cluster, refinements), Links(rank, cluster)
     work, first_backward = computation.micro_batch()
     collectives: Counter[tuple[str, str]] = Counter()
@@ -77,7 +67,7 @@ def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
         during["waited" if term.axis in ("tensor", "pipeline") else term.during] += seconds
     hidden = _hidden(rank, during, work, first_backward)
     sums, waited = computation.gradient_sums(), during.pop("waited", 0.0)
-    share = bubble_share(rank.axes["pipeline"], count, passes)
+    share = idle_share(config.parallel.pipeline_schedule, rank.axes["pipeline"], count, rank.chain.plan(refinements))
     parts = {
         "matrices": count * work.matrices,
         "attention": count * work.attention,

@@ -43,6 +43,11 @@ class _Outbox:
             self._works.popleft().wait()
 
 
+def outbox_limit(ranks: int) -> int:
+    """Sends of a rank that may be under way in a pipeline of so many ranks."""
+    return 2 * ranks
+
+
 class _Stage(PipelineStage):
     """A stage that holds what it sends and receives no longer than it is needed.
 
@@ -126,6 +131,11 @@ def _forget(infos) -> None:
             info.buffer = None
 
 
+def schedule_class(kind: ScheduleKind) -> type[PipelineScheduleMulti]:
+    """PyTorch's schedule of that name."""
+    return ScheduleInterleaved1F1B if kind == "1f1b" else ScheduleInterleavedZeroBubble
+
+
 def build_schedule(
     rounds: Sequence[nn.Module],
     carried: Sequence[int],
@@ -160,7 +170,7 @@ def build_schedule(
     grad = loss_function is not None
     between = [torch.empty(size, dtype=dtype, device="meta", requires_grad=grad) for size in carried]
     ends = [first_input.to("meta"), *between, last_output.to("meta").requires_grad_(grad)]
-    outbox = _Outbox(limit=2 * axis.size)
+    outbox = _Outbox(outbox_limit(axis.size))
     stages = [
         _Stage(
             module,
@@ -176,7 +186,7 @@ def build_schedule(
         )
         for index, module in zip(range(axis.rank, count, axis.size), rounds, strict=True)
     ]
-    schedule = ScheduleInterleaved1F1B if kind == "1f1b" or not grad else ScheduleInterleavedZeroBubble
+    schedule = schedule_class(kind if grad else "1f1b")
     return schedule(stages, micro_batches, loss_fn=loss_function, scale_grads=False)
 
 

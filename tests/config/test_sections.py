@@ -34,9 +34,9 @@ from megatron_ponder.config import (
     validate,
 )
 from megatron_ponder.config.layout import fits_schedule
+from megatron_ponder.estimates.schedule_walk import stages_on_paper
 from megatron_ponder.model.ponder import PonderLM
 from tests import REPOSITORY
-from tests.parallel.schedule_stages import schedule_stages
 
 EXAMPLES = REPOSITORY / "examples" / "configs"
 
@@ -540,7 +540,7 @@ def test_micro_batches_that_make_no_rounds_are_refused(batch, rounds, fits):
 @given(pipeline=st.integers(2, 5), count=st.integers(1, 14), passes=st.integers(1, 5), zero_bubble=st.booleans())
 @settings(deadline=None, max_examples=40)
 def test_the_rule_for_micro_batches_is_that_of_the_schedules(pipeline, count, passes, zero_bubble):
-    stages = schedule_stages(pipeline, passes)
+    stages = stages_on_paper(pipeline, passes)
     schedule = ScheduleInterleavedZeroBubble if zero_bubble else ScheduleInterleaved1F1B
     if fits_schedule(count, pipeline):
         assert len(schedule(stages, count, loss_fn=torch.sum).pipeline_order) == pipeline

@@ -14,6 +14,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.estimates.activations import most_in_flight, pass_bytes, passes
 from megatron_ponder.estimates.memory import held_gradient_bytes, loss_bytes, memory_estimate, running_moments
 from megatron_ponder.estimates.rank import Rank
+from megatron_ponder.estimates.schedule_walk import stages_on_paper
 from megatron_ponder.model.build import build_part
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
@@ -21,7 +22,6 @@ from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
-from tests.parallel.schedule_stages import schedule_stages
 
 BATCH, LENGTH, VOCABULARY, R = 2, 48, 500, 1
 TOO_LARGE_TO_BE_TOUCHED = 500_000_000
@@ -166,7 +166,7 @@ def test_what_is_in_flight_is_what_the_schedule_runs(pipeline, count, mode, sche
     )
     kind = ScheduleInterleaved1F1B if schedule == "1f1b" else ScheduleInterleavedZeroBubble
     sizes = [float(2**index) for index in range(len(Rank(config).plan))]
-    stages = schedule_stages(pipeline, len(sizes))
+    stages = stages_on_paper(pipeline, len(sizes))
     order = kind(stages, count, loss_fn=torch.sum).pipeline_order
     frees = "FULL_BACKWARD" if schedule == "1f1b" else "BACKWARD_WEIGHT"
     for place in range(pipeline):

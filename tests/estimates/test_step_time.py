@@ -8,7 +8,8 @@ from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.estimates.rank import places
-from megatron_ponder.estimates.step_time import bubble_share, step_time
+from megatron_ponder.estimates.schedule_walk import idle_share
+from megatron_ponder.estimates.step_time import step_time
 from tests.models import small_config
 
 FAST = 1e30
@@ -57,23 +58,19 @@ def test_tensor_ranks_divide_the_work():
     assert step_time(config_for(parallel__tensor=2), 16, CLUSTER).parts["collectives"] > 0
 
 
-@pytest.mark.parametrize(("pipeline", "count", "passes"), [(2, 2, 1), (4, 8, 1), (4, 16, 6), (8, 8, 7), (1, 4, 3)])
-def test_the_bubble_is_shared_by_all_passes(pipeline, count, passes):
-    assert bubble_share(pipeline, count, passes) == pytest.approx((pipeline - 1) / (passes * count + pipeline - 1))
-
-
-def test_a_single_micro_batch_keeps_one_rank_busy_at_a_time():
-    for pipeline in (2, 4):
-        for passes in (1, 5):
-            assert bubble_share(pipeline, 1, passes) == pytest.approx(1 - 1 / pipeline)
-
-
-def test_a_pipeline_waits_as_long_as_the_formula_says():
-    # 128 micro-batches on each of 2 copies, six passes
-    config = config_for(parallel__pipeline=4, training__micro_batch_size=1, ponder_training__jacobi_iterations=2)
-    parts = step_time(config, 2, IDEAL).parts
-    busy = parts["matrices"] + parts["attention"]
-    assert parts["bubble"] / (busy + parts["bubble"]) == pytest.approx(3 / (6 * 128 + 3), rel=1e-6)
+def test_a_pipeline_waits_as_long_as_its_schedule_says():
+    # 128 micro-batches on each of 2 copies; passes of equal length wait as the formula says, growth passes longer
+    shares = {}
+    for mode in ("loop", "adaptive"):
+        config = config_for(
+            parallel__pipeline=4, training__micro_batch_size=1, ponder__mode=mode, ponder_training__jacobi_iterations=2
+        )
+        parts = step_time(config, 2, IDEAL).parts
+        busy = parts["matrices"] + parts["attention"]
+        shares[mode] = parts["bubble"] / (busy + parts["bubble"])
+    assert shares["loop"] == pytest.approx(3 / (4 * 128 + 3), rel=1e-6)
+    assert shares["adaptive"] == pytest.approx(idle_share("1f1b", 4, 128, (1, 2, 3, 4, 4, 4)))
+    assert shares["adaptive"] > 3 * 3 / (6 * 128 + 3)
 
 
 def test_reductions_hide_where_the_backward_pass_of_the_first_pass_is_long_enough():

@@ -1,0 +1,129 @@
+"""How busy a pipeline keeps its ranks: the schedules that run, played through on paper with passes of unequal length.
+
+Symbols: P pipeline ranks, M micro-batches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
+
+from megatron_ponder.parallel.pipeline import ScheduleKind, schedule_class
+
+# Time of a forward pass over one slot, and of its backward pass: whole, of inputs, of weights.
+COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+# Rounds of P micro-batches after which every further round takes as long as the one before.
+WALKED_ROUNDS = {"1f1b": 2, "zero_bubble": 3}
+
+
+class Action(NamedTuple):
+    """What a rank computes next; `kind` is a key of `COSTS`."""
+
+    stage: int
+    kind: str
+    micro_batch: int
+
+
+def stages_on_paper(pipeline: int, passes: int) -> list[SimpleNamespace]:
+    """One stage for each pass on the first of so many pipeline ranks, as far as a schedule looks when it is made."""
+    ranks = {stage: stage % pipeline for stage in range(passes * pipeline)}
+    return [
+        SimpleNamespace(
+            group_size=pipeline,
+            group_rank=0,
+            group=None,
+            stage_index=index * pipeline,
+            num_stages=len(ranks),
+            stage_index_to_group_rank=ranks,
+            is_first=index == 0,
+            is_last=False,
+            has_backward=True,
+            submod=None,
+        )
+        for index in range(passes)
+    ]
+
+
+def orders(kind: ScheduleKind, pipeline: int, micro_batches: int, passes: int) -> dict[int, list[Action]]:
+    """What every rank computes, in the order of the schedule that training builds."""
+    schedule = _computations(schedule_class(kind))(stages_on_paper(pipeline, passes), micro_batches, loss_fn=max)
+    return {
+        rank: [Action(a.stage_index, a.computation_type.value, a.microbatch_index) for a in actions if a is not None]
+        for rank, actions in schedule.pipeline_order.items()
+    }
+
+
+@cache
+def _computations(base: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
+    """The same schedule without its sends and receives, which take most of the time in which it is made."""
+    return type(f"{base.__name__}OnPaper", (base,), {"_prepare_schedule_with_comms": lambda *args, **kwargs: None})
+
+
+def step_length(actions: Mapping[int, Sequence[Action]], duration: Callable[[Action], float]) -> float:
+    """Time from the first action to the last: each starts when its rank is free and what it needs has finished.
+
+    Raises:
+        ValueError: if the ranks wait for each other for ever.
+    """
+    last_stage = max(action.stage for own in actions.values() for action in own)
+    free, finished = dict.fromkeys(actions, 0.0), {}
+    waiting = {rank: list(reversed(own)) for rank, own in actions.items()}
+    while waiting:
+        before = len(finished)
+        for rank, own in list(waiting.items()):
+            while own:
+                needs = [finished.get(need) for need in _needs(own[-1], last_stage)]
+                if None in needs:
+                    break
+                action = own.pop()
+                free[rank] = finished[_result(action)] = max(free[rank], *needs, 0.0) + duration(action)
+            if not own:
+                del waiting[rank]
+        if len(finished) == before:
+            raise ValueError(f"nothing can start of {[own[-1] for own in waiting.values()]}")
+    return max(free.values())
+
+
+def _result(action: Action) -> tuple[str, int, int]:
+    """What others wait for: of a backward pass in two parts, the gradients of the inputs."""
+    return "I" if action.kind == "B" else action.kind, action.stage, action.micro_batch
+
+
+def _needs(action: Action, last_stage: int) -> list[tuple[str, int, int]]:
+    kind, stage, micro_batch = _result(action)
+    if kind == "F":
+        return [("F", stage - 1, micro_batch)] if stage else []
+    if kind == "W":
+        return [("I", stage, micro_batch)]
+    return [("F", stage, micro_batch)] + ([("I", stage + 1, micro_batch)] if stage < last_stage else [])
+
+
+def idle_share(kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...]) -> float:
+    """Share of a step in which ranks wait for each other, if passes take time in proportion to their slots.
+
+    Micro-batches run in max(1, M // P) rounds. They are played through; of rounds of P only the first, because the
+    others repeat the last of these. Messages take no time here, and hold nothing up but what reads them.
+
+    Args:
+        kind: of schedule.
+        pipeline: P.
+        micro_batches: M.
+        plan: slots of every pass.
+    """
+    if pipeline == 1:
+        return 0.0
+    rounds = max(1, micro_batches // pipeline)
+    size = micro_batches // rounds
+    walked = WALKED_ROUNDS[kind] if size == pipeline else rounds
+    whole = _length(kind, pipeline, min(rounds, walked) * size, plan)
+    if rounds > walked:
+        whole += (rounds - walked) * (whole - _length(kind, pipeline, (walked - 1) * size, plan))
+    return 1 - (COSTS["F"] + COSTS["B"]) * sum(plan) * micro_batches / whole
+
+
+@cache
+def _length(kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...]) -> float:
+    every = orders(kind, pipeline, micro_batches, len(plan))
+    return step_length(every, lambda action: COSTS[action.kind] * plan[action.stage // pipeline])
