@@ -33,6 +33,8 @@ from megatron_ponder.runs.progress_bar import RunProgress
 from megatron_ponder.runs.run_log import RunLog
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.schedules import StepPlan
+from megatron_ponder.training.step_costs import StepCosts
 from megatron_ponder.training.step_watch import StepWatch
 from megatron_ponder.training.validation import measure_each_step
 
@@ -84,11 +86,15 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
         mesh = build_mesh(device, ParallelConfig())
         model = PonderLM(config.model, config.ponder, mesh)
         initialize(model, seed=0)
-        engine, watch = Engine(Objective(model), config, mesh), StepWatch(config, mesh, model.transformer)
+        engine, watch = (
+            Engine(Objective(model), config, mesh),
+            StepWatch(config, mesh, model.transformer, StepCosts(config)),
+        )
         leader = dist.get_rank() == 0
         log = MetricsLog(Path(folder), config.logging, 0) if leader else None
         progress = RunProgress(steps, 0, interval=1, log=RunLog(Path(folder))) if leader else nullcontext()
         tokens = torch.randint(0, 8192, (BATCH // 2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+        plan = StepPlan(1e-4, REFINEMENTS, engine.rule("soft"), 0.0)
         with progress:
             for step in range(1, steps + 1):
                 clock, own_clock, begun = Stopwatch(), Stopwatch(), time.perf_counter()
@@ -100,9 +106,10 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
                 clock(watch.mark)
                 norm = engine.step(1e-4)
                 clock(watch.mark)
-                measured, _ = clock(watch.end, REFINEMENTS)
+                measured, _ = clock(watch.end, plan)
                 record = {
                     "step": step,
+                    "steps_left": steps - step,
                     "loss": 1.0,
                     "grad_norm": norm,
                     "mean_latent_steps": 1.0,

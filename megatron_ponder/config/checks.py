@@ -65,10 +65,16 @@ def _validate_ponder(config: Config) -> None:
         f"ponder.mode {ponder.mode} needs ponder.latent_steps of at least 1, not {ponder.latent_steps}; "
         "for a model without latent steps set ponder.mode to vanilla",
     )
+    weights = training.jacobi_iterations.values() if isinstance(training.jacobi_iterations, dict) else ()
     _require(
-        len(training.refinement_choices) > 0,
-        f"ponder_training.jacobi_iterations is {training.jacobi_iterations}; give a number from 0 up, or a list to "
-        "draw from",
+        len(training.refinement_choices) > 0 and 0 not in weights,
+        f"ponder_training.jacobi_iterations is {training.jacobi_iterations}; give a number from 0 up, a list to draw "
+        "from, or numbers with the weight of each, from 1 up",
+    )
+    _require(
+        training.latent_start == 0 or ponder.mode != "pause",
+        f"ponder_training.latent_start {training.latent_start} has no meaning with ponder.mode pause, whose output is "
+        "read from its pauses; leave it out",
     )
     _require(
         training.penalty_start <= training.penalty_end,

@@ -85,7 +85,8 @@ def check_ranges(section: Any, name: str = "") -> None:
     for item in fields(section):
         key = f"{name}.{item.name}" if name else item.name
         held = getattr(section, item.name)
-        several = isinstance(held, (list, tuple))
+        several = isinstance(held, (list, tuple, dict))
+        held = [*held, *held.values()] if isinstance(held, dict) else held
         for position, value in enumerate(held if several else [held]):
             if is_dataclass(value):
                 check_ranges(value, f"{key}[{position}]" if several else key)

@@ -105,7 +105,7 @@ def _values(kind: Any) -> str:
         return f"{{{','.join(parts)}}}"
     if get_origin(kind) in (Union, types.UnionType):
         return "|".join(dict.fromkeys(map(_values, parts)))
-    return "LIST" if get_origin(kind) in (list, tuple) else _VALUES[kind]
+    return {list: "LIST", tuple: "LIST", dict: "MAPPING"}.get(get_origin(kind)) or _VALUES[kind]
 
 
 def _default(item: Field) -> str:

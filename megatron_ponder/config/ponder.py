@@ -44,10 +44,14 @@ class PonderConfig:
 class PonderTrainingConfig:
     """How a model learns to use its latent steps; a run that goes on may change it."""
 
-    jacobi_iterations: int | list[int] = number_field([2, 3], 0, 1000)
-    """R, refinement passes in training; a list is drawn from uniformly, once per optimiser step."""
+    jacobi_iterations: int | list[int] | dict[int, int] = number_field([2, 3], 0, 1000)
+    """R, refinement passes in training. A list is drawn from uniformly, once per optimiser step; of `{0: 3, 2: 5}`, 0
+    comes up three times in eight and 2 five times."""
     gradient_passes: int | None = number_field(None, 1, 1000)
     """Let gradients flow through the last so many passes only; all of them unless given."""
+    latent_start: int = number_field(0, 0, STEPS)
+    """Optimiser step at which latent steps [begin](training.md#how-many-steps); before, a step is one pass over the
+    tokens, at the cost of `vanilla`."""
     router_start: int = number_field(0, 0, STEPS)
     """Optimiser step from which the router decides; before, every token takes all latent steps, [as in `fixed`
     mode](training.md#how-many-steps)."""
@@ -68,9 +72,21 @@ class PonderTrainingConfig:
     given."""
 
     @property
+    def router_decides(self) -> int:
+        """Optimiser step from which the router decides: `router_start`, but not before latent steps begin."""
+        return max(self.latent_start, self.router_start)
+
+    @property
     def refinement_choices(self) -> tuple[int, ...]:
         """The set that R is drawn from in training."""
+        return tuple(dict.fromkeys(self.refinement_draws))
+
+    @property
+    def refinement_draws(self) -> tuple[int, ...]:
+        """What R is drawn from uniformly in training: each R as many times as its weight."""
         choices = self.jacobi_iterations
+        if isinstance(choices, dict):
+            return tuple(r for r, weight in choices.items() for _ in range(weight))
         return (choices,) if isinstance(choices, int) else tuple(choices)
 
     @property

@@ -49,13 +49,18 @@ def head_flops(config: Config) -> float:
     return 2.0 * config.data.sequence_length * _whole(config).table
 
 
-def forward_flops(config: Config, refinements: int) -> list[PassFlops]:
+def forward_flops(config: Config, refinements: int, latents: bool = True) -> list[PassFlops]:
     """Every pass of one sequence through the whole stack, router and predictions for other passes included.
 
     The head that predicts the next token is left out.
+
+    Args:
+        config: resolved, with a vocabulary size.
+        refinements: R.
+        latents: whether there are latent steps.
     """
     tokens, block, every = config.data.sequence_length, _whole(config).block, []
-    slots = slots_of_passes(config, refinements)
+    slots = slots_of_passes(config, refinements, latents)
     for index, (run, kept) in enumerate(slots):
         inner, last = (block_flops(block, tokens * run, tokens * rest) for rest in (run, kept))
         layers, final = config.model.num_layers - 1, index == len(slots) - 1
@@ -65,7 +70,7 @@ def forward_flops(config: Config, refinements: int) -> list[PassFlops]:
     return every
 
 
-def training_flops(config: Config, refinements: int) -> float:
+def training_flops(config: Config, refinements: int, latents: bool = True) -> float:
     """Model FLOPs of one optimiser step over all ranks: what the algorithm asks for, however it is carried out.
 
     Three times the forward passes, once those that `gradient_passes` cuts off, and three times the head. Not counted is
@@ -74,8 +79,9 @@ def training_flops(config: Config, refinements: int) -> float:
     Args:
         config: resolved, with a vocabulary size.
         refinements: R of the step.
+        latents: whether it has latent steps.
     """
-    passes = [flops.matrices + flops.attention for flops in forward_flops(config, refinements)]
+    passes = [flops.matrices + flops.attention for flops in forward_flops(config, refinements, latents)]
     trained = config.ponder_training.gradient_passes or len(passes)
     sequence = sum(passes[:-trained]) + FORWARD_AND_BACKWARD * (sum(passes[-trained:]) + head_flops(config))
     return config.training.global_batch_size * sequence

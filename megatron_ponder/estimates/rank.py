@@ -144,10 +144,10 @@ class Rank:
         return slots * self.tensor.share(tokens) / tokens
 
 
-def slots_of_passes(config: Config, refinements: int) -> list[PassSlots]:
-    """The slots a token of every pass of one training forward with R refinements."""
+def slots_of_passes(config: Config, refinements: int, latents: bool = True) -> list[PassSlots]:
+    """The slots a token of every pass of one training forward with R refinements, or without latent steps."""
     passes = passes_of(config.ponder)
-    plan = passes.plan(refinements)
+    plan = passes.plan(refinements, latents)
     return [PassSlots(slots, len(range(slots)[passes.kept(index, plan)])) for index, slots in enumerate(plan)]
 
 

@@ -97,7 +97,7 @@ def _hidden(rank: Rank, during: Mapping[str | None, float], work: Work, first_ba
 
 
 def step_time(config: Config, data: int, cluster: Hardware) -> StepTime:
-    """A step of a run, mean over the values of R that training draws.
+    """A step of a run that has latent steps, mean over the values of R that training draws.
 
     Args:
         config: resolved, with a vocabulary size.
@@ -105,8 +105,9 @@ def step_time(config: Config, data: int, cluster: Hardware) -> StepTime:
         cluster: that it runs on.
     """
     ranks = [Rank(config, data, place, cluster.device) for place in places(config)]
-    drawn = config.ponder_training.refinement_choices
-    return _mean([max((time_of_rank(rank, cluster, r) for rank in ranks), key=lambda time: time.total) for r in drawn])
+    choices, drawn = config.ponder_training.refinement_choices, config.ponder_training.refinement_draws
+    times = {r: max((time_of_rank(rank, cluster, r) for rank in ranks), key=lambda time: time.total) for r in choices}
+    return _mean([times[r] for r in drawn])
 
 
 def _mean(times: list[StepTime]) -> StepTime:

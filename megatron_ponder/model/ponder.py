@@ -38,12 +38,14 @@ class PonderOutput:
             sequence parallelism those of this rank's tokens.
         routing: the final pass's routing; None unless the mode is `adaptive`.
         passes: how many passes were run.
+        steps: the most latent steps that a token could take: K, or 0 under the rule `none`.
     """
 
     output_BLH: Tensor
     hidden_BLSH: Tensor
     routing: Routing | None
     passes: int
+    steps: int
 
 
 class Batch(NamedTuple):
@@ -135,7 +137,7 @@ class PonderLM(nn.Module):
             rule: how a routing is applied.
             gradient_passes: let gradients flow through the last so many passes only; None for all.
         """
-        plan = self.passes.plan(refinements)
+        plan = self.passes.plan(refinements, rule.latents)
         batch = self.read(tokens_BL)
         state = None
         for index in range(len(plan)):
@@ -159,7 +161,7 @@ class PonderLM(nn.Module):
             tolerance: largest change of a latent, relative to the largest latent, at which to stop; 16 units of
                 rounding unless given.
         """
-        if not self.passes.iterated:
+        if not (self.passes.iterated and rule.latents):
             return self.jacobi(tokens_BL, 0, rule)
         steps = self.ponder_config.steps
         batch = self.read(tokens_BL)
@@ -241,7 +243,7 @@ class PonderLM(nn.Module):
         fused = enter(self.fuse(hidden_BLSH, routing, rule), self.axis, geometry.tokens)
         if routing is not None:
             routing = Routing(*(all_tokens(part, self.axis, geometry.tokens) for part in routing))
-        return PonderOutput(fused, hidden_BLSH, routing, passes)
+        return PonderOutput(fused, hidden_BLSH, routing, passes, self.ponder_config.steps if rule.latents else 0)
 
     def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
         """The routing from what the router reads, (..., H); None unless the mode is `adaptive`."""
@@ -253,10 +255,10 @@ class PonderLM(nn.Module):
         return self.passes.leave(self.back, result, log_w, next_slots)
 
     def fuse(self, hidden_BLSH: Tensor, routing: Routing | None, rule: Rule) -> Tensor:
-        """The head's input: Σ_k s_k h_{t,k}, or without a router the hidden state of the token's last slot."""
+        """The head's input: Σ_k s_k h_{t,k} over the slots that were run; without a router, the last one's h."""
         if routing is None:
             return hidden_BLSH[:, :, -1]
-        weights = fusion_weights(routing, rule).to(hidden_BLSH.dtype)
+        weights = fusion_weights(routing, rule)[..., : hidden_BLSH.shape[2]].to(hidden_BLSH.dtype)
         return (weights.unsqueeze(-2) @ hidden_BLSH).squeeze(-2)
 
     def run_slots(self, x_TH: Tensor, positions_T: Tensor, log_w_T: Tensor, caches: Sequence[LayerCache]) -> Tensor:

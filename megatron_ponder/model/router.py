@@ -14,7 +14,7 @@ from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import on_residual
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, normal
 
-RuleKind = Literal["soft", "hard", "all"]
+RuleKind = Literal["soft", "hard", "all", "none"]
 
 
 class Routing(NamedTuple):
@@ -37,7 +37,8 @@ class Rule:
 
     Attributes:
         kind: `soft`, every step is there, with its weight; `hard`, steps beyond K̂ are not; `all`, every token takes K
-            steps, as in `fixed` mode, and the router learns nothing.
+            steps, as in `fixed` mode, and the router learns nothing; `none`, no token takes any, so that one pass over
+            the tokens is all there is, in every mode.
         threshold: τ.
         bias: α, added k times to the logit of step k.
         executed: int64 (B, L), K̂ of every token in place of what τ gives, for comparison with other choices.
@@ -47,6 +48,11 @@ class Rule:
     threshold: float
     bias: float = 0.0
     executed: Tensor | None = None
+
+    @property
+    def latents(self) -> bool:
+        """Whether there are latent steps at all."""
+        return self.kind != "none"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -95,9 +101,10 @@ def route(logits: Tensor, rule: Rule) -> Routing:
 
     log w is a reversed logcumsumexp: it keeps its value and gradient where w underflows, unlike log(clamp(w)).
     """
-    if rule.kind == "all":  # gradients are 0, and not what rounding leaves, which Adam would make large
-        logits = 0 * logits
-        logits = torch.cat([logits[..., :-1] + DEAD, logits[..., -1:]], -1)
+    if rule.kind in ("all", "none"):  # gradients are 0, and not what rounding leaves, which Adam would make large
+        certain = torch.full_like(logits, DEAD)
+        certain[..., -1 if rule.kind == "all" else 0] = 0
+        logits = 0 * logits + certain
     if rule.bias:
         logits = logits + rule.bias * torch.arange(logits.shape[-1], device=logits.device)
     tails = logits.flip(-1).logcumsumexp(-1).flip(-1)

@@ -22,16 +22,17 @@ Finish = Callable[[PonderOutput, Tensor], Tensor]
 class PassShapes:
     """Shapes of what travels, for micro-batches of one size."""
 
-    def __init__(self, ponder: PonderConfig, refinements: int, sizes: Sizes) -> None:
+    def __init__(self, ponder: PonderConfig, refinements: int, sizes: Sizes, latents: bool = True) -> None:
         """Describe `jacobi(refinements)`.
 
         Args:
             ponder: mode and steps.
             refinements: R.
             sizes: of a micro-batch.
+            latents: whether there are latent steps.
         """
         self._passes, self._sizes = passes_of(ponder), sizes
-        self.plan = self._passes.plan(refinements)
+        self.plan = self._passes.plan(refinements, latents)
 
     def within(self, index: int) -> tuple[Shape, Shape | None]:
         """The stream between two ranks of pass `index`."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_ponder.base.durations import format_duration
 from megatron_ponder.base.errors import Preempted, describe
@@ -43,11 +43,10 @@ class RunProgress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[words]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("left {task.fields[left]}"),
                 console=Console(),
             )
-            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, words="")
+            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, words="", left="?")
 
     def __enter__(self) -> "RunProgress":
         if self._bar is not None:
@@ -69,11 +68,11 @@ class RunProgress:
             f"loss {nats(record['loss'])}  latent steps/token {record['mean_latent_steps']:.2f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
         )
+        pace = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
+        left = format_duration(pace * record["steps_left"])
         if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], words=words)
+            self._bar.update(self._task, completed=record["step"], words=words, left=left)
         if record["step"] % self._interval == 0 or record["step"] == self._total:
-            pace = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
-            left = format_duration(pace * (self._total - record["step"]))
             line = f"step {record['step']}/{self._total}  {words}  left {left}"
             if self._bar is None:
                 self._try(print, line, flush=True)

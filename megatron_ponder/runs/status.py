@@ -110,6 +110,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     age = max(0.0, now - last.get("time", (run_dir / METRICS).stat().st_mtime))
     state = _state(last["step"] >= saved["steps"], saved["end"], age, pace)
     tokens = config["training"]["global_batch_size"] * config["data"]["sequence_length"]
+    left = last.get("steps_left", saved["steps"] - last["step"])  # older records have none
     compared = next((record for record in reversed(recent) if "slowest_rank" in record), {})
     return RunStatus(
         state=state,
@@ -120,7 +121,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         mean_latent_steps=last.get("mean_latent_steps"),
         tokens_per_second=tokens / pace if pace else last.get("tokens_per_second"),
         mfu=last.get("mfu"),
-        seconds_left=pace * (saved["steps"] - last["step"]) if state == "running" and pace else None,
+        seconds_left=pace * left if state == "running" and pace else None,
         age=age,
         slowest_rank=compared.get("slowest_rank"),
         slowest_over_median=compared.get("slowest_over_median"),

@@ -34,6 +34,7 @@ from megatron_ponder.training.schedules import StepPlan, plan_step, training_rul
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.skipped_steps import SkippedSteps
 from megatron_ponder.training.state import state_of
+from megatron_ponder.training.step_costs import StepCosts
 from megatron_ponder.training.step_watch import StepWatch
 from megatron_ponder.training.time_limit import seconds_left
 from megatron_ponder.training.validation import Validation, measure_each_step
@@ -72,7 +73,8 @@ class TrainingLoop:
         self._boundary = Boundary(signals, seconds_left(config, signals), mesh)
         self._checkpointer = Checkpointer(config, parts.tokenizer_path, parts.fingerprints, mesh)
         self._watchdog = Watchdog(training.step_timeout)
-        self._watch = StepWatch(config, mesh, engine.model.transformer)
+        self._costs = StepCosts(config)
+        self._watch = StepWatch(config, mesh, engine.model.transformer, self._costs)
         self._interruption = Interruption(signals, mesh)
         engine.allow(self._interruption)
         self._penalty, self._skipped = Penalty(config, state), SkippedSteps(state, training)
@@ -135,6 +137,8 @@ class TrainingLoop:
             Its record.
         """
         state = self._state
+        if (change := self._costs.change(state.step)) is not None:
+            self._output.say(f"step {state.step}  {change}")
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
         plan = plan_step(state.step, self._config, self._penalty.weight(state.step))
@@ -149,7 +153,8 @@ class TrainingLoop:
         norm = self._engine.step(plan.learning_rate)
         self._watch.mark()
         tally = self._cross(sums)
-        if self._routed and math.isfinite(norm):
+        routes = self._routed and plan.rule.latents
+        if routes and math.isfinite(norm):
             self._penalty.observe(state.step, tally.mean_steps)
         state.step, state.samples = state.step + 1, state.samples + self._config.training.global_batch_size
         self._watchdog.beat()
@@ -157,14 +162,15 @@ class TrainingLoop:
         return {
             "step": state.step,
             "samples": state.samples,
+            "steps_left": self._costs.left(state.step),
             "grad_norm": norm,
             "learning_rate": plan.learning_rate,
             "penalty_weight": plan.penalty_weight,
             "refinements": plan.refinements,
             **records.step_fields(tally, plan.penalty_weight),
-            **(records.router_fields(tally, self._config.ponder.steps) if self._routed else {}),
+            **(records.router_fields(tally, self._config.ponder.steps) if routes else {}),
             **own,
-            **self._end_watch(plan.refinements),
+            **self._end_watch(plan),
         }
 
     # Parts of a step, in their order -------------------------------------------------------------------------------
@@ -177,7 +183,7 @@ class TrainingLoop:
     def _measure_each_step(self, own_batches: list[Tensor], plan: StepPlan) -> dict[str, Value]:
         """Measure, every so often, what every latent step predicts by itself."""
         interval = self._config.logging.own_losses_interval
-        if not self._routed or interval <= 0 or (self._state.step + 1) % interval:
+        if not (self._routed and plan.rule.latents) or interval <= 0 or (self._state.step + 1) % interval:
             return {}
         with self._watch.aside():
             tally = measure_each_step(self._mesh, self._engine, own_batches, plan.refinements, plan.rule)
@@ -203,8 +209,8 @@ class TrainingLoop:
         if self._mesh.tensor.size > 1 and self._step_is_multiple_of(self._config.parallel.replica_check_interval):
             together(partial(check_replicas, self._engine, self._state.step))
 
-    def _end_watch(self, refinements: int) -> dict[str, Value]:
-        measured, slow_ranks = self._watch.end(refinements)
+    def _end_watch(self, plan: StepPlan) -> dict[str, Value]:
+        measured, slow_ranks = self._watch.end(plan)
         if slow_ranks is not None:
             self._output.say(f"step {self._state.step}  {slow_ranks}")
         return measured
@@ -240,7 +246,7 @@ class TrainingLoop:
         steps = f"latent steps/token {tally.mean_steps:.2f}"
         self._output.say(f"step {state.step}  validation loss {nats(tally.mean_loss)}  {steps}")
         fields = records.validation_fields(tally)
-        if not self._routed:
+        if not (self._routed and rule.latents):
             return fields
         if complaint := router_complaint(tally, pruned.mean_loss - tally.mean_loss, state.step, config):
             self._output.say(f"step {state.step}  warning: {complaint}")

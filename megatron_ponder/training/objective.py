@@ -66,7 +66,7 @@ class Objective(nn.Module):
             not numbers, even where the mathematics gives finite ones, so that the gradient norm alone tells of both.
         """
         losses_BL, steps = self._losses(result.output_BLH, tokens), self.model.ponder_config.steps
-        loss, executed_BL = losses_BL.sum(), torch.full_like(tokens[:, 1:], steps)
+        loss, executed_BL = losses_BL.sum(), torch.full_like(tokens[:, 1:], result.steps)
         sums = {"cross_entropy": losses_BL.detach().sum(1, dtype=torch.float64)}
         if result.routing is not None:
             penalties_BL, executed_BL = result.routing.log_w[..., 1:].exp().sum(-1), result.routing.executed

@@ -14,8 +14,9 @@ class Penalty:
     """λ from step to step.
 
     Without `target_latent_steps` it is the schedule: 0 until `penalty_start`, linear up to `penalty_end`, full from
-    there. With it, the schedule is multiplied by a factor that follows a controller from `penalty_end` on, or from
-    `router_start` if that is later, because before it λ moves nothing. Every optimiser step log(factor) grows by
+    there. With it, the schedule is multiplied by a factor that follows a controller from `penalty_end` on, or from the
+    step in which the router first decides if that is later, because before it λ moves nothing. Every optimiser step
+    log(factor) grows by
 
         target_rate · (mean K̂ − target) + DAMPING · (growth of log mean K̂ since the step before).
 
@@ -53,7 +54,7 @@ class Penalty:
             mean_steps: average K̂ of the tokens of that step, over all ranks.
         """
         config = self._config
-        if config.target_latent_steps is None or step < max(config.penalty_end, config.router_start):
+        if config.target_latent_steps is None or step < max(config.penalty_end, config.router_decides):
             return
         now = max(mean_steps, self._least)
         before = now if self._state.penalty_steps is None else self._state.penalty_steps

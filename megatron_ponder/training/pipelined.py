@@ -97,7 +97,7 @@ class PipelinedObjective:
         if key not in self._schedules:
             model, axis = self._objective.model, self._mesh.pipeline
             sizes = model.sizes(batch, width - 1)
-            shapes = PassShapes(model.ponder_config, refinements, sizes)
+            shapes = PassShapes(model.ponder_config, refinements, sizes, rule.latents)
             finish = self._finish if training else self._measure
             self._schedules[key] = build_schedule(
                 rounds=[PassStage(model, index, shapes, rule, finish) for index in range(len(shapes.plan))],

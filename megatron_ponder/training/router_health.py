@@ -19,7 +19,7 @@ def router_complaint(tally: Tally, cost: float, step: int, config: Config) -> st
         config: of the run.
     """
     training, threshold = config.ponder_training, config.inference.threshold
-    if step < max(training.penalty_end, training.router_start + FORMING):
+    if step < max(training.penalty_end, training.router_decides + FORMING):
         return None
     most, last = max(range(len(tally.steps)), key=tally.steps.__getitem__), config.ponder.steps
     if cost > COSTLY:

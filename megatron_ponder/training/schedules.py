@@ -53,8 +53,8 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 
 
 def refinements(step: int, seed: int, config: PonderTrainingConfig) -> int:
-    """R of this optimiser step: drawn uniformly from the configured set, the same on every rank and after a resume."""
-    choices = config.refinement_choices
+    """R of this optimiser step: drawn as configured, the same on every rank and after a resume."""
+    choices = config.refinement_draws
     digest = hashlib.sha256(f"refinements/{seed}/{step}".encode()).digest()
     return choices[int.from_bytes(digest[:8], "little") % len(choices)]
 
@@ -62,10 +62,12 @@ def refinements(step: int, seed: int, config: PonderTrainingConfig) -> int:
 def training_rule(step: int, config: Config) -> Rule:
     """The rule by which the passes of this optimiser step apply the routing.
 
-    Before `router_start` every token takes all steps, as in `fixed` mode; from `prune_start` on steps beyond K̂ are not
-    there, as at inference; between them the mask is soft.
+    Before `latent_start` no token takes a latent step, before `router_start` every token takes all of them, as in
+    `fixed` mode; from `prune_start` on steps beyond K̂ are not there, as at inference; before it the mask is soft.
     """
     training, threshold = config.ponder_training, config.inference.threshold
+    if step < training.latent_start:
+        return Rule("none", threshold)
     if step < training.router_start:
         return Rule("all", threshold)
     prunes = training.prune_start is not None and step >= training.prune_start

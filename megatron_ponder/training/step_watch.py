@@ -15,9 +15,9 @@ from torch import nn
 
 from megatron_ponder.cluster.gpus import known_gpu
 from megatron_ponder.config import Config
-from megatron_ponder.estimates.flops import training_flops
-from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.schedules import StepPlan
+from megatron_ponder.training.step_costs import StepCosts
 from megatron_ponder.training.stragglers import Stragglers, slowest_fields
 
 GIB = 2**30
@@ -56,17 +56,18 @@ class _Clock:
 class StepWatch:
     """Measures every step of a run, on every rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, transformer: nn.Module) -> None:
+    def __init__(self, config: Config, mesh: Mesh, transformer: nn.Module, costs: StepCosts) -> None:
         """Begin to watch; a collective of all ranks.
 
         Args:
             config: resolved, with a vocabulary size.
             mesh: the ranks.
             transformer: the blocks of this rank, whose forward passes are timed.
+            costs: of the run's steps.
         """
         self._config, self._mesh, self._clock = config, mesh, _Clock(mesh.device)
         self._spans, self._forwards = [], []
-        self._flops = {r: training_flops(config, r) for r in config.ponder_training.refinement_choices}
+        self._costs = costs
         self._peak = None
         if mesh.device.type == "cuda":
             gpu = known_gpu(torch.cuda.get_device_name(mesh.device))
@@ -95,11 +96,11 @@ class StepWatch:
         del self._forwards[forwards:]
         self._start = self._clock.now()
 
-    def end(self, refinements: int) -> tuple[dict[str, float], str | None]:
+    def end(self, plan: StepPlan) -> tuple[dict[str, float], str | None]:
         """The step has ended, and everybody knows its loss.
 
         Args:
-            refinements: R of the step.
+            plan: of the step.
 
         Returns:
             Fields of the record, and what is to be said of slow ranks, if anything.
@@ -107,7 +108,7 @@ class StepWatch:
         self.mark()
         spans = [self._clock.between(*span) for span in self._spans]
         parts = dict(zip(PARTS, spans, strict=False))
-        fields = self._fields(parts, sum(spans), refinements)
+        fields = self._fields(parts, sum(spans), plan)
         blocks = sum(self._clock.between(*pair) for pair in self._forwards)
         times = self._stragglers.add(parts["data"], blocks)
         if times is None:
@@ -118,16 +119,17 @@ class StepWatch:
         """Wait for what ranks were telling each other."""
         self._stragglers.finish()
 
-    def _fields(self, parts: dict[str, float], seconds: float, refinements: int) -> dict[str, float]:
+    def _fields(self, parts: dict[str, float], seconds: float, plan: StepPlan) -> dict[str, float]:
         """Fields of the record that are measured on this rank.
 
         Args:
             parts: seconds of each of `PARTS`.
             seconds: of the step.
-            refinements: R.
+            plan: of the step.
         """
         tokens = self._config.training.global_batch_size * self._config.data.sequence_length
-        slots, rate = sum(passes_of(self._config.ponder).plan(refinements)), self._flops[refinements] / seconds
+        flops, slots = self._costs.flops(plan), self._costs.slots(plan)
+        rate = flops / seconds
         fields = {
             "time": time.time(),
             "step_seconds": seconds,
@@ -135,7 +137,7 @@ class StepWatch:
             "slots_per_second": tokens * slots / seconds,
             **{f"{part}_seconds": parts[part] for part in PARTS},
             "data_wait": parts["data"] / seconds,
-            "model_flops": self._flops[refinements],
+            "model_flops": flops,
             "model_flops_per_second": rate,
             **self._memory(),
         }

@@ -53,7 +53,7 @@ class Validation:
         Raises:
             UserError: on every rank, if a sample cannot be read on any.
         """
-        pruned = tally = self.measure(rule, each_step=True)
+        pruned = tally = self.measure(rule, each_step=rule.latents)
         if tally is not None and passes_of(self._config.ponder).routed and rule.kind == "soft":
             pruned = self.measure(replace(rule, kind="hard"), each_step=False)
         return None if pruned is None else (tally, pruned)

@@ -66,7 +66,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     write(tmp_path, [3, 4], first_step=2, config=config)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "mean_latent_steps", "tokens_per_second"}
+    assert set(events.Tags()["scalars"]) == {"steps_left", "loss", "mean_latent_steps", "tokens_per_second"}
     losses = events.Scalars("loss")
     assert [(event.step, event.value) for event in losses] == [(1, 6.0), (2, 5.0), (3, 4.0), (4, 3.0)]
 

@@ -191,7 +191,7 @@ def batch_of(config: Config, step: int) -> Tensor:
 def alone(layout: Layout, case: dict, wanted: tuple[Evaluation, ...] = ()) -> Run:
     """The reference for a case: one process."""
     config = layout.config(case)
-    computes = ("model__", "ponder__", "data__")  # the other settings must not matter
+    computes = ("model__", "ponder__", "ponder_training__", "data__")  # the other settings must not matter
     items = {key: value for key, value in case.items() if key.startswith(computes)} | {
         "model__num_layers": config.model.num_layers,
         "training__global_batch_size": config.training.global_batch_size,

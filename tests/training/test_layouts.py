@@ -15,6 +15,7 @@ from megatron_ponder.training.schedules import refinements
 from tests.training.layouts import (
     LENGTH,
     MODELS,
+    STEPS,
     Layout,
     alone,
     assert_equal_to_one_process,
@@ -61,6 +62,7 @@ VARIANTS = {
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
         "pruned": LLAMA | {"ponder_training__prune_start": 0},
+        "before latent steps": MODELS["gpt_neox fixed"] | {"ponder_training__latent_start": STEPS},
         **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
     },
     "tp2 sequence": RECOMPUTE
@@ -68,6 +70,7 @@ VARIANTS = {
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
         "pruned": LLAMA | {"ponder_training__prune_start": 0},
+        "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
     },
 }

@@ -93,6 +93,25 @@ def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
             assert (parameter.grad - want[name].grad).norm() <= 10 * tolerance * want[name].grad.norm(), name
 
 
+@pytest.mark.parametrize("mode", ["fixed", "adaptive", "loop", "ponderlm"])
+def test_before_latent_steps_begin_the_model_is_a_vanilla_one(mode):
+    """Loss and gradients; what only latent steps need learns nothing."""
+    model, rule = small_model(ponder__mode=mode), training_rule(0, small_config(ponder_training__latent_start=1))
+    vanilla = small_model(ponder__mode="vanilla", ponder__embedding_scale=model.ponder_config.embedding_scale)
+    vanilla.load_state_dict({name: value for name, value in model.state_dict().items() if "router" not in name})
+    losses, sums = zip(*(Objective(each)(TOKENS, 2, rule, 0.3) for each in (model, vanilla)), strict=True)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+    assert Tally.of(sums[0].sum(0)).steps == [51, 0, 0]
+    for loss in losses:
+        loss.backward()
+    want = dict(vanilla.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            assert not parameter.grad.any(), name
+        else:
+            torch.testing.assert_close(parameter.grad, want[name].grad, rtol=1e-10, atol=1e-12)
+
+
 def test_a_router_that_treats_all_tokens_alike_follows_nothing(model):
     assert tally(model, True, Rule("hard", 0.0)).steps == [0, 0, 51]
     assert tally(model, True, Rule("hard", 0.0)).steps_follow_loss is None

@@ -64,6 +64,8 @@ def final_state(run_dir):
 
 # The penalty begins with the state that an earlier step has left, and what is trained changes on the way.
 STEERED = [
+    "--ponder_training.latent_start=6",
+    "--ponder_training.jacobi_iterations={0: 1, 2: 3}",
     "--ponder_training.router_start=12",
     "--ponder_training.target_latent_steps=0.5",
     "--ponder_training.target_rate=0.1",

@@ -37,6 +37,24 @@ def test_refinements_are_drawn_uniformly_and_depend_on_seed_and_step_only():
     assert {refinements(step, 1, PonderTrainingConfig(jacobi_iterations=5)) for step in range(10)} == {5}
 
 
+def test_refinements_are_drawn_by_their_weights():
+    config = PonderTrainingConfig(jacobi_iterations={0: 3, 2: 5, 6: 1})
+    drawn = [refinements(step, 1, config) for step in range(9000)]
+    assert [drawn.count(r) / 1000 for r in (0, 2, 6)] == pytest.approx([3, 5, 1], abs=0.2)
+    assert (config.refinement_choices, config.evaluation_refinements) == ((0, 2, 6), 6)
+    even = PonderTrainingConfig(jacobi_iterations={2: 1, 3: 1})
+    listed = PonderTrainingConfig(jacobi_iterations=[2, 3])
+    assert all(refinements(step, 7, even) == refinements(step, 7, listed) for step in range(99))
+
+
+def test_latent_steps_begin_before_the_router():
+    training = PonderTrainingConfig(latent_start=5, router_start=10, prune_start=20)
+    kinds = [training_rule(step, Config(ponder_training=training)).kind for step in (0, 4, 5, 9, 10, 20)]
+    assert kinds == ["none", "none", "all", "all", "soft", "hard"]
+    training = PonderTrainingConfig(latent_start=5, prune_start=0)
+    assert [training_rule(step, Config(ponder_training=training)).kind for step in (4, 5)] == ["none", "hard"]
+
+
 def test_pruning_and_the_router_begin_at_their_steps():
     training = PonderTrainingConfig(prune_start=20, router_start=10)
     config = Config(ponder_training=training, inference=InferenceConfig(threshold=0.25))

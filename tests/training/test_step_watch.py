@@ -9,8 +9,11 @@ import torch
 from megatron_ponder.cluster.gpus import GPUS, known_gpu
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.training.schedules import StepPlan
+from megatron_ponder.training.step_costs import StepCosts
 from megatron_ponder.training.step_watch import MEASURED, PARTS, StepWatch
 from tests import REPOSITORY
 from tests.finished_runs import finished_runs
@@ -20,7 +23,7 @@ from tests.models import random_tokens, small_config
 def watched(**overrides) -> tuple[StepWatch, PonderLM]:
     config = small_config(training__global_batch_size=4, ponder_training__jacobi_iterations=2, **overrides)
     model = PonderLM(config.model, config.ponder)
-    return StepWatch(config, Mesh(), model.transformer), model
+    return StepWatch(config, Mesh(), model.transformer, StepCosts(config)), model
 
 
 def test_the_parts_of_a_step_are_where_the_time_went():
@@ -38,7 +41,7 @@ def test_the_parts_of_a_step_are_where_the_time_went():
     watch.mark()
     time.sleep(0.01)
     watch.mark()
-    fields, slow = watch.end(2)
+    fields, slow = watch.end(StepPlan(1e-3, 2, Rule("soft", 0.1), 0.0))
     assert slow is None
     least = {"data": 0.03, "forward_backward": 0.06, "optimizer": 0.01}
     assert all(fields[f"{part}_seconds"] >= seconds for part, seconds in least.items())

@@ -13,7 +13,7 @@ class LoopPasses(Passes):
     interleaved = False
     iterated = False
 
-    def plan(self, refinements: int) -> tuple[int, ...]:
+    def full_plan(self, refinements: int) -> tuple[int, ...]:
         return (1,) * (self.steps + 1)
 
     def kept(self, index: int, plan: tuple[int, ...]) -> slice:

@@ -27,7 +27,7 @@ class PausePasses(Passes):
 
     iterated = False
 
-    def plan(self, refinements: int) -> tuple[int, ...]:
+    def full_plan(self, refinements: int) -> tuple[int, ...]:
         return (self.steps + 1,)
 
     def learned_inputs(self, hidden_size: int, axis: Axis, initialize: Initializer) -> dict[str, ShardedModule]:

@@ -114,8 +114,17 @@ class Passes:
         """Whether the passes approach a fixed point, for which R matters; otherwise they are the definition."""
         return self.steps > 0
 
-    def plan(self, refinements: int) -> tuple[int, ...]:
-        """Slots per token of every pass, with R refinements."""
+    def plan(self, refinements: int, latents: bool = True) -> tuple[int, ...]:
+        """Slots per token of every pass.
+
+        Args:
+            refinements: R.
+            latents: whether there are latent steps; without them one pass over the tokens is all.
+        """
+        return self.full_plan(refinements) if latents else (1,)
+
+    def full_plan(self, refinements: int) -> tuple[int, ...]:
+        """Slots per token of every pass with latent steps and R refinements."""
         return pass_slots(self.steps, refinements)
 
     def kept(self, index: int, plan: tuple[int, ...]) -> slice:
