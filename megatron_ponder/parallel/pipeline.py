@@ -98,7 +98,9 @@ class _Stage(PipelineStage):
         if not self._given_up():
             return super().forward_maybe_with_nosync(*args, **kwargs)
         zeros = torch.zeros(self._output.shape, dtype=self._output.dtype, device=self.device)
-        return zeros.requires_grad_() if self.is_first else zeros + 0 * args[0].sum()  # a graph, as the schedule wants
+        # A graph, as the schedule wants, through none of the numbers: 0 times what is none would be none, and a later
+        # stage may read ids of tokens in it.
+        return zeros.requires_grad_() if self.is_first else zeros + args[0].flatten()[:0].sum()
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
         if backward_type == "weight":  # of one that has been passed already

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
@@ -74,7 +73,7 @@ class Objective(nn.Module):
             sums |= {"penalty": penalties_BL.detach().sum(1, dtype=torch.float64)} | _spread(result.routing)
             if each_step:
                 sums |= self._own_losses(result, tokens)
-        sums["steps"] = F.one_hot(executed_BL, steps + 1).sum(1)
+        sums["steps"] = counted(executed_BL, steps)
         return _telling(loss), Tally.pack(steps, sums)
 
     def _losses(self, read_BLH: Tensor, tokens: Tensor) -> Tensor:
@@ -99,6 +98,15 @@ class Objective(nn.Module):
             "first_squared": first_BL.square().sum(1),
             "steps_first": (first_BL * result.routing.executed).sum(1),
         }
+
+
+def counted(executed_BL: Tensor, steps: int) -> Tensor:
+    """Tokens of each sequence by executed latent steps, int64 (B, K + 1).
+
+    By comparison, and not as an index: one out of range ends a CUDA context, and a check of the range waits for the
+    device in every micro-batch.
+    """
+    return (executed_BL.unsqueeze(-1) == torch.arange(steps + 1, device=executed_BL.device)).sum(1)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Packing keeps every bit, and a ring of pipeline ranks that is gone round several times equals one process."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megatron_ponder.parallel.mesh import Axis, Mesh
-from megatron_ponder.parallel.pipeline import build_schedule, pack, packed_size, run_step, unpack
+from megatron_ponder.parallel.pipeline import _Stage, build_schedule, pack, packed_size, run_step, unpack
 from tests.distributed import run_distributed
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -69,6 +71,15 @@ def test_without_log_weights_only_activations_travel(dtype):
     assert nothing is None
     got.backward(random(2, 3, 4, dtype=dtype, seed=1))
     assert torch.equal(x.grad, random(2, 3, 4, dtype=dtype, seed=1))
+
+
+def test_what_a_stage_gives_that_computes_nothing_is_a_number():
+    stage = SimpleNamespace(_given_up=lambda: True, _output=torch.empty(4), device=torch.device("cpu"), is_first=False)
+    received = torch.full((3,), torch.nan, requires_grad=True)
+    output = _Stage.forward_maybe_with_nosync(stage, received)
+    assert output.tolist() == [0, 0, 0, 0]
+    output.sum().backward()
+    assert received.grad.tolist() == [0, 0, 0]
 
 
 def test_log_weights_count_twice_in_half_the_bits():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import cycle
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import TrainingConfig
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.router import Rule
+from megatron_ponder.model.tally import Tally
+from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training import objective
 from megatron_ponder.training.deepspeed_engine import Engine
@@ -17,14 +22,19 @@ from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.skipped_steps import SkippedSteps
 from megatron_ponder.training.state import state_of
+from tests.models import random_tokens, small_model
 from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
 
 LLAMA = MODELS["llama adaptive"]
+# Modules whose activations, and weights, go wrong.
+SITES = [f"{name}{what}" for name in ("embedding", "transformer", "router", "head") for what in ("", " weight")]
 OTHERS = {
     "fixed": MODELS["llama fixed"],
     "pruned": LLAMA | {"ponder_training__prune_start": 0},
     "all": MODELS["llama ponderlm"],
 }
+VALUES = (math.nan, math.inf, -math.inf)
+MODES_OF = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
 STAGES = {
     f"zero{stage} {precision}": LLAMA | {"parallel__zero_stage": stage, "training__precision": precision}
     for stage in (0, 1, 2, 3)
@@ -72,25 +82,44 @@ def faulty(fault: str, losses=objective.vocab_parallel_cross_entropy):
 
 @contextmanager
 def at_fault(fault: str, engine: Engine) -> Iterator[None]:
-    """Have a fault: one activation that is not a number, or what `faulty` does."""
-    sound, hook = objective.vocab_parallel_cross_entropy, None
-    if fault == "activation":
-        transformer = engine.model.transformer
-        hook = transformer.register_forward_hook(lambda module, _, x_BTH: one_is_no_number(x_BTH))
-    else:
+    """Have a fault: what `spoilt` does to a part of the model, or what `faulty` does."""
+    sound = objective.vocab_parallel_cross_entropy
+    if fault in ("loss", "gradient"):
         objective.vocab_parallel_cross_entropy = faulty(fault)
     try:
-        yield
+        with spoilt(engine.model, fault, engine.held) if fault in SITES else nullcontext():
+            yield
     finally:
         objective.vocab_parallel_cross_entropy = sound
-        if hook is not None:
-            hook.remove()
 
 
-def one_is_no_number(x_BTH: Tensor) -> Tensor:
-    spoilt = torch.zeros_like(x_BTH)
-    spoilt[0, 0, 0] = math.nan
-    return x_BTH + spoilt
+@contextmanager
+def spoilt(model: PonderLM, site: str, held=lambda parameter: parameter.detach(), value=math.nan) -> Iterator[None]:
+    """Have a number that is none in what a module gives, or in a weight; where this part has none such, in its blocks.
+
+    Args:
+        model: or this rank's part of it.
+        site: one of `SITES`.
+        held: what a rank holds of a parameter, to be changed in place.
+        value: in place of a number.
+    """
+    module = {"embedding": model.embedding, "router": model.router, "head": model.head}.get(site.split()[0])
+    module = module or model.transformer
+    if site.endswith("weight"):
+        weight = held(next(module.parameters())).flatten()
+        before, weight[::7] = weight.clone(), value
+        yield
+        weight.copy_(before)
+    else:
+        hook = module.register_forward_hook(lambda _module, _inputs, output: with_one(output, value))
+        yield
+        hook.remove()
+
+
+def with_one(x: Tensor, value: float) -> Tensor:
+    other = torch.zeros_like(x)
+    other[0, 0, 0] = value
+    return x + other
 
 
 def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tuple[list[float], dict]:
@@ -111,11 +140,12 @@ def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tup
     return norms, {(item.kind, item.name): item.tensor.clone() for item in state_of(engine)}
 
 
-def compare(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, list]:
+def compare(mesh: Mesh, layout: Layout, cases: dict[str, dict], sites: list[str] = SITES) -> dict[str, list]:
     """Norms with faults, and what differs in the end from a run that never took the steps with faults."""
-    seen = {}
+    seen, faults = {}, cycle(sites)
     for name, case in cases.items():
-        norms, got = steps(mesh, layout, case, {0: "loss", 2: "gradient", 3: "activation"})
+        fault = next(faults)
+        norms, got = steps(mesh, layout, case, {0: "loss", 2: "gradient", 3: fault})
         norms_without, want = steps(mesh, layout, case, dict.fromkeys((0, 2, 3), "none"))
         differing = [key for key, tensor in want.items() if not torch.equal(got[key], tensor)]
         finite = all(tensor.isfinite().all() for tensor in want.values())
@@ -143,6 +173,49 @@ def test_a_fault_on_one_of_two_ranks_leaves_no_trace():
 def test_a_fault_on_the_last_rank_leaves_no_trace(name):
     layout, cases = LAYOUTS[name]
     check(layout.run(compare, cases), cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("site", SITES)
+def test_a_fault_anywhere_on_the_last_rank_leaves_no_trace(name, site):
+    layout, cases = LAYOUTS[name]
+    check(layout.run(compare, cases, [site]), cases)
+
+
+@pytest.mark.parametrize("mode", MODES_OF)
+def test_whatever_is_not_finite_gives_gradients_that_are_not(mode):
+    """Another value at every site; all of them at all are slow."""
+    model = small_model(ponder__mode=mode, model__num_layers=1)
+    for index, site in enumerate(SITES):
+        check_gradients(model, site, VALUES[index % 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES_OF)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("recompute", ["none", "block", "attention"])
+def test_the_same_for_every_value_and_recompute(mode, value, recompute):
+    model = small_model(ponder__mode=mode, model__num_layers=1)
+    model.recompute = Recompute(recompute)
+    for site in SITES:
+        check_gradients(model, site, value)
+
+
+def check_gradients(model: PonderLM, site: str, value: float) -> None:
+    """No exception by any rule, for nothing of it is an index, and a norm that is not finite."""
+    tokens, wrapped = random_tokens(2, 6), Objective(model)
+    rules = [Rule(kind, 0.3) for kind in ("soft", "hard", "all")]
+    with spoilt(model, site, value=value):
+        for rule in rules if model.router is not None else rules[:1]:
+            model.zero_grad()
+            loss, sums = wrapped(tokens, 0, rule, 0.05, each_step=True)
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            assert not norm.isfinite(), (site, rule)
+            tally = Tally.of(sums.sum(0))
+            assert tally.tokens == 10
+            assert math.isnan(tally.mean_loss) or tally.mean_loss == math.inf
 
 
 def test_the_budget_counts_the_last_steps_only():
