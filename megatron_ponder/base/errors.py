@@ -3,8 +3,10 @@
 import functools
 import os
 import re
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -44,6 +46,10 @@ class Preempted(Exception):  # noqa: N818, it is no error
         self.reason = reason
 
 
+# What a user can do something about.
+USERS = (UserError, OSError, UnicodeEncodeError)
+
+
 def command_line(argv: Sequence[str] | None) -> list[str]:
     """Words of a command line after the program's name: those given, or those that this process was started with."""
     return sys.argv[1:] if argv is None else list(argv)
@@ -76,24 +82,48 @@ def command(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
             sys.stdout.flush()
         except Preempted:
             sys.exit(EXIT_PREEMPTED)
-        except (UserError, OSError, UnicodeEncodeError) as error:
-            if os.environ.get("PONDER_TRACEBACK") == "1":
+        except USERS as error:
+            if _tracebacks_wanted():
                 raise
-            if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
-                streams.give_up_output()
-                sys.exit(EXIT_NOT_READ)
-            rank = _rank()
-            if rank == 0 or not getattr(error, "shared", False):
-                who = f"rank {rank}: " if rank else ""
-                with suppress(OSError):  # what cannot be said is no other error
-                    print(f"{who}error: {describe(error)}", file=sys.stderr, flush=True)
-            elif _first_number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1) > 1:
-                time.sleep(SECONDS_FOR_THE_REPORT)
-            if isinstance(error, OSError):
-                _try_output()
-            sys.exit(2)
+            sys.exit(_tell(error))
 
     return run
+
+
+def report(error: BaseException) -> int:
+    """Say on standard error what ends this process, in a line if a user can do something about it.
+
+    Returns:
+        The exit code that goes with it.
+    """
+    if isinstance(error, USERS) and not _tracebacks_wanted():
+        return _tell(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    with suppress(OSError):
+        traceback.print_exception(error)
+    return 1
+
+
+def _tracebacks_wanted() -> bool:
+    return os.environ.get("PONDER_TRACEBACK") == "1"
+
+
+def _tell(error: Exception) -> int:
+    """One line, on every rank that has an error of its own, and the exit code."""
+    if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
+        streams.give_up_output()
+        return EXIT_NOT_READ
+    rank = _rank()
+    if rank == 0 or not getattr(error, "shared", False):
+        who = f"rank {rank}: " if rank else ""
+        with suppress(OSError):  # what cannot be said is no other error
+            print(f"{who}error: {describe(error)}", file=sys.stderr, flush=True)
+    elif _first_number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1) > 1:
+        time.sleep(SECONDS_FOR_THE_REPORT)
+    if isinstance(error, OSError):
+        _try_output()
+    return 2
 
 
 def warn(message: str) -> None:

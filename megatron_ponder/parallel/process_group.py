@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
+from megatron_ponder.parallel.failures import FailureWatch
 from megatron_ponder.parallel.rendezvous import meet
 
 # Until ranks give up waiting for one that does not come to a collective, unless told otherwise.
@@ -26,6 +27,8 @@ def process_group(
     NCCL on GPUs and gloo on CPUs. Also exports the variables that libraries below us read, divides the cores between
     the ranks of a node unless OMP_NUM_THREADS says otherwise, and prepares the CPU (see `prepare_cpu`).
 
+    If there are several ranks, an error that is not all of theirs ends this process, and the others (`FailureWatch`).
+
     Args:
         launch: the place of this process among the ranks.
         timeout: that a rank waits for the others in a collective of all of them.
@@ -38,16 +41,18 @@ def process_group(
     on_gpu = device.type == "cuda"
     prepare_cpu()
     _tell_libraries(launch)
+    store = meet(launch, patience, COLLECTIVE_TIMEOUT)
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
-        store=meet(launch, patience, COLLECTIVE_TIMEOUT),
+        store=store,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
         device_id=device if on_gpu else None,
     )
     try:
-        yield device
+        with FailureWatch(store, launch) if launch.world_size > 1 else nullcontext():
+            yield device
     finally:
         dist.destroy_process_group()
 
