@@ -35,6 +35,11 @@ class ParallelConfig:
     offload_pin_memory: bool = False
     """Offload through page-locked host memory, which is faster and cannot be swapped out."""
     replica_check_interval: int = number_field(100, 0, STEPS)
-    """Optimiser steps between comparisons of the checksums of what tensor ranks hold replicated; 0 = never."""
+    """Optimiser steps between comparisons of the checksums of what ranks hold alike, which are made before checkpoints
+    too; 0 = never."""
+    replica_tolerance: float = number_field(1e-2, 0, 1)
+    """On GPUs, what ranks hold alike may differ by so much of its norm, as sums in another order make it; all then take
+    what the first has. More ends the run, and so does any difference with 0, on CPUs, or with
+    `training.deterministic`."""
     start_timeout: int = number_field(300, 1, SECONDS)
     """Seconds that ranks wait for each other at the start."""

@@ -44,6 +44,9 @@ class TrainingConfig:
     """Of activations and of the weights that compute; master weights and moments are always fp32."""
     seed: int = number_field(1234, 0, 2**63 - 1)
     """Of initial weights, data order and the drawn number of refinements."""
+    deterministic: bool = False
+    """On GPUs too, the same run on the same machines gives the same numbers bit for bit, as runs on CPUs always do:
+    only algorithms that add up in a fixed order. What that costs has not been measured."""
     recompute: RecomputeKind = "none"
     """`block` keeps only the inputs of blocks and computes the rest again in the backward pass; `attention` does so
     with attention alone."""

@@ -220,6 +220,16 @@ class Engine:
 
         return safe_get_full_grad(parameter)
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each data-parallel rank keeps a share of every weight, and not all of it."""
+        return self._stage == 3
+
+    @property
+    def keeps_state_whole(self) -> bool:
+        """Whether each data-parallel rank keeps all that the optimiser remembers, and not a share of it."""
+        return self._stage == 0
+
     def held(self, parameter: nn.Parameter) -> Tensor:
         """The part of a parameter that this rank keeps: all of it, or its share at stage 3, without padding."""
         if self._stage < 3:

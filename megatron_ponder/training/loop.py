@@ -28,7 +28,7 @@ from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.interruption import Abandoned, Interruption
 from megatron_ponder.training.loss_spikes import LossSpikes
 from megatron_ponder.training.penalty import Penalty
-from megatron_ponder.training.replicas import check_replicas
+from megatron_ponder.training.replicas import allowed_drift, mend_replicas
 from megatron_ponder.training.router_health import router_complaint
 from megatron_ponder.training.schedules import StepPlan, plan_step, training_rule
 from megatron_ponder.training.setup import RunParts
@@ -158,7 +158,7 @@ class TrainingLoop:
             self._penalty.observe(state.step, tally.mean_steps)
         state.step, state.samples = state.step + 1, state.samples + self._config.training.global_batch_size
         self._watchdog.beat()
-        self._check_replicas()
+        drift = self._mend_replicas()
         return {
             "step": state.step,
             "samples": state.samples,
@@ -170,6 +170,7 @@ class TrainingLoop:
             **records.step_fields(tally, plan.penalty_weight),
             **(records.router_fields(tally, self._config.ponder.steps) if routes else {}),
             **own,
+            **drift,
             **self._end_watch(plan),
         }
 
@@ -205,9 +206,25 @@ class TrainingLoop:
             self._save()
             raise
 
-    def _check_replicas(self) -> None:
-        if self._mesh.tensor.size > 1 and self._step_is_multiple_of(self._config.parallel.replica_check_interval):
-            together(partial(check_replicas, self._engine, self._state.step))
+    def _mend_replicas(self) -> dict[str, Value]:
+        """Compare what ranks hold alike, every so often and before what is saved."""
+        step, interval = self._state.step, self._config.parallel.replica_check_interval
+        saves = self._boundary.stop or self._due(self._config.checkpoint.interval)
+        if not interval or not (saves or self._step_is_multiple_of(interval)):
+            return {}
+        allowed = allowed_drift(self._config, self._mesh.device)
+        drift = together(partial(mend_replicas, self._engine, step, allowed, self._remedy()))
+        if drift is None:
+            return {}
+        what = f"{drift.parameters} parameters had drifted apart by {drift.size:.1e} of their norm"
+        self._output.say(f"step {step}  warning: {what}; all ranks have the first one's again")
+        return {"replica_drift": drift.size}
+
+    def _remedy(self) -> str:
+        """How to go on after a state that is worth nothing."""
+        if not self._saved_step:
+            return "nothing is saved yet, start again"
+        return f"resume from {self._checkpointer.folder / checkpoint_name(self._saved_step)}"
 
     def _end_watch(self, plan: StepPlan) -> dict[str, Value]:
         measured, slow_ranks = self._watch.end(plan)
