@@ -26,5 +26,6 @@ def main(argv: Sequence[str]) -> None:
 
         launch = discover()
         check_layout(config, launch)  # while no rank waits for another
-        with process_group(launch, patience=config.parallel.start_timeout) as device:
+        deterministic, patience = config.training.deterministic, config.parallel.start_timeout
+        with process_group(launch, patience=patience, deterministic=deterministic) as device:
             train(config, device, signals)

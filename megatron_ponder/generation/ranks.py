@@ -1,5 +1,6 @@
 """The ranks of a job that generates: sizes of its own, whatever layout the checkpoint was trained in."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import ModelConfig, ParallelConfig, largest_tensor
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
+from megatron_ponder.parallel.gpu_settings import prepare_gpu, tell_cuda, visible_gpus
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
 
@@ -25,7 +27,11 @@ def joined(launch: Launch) -> Iterator[torch.device]:
             yield device
     else:
         prepare_cpu()
-        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tell_cuda(os.environ)
+        gpu = visible_gpus() > 0
+        if gpu:
+            prepare_gpu()
+        yield torch.device("cuda" if gpu else "cpu")
 
 
 def build_ranks(device: torch.device, launch: Launch, tensor: int, pipeline: int) -> Mesh:

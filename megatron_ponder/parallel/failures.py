@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron_ponder.base.errors import USERS, Preempted, report
 from megatron_ponder.base.launch import Launch
 
+# Of entries in the store: why a rank has failed, and how many have heard of it.
+KEY, HEARD = "failed", "failed, heard"
 # Between two looks at the store; and until a rank that has been told ends, should it not end by itself.
 INTERVAL, GRACE = 1.0, 2.0
 # That the rank whose store it is stays for the others to look.
@@ -37,8 +39,6 @@ class FailureWatch:
         """
         # Of its own, since whoever waits for an entry keeps others from the connection.
         self._store, self._launch = store.clone(), launch
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the ranks
-        self._key, self._heard = f"failed/{attempt}", f"failed/{attempt}/heard"
         self._hosts = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._done, self._leaving = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._look, name="failures", daemon=True)
@@ -56,9 +56,9 @@ class FailureWatch:
         """Look for ranks that have failed, as the thread of the watch."""
         try:
             while not self._done.wait(INTERVAL):
-                if self._store.check([self._key]):
-                    first = self._store.get(self._key)
-                    self._done.wait(GRACE)  # a rank that notices by itself ends in order
+                if self._store.check([KEY]):
+                    first = self._store.get(KEY)
+                    time.sleep(GRACE)  # for a rank that notices by itself
                     self._follow(first)
         except (RuntimeError, OSError):  # the store has gone with rank 0, of which connections and launchers tell
             return
@@ -68,7 +68,7 @@ class FailureWatch:
         code = 2 if isinstance(error, USERS) else 1  # of all ranks
         own = f"{code} {self._launch.rank} {type(error).__name__}: {' '.join(str(error).split())}"
         try:
-            first = self._store.compare_set(self._key, "", own)
+            first = self._store.compare_set(KEY, "", own)
         except (RuntimeError, OSError):
             first = own.encode()
         if first != own.encode():
@@ -87,10 +87,10 @@ class FailureWatch:
     def _end(self, code: int) -> None:
         """End this process; nothing of a process group is waited for, and a GPU's kernels end with it."""
         with suppress(RuntimeError, OSError):
-            heard, deadline = self._store.add(self._heard, 1), time.monotonic() + SECONDS_TO_BE_HEARD
+            heard, deadline = self._store.add(HEARD, 1), time.monotonic() + SECONDS_TO_BE_HEARD
             while self._hosts and heard < self._launch.world_size and time.monotonic() < deadline:
                 time.sleep(0.05)
-                heard = self._store.add(self._heard, 0)
+                heard = self._store.add(HEARD, 0)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # whoever read it has gone, or it is closed
                 stream.flush()

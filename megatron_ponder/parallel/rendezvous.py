@@ -19,7 +19,7 @@ SECONDS_TO_ANSWER = 10.0
 
 
 def meet(launch: Launch, patience: float, timeout: timedelta) -> dist.Store:
-    """The store through which all ranks find each other, once all have come.
+    """The store through which all ranks find each other, once all have come; of this start of theirs alone.
 
     Args:
         launch: the place of this process among the ranks.
@@ -60,7 +60,8 @@ def meet(launch: Launch, patience: float, timeout: timedelta) -> dist.Store:
                 ) from error
             raise UserError(gone) from error
     store.set_timeout(timeout)
-    return store
+    # torchrun's outlives ranks that it starts again, and what they have said in it
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _wait_for_listener(launch: Launch, patience: float) -> None:

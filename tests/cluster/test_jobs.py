@@ -211,7 +211,8 @@ def test_every_job_and_variable_is_on_the_page():
     page = (REPOSITORY / "docs" / "clusters.md").read_text()
     for name, job in JOBS.items():
         assert f"| `{name}` | `{job.script}`" in page
-    readers = [REPOSITORY / "megatron_ponder" / name for name in ("base/launch.py", "parallel/rendezvous.py")]
+    files = ("base/launch.py", "parallel/rendezvous.py", "parallel/gpu_settings.py")
+    readers = [REPOSITORY / "megatron_ponder" / name for name in files]
     found = re.findall(r'"([A-Z]+(?:_[A-Z]+)+|RANK)"', "".join(path.read_text() for path in readers))
     assert {"RANK", "SLURM_STEP_NUM_TASKS", "MASTER_PORT"} <= set(found)
     for name in set(found) - {"OMPI_COMM_WORLD_LOCAL_RANK"}:
