@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -91,10 +92,9 @@ class Tally(NamedTuple):
         """A tally of packed sums (width,), added over whatever they should cover."""
         single = len(Tally._fields) - len(BY_STEP)
         steps = (len(packed) - single) // len(BY_STEP) - 1
-        sums = {
-            name: own.tolist() if name in BY_STEP else own.item()
-            for name, own in zip(Tally._fields, packed.split(list(_sizes(steps).values())), strict=True)
-        }
+        numbers = iter(packed.tolist())  # of a GPU at once, which is waited for
+        sums = {name: list(islice(numbers, size)) for name, size in _sizes(steps).items()}
+        sums = {name: own if name in BY_STEP else own[0] for name, own in sums.items()}
         return Tally(**sums | {"steps": [round(count) for count in sums["steps"]]})
 
 

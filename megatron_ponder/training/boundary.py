@@ -64,7 +64,7 @@ class Boundary:
             problem: for which all ranks have to end; None for none.
 
         Returns:
-            Their sum over the data-parallel ranks, on every rank.
+            Their sum over the data-parallel ranks, on every rank, in the memory of its host.
 
         Raises:
             UserError: on every rank, if any has a problem, with that of the first.
@@ -91,12 +91,13 @@ class Boundary:
         wish = self._wish()
         own = [float(problem is not None), *(float(reason == wish) for reason in REASONS)]
         if not self._together:
-            troubled, *wishes = own
+            sums, (troubled, *wishes) = sums.cpu(), own
         else:
             if self._mesh.model.rank > 0:
                 sums = torch.zeros_like(sums)  # the first rank of a copy of the model speaks for all of them
             message = torch.cat([sums, sums.new_tensor(own)])
             dist.all_reduce(message)
+            message = message.cpu()
             sums, (troubled, *wishes) = message[: len(sums)], message[len(sums) :].tolist()
         if troubled:
             together(lambda: _raise(problem))
