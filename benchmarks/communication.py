@@ -128,10 +128,15 @@ class Traffic(TorchDispatchMode):
             operation, position = OPERATIONS[name]
             group = next(ProcessGroup.unbox(value) for value in args if _is_group(value))
             if group.size() > 1:
-                key = self._names.get(group.group_name, "all ranks"), operation
+                key = self._name(group), operation
                 self.calls[key] += 1
                 self.bytes[key] += sum(part.numel() * part.itemsize for part in tree_leaves(args[position]))
         return function(*args, **(kwargs or {}))
+
+    def _name(self, group: ProcessGroup) -> str:
+        if group.group_desc.startswith("pipeline "):  # of two neighbours
+            return "pipeline"
+        return self._names.get(group.group_name, "all ranks")
 
     def volumes(self) -> dict[tuple[str, str], Volume]:
         """What has been counted."""

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import P2POp, Work
+from torch.distributed import P2POp, ProcessGroup, Work
 from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, ScheduleInterleavedZeroBubble
 
+from megatron_ponder.parallel.edges import Edges
 from megatron_ponder.parallel.mesh import Axis
 
 ScheduleKind = Literal["1f1b", "zero_bubble"]
@@ -24,7 +25,7 @@ class _Outbox:
     """What one rank is sending; PyTorch's schedules hold on to all that a step sends until its end.
 
     To wait for an old send cannot block for ever: the action table has its receive at the same place as the send, so
-    that nothing after the send is needed for it.
+    that nothing after the send is needed for it, and each edge and direction has a group of its own.
     """
 
     def __init__(self, limit: int) -> None:
@@ -55,9 +56,20 @@ class _Stage(PipelineStage):
     all rounds of all micro-batches send.
     """
 
-    def __init__(self, *args, outbox: _Outbox, given_up: Callable[[], bool], output: Tensor, **kwargs) -> None:
+    def __init__(
+        self, *args, edges: Edges, outbox: _Outbox, given_up: Callable[[], bool], output: Tensor, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.outbox, self._given_up, self._output = outbox, given_up, output
+        self.outbox, self._edges, self._given_up, self._output = outbox, edges, given_up, output
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
+        return torch.ones(1)  # shapes are known everywhere, and nobody has to be asked
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
+        return torch.ones(1)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[P2POp]:
+        return []
 
     def _prepare_forward_infra(self, *args, **kwargs):
         result = super()._prepare_forward_infra(*args, **kwargs)
@@ -77,21 +89,21 @@ class _Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, chunk: int) -> list[P2POp]:
         _allocate(self.args_recv_info[chunk], self.device)
-        return super().get_fwd_recv_ops(chunk)
+        return _through(self._edges.from_last, super().get_fwd_recv_ops(chunk))
 
     def get_bwd_recv_ops(self, chunk: int) -> list[P2POp]:
         if self.has_backward:
             _allocate(self.grad_recv_info.get(chunk, ()), self.device)
-        return super().get_bwd_recv_ops(chunk)
+        return _through(self._edges.from_next, super().get_bwd_recv_ops(chunk))
 
     def get_fwd_send_ops(self, chunk: int) -> list[P2POp]:
-        self.outbox.send(super().get_fwd_send_ops(chunk))
+        self.outbox.send(_through(self._edges.to_next, super().get_fwd_send_ops(chunk)))
         if not self.has_backward:
             del self.fwd_cache[chunk]
         return []  # nothing is left to send
 
     def get_bwd_send_ops(self, chunk: int) -> list[P2POp]:
-        self.outbox.send(super().get_bwd_send_ops(chunk))
+        self.outbox.send(_through(self._edges.to_last, super().get_bwd_send_ops(chunk)))
         return []
 
     def forward_maybe_with_nosync(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -121,6 +133,11 @@ class _Stage(PipelineStage):
         _forget(self.grad_recv_info.get(chunk, ()))
 
 
+def _through(group: ProcessGroup, operations: list[P2POp]) -> list[P2POp]:
+    """The same messages in another group."""
+    return [P2POp(operation.op, operation.tensor, operation.peer, group) for operation in operations]
+
+
 def _allocate(infos, device: torch.device) -> None:
     for info in infos:
         if not info.is_root_arg and info.tensor_meta is not None:
@@ -146,6 +163,7 @@ def build_schedule(
     dtype: torch.dtype,
     micro_batches: int,
     axis: Axis,
+    edges: Edges,
     device: torch.device,
     kind: ScheduleKind,
     loss_function: Callable[[Tensor, Tensor], Tensor] | None,
@@ -162,6 +180,7 @@ def build_schedule(
         dtype: of the packed tensors.
         micro_batches: in a step.
         axis: the pipeline ranks.
+        edges: groups of neighbours among them.
         device: of this rank.
         kind: of schedule; `zero_bubble` computes gradients of weights apart from those of activations, later.
         loss_function: of the last stage's output and the micro-batch's target; None for forward passes only.
@@ -182,6 +201,7 @@ def build_schedule(
             input_args=ends[index],
             output_args=ends[index + 1],
             group=axis.group,
+            edges=edges,
             outbox=outbox,
             given_up=given_up,
             output=ends[index + 1],

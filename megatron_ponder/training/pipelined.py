@@ -9,6 +9,7 @@ from megatron_ponder.model.ponder import PonderOutput
 from megatron_ponder.model.router import Rule
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.model.tally import Tally
+from megatron_ponder.parallel.edges import build_edges
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule, run_step
 from megatron_ponder.training.interruption import Interruption
@@ -34,7 +35,7 @@ class PipelinedObjective:
             kind: of schedule in training.
         """
         self._objective, self._mesh, self._dtype, self._kind = objective, mesh, dtype, kind
-        self._schedules = {}
+        self._edges, self._schedules = build_edges(mesh.pipeline), {}
         self._penalty = self._scale = 0.0
         self._each_step = False
         self._sums: list[Tensor] = []
@@ -107,6 +108,7 @@ class PipelinedObjective:
                 dtype=self._dtype,
                 micro_batches=len(micro_batches),
                 axis=axis,
+                edges=self._edges,
                 device=self._mesh.device,
                 kind=self._kind,
                 loss_function=(lambda loss, _: loss.sum()) if training else None,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_ponder.parallel.edges import build_edges
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.pipeline import _Stage, build_schedule, pack, packed_size, run_step, unpack
 from tests.distributed import run_distributed
@@ -136,6 +137,7 @@ def ring(axis: Axis, kind: str, micro_batches: int) -> dict:
         dtype=torch.float64,
         micro_batches=micro_batches,
         axis=axis,
+        edges=build_edges(axis),
         device=torch.device("cpu"),
         kind=kind,
         loss_function=loss,
