@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron_ponder.generation.predictions import Prediction
+from megatron_ponder.generation.sampling import Sampling
+
 
 def latent(step: int) -> int:
     """What stands in place of a token id in the slot of an latent step, whose input comes from the model."""
@@ -41,6 +44,48 @@ class PromptEnd(NamedTuple):
     last_token: int | None
 
 
+class Begun(NamedTuple):
+    """A sequence whose tokens will have to be chosen.
+
+    Attributes:
+        key: of it.
+        sampling: its rules.
+        prompt: token ids.
+    """
+
+    key: int
+    sampling: Sampling
+    prompt: tuple[int, ...]
+
+
+class Wish(NamedTuple):
+    """A token of a sequence that may be due after a forward: its number, from 0, and how many likeliest ids beside."""
+
+    key: int
+    number: int
+    top: int
+
+
+@dataclass
+class Choices:
+    """What goes with a forward to the rank that chooses.
+
+    Attributes:
+        begun: sequences to know from now on.
+        ended: keys of those to forget.
+        wishes: of each sequence that decodes, then of each prompt whose logits are wanted.
+    """
+
+    begun: list[Begun] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    wishes: list[Wish] = field(default_factory=list)
+
+    @property
+    def columns(self) -> int:
+        """Numbers that a wish takes in the tensor that comes back: state, token, log-probability, likeliest ids."""
+        return 3 + 2 * max((wish.top for wish in self.wishes), default=0)
+
+
 @dataclass
 class Forward:
     """T slots of any sequences: first R sequences that decode, one slot each, then segments of prompts.
@@ -52,13 +97,14 @@ class Forward:
         log_w: T log weights as keys.
         segments: of all slots, in their order; the first R of one slot each.
         steps: R, which step of its token each decoding sequence runs; 0 is the token itself.
-        wanted: R, whether the logits are wanted if this slot is the last of its token.
+        wanted: R, whether the logits are wanted if this slot is the last of its token, which it may be.
         routed: indices of token slots, whose routing decides K̂; of the decoding sequences' first.
         prompts: the segments that are iterates of prompts.
         stored: prompts to keep, before all else: a key, the row of the cache and the slots from its first on.
         dropped: keys of prompts to keep no longer.
         cleared: rows of the cache to empty before this forward.
         loaded: prompts to copy into rows after that: key, row, slots.
+        choices: what the last rank of a pipeline has to know to choose the next tokens; nothing elsewhere.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -74,6 +120,7 @@ class Forward:
     dropped: list[int] = field(default_factory=list)
     cleared: list[int] = field(default_factory=list)
     loaded: list[tuple[int, int, int]] = field(default_factory=list)
+    choices: Choices = field(default_factory=Choices)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -94,12 +141,14 @@ class Outcome:
         executed: K̂ of each routed slot's token; empty where all tokens take the same steps.
         log_w: log weights (K + 1) as keys of each routed slot's token; empty likewise.
         logits: (n, V) of the next token: of the wanted sequences that completed their token, in their order, then of
-            the prompts that wanted them.
+            the prompts that wanted them. None where the last rank of a pipeline has chosen by them.
         changes: of each prompt segment, the largest change of a hidden state since the forward before relative to the
             largest hidden state; infinite where that ran other slots.
+        predictions: what was chosen by the logits, of each None if they name no token; None for the scheduler to do.
     """
 
     executed: list[int]
     log_w: list[list[float]]
-    logits: Tensor
+    logits: Tensor | None
     changes: list[float]
+    predictions: list[Prediction | None] | None = None

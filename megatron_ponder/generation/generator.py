@@ -1,23 +1,27 @@
 """Generation by one copy of a model, which one process holds or the tensor and pipeline ranks of a job share.
 
-The first rank drives: it schedules, and chooses tokens. The others run their part of every forward. With pipeline ranks
-there are as many groups of sequences, so that while the last rank works on one group the first works on another.
+The first rank drives: it schedules. The others run their part of every forward. Tokens are chosen where the logits
+are: by the first rank, or by the last of several pipeline ranks, which sends their ids. With pipeline ranks there are
+as many groups of sequences, so that while the last rank works on one group the first works on another.
 """
 
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.tokenizer import Tokenizer
+from megatron_ponder.generation.far_choices import FarChooser, pack, packed_size, unpack
 from megatron_ponder.generation.forward import Forward, Outcome
 from megatron_ponder.generation.packing import packed
+from megatron_ponder.generation.predictions import pieces_of
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.runner import Runner
 from megatron_ponder.generation.scheduler import Scheduler
 from megatron_ponder.generation.sequences import Batching, OnToken, Sequence, Usage
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
+from megatron_ponder.parallel.edges import build_edges
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.parallel.messages import Mailbox
+from megatron_ponder.parallel.messages import Mailbox, broadcast
 
 
 class Generator:
@@ -62,16 +66,26 @@ class Generator:
         weight = next(model.parameters())
         batching = batching or Batching()
         rule = rule or model.rule("hard")
-        self._tensor, self._pipeline = Mailbox(mesh.tensor, weight), Mailbox(mesh.pipeline, weight)
+        self._tensor = mesh.tensor
         self._rank, self._ranks = mesh.pipeline.rank, mesh.pipeline.size
-        self._leads = mesh.tensor.rank == 0
-        self.drives = mesh.model.rank == 0 and self._rank == 0 and self._leads
+        self._ring = Mailbox(build_edges(mesh.pipeline), weight) if self._ranks > 1 else None
+        self.drives = mesh.model.rank == 0 and self._rank == 0 and mesh.tensor.rank == 0
         model = packed(model)
+        self._steps = model.ponder_config.steps
         self._runners = [Runner(model, rule, batching.max_sequences) for _ in range(self._ranks)]
+        self._choosers = [FarChooser(pieces_of(model.model_config, tokenizer)) for _ in self._runners]
         self._schedulers: list[Scheduler] = []
         if self.drives:
             self._schedulers = [
-                Scheduler(model.model_config, model.ponder_config, batching, tokenizer, model.eod_id, weight.dtype)
+                Scheduler(
+                    model.model_config,
+                    model.ponder_config,
+                    batching,
+                    tokenizer,
+                    model.eod_id,
+                    weight.dtype,
+                    chooses=self._ranks == 1,
+                )
                 for _ in self._runners
             ]
         self._under_way: list[Forward | None] = [None] * self._ranks
@@ -90,10 +104,11 @@ class Generator:
             for group in range(self._ranks):
                 if self._under_way[group] is not None:
                     self._collect(group)
-                    self._tensor.broadcast((group, True, None))
-            self._tensor.broadcast(None)
+                    broadcast((group, True, None), self._tensor)
+            broadcast(None, self._tensor)
             self._stop_next()
-        self._pipeline.close()
+        if self._ring is not None:
+            self._ring.close()
 
     @property
     def groups(self) -> int:
@@ -167,12 +182,10 @@ class Generator:
         forward = self._schedulers[group].plan()
         if not collected and forward is None:
             return
-        self._tensor.broadcast((group, collected, forward))
+        broadcast((group, collected, forward), self._tensor)
         if forward is not None:
             outcome = self._run_part(group, forward)
-            if outcome is None:
-                self._under_way[group] = forward
-            else:
+            if outcome is not None:
                 self._schedulers[group].settle(forward, outcome)
 
     def run(self) -> None:
@@ -183,51 +196,54 @@ class Generator:
     def keep_alive(self) -> None:
         """Let the idle ranks hear from this one, so that none gives up waiting; call it every few minutes at least."""
         assert self.idle
-        self._tensor.broadcast((0, False, Forward()))
+        broadcast((0, False, Forward()), self._tensor)
         if self._run_part(0, Forward()) is None:
-            self._receive_hidden(0)
-            self._tensor.broadcast((0, True, None))
+            self._receive(0)
+            broadcast((0, True, None), self._tensor)
 
     def _collect(self, group: int) -> None:
         """Wait for the forward of a group that is under way, and take its outcome."""
-        forward, self._under_way[group] = self._under_way[group], None
-        self._schedulers[group].settle(forward, self._receive_hidden(group))
+        forward = self._under_way[group]
+        self._schedulers[group].settle(forward, self._receive(group))
 
-    def _receive_hidden(self, group: int) -> Outcome | None:
-        """On the first pipeline rank: what the last one hands back; the outcome is for the driving rank alone."""
-        outcome, self._runners[group].read_TX = self._pipeline.receive(self._ranks - 1)
-        return outcome
+    def _receive(self, group: int) -> Outcome:
+        """On the first pipeline rank: what the last one hands back of the forward that is under way."""
+        forward, self._under_way[group] = self._under_way[group], None
+        numbers = self._ring.receive_numbers(packed_size(forward, self._steps))
+        _, self._runners[group].read_TX = self._ring.receive()
+        return unpack(forward, numbers, self._steps)
 
     def _follow(self) -> None:
         """Run this rank's part of every forward until the driving rank leaves."""
         if self._rank == 0:
-            while (message := self._tensor.broadcast(None)) is not None:
+            while (message := broadcast(None, self._tensor)) is not None:
                 group, collected, forward = message
                 if collected:
-                    self._receive_hidden(group)
+                    self._receive(group)
                 if forward is not None:
                     self._run_part(group, forward)
         else:
-            message, x_TH = self._pipeline.receive(self._rank - 1)
+            message, x_TH = self._ring.receive()
             while message is not None:
                 self._run_part(*message, x_TH)
-                message, x_TH = self._pipeline.receive(self._rank - 1)
+                message, x_TH = self._ring.receive()
         self._stop_next()
 
     def _stop_next(self) -> None:
         if self._rank + 1 < self._ranks:
-            self._pipeline.send(self._rank + 1, None)
+            self._ring.send(None)
 
     def _run_part(self, group: int, forward: Forward, received_TH: Tensor | None = None) -> Outcome | None:
         """Run this rank's part of a forward; the outcome if it is the whole, else it is passed on."""
         runner = self._runners[group]
         x_TH = runner.run(forward, received_TH)
         if self._rank + 1 < self._ranks:
-            self._pipeline.send(self._rank + 1, (group, forward), x_TH)
+            self._ring.send((group, forward), x_TH)
+            self._under_way[group] = forward if self._rank == 0 else None
             return None
         outcome = runner.finish(forward, x_TH)
         if self._ranks == 1:
             return outcome
-        outcome.logits = outcome.logits.cpu()
-        self._pipeline.send(0, outcome if self._leads else None, runner.read_TX)
+        self._ring.send_numbers(pack(forward, outcome, self._choosers[group].choose(forward, outcome)))
+        self._ring.send(None, runner.read_TX)
         return None

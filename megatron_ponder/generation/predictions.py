@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_ponder.config import ModelConfig
+from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.generation.sampling import Chooser, choose
 
 
@@ -22,6 +24,11 @@ class Prediction:
     token: int
     log_probability: float
     top: list[tuple[int, float]] = field(default_factory=list)
+
+
+def pieces_of(model: ModelConfig, tokenizer: Tokenizer | None) -> int:
+    """Ids that may be read and chosen: the model's vocabulary may be larger than the tokenizer's."""
+    return model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size)
 
 
 @torch.inference_mode()

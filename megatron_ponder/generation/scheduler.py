@@ -11,13 +11,13 @@ from collections import deque
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.data.tokenizer import Tokenizer
+from megatron_ponder.generation.far_choices import Wishes
 from megatron_ponder.generation.forward import Forward, Outcome, Segment, latent
-from megatron_ponder.generation.predictions import Prediction, predict
+from megatron_ponder.generation.predictions import Prediction, pieces_of, predict
 from megatron_ponder.generation.prefill import IteratedPiece, LanePiece, PromptPiece
 from megatron_ponder.generation.prefixes import Prefixes, shared_tokens
 from megatron_ponder.generation.request import FinishReason, Generation, Request
@@ -46,6 +46,7 @@ class Scheduler:
         tokenizer: Tokenizer | None = None,
         eod_id: int | None = None,
         dtype: torch.dtype = torch.float32,
+        chooses: bool = True,
     ) -> None:
         """Start without requests.
 
@@ -55,12 +56,12 @@ class Scheduler:
             tokenizer: for text and stop strings.
             eod_id: the token after which the model begins anew, if documents are kept apart.
             dtype: of the model, which decides when a fixed point is reached.
+            chooses: tokens itself, by logits; else the last rank of a pipeline does, which is told what it has to know.
         """
         self._model, self._steps, self._passes = model, ponder.steps, passes_of(ponder)
         self.batching = batching or Batching()
         self._tokenizer, self._eod_id = tokenizer, eod_id
-        # The model's vocabulary may be larger than the tokenizer's: what has no piece is neither read nor chosen.
-        self._pieces = model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size)
+        self._pieces = pieces_of(model, tokenizer)
         tolerance = None if self.batching.prefill is None else self.batching.prefill.tolerance
         self._tolerance = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
         self._prefixes = Prefixes(self.batching.prefix_slots, shortest=16)
@@ -73,6 +74,7 @@ class Scheduler:
         self._iterating: list[Sequence] = []
         self._stored: list[tuple[int, int, int]] = []
         self._dropped: list[int] = []
+        self._chooses, self._wishes = chooses, Wishes()
 
     @property
     def idle(self) -> bool:
@@ -166,11 +168,13 @@ class Scheduler:
             start = sequence.length // self._passes.lanes
             forward.segments.append(Segment(self._lane(sequence.row, lane), start, 1))
             forward.steps.append(sequence.step)
-            forward.wanted.append(not sequence.reading)
+            forward.wanted.append(not sequence.reading and sequence.step in (0, sequence.executed))
         for sequence in self._iterating:
             last = sequence.fed + len(sequence.piece.tokens) == len(sequence.ids)
             start = sequence.length // self._passes.lanes
             sequence.piece.add_to(forward, self._lane(sequence.row, 0), start, wanted=last)
+        if not self._chooses:
+            forward.choices = self._wishes.of(forward, self._decoding, self._iterating)
         self.usage.forwards += bool(forward)
         self.usage.rows += len(self.live)
         self.usage.slots += len(forward)
@@ -209,7 +213,7 @@ class Scheduler:
                 sequence.piece = None
                 sequence.length += len(piece.executed) + sum(piece.executed)
                 self._complete(sequence, piece.executed, read)
-        self._predict(predicted, outcome.logits)
+        self._predict(predicted, outcome)
         for sequence in read:
             if sequence.generation.finish_reason != "failed":  # whose keys may be no numbers
                 self._store(sequence)
@@ -333,20 +337,19 @@ class Scheduler:
             if key is not None:
                 self._stored.append((key, sequence.row, sequence.length))
 
-    def _predict(self, sequences: list[Sequence | None], logits: Tensor) -> None:
-        """Give every sequence its next token, from the row of logits in its place."""
-        rows = [
-            row
-            for row, sequence in enumerate(sequences)
-            if sequence is not None and sequence.generation.finish_reason is None
-        ]
+    def _predict(self, sequences: list[Sequence | None], outcome: Outcome) -> None:
+        """Give every sequence its next token, from the row of logits or the prediction in its place."""
+        rows = [row for row, each in enumerate(sequences) if each and each.generation.finish_reason is None]
         if not rows:
             return
         chosen = [sequences[row] for row in rows]
-        logits = (logits if len(rows) == len(logits) else logits[rows])[:, : self._pieces]
-        choosers = [sequence.chooser for sequence in chosen]
-        top = [sequence.request.top_log_probabilities for sequence in chosen]
-        for sequence, prediction in zip(chosen, predict(logits, choosers, top), strict=True):
+        if outcome.predictions is not None:
+            predictions = [outcome.predictions[row] for row in rows]
+        else:
+            logits = (outcome.logits if len(rows) == len(sequences) else outcome.logits[rows])[:, : self._pieces]
+            top = [each.request.top_log_probabilities for each in chosen]
+            predictions = predict(logits, [each.chooser for each in chosen], top)
+        for sequence, prediction in zip(chosen, predictions, strict=True):
             reason, error = self._extend(sequence, prediction)
             if reason is not None:
                 self._end(sequence, reason, error)
@@ -366,6 +369,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
         sequence.end(reason, error)
+        self._wishes.end(sequence)
         if sequence in self.live:
             self.live.remove(sequence)
             self._release(sequence)

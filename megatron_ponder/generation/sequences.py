@@ -52,6 +52,7 @@ class Sequence:
         source: index of its newest slot in the newest forward.
         executed, log_w: routing of the token being run.
         piece: of the prompt, being iterated.
+        key: by which the rank that chooses knows it, from its first wish on.
     """
 
     request: Request
@@ -70,6 +71,7 @@ class Sequence:
     executed: int = 0
     log_w: list[float] = field(default_factory=list)
     piece: PromptPiece | None = None
+    key: int | None = None
 
     @property
     def reading(self) -> bool:
