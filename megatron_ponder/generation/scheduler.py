@@ -339,8 +339,7 @@ class Scheduler:
 
     def _predict(self, sequences: list[Sequence | None], outcome: Outcome) -> None:
         """Give every sequence its next token, from the row of logits or the prediction in its place."""
-        rows = [row for row, each in enumerate(sequences) if each and each.generation.finish_reason is None]
-        if not rows:
+        if not (rows := [row for row, each in enumerate(sequences) if each and each.generation.finish_reason is None]):
             return
         chosen = [sequences[row] for row in rows]
         if outcome.predictions is not None:
