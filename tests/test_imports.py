@@ -34,7 +34,17 @@ FLOORS = [
 SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
 LIGHT = [part for part in FLOORS if part not in ("hf", "training", "evaluation", "serving", "commands")]
 WITHOUT_PYTORCH = ["base", "config", "cluster", "runs"]
-OPTIONAL = ["deepspeed", "transformers", "apex", "flash_attn", "mpi4py", "matplotlib", "tensorboard", "megatron"]
+OPTIONAL = [
+    "deepspeed",
+    "transformers",
+    "apex",
+    "triton",
+    "flash_attn",
+    "mpi4py",
+    "matplotlib",
+    "tensorboard",
+    "megatron",
+]
 OPTIONAL += ["pyarrow", "datasets", "zstandard"]  # the extra "data"
 OPTIONAL += ["starlette", "uvicorn", "prometheus_client", "pydantic"]  # the extra "serve"
 

@@ -6,6 +6,7 @@ from typing import Literal
 from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
 
 RecomputeKind = Literal["none", "block", "attention"]
+AttentionKernel = Literal["auto", "sdpa", "varlen", "triton", "value_side"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class TrainingConfig:
     with attention alone."""
     recompute_passes: int | None = number_field(None, 1, 1000)
     """Recompute in the first so many passes only; in all of them unless given."""
+    attention_kernel: AttentionKernel = "auto"
+    """Which [kernel](performance.md#attention) computes attention: the first that can, or one by name."""
     eval_interval: int = number_field(1000, 0, STEPS)
     """Optimiser steps between validations; 0 for none."""
     eval_samples: int = number_field(512, 0, STEPS)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
-from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 from megatron_ponder.model.modes.pondering import Shape
 from megatron_ponder.model.modes.ponderlm import CANDIDATES
 from megatron_ponder.parallel.pipeline import packed_size
@@ -26,7 +25,7 @@ class Pass:
         kept: those that the last block of the stack finishes.
         received: bytes that the pass before has handed over through a pipeline.
         sent: bytes that go on to the next rank of a pipeline, or to the next pass.
-        folded: keys carry log w in further channels.
+        weighted: keys have weights.
         final: its hidden states are the output.
         predicts: it ends in a prediction that the next pass reads.
         reads: it reads predictions.
@@ -37,7 +36,7 @@ class Pass:
     kept: int
     received: int
     sent: int
-    folded: bool
+    weighted: bool
     final: bool
     predicts: bool
     reads: bool
@@ -58,7 +57,7 @@ def passes(rank: Rank) -> list[Pass]:
                 kept=rank.tokens * kept,
                 received=handed[index - 1] if rank.first and index > 0 else 0,
                 sent=passed_on if not rank.last else 0 if final else handed[index],
-                folded=chain.routed and index > 0,
+                weighted=chain.routed and index > 0,
                 final=final,
                 predicts=chain.predicts and not final,
                 reads=chain.predicts and index > 0,
@@ -77,20 +76,25 @@ def attention_bytes(rank: Rank, p: Pass, kept: int) -> float:
     """q, k, v and what the kernel and the output projection need.
 
     T b (q + k + v + output), and one statistic a query and head. The projection keeps its input, kept H/t b, which is
-    the kernel's output unless channels or slots are cut from it. With sequence parallelism T H b, the gathered input.
+    the kernel's output unless channels or slots are cut from it. A kernel with w on the side of values has these twice.
+    With sequence parallelism T H b, the gathered input.
     """
     block, b = rank.part.block, rank.width
-    query, key = head_channels(rank, p)
-    size = p.slots * (b * 2 * (query + key) + FP32 * block.query_heads)
-    if p.folded or kept < p.slots:
+    size = p.slots * (b * sum(head_channels(rank, p)) + FP32 * block.query_heads)
+    further = p.weighted and rank.attention.carried
+    if further in ("channels", "values") or kept < p.slots:
         size += kept * b * block.query
+    if further == "values":
+        size += p.slots * b * block.key
     return size + (p.slots * b * block.hidden if rank.tensor.sequence_parallel else 0)
 
 
-def head_channels(rank: Rank, p: Pass) -> tuple[int, int]:
-    """Channels of a slot's queries, and of its keys or values, on one tensor rank."""
-    block, folded = rank.part.block, FOLDED_CHANNELS if p.folded else 0
-    return block.query + block.query_heads * folded, block.key + block.key_heads * folded
+def head_channels(rank: Rank, p: Pass) -> tuple[int, int, int, int]:
+    """Channels of a slot's queries, keys, values and outputs in the kernel, on one tensor rank."""
+    block = rank.part.block
+    of_queries, of_values = rank.attention.channels(block.query // block.query_heads, p.weighted)
+    heads, key_heads = block.query_heads, block.key_heads
+    return heads * of_queries, key_heads * of_queries, key_heads * of_values, heads * of_values
 
 
 def feed_forward_bytes(rank: Rank, p: Pass, kept: int) -> float:

@@ -13,7 +13,6 @@ from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD
 from megatron_ponder.estimates.part import Product
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
-from megatron_ponder.kernels.attention import FOLDED_CHANNELS
 
 # The kernels' backward pass computes probabilities anew and then four products, after two in the forward pass.
 ATTENTION_BACKWARD = 2.5
@@ -66,21 +65,20 @@ class Computation:
         """Seconds in which so many bytes are read or written."""
         return size / (self.cluster.memory_bandwidth * self.cluster.memory_bandwidth_share)
 
-    def attention(self, run: int, folded: bool) -> Work:
+    def attention(self, run: int, weighted: bool) -> Work:
         """Everything of a block up to the output projection, forward.
 
-        Products, attention with 4 operations a channel for each query and key that it may see (whole blocks of keys),
-        the norm (T 2 H b), rotations of queries and keys (T 2 b a channel).
+        Products, attention with 2 operations for each query, key that it may see (whole blocks of keys) and channel
+        that the kernel computes of queries and of values, the norm (T 2 H b), rotations of queries and keys (T 2 b a
+        channel). A sequence counts as one segment, because nothing says how long documents are.
         """
         rank, block, b = self.rank, self.rank.part.block, self.rank.width
         batch = rank.config.training.micro_batch_size
         rows, head_size = batch * run, block.query // block.query_heads
-        channels = (head_size + FOLDED_CHANNELS) / head_size if folded else 1.0
-        return Work(
-            self.products(rows, block.before),
-            4 * block.query * batch * rank.attention.pairs(run) * channels / self._attention_rate,
-            self.moved(b * 2 * (rank.residual(rows) * block.hidden + rows * (block.query + block.key) * channels)),
-        )
+        kernel, rotated = rank.attention, block.query_heads + block.key_heads
+        operations = block.query_heads * kernel.operations(head_size, weighted) * batch * kernel.pairs(run)
+        numbers = rank.residual(rows) * block.hidden + rows * rotated * kernel.channels(head_size, weighted)[0]
+        return Work(self.products(rows, block.before), operations / self._attention_rate, self.moved(b * 2 * numbers))
 
     @property
     def _attention_rate(self) -> float:
@@ -112,7 +110,7 @@ class Computation:
         trained = rank.config.ponder_training.gradient_passes or len(slots)
         for index, (run, kept) in enumerate(slots):
             kept = kept if rank.last else run
-            attended = self.attention(tokens * run, folded=rank.chain.routed and index > 0) * layers
+            attended = self.attention(tokens * run, weighted=rank.chain.routed and index > 0) * layers
             forward = attended + self.feed_forward(tokens * run) * (layers - 1) + self.feed_forward(tokens * kept)
             work += forward
             if index >= len(slots) - trained:

@@ -83,7 +83,7 @@ def workspace_bytes(rank: Rank, p: Pass) -> float:
     block, b, slots = rank.part.block, rank.width, p.slots
     stream = rank.residual(slots) * block.hidden
     feed_forward = 2 * slots * b * block.expanded
-    attention = slots * b * 2 * sum(head_channels(rank, p))
+    attention = slots * b * sum(head_channels(rank, p))
     norm = block.norm_workspace * FP32 * stream if b < FP32 else 0
     if p.recompute == "attention":
         attention += attention_bytes(rank, p, slots) + stream * b

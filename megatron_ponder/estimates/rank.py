@@ -98,8 +98,9 @@ class Rank:
     @cached_property
     def attention(self) -> Kernel:
         """The kernel that its attention takes."""
-        block = self.part.block
-        return choose(Call(self.device, self.dtype, block.key < block.query, self.config.data.reset_at_eod))
+        block, config = self.part.block, self.config
+        call = Call(self.device, self.dtype, block.key < block.query, config.data.reset_at_eod)
+        return choose(call, config.training.attention_kernel)
 
     @property
     def chain(self) -> Passes:

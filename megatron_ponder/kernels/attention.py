@@ -6,20 +6,26 @@ exists, in training or in the key-value cache, and the gradient of log w comes f
 
 Who sees whom beyond that is a matter of segments, which lie one behind the other in the rows of a batch.
 
-Another kernel is a function like `_sdpa` in a file of its own and a row of `_KERNELS`.
+Other forms, which are as exact, stand beside this one, because which is fastest on a GPU has to be measured: w on the
+side of the values, and a kernel that adds log w itself. Another kernel is a function like `_sdpa` in a file of its own
+and a row of `_KERNELS`.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segmented_attention import segmented_attention
 from megatron_ponder.kernels.segments import Segments
+from megatron_ponder.kernels.triton_attention import padded, weighted_attention
 
 # Kernels want head sizes in multiples of 8, so folding costs eight channels of which it uses one or two.
 FOLDED_CHANNELS = 8
@@ -35,34 +41,52 @@ class Call(NamedTuple):
         dtype: of queries, keys and values.
         grouped: fewer heads of keys and values than of queries.
         segmented: rows are of several segments.
+        whole: as many queries as keys.
     """
 
     device: str
     dtype: torch.dtype
     grouped: bool = False
     segmented: bool = False
+    whole: bool = True
 
 
 class Kernel(NamedTuple):
     """A way to compute attention, and what estimates ask about it.
 
-    For the backward pass it keeps queries, keys, values, its output, and an fp32 number a query and head.
+    For the backward pass it keeps queries, keys and values as it is given them, its output, and an fp32 number a query
+    and head.
 
     Attributes:
+        name: as in `training.attention_kernel`; several rows may share one.
         compute: (q, k, v, scale, log_w, segments) → (B, T, N, D), as `attend`.
-        suits: whether it computes a call.
+        lacks: what a call would need for it, in words; None if it computes the call.
+        carried: where log w travels: in further channels of queries, keys and values (`channels`), which it is given in
+            place of log w; in those of values alone (`values`); by itself (`apart`).
         block: keys that a query reads at a time; of the last it pays for all.
-        folds: it is given log w in further channels of queries and keys, and no other.
+        width: channels that it computes for a head of so many.
     """
 
+    name: str
     compute: Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Segments | None], Tensor]
-    suits: Callable[[Call], bool]
+    lacks: Callable[[Call], str | None]
+    carried: Literal["channels", "values", "apart"] = "channels"
     block: int = 1
-    folds: bool = False
+    width: Callable[[int], int] = int
 
     def pairs(self, length: int) -> float:
         """Pairs of a query and a key that causal attention over so many slots computes."""
         return length * (length + min(self.block, length)) / 2
+
+    def channels(self, head_size: int, weighted: bool) -> tuple[int, int]:
+        """Channels of a head of queries and keys, and of one of values and outputs, in the kernel."""
+        further = FOLDED_CHANNELS if weighted else 0
+        of_queries, of_values = self.carried == "channels", self.carried != "apart"
+        return head_size + of_queries * further, head_size + of_values * further
+
+    def operations(self, head_size: int, weighted: bool) -> int:
+        """Operations forward of a head for each pair of a query and a key."""
+        return 2 * sum(map(self.width, self.channels(head_size, weighted)))
 
 
 def attend(
@@ -73,33 +97,50 @@ def attend(
     log_w_BS: Tensor | None = None,
     segments: Segments | None = None,
     angles: Rotation | None = None,
+    kernel: AttentionKernel = "auto",
 ) -> Tensor:
     """Causal attention; every call of it goes through here and is given the kernel that suits it.
 
     Args:
         q_BTND: queries of N heads, of the last T slots.
         k_BSMD, v_BSMD: keys and values of all S slots, of M heads; M divides N.
-        scale: factor on the logits.
+        scale: factor on the logits; 1/√D where keys have weights.
         log_w_BS: log weight of each key, in fp32 or better; None where every weight is 1.
         segments: of the B · T slots, with T = S; None if every row is one.
         angles: by which queries and keys are rotated first, with T = S; None if they are already.
+        kernel: the one to take.
 
     Returns:
         (B, T, N, D).
+
+    Raises:
+        UserError: if that cannot compute the call.
     """
     head_size, grouped = v_BSMD.shape[-1], q_BTND.shape[2] != k_BSMD.shape[2]
-    kernel = choose(Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None))
-    if log_w_BS is None or not kernel.folds:
+    whole = q_BTND.shape[1] == k_BSMD.shape[1]
+    chosen = choose(Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None, whole), kernel)
+    if log_w_BS is None or chosen.carried != "channels":
         q_BTND, k_BSMD = (_turned(x, angles, None) for x in (q_BTND, k_BSMD))
-        return kernel.compute(q_BTND, k_BSMD, v_BSMD, scale, log_w_BS, segments)
+        return chosen.compute(q_BTND, k_BSMD, v_BSMD, scale, log_w_BS, segments)
+    assert scale == head_size**-0.5  # for which channels are folded
     of_q, of_k = folded_channels(log_w_BS, head_size, k_BSMD)
     q_BTNE, k_BSME = _turned(q_BTND, angles, of_q), _turned(k_BSMD, angles, of_k)
-    return kernel.compute(q_BTNE, k_BSME, F.pad(v_BSMD, (0, FOLDED_CHANNELS)), scale, None, segments)[..., :head_size]
+    return chosen.compute(q_BTNE, k_BSME, F.pad(v_BSMD, (0, FOLDED_CHANNELS)), scale, None, segments)[..., :head_size]
 
 
-def choose(call: Call) -> Kernel:
-    """The kernel that computes a call: the first that suits."""
-    return next(kernel for kernel in _KERNELS if kernel.suits(call))
+def choose(call: Call, name: AttentionKernel = "auto") -> Kernel:
+    """The kernel that computes a call: the first that can, of those of a name.
+
+    Raises:
+        UserError: if none of this name can.
+    """
+    named = [kernel for kernel in _KERNELS if name in ("auto", kernel.name)]
+    for kernel in named:
+        if kernel.lacks(call) is None:
+            return kernel
+    raise UserError(
+        f"training.attention_kernel {name} needs {named[-1].lacks(call)}; set training.attention_kernel to auto"
+    )
 
 
 def _turned(x: Tensor, angles: Rotation | None, channels: Tensor | None) -> Tensor:
@@ -135,9 +176,83 @@ def _sdpa(
     return out.transpose(1, 2)
 
 
+def _varlen(
+    q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, _: Tensor | None, segments: Segments | None
+) -> Tensor:
+    """PyTorch's flash kernel for sequences of several lengths."""
+    (batch, length, heads, _), flat = q_BTND.shape, [x.flatten(0, 1) for x in (q_BTND, k_BSMD, v_BSMD)]
+    if segments is None:
+        bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q_BTND.device)
+    else:
+        bounds, length = segments.bounds, segments.longest
+    grouped = {"enable_gqa": True} if heads != k_BSMD.shape[2] else {}
+    out = varlen.varlen_attn(*flat, bounds, bounds, length, length, scale=scale, window_size=(-1, 0), **grouped)
+    return out.unflatten(0, q_BTND.shape[:2])
+
+
+def _value_side(
+    q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float, log_w_BT: Tensor | None, _: Segments | None
+) -> Tensor:
+    """Σ p w v / Σ p w, by SDPA with values [w v, w]; queries and keys keep their size where kernels allow two."""
+    if log_w_BT is None:
+        return _sdpa(q_BTND, k_BTMD, v_BTMD, scale, None, None)
+    head_size, w_BT11 = v_BTMD.shape[-1], log_w_BT.exp().to(v_BTMD.dtype)[..., None, None]
+    w_BTMF = F.pad(w_BT11, (0, FOLDED_CHANNELS - 1)).expand(*v_BTMD.shape[:3], -1)
+    widened = torch.cat([w_BT11 * v_BTMD, w_BTMF], -1)
+    if q_BTND.device.type == "cpu":  # whose kernel has one size
+        q_BTND, k_BTMD = (F.pad(x, (0, FOLDED_CHANNELS)) for x in (q_BTND, k_BTMD))
+    y_BTNE = _sdpa(q_BTND, k_BTMD, widened, scale, None, None)
+    return y_BTNE[..., :head_size] / y_BTNE[..., head_size : head_size + 1]
+
+
+def _flash_width(channels: int) -> int:
+    """The least head size that flash kernels are compiled for."""
+    return next((width for width in (32, 64, 96, 128, 192, 256) if channels <= width), channels)
+
+
+def _unless(*needs: tuple[bool, str]) -> str | None:
+    """The first need that is not met."""
+    return next((words for met, words in needs if not met), None)
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_WHOLE = "as many queries as keys, which cached prompts have not"
+# In the order in which calls look for one. What no GPU has timed comes after what PyTorch has.
 _KERNELS = (
-    Kernel(_sdpa, lambda call: call.device == "cpu", block=512, folds=True),
-    Kernel(_sdpa, lambda call: not call.segmented, folds=True),
+    Kernel("sdpa", _sdpa, lambda call: _unless((call.device == "cpu", "a CPU")), block=512),
+    Kernel(
+        "sdpa",
+        _sdpa,
+        lambda call: _unless((not call.segmented, "data.reset_at_eod false on GPUs")),
+        width=_flash_width,
+    ),
+    Kernel(
+        "varlen",
+        _varlen,
+        lambda call: _unless(
+            (call.device == "cuda", "a GPU"), (call.dtype in _HALF, "training.precision bf16"), (call.whole, _WHOLE)
+        ),
+        width=_flash_width,
+    ),
+    Kernel(
+        "triton",
+        weighted_attention,
+        lambda call: _unless(
+            (call.device == "cuda", "a GPU"),
+            (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
+            (call.whole, _WHOLE),
+        ),
+        carried="apart",
+        block=64,
+        width=padded,
+    ),
+    Kernel(
+        "value_side",
+        _value_side,
+        lambda call: _unless((not call.segmented, "data.reset_at_eod false"), (call.whole, _WHOLE)),
+        carried="values",
+        width=_flash_width,
+    ),
 )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
+from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.kernels.attention import attend
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segments import Segments
@@ -40,6 +41,7 @@ class Slots(NamedTuple):
         log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1.
         segments: of the B · T slots; None if every row is one.
         kept: the slots of every token whose result is wanted.
+        kernel: as in `training.attention_kernel`.
         channels: log w as folded channels of queries and keys, once for all layers; what caches take.
     """
 
@@ -48,6 +50,7 @@ class Slots(NamedTuple):
     log_w_BT: Tensor | None = None
     segments: Segments | None = None
     kept: slice = slice(None)
+    kernel: AttentionKernel = "auto"
     channels: tuple[Tensor, Tensor] | None = None
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
@@ -87,7 +90,7 @@ class Attention(ShardedModule):
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.project(x_BTH))
         scale = self.head_size**-0.5
         if cache is None:
-            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles)
+            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles, slots.kernel)
         else:
             of_q, of_k = slots.channels
             y = cache.attend(rotate(q, slots.angles, of_q), rotate(k, slots.angles, of_k), v, scale)

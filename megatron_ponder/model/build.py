@@ -29,4 +29,5 @@ def build_part(config: Config, mesh: Mesh, eod_id: int | None = None) -> PonderL
         config.parallel.vocab_multiple,
         config.inference,
         Recompute(config.training.recompute, config.training.recompute_passes),
+        config.training.attention_kernel,
     )

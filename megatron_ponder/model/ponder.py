@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
+from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.kernels.attention import folded_channels
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.ends import Back, Front
@@ -67,6 +68,7 @@ class PonderLM(nn.Module):
         model_config, ponder_config: what it was built from.
         inference: τ and α unless others are given.
         recompute: what the backward pass computes again.
+        attention_kernel: as in `training.attention_kernel`; caches have their own.
         passes: those of its mode.
         eod_id: end-of-document token that confines attention and restarts positions; None for neither.
         part: which part of the model this pipeline rank holds; modules of other parts are None.
@@ -83,10 +85,11 @@ class PonderLM(nn.Module):
         vocab_multiple: int = 1,
         inference: InferenceConfig = UNCHANGED,
         recompute: Recompute | None = None,
+        attention_kernel: AttentionKernel = "auto",
     ) -> None:
         super().__init__()
         self.model_config, self.ponder_config, self.inference, self.eod_id = model, ponder, inference, eod_id
-        self.recompute = recompute or Recompute()
+        self.recompute, self.attention_kernel = recompute or Recompute(), attention_kernel
         self.passes = passes_of(ponder)
         self.part = part = part or ModelPart(range(model.num_layers))
         self.axis = axis = (mesh or Mesh()).tensor
@@ -228,6 +231,7 @@ class PonderLM(nn.Module):
             None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens),
             geometry.segments(slots_per_token),
             self.passes.kept(index, plan) if plan else slice(None),
+            self.attention_kernel,
         )
         return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))
 

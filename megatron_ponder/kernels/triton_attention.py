@@ -1,0 +1,163 @@
+"""Causal attention with key weights on GPUs: log w is added to the logits as it is, in fp32, and no channel is folded.
+
+One operation for PyTorch and its compilers, with the shapes of its results and its gradient; the code that runs is in
+`triton_code/weighted_attention.py`. It holds no state and uses no atomics, so that results repeat bit by bit.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_ponder.kernels.segments import Segments
+
+
+class Blocks(NamedTuple):
+    """How a program of one kernel is laid out.
+
+    Attributes:
+        queries, keys: slots of a block.
+        warps: of a program.
+        stages: blocks that are loaded while others are computed.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Layout(NamedTuple):
+    """The blocks of each of the three kernels."""
+
+    forward: Blocks
+    backward_queries: Blocks
+    backward_keys: Blocks
+
+
+def layout(head_size: int, dtype: torch.dtype) -> Layout:
+    """Blocks that neither spill registers nor exceed the shared memory of an A100 or an H100.
+
+    Args:
+        head_size: channels of a head.
+        dtype: of queries, keys and values.
+    """
+    wide = padded(head_size) > 64
+    if dtype == torch.float32:
+        small = Blocks(32, 32, 4, 1)
+        return Layout(small, small, small)
+    if wide:
+        return Layout(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
+    return Layout(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+
+
+def padded(head_size: int) -> int:
+    """Channels that are computed for a head: a power of two, at least 16."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+def weighted_attention(
+    q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float, log_w_BT: Tensor | None, segments: Segments | None
+) -> Tensor:
+    """Attention from every slot to those of its segment up to itself.
+
+    Args:
+        q_BTND: queries of N heads, in bf16, fp16 or fp32.
+        k_BTMD, v_BTMD: keys and values of M heads; M divides N.
+        scale: factor on the logits.
+        log_w_BT: log weight of each key; None where every weight is 1.
+        segments: of the B · T slots; None if every row is one.
+
+    Returns:
+        (B, T, N, D).
+    """
+    inputs = [x.contiguous() for x in (q_BTND, k_BTMD, v_BTMD)]
+    log_w = None if log_w_BT is None else log_w_BT.float().contiguous()
+    if segments is None:
+        return _attend(*inputs, log_w, None, None, scale)[0]
+    inputs = [x.flatten(0, 1).unsqueeze(0) for x in inputs]
+    log_w = None if log_w is None else log_w.view(1, -1)
+    return _attend(*inputs, log_w, segments.starts, segments.ends, scale)[0].view(q_BTND.shape)
+
+
+def _sizes(q: Tensor, k: Tensor, log_w: Tensor | None, starts: Tensor | None, blocks: Blocks) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    head_size = q.shape[-1]
+    return {
+        "GROUP": q.shape[2] // k.shape[2],
+        "HEAD": head_size,
+        "WIDTH": padded(head_size),
+        "QUERIES": blocks.queries,
+        "KEYS": blocks.keys,
+        "WEIGHTED": log_w is not None,
+        "SEGMENTED": starts is not None,
+        "PRECISION": "ieee",
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+
+
+@torch.library.custom_op("megatron_ponder::weighted_attention", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, log_w: Tensor | None, starts: Tensor | None, ends: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output (B, T, N, D), and log2 of every query's sum of exponentials (B, N, T)."""
+    from megatron_ponder.kernels.triton_code.weighted_attention import forward
+
+    out, log_sums = _attend_fake(q, k, v, log_w, starts, ends, scale)
+    batch, length, heads, head_size = q.shape
+    blocks = layout(head_size, q.dtype).forward
+    forward[-(-length // blocks.queries), batch * heads](
+        q, k, v, q if log_w is None else log_w, q if starts is None else starts, out, log_sums,
+        scale * math.log2(math.e), length, heads, **_sizes(q, k, log_w, starts, blocks)
+    )  # fmt: skip
+    return out, log_sums
+
+
+@_attend.register_fake
+def _attend_fake(q, k, v, log_w, starts, ends, scale) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_ponder::weighted_attention_backward", mutates_args=())
+def _differentiate(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_w: Tensor | None, starts: Tensor | None, ends: Tensor | None,
+    out: Tensor, log_sums: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, and of log w by head of keys (B, M, T), which is empty without weights."""
+    from megatron_ponder.kernels.triton_code.weighted_attention import backward_keys, backward_queries
+
+    gradients = _differentiate_fake(grad, q, k, v, log_w, starts, ends, out, log_sums, scale)
+    (batch, length, heads, head_size), kv_heads = q.shape, k.shape[2]
+    grad, products, factor = grad.contiguous(), torch.empty_like(log_sums), scale * math.log2(math.e)
+    weights, seen = q if log_w is None else log_w, (q, q) if starts is None else (starts, ends)
+    _, of_queries, of_keys = layout(head_size, q.dtype)
+    backward_queries[-(-length // of_queries.queries), batch * heads](
+        q, k, v, weights, seen[0], out, log_sums, grad, gradients[0], products, factor, scale, length, heads,
+        **_sizes(q, k, log_w, starts, of_queries)
+    )  # fmt: skip
+    backward_keys[-(-length // of_keys.keys), batch * kv_heads](
+        q, k, v, weights, *seen, log_sums, products, grad, *gradients[1:], factor, scale, length, kv_heads,
+        **_sizes(q, k, log_w, starts, of_keys)
+    )  # fmt: skip
+    return gradients
+
+
+@_differentiate.register_fake
+def _differentiate_fake(grad, q, k, v, log_w, starts, ends, out, log_sums, scale) -> tuple[Tensor, ...]:
+    of_w = (0,) if log_w is None else (k.shape[0], k.shape[2], k.shape[1])
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(of_w, dtype=torch.float32)
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:
+    *of_qkv, of_w = _differentiate(grad, *ctx.saved_tensors, ctx.scale)
+    return *of_qkv, of_w.sum(1) if ctx.needs_input_grad[3] else None, None, None, None
+
+
+_attend.register_autograd(_backward, setup_context=_keep)
