@@ -62,11 +62,11 @@ def parse(parser: "jsonargparse.ArgumentParser", kind: type, arguments: Sequence
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations that jsonargparse announces to library authors
-            namespace = parser.parse_args(list(arguments))
+            namespace = parser.parse_args(list(arguments), defaults=False)  # the dataclasses know theirs
             parts = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
         raise UserError(_in_words(kind, " ".join(str(error).split()))) from error
-    return kind(**{item.name: getattr(parts, item.name) for item in fields(kind)})
+    return kind(**{item.name: getattr(parts, item.name) for item in fields(kind) if hasattr(parts, item.name)})
 
 
 def options_of(arguments: Sequence[str], alone: Collection[str] = ()) -> Iterator[tuple[str, str | None]]:
