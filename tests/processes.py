@@ -140,6 +140,24 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def script(text: str, *words: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+    """What became of a script in a process of its own, where its words stand after its name, with what it has printed.
+
+    Args:
+        text: Python.
+        words: it reads them in `sys.argv`.
+        env: environment variables; those of now unless given.
+    """
+    process = Forked(text, *words, program=_run_script, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, errors = process.communicate()
+    return subprocess.CompletedProcess(words, process.returncode, out, errors)
+
+
+def _run_script() -> None:
+    text = sys.argv.pop(1)
+    exec(compile(text, "script", "exec"), {"__name__": "__main__"})
+
+
 class _Descriptor:
     """An open file that travels to a forked process."""
 

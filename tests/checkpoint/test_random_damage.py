@@ -24,7 +24,7 @@ from tests.models import small_config
 
 SMALL = {"model__hidden_size": 8, "model__ffn_hidden_size": 8, "model__num_heads": 2, "model__num_layers": 1}
 OLDER, NEWER = (checkpoint_name(step) for step in (7, 8))
-FEW_AND_MANY = [(1, 60), pytest.param(2, 5000, marks=pytest.mark.slow)]
+FEW_AND_MANY = [(1, 25), pytest.param(2, 5000, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,5 @@
 """What is written is whole or not there."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -21,6 +16,7 @@ from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.checkpoint.writer import staged, write_description, write_weights_checkpoint
 from tests.checkpoint.saved import WEIGHTS
 from tests.models import small_config
+from tests.processes import script
 
 
 @pytest.mark.parametrize(("name", "copied"), [("bpe.model", "tokenizer.model"), ("bpe.json", "tokenizer.json")])
@@ -91,16 +87,9 @@ except UserError as error:
 """
 
 
-def run(script: str, folder: Path) -> subprocess.CompletedProcess:
-    root = Path(__file__).parent.parent.parent
-    environ = os.environ | {"PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", script, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
-
-
 def test_a_killed_write_is_no_checkpoint(checkpoint):
     following = checkpoint.with_name(checkpoint_name(5))
-    assert run(KILLED, following).returncode == 9
+    assert script(KILLED, following).returncode == 9
     left = [path for path in checkpoint.parent.iterdir() if path != checkpoint]
     assert left  # half a checkpoint
     assert resolve_checkpoint(checkpoint.parent) == checkpoint
@@ -111,7 +100,7 @@ def test_a_killed_write_is_no_checkpoint(checkpoint):
 
 def test_a_full_disk_is_the_users_to_mend(checkpoint):
     following = checkpoint.with_name(checkpoint_name(5))
-    done = run(FULL_DISK, following)
+    done = script(FULL_DISK, following)
     assert "could not write" in done.stdout, done.stderr
     assert "free some space or choose another folder" in done.stdout
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
@@ -135,7 +124,7 @@ with writer.staged(Path(sys.argv[1])) as aside:
 
 
 def test_a_replaced_checkpoint_goes_only_when_the_new_one_has_its_name(checkpoint):
-    done = run(KILLED_WHILE_REPLACING, checkpoint)
+    done = script(KILLED_WHILE_REPLACING, checkpoint)
     assert done.returncode == 9, done.stderr
     assert list(read_weights(checkpoint)) == ["new"]
     assert [path.name for path in partial_folders_in(checkpoint.parent)] == [f".{checkpoint.name}.replaced.partial"]

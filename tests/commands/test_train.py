@@ -111,6 +111,16 @@ def test_a_file_that_is_no_configuration(answer, tmp_path, content):
 
 
 def test_an_error_of_all_ranks_is_printed_once(run_arguments, other, tmp_path):
+    arguments = [*run_arguments, f"--tokenizer.path={other[0]}"]
+    ranks = [Forked("train", *arguments, env=env, stderr=subprocess.PIPE) for env in environments(2)]
+    errors = [rank.communicate(200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert [said.count("was made with another tokenizer") for said in errors] == [1, 0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_printed_once_under_torchrun(run_arguments, other, tmp_path):
     done = command(*run_arguments, f"--tokenizer.path={other[0]}", ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("was made with another tokenizer") == 1

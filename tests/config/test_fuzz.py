@@ -18,7 +18,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.finished_runs import tiny_arguments
+from tests.finished_runs import tiny_arguments, undrawn
 
 SEED = 20_260_131
 FIELDS = {
@@ -123,7 +123,8 @@ def outcome(arguments: list[str], device: torch.device) -> str:
 
 def train_each(mesh: Mesh, commands: list[list[str]]) -> list[str]:
     """How each of the runs ended; for `run_distributed`."""
-    return [outcome(command, mesh.device) for command in commands]
+    with undrawn():
+        return [outcome(command, mesh.device) for command in commands]
 
 
 @pytest.mark.parametrize(("tries", "runs"), [(300, 8), pytest.param(5000, 150, marks=pytest.mark.slow)])

@@ -162,13 +162,17 @@ def test_every_truncation_is_reported(prefix):
     IndexedDataset(prefix)
 
 
-def test_every_corruption_of_the_header_is_reported(prefix):
+EVERY, FLIPS = set(range(256)), [1 << bit for bit in range(8)]
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a flipped bit", "every"])
+def test_every_corruption_of_the_header_is_reported(prefix, every):
     _, idx_path = dataset_paths(prefix)
     whole = idx_path.read_bytes()
     # A signed type of the same size leaves nothing to notice it by.
     same_size = {code for code, dtype in DTYPES.items() if dtype.itemsize == 2}
     for place in range(HEADER.size):
-        for value in set(range(256)) - {whole[place]}:
+        for value in EVERY - {whole[place]} if every else {whole[place] ^ flip for flip in FLIPS}:
             if place == 17 and value in same_size:
                 continue
             idx_path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])

@@ -117,7 +117,8 @@ def test_the_others_do_the_work_of_a_killed_rank(corpus, tokenizer_path, expecte
     assert not attendance.parent.exists()
 
 
-@pytest.mark.parametrize("seed", range(5))
+# With one worker and with two.
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_killed_at_random_moments_it_goes_on(corpus, tokenizer_path, expected, tmp_path, seed):
     generator = random.Random(seed)
     output = tmp_path / "out" / "data"

@@ -1,13 +1,10 @@
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from megatron_ponder.base.errors import UserError
@@ -18,12 +15,11 @@ from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
 from tests import REPOSITORY
 from tests.hf.exported import weights_of
+from tests.hf.isolated import Isolated
 from tests.models import random_tokens, small_config, small_model
 
-INSTALLED = str(Path(transformers.__file__).parents[1])
 LOAD = """
 import json, sys
-sys.path.insert(0, sys.argv[2])  # isolated from all settings, but with the version of transformers under test
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -56,7 +52,6 @@ PIPELINES = (
 
 USE = """
 import json, logging, sys, warnings
-sys.path.insert(0, sys.argv[2])
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import logging as transformers_logging
@@ -85,10 +80,10 @@ with warnings.catch_warnings(record=True) as caught:
         "eager": AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **load),
         "half": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **load),
     }
-    models["plain"].save_pretrained(sys.argv[3], max_shard_size="200KB")
-    tokenizer.save_pretrained(sys.argv[3])
-    models["again"] = AutoModelForCausalLM.from_pretrained(sys.argv[3], **load)
-    text = AutoTokenizer.from_pretrained(sys.argv[3], **load).decode(models["again"].generate(**ids)[0])
+    models["plain"].save_pretrained(sys.argv[2], max_shard_size="200KB")
+    tokenizer.save_pretrained(sys.argv[2])
+    models["again"] = AutoModelForCausalLM.from_pretrained(sys.argv[2], **load)
+    text = AutoTokenizer.from_pretrained(sys.argv[2], **load).decode(models["again"].generate(**ids)[0])
     logits = {name: model(**ids).logits.float() for name, model in models.items()}
 print(json.dumps({
     "single": single, "batch": batch, "sampled": len(sampled), "text": text,
@@ -113,30 +108,25 @@ print(json.dumps({
 """
 
 
-@pytest.fixture
-def offline(tmp_path):
-    """Environment in which transformers loads nothing from the network and keeps its copies to itself."""
+@pytest.fixture(scope="module")
+def isolated(tmp_path_factory) -> Iterator[Isolated]:
+    """Python in which transformers loads nothing from the network and keeps its copies to itself."""
+    folder = tmp_path_factory.mktemp("isolated")
     keep = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HOME": str(tmp_path)}
-    return keep | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    home = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules"), "HOME": str(folder)}
+    python = Isolated(keep | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    yield python
+    python.close()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model, family):
+def test_an_export_needs_nothing_of_ours(tmp_path, isolated, sentencepiece_model, family):
     options = {"model__vocab_size": 1024, "model__family": family, "inference__threshold": 0.3}
     model = small_model(router_scale=4.0, **options).float()
     config = small_config(**options)
     folder = tmp_path / "exported"
     export(weights_of(model), config, sentencepiece_model, folder)
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD, str(folder), INSTALLED],
-        cwd=tmp_path,
-        env=offline,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    got = json.loads(done.stdout.splitlines()[-1])
+    got = json.loads(isolated.run(LOAD, [str(folder)], tmp_path).splitlines()[-1])
     assert got["ours"] == []
     assert got["model_type"] == "ponderlm"
     assert got["pad"] == 0
@@ -156,7 +146,7 @@ def test_an_export_needs_nothing_of_ours(tmp_path, offline, sentencepiece_model,
     assert got["text"].startswith("def main():")
 
 
-def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
+def test_what_users_do_with_it(tmp_path, isolated, sentencepiece_model):
     """Pipelines, placement, types, saving again: with the export's own code and no network, and without warnings."""
     options = {"model__vocab_size": 1024, "inference__threshold": 0.3}
     folder = tmp_path / "exported"
@@ -168,15 +158,7 @@ def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
         max_shard_size="200KB",
     )
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", USE, str(folder), INSTALLED, str(tmp_path / "again")],
-        cwd=tmp_path,
-        env=offline,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    got = json.loads(done.stdout.splitlines()[-1])
+    got = json.loads(isolated.run(USE, [str(folder), str(tmp_path / "again")], tmp_path).splitlines()[-1])
     assert got["single"] == got["batch"]
     assert all(got["single"])
     assert got["sampled"] == 3
@@ -191,7 +173,7 @@ def test_what_users_do_with_it(tmp_path, offline, sentencepiece_model):
     assert unwanted == []
 
 
-def test_the_page_says_how_to_use_and_tune_it(tmp_path, offline, sentencepiece_model):
+def test_the_page_says_how_to_use_and_tune_it(tmp_path, isolated, sentencepiece_model):
     """All of its Python, one block after another, on an export of another model."""
     page = (REPOSITORY / "docs" / "huggingface.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```", page)
@@ -199,16 +181,7 @@ def test_the_page_says_how_to_use_and_tune_it(tmp_path, offline, sentencepiece_m
     export(
         weights_of(small_model(**options)), small_config(**options), sentencepiece_model, tmp_path / "runs" / "export"
     )
-    start = "import sys\nsys.path.insert(0, sys.argv[1])\n"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", "".join([start, *blocks, TUNED]), INSTALLED],
-        cwd=tmp_path,
-        env=offline,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    written, last = done.stdout.splitlines()[-2:]
+    written, last = isolated.run("".join([*blocks, TUNED]), [], tmp_path).splitlines()[-2:]
     assert (written.startswith("['<|user|>', "), written.endswith("'<|answer|>', '</s>']")) == (True, True)
     got = json.loads(last)
     assert got["ends"] == [2, 2]

@@ -3,8 +3,6 @@
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +13,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.process_group import process_group
 from tests.distributed import RankError, run_distributed
-from tests.processes import free_port
+from tests.processes import free_port, script
 
 
 def join(launch: Launch, patience: float) -> str:
@@ -80,9 +78,7 @@ def test_a_program_that_is_no_rank_but_answers_is_given_up():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        command = [sys.executable, "-c", FOREIGN, str(other.getsockname()[1])]
-        environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False, timeout=60)
+        done = script(FOREIGN, other.getsockname()[1])
     assert done.returncode == 2
     assert "rank 1: error: not all 2 ranks have come to" in done.stderr
 
@@ -137,8 +133,7 @@ except KeyError:
 
 
 def test_process_group_ends_when_its_body_fails():
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
-    done = subprocess.run([sys.executable, "-c", ONE_RANK], capture_output=True, text=True, env=environ, check=False)
+    done = script(ONE_RANK, env=os.environ | {"OMPI_COMM_WORLD_LOCAL_RANK": "3"})
     assert done.stdout == "left\n", done.stderr
 
 

@@ -1,9 +1,11 @@
-"""Two hundred requests of all kinds at once."""
+"""Many requests of all kinds at once."""
 
 import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from tests.serving.test_serving import LONGEST, check_equal, expected, joined, running, served
 
@@ -41,7 +43,8 @@ BAD = [
 ]
 
 
-def test_two_hundred_requests(served):
+@pytest.mark.parametrize("of_each", [20, pytest.param(50, marks=pytest.mark.slow)])
+def test_requests_of_all_kinds_at_once(served, of_each):
     """Valid ones are answered right, others get a 4xx, cancelled ones leave, and no slot is lost."""
     rng = random.Random(0)
     words = ["import os", "def f(x):\n", "class A", "", "return", "☕ naïve", "for i in range(10):\n    print(i)\n" * 3]
@@ -58,7 +61,7 @@ def test_two_hundred_requests(served):
         return body | {key: value for key, value in optional.items() if rng.random() < 0.3}
 
     possible = [valid() for _ in range(24)]
-    kinds = ["valid"] * 50 + ["streamed"] * 50 + ["cancelled"] * 50 + ["bad"] * 50
+    kinds = ["valid", "streamed", "cancelled", "bad"] * of_each
     rng.shuffle(kinds)
     orders = []
     for kind in kinds:
@@ -89,8 +92,8 @@ def test_two_hundred_requests(served):
         assert "500" not in statuses
         assert server.client.metric("ponder_cached_slots") == 0
         usage = server.generator.usage
-        assert usage.slots > usage.rows + 1000  # prompts were iterated too
-    assert cancelled > 20
+        assert usage.slots > usage.rows + 20 * of_each  # prompts were iterated too
+    assert cancelled > 0.4 * of_each
     wanted = {id(body): expected(served, body) for body in possible}
     for (kind, body, _), answer in zip(orders, answers, strict=True):
         if kind == "valid":

@@ -69,7 +69,7 @@ STEERED = [
     "--ponder_training.router_start=12",
     "--ponder_training.target_latent_steps=0.5",
     "--ponder_training.target_rate=0.1",
-    "--ponder_training.prune_start=25",
+    "--ponder_training.prune_start=18",
 ]
 CASES = [
     pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32"),
@@ -84,11 +84,12 @@ CASES = [
 @pytest.mark.parametrize(("overrides", "ranks"), CASES)
 def test_killed_and_resumed_equals_uninterrupted(run_arguments, tmp_path, overrides, ranks):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start([*run_arguments, *overrides, f"--training.run_dir={whole}"], ranks))
+    shorter = [*run_arguments, *overrides, "--training.steps=24"]
+    finish(start([*shorter, f"--training.run_dir={whole}"], ranks))
 
-    arguments = [*run_arguments, *overrides, f"--training.run_dir={broken}", "--checkpoint.resume=auto"]
+    arguments = [*shorter, f"--training.run_dir={broken}", "--checkpoint.resume=auto"]
     kill_after(start(arguments, ranks), broken, step=14)
-    assert read_manifest(resolve_checkpoint(broken)).state.step in range(10, 40, 10)
+    assert read_manifest(resolve_checkpoint(broken)).state.step in (10, 20)
     output = finish(start(arguments, ranks))
 
     assert "going on after step" in output

@@ -1,5 +1,6 @@
 """Validation counts every sample once, however the ranks divide them, and agrees with evaluation."""
 
+import functools
 import zlib
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.loader import validation_batches
-from megatron_ponder.evaluation.perplexity import Setting, evaluate
+from megatron_ponder.evaluation.perplexity import Evaluation, Setting, evaluate
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
@@ -91,11 +92,12 @@ def tallies(ranks, arguments) -> list[list]:
     return run_distributed(validated, data * pipeline, arguments, CASES, pipeline=pipeline, time_limit=300)
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{s}-by-{m}-zero{z}" for s, m, z in CASES])
-def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
-    config, parts, model = prepared(arguments, *CASES[index])
+@functools.cache
+def evaluated(arguments: tuple[str, ...], case: tuple[int, int, int]) -> tuple[int, Evaluation, list[int]]:
+    """Of a case: how many samples there are, their evaluation in one process, and how many tokens take each K̂."""
+    config, parts, model = prepared(arguments, *case)
     dataset = parts.datasets["valid"]
-    count = min(CASES[index][0], dataset.samples_per_epoch)
+    count = min(case[0], dataset.samples_per_epoch)
     soft = model.rule("soft")
     r = config.ponder_training.evaluation_refinements
     want = evaluate(model, validation_batches(dataset, count, 5, 0, 1), Setting(soft, r))
@@ -103,11 +105,17 @@ def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
         model.jacobi(tokens[:, :-1], r, soft).routing.executed.flatten()
         for tokens in validation_batches(dataset, count, 64, 0, 1)
     ]
-    histogram = torch.bincount(torch.cat(routed), minlength=3).tolist()
+    assert want.tokens == count * config.data.sequence_length
+    return count, want, torch.bincount(torch.cat(routed), minlength=3).tolist()
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{s}-by-{m}-zero{z}" for s, m, z in CASES])
+def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
+    count, want, histogram = evaluated(tuple(arguments), CASES[index])
     assert min(histogram) > 0 or count < 8
     for rank in tallies:
         tally, _ = rank[index]
-        assert tally.tokens == want.tokens == count * config.data.sequence_length
+        assert tally.tokens == want.tokens
         assert tally.mean_loss == pytest.approx(want.cross_entropy, rel=1e-6)
         assert tally.steps == histogram
 
