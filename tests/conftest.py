@@ -1,5 +1,7 @@
 """Fixtures that more than one folder of tests needs."""
 
+import atexit
+import gc
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 
 from megatron_ponder.commands.ponder import main
 from megatron_ponder.data.preprocessing import preprocess
@@ -16,6 +19,17 @@ from megatron_ponder.data.tokenizer_training import train_tokenizer
 from tests import REPOSITORY
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# `make test-all` asks for the other.
+settings.register_profile("quick", max_examples=30)
+settings.register_profile("thorough", max_examples=100)
+settings.load_profile("quick")
+
+
+def pytest_collection_finish() -> None:
+    """Hide what is imported from the garbage collector, which takes half a second for it, and runs often."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # lest libraries report leaks
 
 
 @pytest.fixture(autouse=True)
