@@ -65,7 +65,7 @@ class FailureWatch:
 
     def _fail(self, error: BaseException) -> None:
         """End this process for an error of its own, or because another had one before."""
-        code = 2 if isinstance(error, USERS) else 1  # of all ranks
+        code = 2 if isinstance(error, USERS) else 130 if isinstance(error, KeyboardInterrupt) else 1  # of all ranks
         own = f"{code} {self._launch.rank} {type(error).__name__}: {' '.join(str(error).split())}"
         try:
             first = self._store.compare_set(KEY, "", own)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.commands.ponder import start
+from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.deepspeed_engine import Engine
 from tests import REPOSITORY
 from tests.finished_runs import tiny_arguments
@@ -77,6 +78,7 @@ def test_an_error_of_one_rank_ends_all(corpus, tmp_path, tensor, pipeline):
     other = (tmp_path / "rank-0").read_text()
     assert "rank 0: ended, because rank 1 failed: ArithmeticError: the sky is falling on this rank" in other
     assert "Traceback" not in other
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -86,4 +86,4 @@ def test_a_step_waits_a_few_times_however_many_micro_batches_it_has():
                     engine.step(RATE)
             counts[stage, micro_batches] = seen.counts
     assert counts[0, 2] == counts[0, 4] == {"_local_scalar_dense": 2}  # whether the norm is finite, and the norm
-    assert counts[1, 2] == counts[1, 4] == {"_local_scalar_dense": 4}  # DeepSpeed's, one of them that of the norm
+    assert counts[1, 2] == counts[1, 4] == {"_local_scalar_dense": 4}  # of DeepSpeed's own step

@@ -137,6 +137,9 @@ def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tup
             micro_batches = tokens.split(config.training.micro_batch_size)
             engine.forward_backward(micro_batches, 1, training_rule(step, config), 0.05, scale)
             norms.append(engine.step(RATE))
+            if fault in SITES:  # nothing is learnt from it, and it is no number on the rank that has it
+                sums = engine.evaluate(micro_batches[:1], 1, 1, engine.rule("hard"), each_step=True)
+                assert not (last and sums.isfinite().all())
     return norms, {(item.kind, item.name): item.tensor.clone() for item in state_of(engine)}
 
 
