@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        self._names = {getattr(mesh, name).group.group_name: name for name in ("model", "pipeline", "data", "tensor")}
+        self._names = names_of_groups(mesh)
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
 
@@ -141,6 +142,11 @@ class Traffic(TorchDispatchMode):
     def volumes(self) -> dict[tuple[str, str], Volume]:
         """What has been counted."""
         return {key: Volume(calls, self.bytes[key]) for key, calls in self.calls.items()}
+
+
+def names_of_groups(mesh: Mesh) -> dict[str, str]:
+    """What groups are called here, by the names of PyTorch: those of one axis by it, though others may lie there too."""
+    return {getattr(mesh, name).group.group_name: name for name in ("model", "copies", "pipeline", "tensor")}
 
 
 def _is_group(value: object) -> bool:
@@ -189,7 +195,9 @@ def count_step(mesh: Mesh, config: Config) -> Count:
         with Traffic(mesh) as traffic:
             engine.forward_backward(list(tokens), REFINEMENTS, engine.rule("soft"), 0.0, 1 / tokens.numel())
             engine.step(1e-4)
-    return Count(traffic.volumes(), formula.terms(), formula.textbook())
+    names = names_of_groups(mesh)
+    terms = [replace(term, axis=names[getattr(mesh, term.axis).group.group_name]) for term in formula.terms()]
+    return Count(traffic.volumes(), terms, formula.textbook())
 
 
 def count_cases(cases: Sequence[tuple[Layout, str]]) -> list[Count]:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.config import Config
+from megatron_ponder.config.layout import GROUPS
 from megatron_ponder.model.build import build_part
 from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
 from megatron_ponder.parallel.sharding import initialize
@@ -27,7 +28,7 @@ class Step:
         length, sequences = config.data.sequence_length, config.training.global_batch_size
         if alone:  # each rank builds one of its own, but only the first steps
             group, _ = dist.new_subgroups_by_enumeration([[0], [1]])
-            mesh = Mesh(device, *[Axis(group=group)] * 4)
+            mesh = Mesh(device, **dict.fromkeys(GROUPS, Axis(group=group)))
         else:
             mesh = build_mesh(device, config.parallel)
         model = build_part(config, mesh)

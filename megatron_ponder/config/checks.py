@@ -9,7 +9,7 @@ from megatron_ponder.config.data import BlendPart, DataConfig
 from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.layout import even_layers, largest_tensor
 from megatron_ponder.config.model import ModelConfig
-from megatron_ponder.config.parallel import ParallelConfig
+from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
 from megatron_ponder.config.run import TrainingConfig
 from megatron_ponder.config.sections import Config
 
@@ -24,7 +24,7 @@ def validate(config: Config) -> Config:
     _validate_model(config.model)
     _validate_ponder(config)
     _validate_parallel(config.parallel)
-    _validate_tensor(config.model, config.parallel)
+    _validate_divided(config)
     if config.parallel.pipeline > 1:
         _validate_pipeline(config)
     _validate_offload(config.parallel)
@@ -100,22 +100,26 @@ def _validate_parallel(parallel: ParallelConfig) -> None:
         "parallel.pipeline_layers divides blocks over parallel.pipeline ranks, but that is 1; "
         f"set parallel.pipeline to {max(2, len(parallel.pipeline_layers or []))} or leave parallel.pipeline_layers out",
     )
-
-
-def _validate_tensor(model: ModelConfig, parallel: ParallelConfig) -> None:
-    tensor, fits = parallel.tensor, largest_tensor(model, parallel.tensor)
-    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
-        grouped = name == "num_kv_heads" and model.num_kv_heads < model.num_heads
-        reason = ", and grouped-query heads are not replicated" if grouped else ""
-        _require(
-            getattr(model, name) % tensor == 0,
-            f"parallel.tensor {tensor} does not divide model.{name} {getattr(model, name)}{reason}; "
-            f"the largest that works is parallel.tensor {fits}",
-        )
     _require(
-        not parallel.sequence_parallel or tensor > 1,
+        not parallel.sequence_parallel or parallel.tensor > 1,
         "parallel.sequence_parallel needs parallel.tensor of at least 2; set it to false",
     )
+
+
+def _validate_divided(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    for key, axes in DIVIDED.items():
+        section, name = key.split(".")
+        number = getattr(getattr(config, section), name)
+        ranks = math.prod(getattr(parallel, axis) for axis in axes)
+        grouped = name == "num_kv_heads" and model.num_kv_heads < model.num_heads
+        reason = ", and grouped-query heads are not replicated" if grouped else ""
+        fits = f"the largest that works is parallel.tensor {largest_tensor(model, parallel.tensor)}"
+        _require(
+            number % ranks == 0,
+            f"{' × '.join(f'parallel.{axis}' for axis in axes)} {ranks} does not divide {key} {number}{reason}; "
+            f"{fits if axes == ('tensor',) else 'make it a divisor'}",
+        )
 
 
 def _validate_pipeline(config: Config) -> None:

@@ -3,7 +3,7 @@
 Read without PyTorch.
 """
 
-from megatron_ponder.config.layout import micro_batches
+from megatron_ponder.config.layout import group_sizes, micro_batches
 from megatron_ponder.config.sections import Config
 
 # Parameters up to this size stay whole on every rank at ZeRO 3: ours are small and used in every pass, so that
@@ -36,12 +36,14 @@ def deepspeed_config(config: Config, data_size: int, device: str) -> dict:
     stage, pipelined = zero_stage(config), parallel.pipeline > 1
     # A pipeline runs all micro-batches of a step before DeepSpeed sees anything of it.
     accumulation = 1 if pipelined else micro_batches(config, data_size)
+    micro_batch = training.global_batch_size // (accumulation * data_size)
+    copies = group_sizes(parallel, data_size)["copies"]  # which DeepSpeed takes to have samples of their own
     offload = {"device": parallel.offload_optimizer, "pin_memory": parallel.offload_pin_memory}
     if parallel.offload_nvme_path is not None:
         offload["nvme_path"] = parallel.offload_nvme_path
     return {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.global_batch_size // (accumulation * data_size),
+        "train_batch_size": micro_batch * accumulation * copies,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,
         "steps_per_print": None,

@@ -1,28 +1,34 @@
 """How layers, batch and ranks divide, and the nearest layout that works where they do not."""
 
 import math
-from itertools import accumulate
+from collections.abc import Mapping
+from itertools import accumulate, product
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config.model import ModelConfig
-from megatron_ponder.config.parallel import ParallelConfig
+from megatron_ponder.config.parallel import AXES, DIVIDED, MODEL_AXES, ParallelConfig
 from megatron_ponder.config.sections import Config
 
-# Axes of the grid of ranks, from neighbours, which lie inside a node, to ranks that are farthest apart.
-AXES = ("tensor", "data", "pipeline")
-# Those along which one copy of the model lies.
-COPY = ("tensor", "pipeline")
+# Groups of ranks, by the axes along which they lie: each axis; `model`, the ranks that hold one copy of the model; and
+# `copies`, those that hold the same part of it.
+GROUPS = {axis: (axis,) for axis in AXES} | {
+    "model": MODEL_AXES,
+    "copies": tuple(axis for axis in AXES if axis not in MODEL_AXES),
+}
+# Axes whose size is configured; ranks along them work on one sample.
+CONFIGURED = tuple(axis for axis in AXES if axis != "data")
 
 
-def copy_size(parallel: ParallelConfig) -> int:
-    """Ranks that hold one copy of the model."""
-    return math.prod(getattr(parallel, axis) for axis in COPY)
+def ranks_of_sample(parallel: ParallelConfig) -> int:
+    """Ranks that work on one sample, which are those of one place along the data axis."""
+    return math.prod(getattr(parallel, axis) for axis in CONFIGURED)
 
 
-def grid_sizes(parallel: ParallelConfig, data_size: int) -> dict[str, int]:
-    """Size of every axis of the grid, neighbours first."""
-    return {axis: data_size if axis == "data" else getattr(parallel, axis) for axis in AXES}
+def group_sizes(parallel: ParallelConfig, data_size: int) -> dict[str, int]:
+    """Ranks of each of `GROUPS`, that of every axis first, neighbours first."""
+    axes = {axis: data_size if axis == "data" else getattr(parallel, axis) for axis in AXES}
+    return {name: math.prod(axes[axis] for axis in along) for name, along in GROUPS.items()}
 
 
 def stage_layers(config: Config) -> list[range]:
@@ -47,9 +53,14 @@ def even_layers(num_layers: int, pipeline: int) -> list[int]:
     return [share + (first <= rank < first + remainder) for rank in range(pipeline)]
 
 
+def divided_by_tensor() -> list[str]:
+    """Fields of a model's section that tensor ranks divide."""
+    return [key.removeprefix("model.") for key, axes in DIVIDED.items() if "tensor" in axes]
+
+
 def largest_tensor(model: ModelConfig, at_most: int) -> int:
     """The largest number of tensor ranks up to `at_most` that heads and feed-forward can be divided over."""
-    common = math.gcd(model.num_heads, model.num_kv_heads, model.ffn_hidden_size)
+    common = math.gcd(*(getattr(model, name) for name in divided_by_tensor()))
     return max(size for size in range(1, min(at_most, common) + 1) if common % size == 0)
 
 
@@ -109,10 +120,11 @@ def check_layout(config: Config, launch: Launch) -> None:
 
 def _divide(config: Config, world_size: int, local_size: int) -> int:
     parallel, training = config.parallel, config.training
-    shared = copy_size(parallel)
+    shared = ranks_of_sample(parallel)
     if world_size % shared:
+        sizes = " × ".join(f"parallel.{axis}" for axis in CONFIGURED)
         raise UserError(
-            f"{world_size} ranks cannot be divided into groups of parallel.tensor × parallel.pipeline = {shared}; "
+            f"{world_size} ranks cannot be divided into groups of {sizes} = {shared}; "
             f"start a multiple of {shared} ranks, or add {_nearest_layout(config, world_size, local_size)}"
         )
     size = world_size // shared
@@ -150,32 +162,31 @@ def _nearest_layout(config: Config, world_size: int, local_size: int) -> str:
 
     No split becomes finer than it was, so that nothing is proposed that the model or a pipeline would not allow.
     """
+    parallel = config.parallel
+    coarser = product(*(range(getattr(parallel, axis), 0, -1) for axis in CONFIGURED))
     candidates = [
-        _changes(config, tensor, pipeline, world_size)
-        for tensor in range(config.parallel.tensor, 0, -1)
-        if largest_tensor(config.model, tensor) == tensor and (world_size == local_size or local_size % tensor == 0)
-        for pipeline in range(config.parallel.pipeline, 0, -1)
-        if world_size % (tensor * pipeline) == 0
+        _changes(config, sizes, world_size)
+        for sizes in (dict(zip(CONFIGURED, numbers, strict=True)) for numbers in coarser)
+        if world_size % math.prod(sizes.values()) == 0
+        and largest_tensor(config.model, sizes["tensor"]) == sizes["tensor"]
+        and (world_size == local_size or local_size % sizes["tensor"] == 0)
     ]
     return " ".join(f"--{key} {value}" for key, value in min(candidates, key=len).items())
 
 
-def _changes(config: Config, tensor: int, pipeline: int, world_size: int) -> dict[str, int | str]:
-    """What has to be set for these sizes, with all that follows from them."""
+def _changes(config: Config, sizes: Mapping[str, int], world_size: int) -> dict[str, int | str]:
+    """What has to be set for these sizes of axes, with all that follows from them."""
     parallel, training = config.parallel, config.training
-    changes: dict[str, int | str] = {}
-    if tensor != parallel.tensor:
-        changes["parallel.tensor"] = tensor
-        if tensor == 1 and parallel.sequence_parallel:
-            changes["parallel.sequence_parallel"] = "false"
-    if pipeline != parallel.pipeline:
-        changes["parallel.pipeline"] = pipeline
-        if parallel.pipeline_layers is not None:
-            changes["parallel.pipeline_layers"] = "null"
-        if pipeline == 1 and parallel.pipeline_schedule != "1f1b":
-            changes["parallel.pipeline_schedule"] = "1f1b"
-    unit = training.micro_batch_size * (world_size // (tensor * pipeline))
-    batch = _nearest_batch(training.global_batch_size, unit, pipeline)
+    changed = {axis: size for axis, size in sizes.items() if size != getattr(parallel, axis)}
+    changes: dict[str, int | str] = {f"parallel.{axis}": size for axis, size in changed.items()}
+    if changed.get("tensor") == 1 and parallel.sequence_parallel:
+        changes["parallel.sequence_parallel"] = "false"
+    if "pipeline" in changed and parallel.pipeline_layers is not None:
+        changes["parallel.pipeline_layers"] = "null"
+    if changed.get("pipeline") == 1 and parallel.pipeline_schedule != "1f1b":
+        changes["parallel.pipeline_schedule"] = "1f1b"
+    unit = training.micro_batch_size * (world_size // math.prod(sizes.values()))
+    batch = _nearest_batch(training.global_batch_size, unit, sizes["pipeline"])
     if batch != training.global_batch_size:
         changes["training.global_batch_size"] = batch
     return changes

@@ -5,6 +5,19 @@ from typing import Literal
 
 from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
 
+# The axes of the grid of ranks, from neighbours, which lie inside a node, to ranks that are farthest apart. The size of
+# each is a field of the section below, but for that of `data`, along which the ranks lie that are left.
+AXES = ("tensor", "data", "pipeline")
+# Those along which each rank holds a part of the model. Along the others all hold the same and see other data, so that
+# gradients, and sums of losses, are added up over them, and ZeRO divides over them what it partitions.
+MODEL_AXES = ("tensor", "pipeline")
+# Numbers of the configuration that the ranks along some axes, all together, divide evenly.
+DIVIDED = {
+    "model.num_heads": ("tensor",),
+    "model.num_kv_heads": ("tensor",),
+    "model.ffn_hidden_size": ("tensor",),
+}
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

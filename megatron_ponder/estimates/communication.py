@@ -25,7 +25,7 @@ class Term:
     ranks together, what is scattered, what is sent.
 
     Attributes:
-        axis: of the mesh.
+        axis: of the mesh, or `model` or `copies`.
         operation: `all-reduce`, `all-gather`, `reduce-scatter` or `send`.
         reason: in words.
         calls: of the operation.
@@ -53,13 +53,13 @@ class Formula:
         """Describe the steps of a rank that have R refinements."""
         self._rank, self._refinements, self._tensor = rank, refinements, rank.tensor
         self._passes, self._slots = rank.chain, slots_of_passes(rank.config, refinements)
-        tokens = rank.config.data.sequence_length
+        tokens = rank.length
         self._tokens = self._tensor.share(tokens) * self._tensor.size if self._tensor.sequence_parallel else tokens
         self._batch, self._hidden = rank.config.training.micro_batch_size, rank.part.block.hidden
 
     def terms(self) -> list[Term]:
         """All terms of groups that have more than one rank."""
-        every = [*self._tensor_terms(), *self._pipeline_terms(), *self._data_terms(), *self._model_terms()]
+        every = [*self._tensor_terms(), *self._pipeline_terms(), *self._copies_terms(), *self._model_terms()]
         return [term for term in every if term.calls and self._rank.axes[term.axis] > 1]
 
     def textbook(self) -> int:
@@ -151,29 +151,29 @@ class Formula:
                 yield self._step("pipeline", "send", "their gradients", 1, carried[stage - 1] * rank.width)
         yield Term("pipeline", "all-reduce", "sums of the tally", 1, Tally.width(rank.config.ponder.steps) * FP64)
 
-    def _data_terms(self) -> Iterator[Term]:
-        rank, size, stage = self._rank, self._rank.data, zero_stage(self._rank.config)
+    def _copies_terms(self) -> Iterator[Term]:
+        rank, size, stage = self._rank, self._rank.copies, zero_stage(self._rank.config)
         numbers = [parameter.count for parameter in rank.part.parameters]
         each_padded = sum(_padded(count, size) for count in numbers)
         if stage == 3:
-            gradients = self._step("data", "reduce-scatter", "gradients", 1, each_padded * FP32)
+            gradients = self._step("copies", "reduce-scatter", "gradients", 1, each_padded * FP32)
         else:
             repeats = rank.micro_batches if stage == 2 else 1
-            gradients = Term("data", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
+            gradients = Term("copies", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
         yield replace(gradients, during="backward" if stage > 0 else None)
         groups = [sum(p.count for p in rank.part.parameters if (p.dims > 1) is decayed) for decayed in (True, False)]
         if stage in (1, 2):
             gathered = sum(_padded(count, 2 * size) for count in groups)
-            yield Term("data", "all-gather", "updated weights", len(groups), gathered * rank.width)
+            yield Term("copies", "all-gather", "updated weights", len(groups), gathered * rank.width)
         if stage == 3:
             repeats = 1 if sum(numbers) <= LIVE_PARAMETERS else 2 * len(self._slots)
             large = [_padded(count, size) for count in numbers if count > SMALL_PARAMETER]
-            weights = self._each("data", "all-gather", "weights, for all passes", large, repeats)
+            weights = self._each("copies", "all-gather", "weights, for all passes", large, repeats)
             yield replace(weights, during="forward")
             small = sum(_padded(count, size) for count in numbers if count <= SMALL_PARAMETER)
-            yield Term("data", "all-gather", "updated small weights", 1, small * rank.width)
+            yield Term("copies", "all-gather", "updated small weights", 1, small * rank.width)
         if stage > 0:
-            yield Term("data", "all-reduce", "gradient norm, overflow check", 2, 2 * (FP64 if stage == 3 else FP32))
+            yield Term("copies", "all-reduce", "gradient norm, overflow check", 2, 2 * (FP64 if stage == 3 else FP32))
 
     def _model_terms(self) -> Iterator[Term]:
         checks = 2 if zero_stage(self._rank.config) > 0 else 1

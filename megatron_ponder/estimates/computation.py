@@ -2,7 +2,7 @@
 
 Each function states its equation, so that a reader can check it against the code it describes. Symbols: B sequences of
 a micro-batch, L tokens, T slots of a sequence in a pass, T' those whose result somebody reads, H hidden size, N
-parameters of a rank, D data-parallel ranks, b bytes of an activation.
+parameters of a rank, D copies of each, b bytes of an activation.
 """
 
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ class Computation:
         """
         work, first_backward = Work(), 0.0
         rank, slots = self.rank, slots_of_passes(self.rank.config, self.refinements)
-        tokens, layers = rank.config.data.sequence_length, len(rank.layers)
+        tokens, layers = rank.length, len(rank.layers)
         trained = rank.config.ponder_training.gradient_passes or len(slots)
         for index, (run, kept) in enumerate(slots):
             kept = kept if rank.last else run
@@ -137,4 +137,4 @@ class Computation:
         """
         shared = zero_stage(self.rank.config) > 0
         size = 2 * (WEIGHT_BYTES + moment_bytes(self.rank.config.optimizer)) + 4 * FP32
-        return self.moved(size * self.rank.part.count / (self.rank.data if shared else 1))
+        return self.moved(size * self.rank.part.count / (self.rank.copies if shared else 1))

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from megatron_ponder.config import Config
-from megatron_ponder.config.layout import copy_size, grid_sizes
+from megatron_ponder.config.layout import group_sizes
+from megatron_ponder.config.parallel import AXES
 from megatron_ponder.estimates.activations import most_in_flight
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
@@ -25,14 +26,15 @@ def describe_layout(config: Config, data: int, device: str) -> str:
     count, sequences = ranks[0].micro_batches, training.global_batch_size
     slots = sequences * tokens * config.ponder.steps
     plans = [passes_of(config.ponder).plan(r) for r in config.ponder_training.refinement_choices]
-    sizes = [f"{size} {axis}" for axis, size in grid_sizes(config.parallel, data).items()]
+    grid = group_sizes(parallel, data)
     flags = [f"ZeRO {parallel.zero_stage}", training.precision]
     flags += ["sequence parallel"] if parallel.sequence_parallel else []
     flags += [f"recompute {training.recompute}"] if training.recompute != "none" else []
     flags += [f"optimiser on {parallel.offload_optimizer}"] if parallel.offload_optimizer != "none" else []
     flags += [parallel.pipeline_schedule] if parallel.pipeline > 1 else []
     lines = [
-        f"{data * copy_size(parallel)} ranks: {' × '.join(sizes)}; {', '.join(flags)}",
+        f"{grid['model'] * grid['copies']} ranks: {' × '.join(f'{grid[axis]} {axis}' for axis in AXES)}; "
+        f"{', '.join(flags)}",
         f"a step: {sequences:,} sequences, {sequences * tokens:,} tokens, {slots:,} latent slots",
         f"a micro-batch: {training.micro_batch_size} sequences, {_span(map(len, plans))} passes of "
         f"{_span(map(sum, plans))} slots a token",

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_ponder.cluster.hardware import Hardware
-from megatron_ponder.config.layout import AXES, COPY
+from megatron_ponder.config.layout import GROUPS
+from megatron_ponder.config.parallel import AXES
 from megatron_ponder.estimates.communication import Term
 from megatron_ponder.estimates.rank import Rank
 
@@ -39,15 +40,14 @@ class Links:
         cluster, ranks = self.cluster, self.rank.axes[axis]
         if self._extent(axis) <= cluster.gpus_per_node:
             return ranks, cluster.intra_bandwidth * cluster.link_share, cluster.intra_latency
-        ports = max(1, min(ranks, cluster.gpus_per_node // self._within("data"))) if axis == "data" else 1
+        ports = max(1, min(ranks, cluster.gpus_per_node // self._within(axis))) if axis in ("data", "copies") else 1
         bandwidth = min(cluster.intra_bandwidth, ports * cluster.inter_bandwidth)
         return ranks, bandwidth * cluster.link_share, cluster.inter_latency
 
     def _extent(self, axis: str) -> int:
         """Ranks among which those of one group lie."""
-        members = COPY if axis == "model" else (axis,)
-        return max(self._within(name) * self.rank.axes[name] for name in members if self.rank.axes[name] > 1)
+        return max(self._within(name) * self.rank.axes[name] for name in GROUPS[axis] if self.rank.axes[name] > 1)
 
     def _within(self, axis: str) -> int:
         """Ranks that share a place on an axis and on those farther apart, which lie between two of its neighbours."""
-        return math.prod(self.rank.axes[name] for name in AXES[: AXES.index(axis)])
+        return math.prod(self.rank.axes[name] for name in AXES[: AXES.index(GROUPS[axis][0])])

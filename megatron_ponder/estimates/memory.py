@@ -2,7 +2,7 @@
 
 Sizes are counted, not measured: each function states what is kept and by whom, so that a reader can check it against
 the code it describes. Symbols: B sequences of a micro-batch, L tokens, n slots a token in a pass, T = B L n slots,
-H hidden size, F feed-forward width, t tensor ranks, D data-parallel ranks, b bytes of an activation.
+H hidden size, F feed-forward width, t tensor ranks, D copies of a parameter, b bytes of an activation.
 """
 
 from dataclasses import dataclass, fields
@@ -55,7 +55,7 @@ class RankMemory:
 def weight_bytes(rank: Rank) -> float:
     """N b; at ZeRO 3 each rank's share, N b / D."""
     whole = rank.part.count * rank.width
-    return whole / rank.data if zero_stage(rank.config) == 3 else whole
+    return whole / rank.copies if zero_stage(rank.config) == 3 else whole
 
 
 def optimizer_bytes(rank: Rank) -> float:
@@ -67,7 +67,7 @@ def optimizer_bytes(rank: Rank) -> float:
     if where == "nvme" or (where == "cpu" and rank.device != "cpu"):
         return 0.0
     count, moments = rank.part.count, moment_bytes(rank.config.optimizer)
-    return moments * count if zero_stage(rank.config) == 0 else (WEIGHT_BYTES + moments) * count / rank.data
+    return moments * count if zero_stage(rank.config) == 0 else (WEIGHT_BYTES + moments) * count / rank.copies
 
 
 # What is there for a moment ---------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def held_gradient_bytes(rank: Rank) -> float:
     if stage == 1 and rank.width < FP32:
         return (FP32 + (rank.width if repeated and not pipelined else 0)) * count
     if stage == 3:
-        return FP32 * count / rank.data
-    return FP32 * count / (rank.data if stage == 2 else 1) if repeated else 0.0
+        return FP32 * count / rank.copies
+    return FP32 * count / (rank.copies if stage == 2 else 1) if repeated else 0.0
 
 
 def unfinished_gradient_bytes(rank: Rank) -> float:
@@ -156,7 +156,7 @@ def reduction_bytes(rank: Rank) -> float:
     which a pipeline has no gradients; 2 N + 4 N / D at stage 2. Stage 3: 3 N b besides its share.
     """
     stage, b, count = zero_stage(rank.config), rank.width, rank.part.count
-    share, pipelined = FP32 * count / rank.data, rank.axes["pipeline"] > 1
+    share, pipelined = FP32 * count / rank.copies, rank.axes["pipeline"] > 1
     if stage == 3:
         return share + 3 * count * b
     if b < FP32:

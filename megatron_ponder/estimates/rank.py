@@ -1,6 +1,6 @@
 """One rank of a layout, from the configuration alone: its place in the grid, its part of the model, its passes.
 
-Symbols: D data-parallel ranks, b bytes of an activation, L tokens of a sequence.
+Symbols: D data-parallel ranks, b bytes of an activation, L tokens of a sequence on a rank.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_ponder.config import Config, micro_batches, stage_layers
-from megatron_ponder.config.layout import copy_size, grid_sizes
+from megatron_ponder.config.layout import group_sizes
 from megatron_ponder.estimates.part import PartSizes, part_sizes
 from megatron_ponder.kernels.attention import Call, Kernel, choose
 from megatron_ponder.model.build import model_part
@@ -52,8 +52,18 @@ class Rank:
 
     @cached_property
     def axes(self) -> dict[str, int]:
-        """Sizes of the grid's axes, and of `model`, the ranks that hold one copy of the model."""
-        return grid_sizes(self.config.parallel, self.data) | {"model": copy_size(self.config.parallel)}
+        """Ranks along the grid's axes; of `model`, which hold one copy; and of `copies`, which hold the same."""
+        return group_sizes(self.config.parallel, self.data)
+
+    @cached_property
+    def copies(self) -> int:
+        """Ranks that hold the same part of the model."""
+        return self.axes["copies"]
+
+    @cached_property
+    def length(self) -> int:
+        """L, tokens of a sequence; a share of them where several copies work on one sample."""
+        return self.config.data.sequence_length * self.data // self.copies
 
     @cached_property
     def tensor(self) -> Axis:
@@ -110,14 +120,13 @@ class Rank:
     @property
     def sizes(self) -> Sizes:
         """Sizes of a micro-batch."""
-        config, tokens = self.config, self.config.data.sequence_length
-        batch, share = config.training.micro_batch_size, self.tensor.share(tokens)
-        return Sizes(batch, tokens, share, config.model.hidden_size, config.model.vocab_size)
+        model, batch, tokens = self.config.model, self.config.training.micro_batch_size, self.length
+        return Sizes(batch, tokens, self.tensor.share(tokens), model.hidden_size, model.vocab_size)
 
     @property
     def tokens(self) -> int:
         """B L, tokens of a micro-batch."""
-        return self.config.training.micro_batch_size * self.config.data.sequence_length
+        return self.config.training.micro_batch_size * self.length
 
     @cached_property
     def plan(self) -> tuple[int, ...]:
@@ -141,8 +150,7 @@ class Rank:
 
     def residual(self, slots: float) -> float:
         """Those of so many slots that this rank holds between sharded layers."""
-        tokens = self.config.data.sequence_length
-        return slots * self.tensor.share(tokens) / tokens
+        return slots * self.tensor.share(self.length) / self.length
 
 
 def slots_of_passes(config: Config, refinements: int, latents: bool = True) -> list[PassSlots]:

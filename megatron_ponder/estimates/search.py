@@ -11,7 +11,7 @@ from megatron_ponder.base.launch import Launch
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, check_layout, data_parallel_size, resolve, validate
 from megatron_ponder.config.deepspeed import zero_stage
-from megatron_ponder.config.layout import copy_size, largest_tensor
+from megatron_ponder.config.layout import largest_tensor, ranks_of_sample
 from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.estimates.memory import RankMemory, memory_estimate
 from megatron_ponder.estimates.rank import Rank, places
@@ -132,7 +132,7 @@ def _candidates(config: Config, cluster: Hardware) -> Iterator[Config]:
             pipeline_layers=own.pipeline_layers if same else None,
             pipeline_schedule=own.pipeline_schedule if same else "1f1b",
         )
-        micro_batches = _powers(training.global_batch_size * copy_size(grid) // cluster.ranks)
+        micro_batches = _powers(training.global_batch_size * ranks_of_sample(grid) // cluster.ranks)
         sequence_parallel, stages = (False, True)[:tensor], range(lowest, 4 if pipeline == 1 else 2)
         for size, split, stage, recompute in product(micro_batches, sequence_parallel, stages, get_args(RecomputeKind)):
             passes = None if recompute == "none" else training.recompute_passes

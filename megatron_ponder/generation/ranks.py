@@ -10,6 +10,7 @@ import torch
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import ModelConfig, ParallelConfig, largest_tensor
+from megatron_ponder.config.layout import divided_by_tensor
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.gpu_settings import prepare_gpu, tell_cuda, visible_gpus
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
@@ -38,7 +39,7 @@ def build_ranks(device: torch.device, launch: Launch, tensor: int, pipeline: int
     """The grid of ranks; those beyond one copy of the model are further copies, along its data axis."""
     if launch.world_size == 1:
         return Mesh(device)
-    return build_mesh(device, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    return build_mesh(device, ParallelConfig(tensor=tensor, pipeline=pipeline), PATIENCE)
 
 
 def check_sizes(model: ModelConfig, tensor: int, pipeline: int, world_size: int, copies: bool) -> None:
@@ -56,7 +57,7 @@ def check_sizes(model: ModelConfig, tensor: int, pipeline: int, world_size: int,
     """
     if tensor < 1 or pipeline < 1:
         raise UserError("--tensor and --pipeline must be at least 1")
-    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+    for name in divided_by_tensor():
         if getattr(model, name) % tensor:
             raise UserError(
                 f"--tensor {tensor} does not divide the model's {name} {getattr(model, name)}; the largest below it "

@@ -1,14 +1,16 @@
 """The grid of ranks: which ones share a layer, which ones share the stack, which ones share the data."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
 
 from megatron_ponder.config import ParallelConfig
-from megatron_ponder.config.layout import AXES, copy_size, grid_sizes
+from megatron_ponder.config.layout import GROUPS, group_sizes, ranks_of_sample
+from megatron_ponder.config.parallel import AXES
+from megatron_ponder.parallel.groups import COLLECTIVE_TIMEOUT, group_of
 
 
 @dataclass(frozen=True)
@@ -33,42 +35,57 @@ class Axis:
         return -(-tokens // self.size) if self.sequence_parallel else tokens
 
 
-@dataclass(frozen=True)
 class Mesh:
     """The grid of ranks and this rank's device. The default is a single process on the CPU.
+
+    It has an `Axis` by the name of each of `GROUPS`, which are made of the axes that `config/parallel.py` declares.
 
     Attributes:
         device: of this rank.
         tensor: ranks that share each layer.
         data: ranks that share the batch.
         pipeline: ranks that share the stack of layers.
-        model: tensor and pipeline ranks together, which hold one copy of the model.
+        model: ranks that hold one copy of the model.
+        copies: ranks that hold the same part of it, over which gradients are summed.
     """
 
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    tensor: Axis = Axis()
-    data: Axis = Axis()
-    pipeline: Axis = Axis()
-    model: Axis = Axis()
+    def __init__(self, device: torch.device | None = None, **axes: Axis) -> None:
+        """Describe a grid; of an axis that is not given this process is the only rank."""
+        assert axes.keys() <= GROUPS.keys(), f"no axis is called {axes.keys() - GROUPS.keys()}"
+        self.device = device or torch.device("cpu")
+        for name in GROUPS:
+            setattr(self, name, axes.get(name, Axis()))
 
     @property
     def size(self) -> int:
         """Ranks in all."""
-        return self.model.size * self.data.size
+        return self.model.size * self.copies.size
 
 
-def build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
+def build_mesh(device: torch.device, parallel: ParallelConfig, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Mesh:
     """The grid over all ranks of the default process group, of which those beyond one copy of the model share the data.
+
+    What lies along several axes is the same group, with one communicator, where its ranks are the same.
 
     Args:
         device: where this rank computes.
         parallel: sizes of the axes.
+        timeout: that a rank waits for the others in a collective of some of them.
     """
-    names, copy = AXES[::-1], copy_size(parallel)
-    sizes = grid_sizes(parallel, dist.get_world_size() // copy)
-    grid = init_device_mesh(device.type, tuple(sizes[name] for name in names), mesh_dim_names=names)
-    axes = {name: Axis(sizes[name], grid[name].get_local_rank(), grid.get_group(name)) for name in names}
+    sizes = group_sizes(parallel, dist.get_world_size() // ranks_of_sample(parallel))
+    parts = {name: _parts(sizes, name) for name in GROUPS}
+    groups = {}
+    for name, ranks in parts.items():
+        if ranks not in groups:
+            groups[ranks] = group_of(ranks, name, timeout)
+    axes = {name: Axis(sizes[name], dist.get_rank(groups[ranks]), groups[ranks]) for name, ranks in parts.items()}
     axes["tensor"] = replace(axes["tensor"], sequence_parallel=parallel.sequence_parallel)
-    copies = grid.mesh.movedim(names.index("data"), 0).flatten(1).tolist()
-    group, _ = dist.new_subgroups_by_enumeration(copies)
-    return Mesh(device=device, **axes, model=Axis(copy, dist.get_rank(group), group))
+    return Mesh(device, **axes)
+
+
+def _parts(sizes: dict[str, int], name: str) -> tuple[tuple[int, ...], ...]:
+    """Ranks of each group of a name, where neighbours along the first axis are neighbours in number."""
+    grid = torch.arange(dist.get_world_size()).view([sizes[axis] for axis in reversed(AXES)])
+    along = [grid.dim() - 1 - AXES.index(axis) for axis in reversed(GROUPS[name])]
+    parts = grid.movedim(along, tuple(range(-len(along), 0))).reshape(-1, sizes[name])
+    return tuple(map(tuple, parts.tolist()))

@@ -12,10 +12,8 @@ from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel import gpu_settings
 from megatron_ponder.parallel.cpu_settings import announce_cores, prepare_cpu, share_cores
 from megatron_ponder.parallel.failures import FailureWatch
+from megatron_ponder.parallel.groups import COLLECTIVE_TIMEOUT
 from megatron_ponder.parallel.rendezvous import meet
-
-# Until ranks give up waiting for one that does not come to a collective, unless told otherwise.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.checkpoint.writer import publish, write_description
 from megatron_ponder.config import Config
+from megatron_ponder.config.parallel import AXES
 from megatron_ponder.parallel.collectives import together
+from megatron_ponder.parallel.groups import host_group
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.shares import shared_out
 from megatron_ponder.training.state import StateTensor
@@ -77,7 +79,7 @@ class Checkpointer:
         self.folder = Path(config.training.run_dir) / "checkpoints"
         self._group, self._thread = None, None
         if config.checkpoint.asynchronous:
-            self._group = dist.new_group(backend="gloo")
+            self._group = host_group()
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future | None = None
         self._copy = _Share()
@@ -133,7 +135,7 @@ class Checkpointer:
 
     def _layout(self) -> dict[str, int | str]:
         mesh, config = self._mesh, self._config
-        sizes = {name: getattr(mesh, name).size for name in ("tensor", "pipeline", "data")}
+        sizes = {axis: getattr(mesh, axis).size for axis in AXES}
         return sizes | {"zero_stage": config.parallel.zero_stage, "precision": config.training.precision}
 
     def _take_share(self, tensors: Iterable[StateTensor]) -> _Share:
@@ -142,10 +144,10 @@ class Checkpointer:
         What is given may be training's own memory, so that the thread needs a copy. It goes where that of the
         save before was, because new memory costs many times as long as the copy itself.
         """
-        data, tensor = self._mesh.data, self._mesh.tensor
-        own = data.rank * tensor.size + tensor.rank
+        copies, tensor = self._mesh.copies, self._mesh.tensor
+        own = copies.rank * tensor.size + tensor.rank
         share = _Share()
-        for writer, item in shared_out(tensors, lambda item: item.tensor.nbytes, data.size * tensor.size):
+        for writer, item in shared_out(tensors, lambda item: item.tensor.nbytes, copies.size * tensor.size):
             key, whole = f"{item.kind}/{item.name}", item.tensor
             if own == 0:
                 share.stage.append(key)

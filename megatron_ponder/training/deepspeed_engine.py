@@ -102,7 +102,7 @@ class Engine:
     def forward_backward(
         self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: float, scale: float
     ) -> Tensor:
-        """Forward and backward of this rank's micro-batches of a step; gradients are reduced over the data ranks.
+        """Forward and backward of this rank's micro-batches of a step; gradients are summed over the copies of it.
 
         Args:
             micro_batches: int64 (B, L + 1) each.
@@ -114,8 +114,8 @@ class Engine:
         Returns:
             Sums of a `Tally` for these micro-batches, (width,).
         """
-        # DeepSpeed averages over data-parallel ranks what has been divided by the global count already
-        scale = scale * self.mesh.data.size
+        # DeepSpeed averages over the copies of a parameter what has been divided by the global count already
+        scale = scale * self.mesh.copies.size
         if self._pipelined is not None:
             sums = self._pipelined.forward_backward(micro_batches, refinements, rule, penalty, scale)
             self._engine.allreduce_gradients()
@@ -201,8 +201,8 @@ class Engine:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         own = parameter.ds_tensor.numel()
-        padded = nn.functional.pad(content.flatten(), (0, own * self.mesh.data.size - content.numel()))
-        part = padded.narrow(0, own * self.mesh.data.rank, own)
+        padded = nn.functional.pad(content.flatten(), (0, own * self.mesh.copies.size - content.numel()))
+        part = padded.narrow(0, own * self.mesh.copies.rank, own)
         if kind == WEIGHT:
             safe_set_local_fp32_param(parameter, part)
         else:
@@ -235,7 +235,7 @@ class Engine:
         if self._stage < 3:
             return parameter.detach()
         part = parameter.ds_tensor
-        return part[: max(0, parameter.ds_numel - part.numel() * self.mesh.data.rank)]
+        return part[: max(0, parameter.ds_numel - part.numel() * self.mesh.copies.rank)]
 
     def _clip(self) -> Tensor:
         parameters = [parameter for _, parameter, *_ in declarations(self.model)]
@@ -267,14 +267,14 @@ class Engine:
 
 
 def _model_parallel_unit(mesh: Mesh) -> SimpleNamespace:
-    """Answers to what DeepSpeed asks about the ranks that hold one copy of the model, and those that share data."""
+    """Answers to what DeepSpeed asks about the ranks that hold one copy of the model, and those that hold the same."""
     return SimpleNamespace(
         get_model_parallel_group=lambda: mesh.model.group,
         get_model_parallel_rank=lambda: mesh.model.rank,
         get_model_parallel_world_size=lambda: mesh.model.size,
-        get_data_parallel_group=lambda: mesh.data.group,
-        get_data_parallel_rank=lambda: mesh.data.rank,
-        get_data_parallel_world_size=lambda: mesh.data.size,
+        get_data_parallel_group=lambda: mesh.copies.group,
+        get_data_parallel_rank=lambda: mesh.copies.rank,
+        get_data_parallel_world_size=lambda: mesh.copies.size,
     )
 
 

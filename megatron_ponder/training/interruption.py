@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from megatron_ponder.base.signals import SIGNALS, StopSignals
+from megatron_ponder.parallel.groups import host_group
 from megatron_ponder.parallel.mesh import Mesh
 
 # A step that is over within so many seconds is finished, and not given up.
@@ -45,7 +46,7 @@ class Interruption:
             mesh: the ranks.
         """
         self._signals = signals
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._group = host_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
         self._pipelined = mesh.pipeline.size > 1
         # Ranks of a pipeline are at different points at a time, and must not wait for the last of them.
         self._lag = 2 * mesh.pipeline.size if self._pipelined else 1

@@ -80,7 +80,7 @@ class Validation:
                 return None
             micro_batches = [tokens.to(mesh.device) for tokens in micro_batches]
             sums = sums + self._engine.evaluate(micro_batches, min(at_once, rounds - first), r, rule, each_step)
-        return _over_data_ranks(sums, mesh)
+        return _over_copies(sums, mesh)
 
 
 def measure_each_step(
@@ -99,10 +99,10 @@ def measure_each_step(
         rule: of the training step.
     """
     first = [tokens[: math.ceil(len(tokens) / 8)] for tokens in micro_batches[: mesh.pipeline.size]]
-    return _over_data_ranks(engine.evaluate(first, len(first), refinements, rule, each_step=True), mesh)
+    return _over_copies(engine.evaluate(first, len(first), refinements, rule, each_step=True), mesh)
 
 
-def _over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
-    if mesh.data.size > 1:
-        dist.all_reduce(sums, group=mesh.data.group)
+def _over_copies(sums: Tensor, mesh: Mesh) -> Tally:
+    if mesh.copies.size > 1:
+        dist.all_reduce(sums, group=mesh.copies.group)
     return Tally.of(sums)

@@ -61,6 +61,6 @@ def test_tensor_ranks_move_what_the_formula_says(two_ranks, index):
 
 
 def test_formula_by_hand(two_ranks):
-    # 2 blocks of 4 all-reduces, embedding, head: 10 of B · L · H numbers; the loss: 1 and 2 of B · L
-    size = MICRO_BATCHES * 2 * LENGTH * (10 * 64 + 3) * 4
-    assert two_ranks[0][1][0].measured["tensor", "all-reduce"] == Volume(MICRO_BATCHES * 12, size)
+    # 2 blocks of 4 all-reduces, embedding, head: 10 of B · L · H numbers; the loss: 1 and 2 of B · L; the gradient norm
+    size = MICRO_BATCHES * 2 * LENGTH * (10 * 64 + 3) * 4 + 4
+    assert two_ranks[0][1][0].measured["tensor", "all-reduce"] == Volume(MICRO_BATCHES * 12 + 1, size)

@@ -1,18 +1,22 @@
 """The grid of ranks: who is whose neighbour along which axis."""
 
+from datetime import timedelta
+
 import pytest
+import torch
 import torch.distributed as dist
 
-from megatron_ponder.parallel.mesh import Axis, Mesh
+from megatron_ponder.config import ParallelConfig
+from megatron_ponder.config.layout import GROUPS
+from megatron_ponder.parallel.groups import COLLECTIVE_TIMEOUT, host_group
+from megatron_ponder.parallel.mesh import Axis, Mesh, build_mesh
 from tests.distributed import run_distributed
-
-AXES = ("tensor", "data", "pipeline", "model")
 
 
 def neighbours(mesh: Mesh) -> dict[str, list[int]]:
     """Global ranks along each axis, in the axis' own order."""
     groups = {}
-    for name in AXES:
+    for name in GROUPS:
         axis = getattr(mesh, name)
         groups[name] = dist.get_process_group_ranks(axis.group)
         assert len(groups[name]) == axis.size
@@ -20,13 +24,32 @@ def neighbours(mesh: Mesh) -> dict[str, list[int]]:
     return groups
 
 
+def seconds(group: dist.ProcessGroup) -> float:
+    """That a collective of a group waits for a rank that does not come."""
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def four_ranks(mesh: Mesh) -> tuple[dict[str, list[int]], dict[str, float], set[str]]:
+    """Who is whose neighbour; and of a grid that waits for ten minutes how long, and which names share a group."""
+    patient = build_mesh(mesh.device, ParallelConfig(tensor=2), timedelta(minutes=10))
+    waits = {name: seconds(getattr(patient, name).group) for name in GROUPS}
+    alike = {name for name in GROUPS if getattr(patient, name).group is patient.tensor.group}
+    assert patient.copies.group is patient.data.group
+    assert seconds(host_group()) == COLLECTIVE_TIMEOUT.total_seconds()
+    return neighbours(mesh), waits, alike
+
+
 def test_four_ranks_of_two_tensor_and_two_pipeline_ranks():
-    assert run_distributed(neighbours, 4, tensor=2, pipeline=2) == [
-        {"tensor": [0, 1], "data": [0], "pipeline": [0, 2], "model": [0, 1, 2, 3]},
-        {"tensor": [0, 1], "data": [1], "pipeline": [1, 3], "model": [0, 1, 2, 3]},
-        {"tensor": [2, 3], "data": [2], "pipeline": [0, 2], "model": [0, 1, 2, 3]},
-        {"tensor": [2, 3], "data": [3], "pipeline": [1, 3], "model": [0, 1, 2, 3]},
+    results = run_distributed(four_ranks, 4, tensor=2, pipeline=2)
+    assert [found for found, *_ in results] == [
+        {"tensor": [0, 1], "data": [0], "pipeline": [0, 2], "model": [0, 1, 2, 3], "copies": [0]},
+        {"tensor": [0, 1], "data": [1], "pipeline": [1, 3], "model": [0, 1, 2, 3], "copies": [1]},
+        {"tensor": [2, 3], "data": [2], "pipeline": [0, 2], "model": [0, 1, 2, 3], "copies": [2]},
+        {"tensor": [2, 3], "data": [3], "pipeline": [1, 3], "model": [0, 1, 2, 3], "copies": [3]},
     ]
+    for _, waits, alike in results:
+        assert waits == dict.fromkeys(GROUPS, 600.0)
+        assert alike == {"tensor", "model"}
 
 
 @pytest.mark.slow
@@ -39,6 +62,12 @@ def test_eight_ranks_have_two_along_every_axis():
             name: [first[name], first[name] + apart[name]] for name in apart
         }
         assert groups["model"] == [base + (rank & 2) for base in (0, 1, 4, 5)]
+        assert groups["copies"] == groups["data"]
+
+
+def test_an_axis_that_there_is_not_is_no_argument():
+    with pytest.raises(AssertionError, match="no axis is called {'tensr'}"):
+        Mesh(tensr=Axis(2))
 
 
 @pytest.mark.parametrize(("tokens", "share"), [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
