@@ -150,8 +150,7 @@ class Engine:
             total += self._objective(tokens, refinements, rule, each_step=each_step)[1].sum(0)
         # Under ZeRO-3 every rank must run every forward, so that ranks with fewer micro-batches repeat one uncounted.
         for _ in range(rounds - len(micro_batches)):
-            idle = torch.zeros(1, 2, dtype=torch.long, device=self.mesh.device)
-            self._objective(idle, refinements, rule, each_step=each_step)
+            self._objective(self._nothing(), refinements, rule, each_step=each_step)
         return total
 
     def step(self, learning_rate: float) -> float:
@@ -237,6 +236,11 @@ class Engine:
         part = parameter.ds_tensor
         return part[: max(0, parameter.ds_numel - part.numel() * self.mesh.copies.rank)]
 
+    def _nothing(self) -> Tensor:
+        """The smallest micro-batch, of a token for each of the ranks that work on one sample."""
+        tokens = self.mesh.copies.size // self.mesh.data.size
+        return torch.zeros(1, tokens + 1, dtype=torch.long, device=self.mesh.device)
+
     def _clip(self) -> Tensor:
         parameters = [parameter for _, parameter, *_ in declarations(self.model)]
         counted = [p for p in parameters if self.mesh.model.rank == 0 or p.model_parallel]
@@ -249,7 +253,7 @@ class Engine:
         to restore a checkpoint into, and because between the activations of a first step they would leave the heap in
         pieces.
         """
-        empty = [torch.zeros(1, 2, dtype=torch.long, device=self.mesh.device)] * self._micro_batches
+        empty = [self._nothing()] * self._micro_batches
         # Zero even where a weight is no number, because a step that is skipped creates nothing.
         hooks = [parameter.register_hook(torch.zeros_like) for _, parameter, *_ in declarations(self.model)]
         self.forward_backward(empty, refinements=0, rule=self.rule("soft"), penalty=0.0, scale=0.0)
