@@ -3,11 +3,13 @@
     ponder estimate --config examples/configs/llama_410m.yaml --gpu H100-SXM --nodes 2 --tokens 30e9
     ponder estimate --config FILE.yaml --gpu H100-SXM --gpus 64 --search
     ponder estimate --config FILE.yaml --cluster examples/clusters/h100.yaml --search
+    ponder estimate --config FILE.yaml --dry-run 1024 --parallel.tensor 8 --parallel.pipeline 4
     ponder estimate --config FILE.yaml --nodes 4 --gpus-per-node 8 --memory-gib 80 --tflops 312 \\
         --memory-bandwidth 2039 --intra-bandwidth 300 --inter-bandwidth 25 --parallel.tensor 4
 
 Keys of the configuration can be overridden as in training. What does not fit ends with exit code 2 and the nearest
-layout that does.
+layout that does. --dry-run starts ranks of a run one after another, here and without the others, in a narrow model, and
+takes a step, so that what would fail on so many ranks fails before a job waits for them.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from rich.console import Console
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.paths import expand_user
-from megatron_ponder.cluster.description import Machines, read_cluster
+from megatron_ponder.cluster.description import Cluster, Machines, read_cluster
 from megatron_ponder.cluster.gpus import GPUS
 from megatron_ponder.cluster.hardware import Hardware, hardware_of
 from megatron_ponder.config import Config, read_config
@@ -42,6 +44,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--top", type=int, default=10, help="layouts to show (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+    parser.add_argument(
+        "--dry-run", type=int, metavar="RANKS", help="start those of so many ranks that differ, and take a step of each"
+    )
     where = parser.add_argument_group("cluster", f"GPUs that are known: {', '.join(GPUS)}")
     where.add_argument(
         "--cluster", type=Path, metavar="FILE", help="a description in YAML, which ponder submit reads too"
@@ -54,6 +59,9 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(["--config", arguments.config, *overrides])
     if config.model.vocab_size is None:
         raise UserError("the size of the vocabulary is the tokenizer's, which is not read here; add --model.vocab_size")
+    if arguments.dry_run is not None:
+        _dry_run(config, arguments)
+        return
     show = _show_search if arguments.search else _show_plan
     show(config, _hardware(arguments, config), _tokens(arguments, config), arguments)
 
@@ -100,21 +108,48 @@ def _show_search(config: Config, hardware: Hardware, tokens: float, arguments: a
         print(f"{number}: {changed or 'the layout of the configuration'}")
 
 
+def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
+    """Print what ranks of a run find at their start.
+
+    Raises:
+        UserError: the layout cannot work on so many ranks, or the fullest does not fit into a GPU that is named.
+    """
+    for name in ("search", "json", "tokens", "gpus", "nodes"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} and --dry-run are two questions; leave one out")
+    if arguments.dry_run < 1:
+        raise UserError(f"--dry-run is {arguments.dry_run}; give the number of ranks of the run")
+    from megatron_ponder.base.launch import Launch
+    from megatron_ponder.training import rehearsal
+
+    cluster = _cluster(arguments).of_gpus(arguments.dry_run)
+    launch = Launch(world_size=arguments.dry_run, local_size=cluster.ranks)
+    console = _console()
+    console.print(rehearsal.rehearsal_table(config, launch.world_size, list(rehearsal.rehearse(config, launch))))
+    if cluster.gpu is not None or cluster.memory_gib is not None:
+        _show_plan(config, hardware_of(cluster, config.training.precision), _tokens(arguments, config), arguments)
+
+
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 118)
 
 
 def _hardware(arguments: argparse.Namespace, config: Config) -> Hardware:
-    """What the file and the options describe."""
-    given = {name: getattr(arguments, name) for name in MACHINES if getattr(arguments, name) is not None}
-    if arguments.cluster is not None:
-        given = {"cluster": arguments.cluster} | given
-    cluster = read_cluster([f"--{name}={value}" for name, value in given.items()])
+    """What the file and the options describe, in the precision of training."""
+    cluster = _cluster(arguments)
     if arguments.gpus is not None:
         if arguments.nodes is not None:
             raise UserError("--gpus and --nodes both say how many GPUs there are; give one of them")
         cluster = cluster.of_gpus(arguments.gpus)
     return hardware_of(cluster, config.training.precision)
+
+
+def _cluster(arguments: argparse.Namespace) -> Cluster:
+    """What the file and the options describe."""
+    given = {name: getattr(arguments, name) for name in MACHINES if getattr(arguments, name) is not None}
+    if arguments.cluster is not None:
+        given = {"cluster": arguments.cluster} | given
+    return read_cluster([f"--{name}={value}" for name, value in given.items()])
 
 
 def _tokens(arguments: argparse.Namespace, config: Config) -> float:

@@ -43,7 +43,7 @@ def process_group(
     try:
         with FailureWatch(store, launch) if launch.world_size > 1 else nullcontext():
             device, cores = _device(launch, store, deterministic), announce_cores(store)
-            _tell_libraries(launch, device)
+            tell_libraries(launch, device)
             dist.init_process_group(
                 backend="nccl" if device.type == "cuda" else "gloo",
                 store=store,
@@ -71,7 +71,7 @@ def _device(launch: Launch, store: dist.Store, deterministic: bool) -> torch.dev
     return device
 
 
-def _tell_libraries(launch: Launch, device: torch.device) -> None:
+def tell_libraries(launch: Launch, device: torch.device) -> None:
     """Export the variables in which libraries below us look for the place of this process."""
     # DeepSpeed takes it for the number of the GPU, of which this process may see one alone
     local_rank = str(launch.local_rank if device.index is None else device.index)
