@@ -24,6 +24,11 @@ def moments(optimizer: OptimizerConfig) -> dict[str, int]:
     return ADAMW
 
 
+def is_decayed(dimensions: int) -> bool:
+    """Whether weight decay applies to a parameter: matrices and embeddings are decayed, norms and biases are not."""
+    return dimensions > 1
+
+
 def kinds(optimizer: OptimizerConfig) -> tuple[str, ...]:
     """The kinds of tensors that there are of every parameter in training."""
     return (WEIGHT, *moments(optimizer))

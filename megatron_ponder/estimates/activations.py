@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
 from megatron_ponder.model.modes.pondering import Shape
-from megatron_ponder.model.modes.ponderlm import CANDIDATES
+from megatron_ponder.model.modes.ponderlm import candidates
 from megatron_ponder.parallel.pipeline import packed_size
 
 INT64 = 8
@@ -147,7 +147,7 @@ def _end_bytes(rank: Rank, p: Pass) -> float:
 
 def prediction_bytes(rank: Rank, p: Pass) -> float:
     """Bytes of n likeliest tokens: places 8 n (16 n on tensor ranks), probabilities 4 n; to mix them, 8 n and b n."""
-    numbers = rank.tokens * min(CANDIDATES, rank.config.model.vocab_size)
+    numbers = rank.tokens * candidates(rank.config.model.vocab_size)
     size = numbers * ((INT64 if rank.tensor.size == 1 else 2 * INT64) + FP32) * (p.predicts and rank.last)
     return size + numbers * (INT64 + rank.width) * (p.reads and rank.first)
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_ponder.checkpoint.optimizer_state import is_decayed
 from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, zero_stage
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
-from megatron_ponder.model.modes.ponderlm import CANDIDATES
+from megatron_ponder.model.modes.ponderlm import candidates
 from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.model.tally import Tally
 
@@ -107,7 +108,7 @@ class Formula:
             yield from self._border("predictions", enter=0, leave=1, repeats=predictions, size=hidden)
         if rank.last:
             yield from self._border("predictions", enter=1, leave=0, repeats=predictions, size=hidden)
-            count = rank.tokens * self._tensor.size * min(CANDIDATES, rank.part.columns)
+            count = rank.tokens * self._tensor.size * candidates(rank.part.columns)
             yield self._step("tensor", "all-gather", "likeliest logits", predictions, count * FP32)
             yield self._step("tensor", "all-gather", "likeliest tokens", predictions, count * INT64)
             yield self._step("tensor", "all-reduce", "gradients of the likeliest logits", predictions, count * FP32)
@@ -161,7 +162,8 @@ class Formula:
             repeats = rank.micro_batches if stage == 2 else 1
             gradients = Term("copies", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
         yield replace(gradients, during="backward" if stage > 0 else None)
-        groups = [sum(p.count for p in rank.part.parameters if (p.dims > 1) is decayed) for decayed in (True, False)]
+        parameters = rank.part.parameters
+        groups = [sum(p.count for p in parameters if is_decayed(p.dims) is decayed) for decayed in (True, False)]
         if stage in (1, 2):
             gathered = sum(_padded(count, 2 * size) for count in groups)
             yield Term("copies", "all-gather", "updated weights", len(groups), gathered * rank.width)

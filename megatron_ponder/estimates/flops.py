@@ -10,7 +10,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.estimates.part import BlockSizes, PartSizes, Product, part_sizes
 from megatron_ponder.estimates.rank import slots_of_passes
 from megatron_ponder.model.modes import passes_of
-from megatron_ponder.model.modes.ponderlm import CANDIDATES
+from megatron_ponder.model.modes.ponderlm import candidates
 
 # The backward pass of a product computes two: one for the gradient of each factor.
 FORWARD_AND_BACKWARD = 3
@@ -100,8 +100,8 @@ def _prediction_flops(config: Config, final: bool) -> float:
     """2 L H (V + n) where a pass but the last ends in a prediction, whose n likeliest tokens the next one reads."""
     if final or not passes_of(config.ponder).predicts:
         return 0.0
-    count = min(CANDIDATES, config.model.vocab_size)
-    return head_flops(config) + 2 * config.data.sequence_length * config.model.hidden_size * count
+    mixture = 2 * config.data.sequence_length * config.model.hidden_size * candidates(config.model.vocab_size)
+    return head_flops(config) + mixture
 
 
 def _whole(config: Config) -> PartSizes:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.estimates.part import part_sizes
-from megatron_ponder.model.modes.ponderlm import CANDIDATES
+from megatron_ponder.model.modes.ponderlm import candidates
 from megatron_ponder.model.ponder import PonderLM
 
 
@@ -30,6 +30,6 @@ def inference_flops(executed_BL: Tensor, model: PonderLM) -> Tensor:
         attended = slots * torch.arange(1, slots.shape[1] + 1, device=slots.device)
     flops = layers * (2 * whole.block.parameters * slots + 4 * whole.block.query * attended)
     if model.passes.predicts:
-        mixture = 2 * min(CANDIDATES, whole.columns) * whole.block.hidden
+        mixture = 2 * candidates(whole.columns) * whole.block.hidden
         return flops + 2 * whole.table * slots + mixture * (slots - 1)
     return flops + 2 * whole.table

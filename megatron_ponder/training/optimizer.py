@@ -7,6 +7,7 @@ What it remembers of every parameter, which checkpoints hold and estimates count
 import torch
 from torch import nn
 
+from megatron_ponder.checkpoint.optimizer_state import is_decayed
 from megatron_ponder.config import OptimizerConfig
 from megatron_ponder.parallel.sharding import declarations
 
@@ -18,9 +19,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings are decayed; norms and biases are not."""
+    """What is decayed, and what is not."""
     parameters = [parameter for _, parameter, *_ in declarations(model)]
     return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if is_decayed(p.dim())], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if not is_decayed(p.dim())], "weight_decay": 0.0},
     ]

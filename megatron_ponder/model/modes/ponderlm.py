@@ -14,6 +14,11 @@ from megatron_ponder.parallel.regions import enter
 CANDIDATES = 100
 
 
+def candidates(vocabulary: int) -> int:
+    """n, the likeliest tokens through which a prediction is read, of a vocabulary or of a rank's part of it."""
+    return min(CANDIDATES, vocabulary)
+
+
 class PassPrediction(NamedTuple):
     """What a pass of `ponderlm` hands to the next.
 
@@ -62,13 +67,13 @@ class PonderLMPasses(LoopPasses):
         return (2, sizes.batch, sizes.share, sizes.hidden_size), None
 
     def state_shapes(self, sizes: Sizes, index: int, plan: tuple[int, ...]) -> tuple[Shape, Shape | None]:
-        candidates = (sizes.batch, sizes.tokens, 2, min(CANDIDATES, sizes.vocab_size))
-        return (sizes.batch, sizes.share, sizes.hidden_size), candidates
+        predicted = (sizes.batch, sizes.tokens, 2, candidates(sizes.vocab_size))
+        return (sizes.batch, sizes.share, sizes.hidden_size), predicted
 
 
 def _predict(back: Back, hidden: Tensor) -> Tensor:
     """(.., H) on all tensor ranks → candidates (.., 2, n)."""
-    logits, ids = back.likeliest(hidden, CANDIDATES)
+    logits, ids = back.likeliest(hidden, candidates(back.vocab_size))
     return torch.stack([logits.softmax(-1), ids.to(logits.dtype)], -2)
 
 
