@@ -7,7 +7,6 @@ embedding's scale: a plain model has none, so one that is to compute the same mu
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
@@ -58,36 +57,21 @@ def from_export(weights: Weights) -> Weights:
     return _rename(weights, _inverse(_EXPORT))
 
 
-def to_llama(weights: Weights) -> Weights:
-    """The weights of PonderLM (llama, without a router) under the names of `LlamaForCausalLM`."""
-    return _rename(weights, _LLAMA)
-
-
 def from_llama(weights: Weights) -> Weights:
-    """The inverse of `to_llama`."""
+    """Weights of `LlamaForCausalLM` under PonderLM's names."""
     return _rename(weights, _inverse(_LLAMA))
 
 
-def to_gpt_neox(weights: Weights, num_heads: int) -> Weights:
-    """The weights of PonderLM (gpt_neox, without a router) under the names of `GPTNeoXForCausalLM`.
+def from_gpt_neox(weights: Weights, num_heads: int) -> Weights:
+    """Weights of `GPTNeoXForCausalLM` under PonderLM's names.
 
     Args:
-        weights: by PonderLM's names.
-        num_heads: query heads. That model keeps q, k and v of each head together: (heads · 3 · head size, H).
+        weights: of which q, k and v of each head are together: (heads · 3 · head size, H).
+        num_heads: query heads.
+
+    Raises:
+        UserError: they are not.
     """
-    joined = {}
-    for name, tensor in weights.items():
-        if ".attention.q_proj." in name:
-            parts = [weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-            by_head = [part.unflatten(0, (num_heads, -1)) for part in parts]
-            joined[name.replace("q_proj", "qkv_proj")] = torch.stack(by_head, 1).flatten(0, 2)
-        elif ".attention.k_proj." not in name and ".attention.v_proj." not in name:
-            joined[name] = tensor
-    return _rename(joined, _GPT_NEOX)
-
-
-def from_gpt_neox(weights: Weights, num_heads: int) -> Weights:
-    """The inverse of `to_gpt_neox`."""
     split = {}
     for name, tensor in _rename(
         weights, _inverse(_GPT_NEOX) | {"lm_head": "head"}

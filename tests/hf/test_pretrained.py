@@ -11,10 +11,10 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
-from megatron_ponder.hf.weights import to_gpt_neox, to_llama
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import initialize
 from tests.hf.exported import weights_of
+from tests.hf.plain_names import to_gpt_neox, to_llama
 from tests.hf.test_pretrained_config import PONDERLM_2
 from tests.models import random_tokens, small_config, small_model
 
