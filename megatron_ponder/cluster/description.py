@@ -1,5 +1,6 @@
 """What a user says about a cluster, once, for jobs and for estimates, and what is wrong with it."""
 
+import argparse
 import difflib
 import re
 from collections.abc import Sequence
@@ -122,11 +123,19 @@ class Cluster(Machines):
         return self.ranks_per_node or self.gpus_per_node
 
 
-def read_cluster(arguments: Sequence[str]) -> Cluster:
+# What estimates read and jobs do not; a file may describe both.
+OF_ESTIMATES = tuple(item.name for item in fields(Machines) if item.name not in ("nodes", "gpus_per_node"))
+
+
+def read_cluster(arguments: Sequence[str], unread: Sequence[str] = ()) -> Cluster:
     """The cluster that `--cluster FILE.yaml` and any number of `--key value` describe; later ones win.
 
+    Args:
+        arguments: of a command line.
+        unread: keys that the command does not read, so that as options they would be ignored.
+
     Raises:
-        UserError: on anything unknown, mistyped or out of its range.
+        UserError: on anything unknown, unread, mistyped or out of its range.
     """
     rewritten = []
     for name, value in options_of(arguments):
@@ -135,6 +144,8 @@ def read_cluster(arguments: Sequence[str]) -> Cluster:
         else:
             name = name.replace("-", "_")
             _check_name(name, "among the options")
+            if name in unread:
+                raise UserError(f"--{name} is read by ponder estimate alone and would change no job; leave it out")
         rewritten.append(f"--{name}={value}")
     cluster = expand_paths(parse(parser_of("submit", Cluster, "--cluster"), Cluster, rewritten))
     check_ranges(cluster)
@@ -142,8 +153,12 @@ def read_cluster(arguments: Sequence[str]) -> Cluster:
 
 
 def options_help() -> str:
-    """Every key of a cluster as an option: what it is, its type and its default."""
-    return parser_of("submit", Cluster, "--cluster").format_help().partition("keys below.")[2].strip()
+    """Every key of a cluster that a job reads, as an option: what it is, its type and its default."""
+    parser = parser_of("submit", Cluster, "--cluster")
+    for action in parser._actions:
+        if action.dest in OF_ESTIMATES:
+            action.help = argparse.SUPPRESS
+    return parser.format_help().partition("keys below.")[2].strip()
 
 
 def check_cluster(cluster: Cluster) -> None:

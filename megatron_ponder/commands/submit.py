@@ -22,7 +22,7 @@ from rich.syntax import Syntax
 
 from megatron_ponder.base.command_line import version_line
 from megatron_ponder.base.errors import UserError, command
-from megatron_ponder.cluster.description import options_help, read_cluster
+from megatron_ponder.cluster.description import OF_ESTIMATES, options_help, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render, submit
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     options, name, arguments = _split(argv)
     wanted = "--submit" in options
     after = _take(options, "--after")
-    cluster = read_cluster([option for option in options if option != "--submit"])
+    cluster = read_cluster([option for option in options if option != "--submit"], unread=OF_ESTIMATES)
     job = JOBS[name]
     check_job(job, cluster, arguments)
     script = render(job, cluster, arguments, Path.cwd(), after)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from megatron_ponder.cluster.description import Cluster
+from megatron_ponder.cluster.description import OF_ESTIMATES, Cluster
 from megatron_ponder.cluster.jobs import JOBS
 from tests import REPOSITORY
 from tests.pages import calls
@@ -59,6 +59,8 @@ def test_what_is_submitted_is_what_was_shown(command, sbatch, tmp_path):
         (["--after", "yesterday", *TRAINING], "takes the number of a job"),
         (["--after"], "name one after"),
         (["--nods=2", *TRAINING], "a cluster has no nods"),
+        (["--tflops", "400", *TRAINING], "--tflops is read by ponder estimate alone and would change no job"),
+        (["--gpu=H100", *TRAINING], "--gpu is read by ponder estimate alone"),
         ([*TRAINING, "--training.stepps=4"], "did you mean training.steps?"),
         (["--gpus_per_node", "2", *TRAINING, "--parallel.tensor=8"], "stay inside a node|cannot be divided"),
     ],
@@ -110,6 +112,7 @@ def test_help_names_every_job_and_option(command, words):
     code, output, errors = command(*words)
     assert (code, errors) == (0, "")
     assert all(name in output for name in JOBS)
-    options = [*Cluster.__dataclass_fields__, "cluster", "after", "submit"]
-    assert [name for name in options if not re.search(rf"^ +--{name}\b", output, re.MULTILINE)] == []
+    options = {*Cluster.__dataclass_fields__, "cluster", "after", "submit"}
+    offered = {name for name in options if re.search(rf"^ +--{name}\b", output, re.MULTILINE)}
+    assert options - offered == set(OF_ESTIMATES)
     assert "default: 24:00:00" in " ".join(output.split())
