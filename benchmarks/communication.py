@@ -145,7 +145,7 @@ class Traffic(TorchDispatchMode):
 
 
 def names_of_groups(mesh: Mesh) -> dict[str, str]:
-    """What groups are called here, by the names of PyTorch: those of one axis by it, though others may lie there too."""
+    """What groups are called here, by PyTorch's names: that of an axis by it, though another name may have it too."""
     return {getattr(mesh, name).group.group_name: name for name in ("model", "copies", "pipeline", "tensor")}
 
 

@@ -66,7 +66,7 @@ def test_eight_ranks_have_two_along_every_axis():
 
 
 def test_an_axis_that_there_is_not_is_no_argument():
-    with pytest.raises(AssertionError, match="no axis is called {'tensr'}"):
+    with pytest.raises(AssertionError, match=r"no axis is called {'tensr'}"):
         Mesh(tensr=Axis(2))
 
 
