@@ -16,6 +16,8 @@ from rich.table import Table
 
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import Config, check_layout, data_parallel_size, micro_batches, resolve
+from megatron_ponder.config.layout import group_sizes
+from megatron_ponder.config.parallel import AXES
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.build import build_part
@@ -33,16 +35,14 @@ class Rehearsed:
 
     Attributes:
         rank: of all.
-        tensor, data, pipeline: its place along these axes.
+        places: along every axis.
         groups: sizes of the process groups that it is in, each of which is a communicator on GPUs.
         samples: of every step, that it reads.
         seconds: that start and step took here.
     """
 
     rank: int
-    tensor: int
-    data: int
-    pipeline: int
+    places: dict[str, int]
     groups: list[int]
     samples: range
     seconds: float
@@ -80,22 +80,27 @@ def rehearsal_table(config: Config, ranks: int, rehearsed: Sequence[Rehearsed]) 
         ranks: in all.
         rehearsed: some of them.
     """
-    data = data_parallel_size(config, ranks)
-    headings = ("rank", "tensor", "data", "pipeline", "blocks", "with", "parameters", "GiB", "groups of ranks")
-    table = Table(*headings, "micro-batches", "samples of a step", "started in")
+    data, training = data_parallel_size(config, ranks), config.training
+    sizes = group_sizes(config.parallel, data)
+    table = Table(
+        title=f"{ranks:,} ranks: {' × '.join(f'{sizes[axis]} {axis}' for axis in AXES)}; {micro_batches(config, data)} "
+        f"micro-batches of {training.micro_batch_size} sequences a step"
+    )
+    for heading in ("rank", *AXES, "blocks", "with", "parameters", "GiB", "groups", "samples", "seconds"):
+        table.add_column(heading, no_wrap=True)
     for one in rehearsed:
-        rank = Rank(config, data, one.pipeline, "cuda")
+        rank = Rank(config, data, one.places["pipeline"], "cuda")
         ends = ["embedding"] * rank.first + ["head"] * rank.last + ["router"] * bool(rank.part.router)
         table.add_row(
-            *map(str, (one.rank, one.tensor, one.data, one.pipeline)),
+            str(one.rank),
+            *(str(one.places[axis]) for axis in AXES),
             f"{rank.layers[0]}–{rank.layers[-1]}",
             " ".join(ends),
             f"{rank.part.count / 1e6:.1f}M",
             f"{memory_estimate(rank).total / 2**30:.2f}",
-            ", ".join(map(str, one.groups)),
-            str(rank.micro_batches),
+            " ".join(map(str, one.groups)),
             f"{one.samples[0]}–{one.samples[-1]}",
-            f"{one.seconds:.1f} s",
+            f"{one.seconds:.1f}",
         )
     return table
 
@@ -144,9 +149,7 @@ def _start(config: Config, small: Config, launch: Launch, rank: int) -> Rehearse
         block = config.training.global_batch_size // mesh.data.size
         return Rehearsed(
             rank,
-            mesh.tensor.rank,
-            mesh.data.rank,
-            mesh.pipeline.rank,
+            {axis: getattr(mesh, axis).rank for axis in AXES},
             groups_of_this_rank(),
             range(mesh.data.rank * block, (mesh.data.rank + 1) * block),
             time.perf_counter() - begun,
