@@ -113,7 +113,7 @@ def no_documents(skipped: Counter[str], inputs: Inputs) -> UserError:
     unusable = f"skipped: {describe_counts(skipped)}" if skipped else ""
     reasons = "; ".join(filter(None, (unusable, inputs.describe_left_out())))
     return UserError(
-        f"no documents in the input{reasons and f' ({reasons})'}: give UTF-8 text or tables ({', '.join(ENDINGS)}), "
+        f"no documents in the input{reasons and f' ({reasons})'}; give UTF-8 text or tables ({', '.join(ENDINGS)}), "
         "or another --key for JSON lines and tables"
     )
 

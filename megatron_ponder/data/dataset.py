@@ -106,7 +106,7 @@ def open_part(
     if not documents:
         raise UserError(
             f'data.split "{split}" leaves no document of {indexed.prefix}, which has {indexed.num_documents}, for '
-            f"{name}: give it a larger weight, or 0 to go without"
+            f"{name}; give it a larger weight, or 0 to go without"
         )
     try:
         return TokenDataset(indexed, documents, sequence_length, seed, name == "train", cache, content)

@@ -66,7 +66,7 @@ def read_dataset_manifest(prefix: str | Path) -> DatasetManifest | None:
         reason = "it is no JSON"
     except ValueError as error:
         reason = str(error)
-    raise UserError(f"{path} is damaged ({reason}): make the dataset again with ponder preprocess")
+    raise UserError(f"{path} is damaged ({reason}); make the dataset again with ponder preprocess")
 
 
 def _checked(content: object) -> DatasetManifest:
@@ -120,7 +120,7 @@ def fingerprint(prefix: str | Path, stamps: Stamps | None = None) -> str:
 
             found = read() if stamps is None else stamps.once("fingerprint", [idx_file, bin_file], read)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist: check the path of the dataset") from None
+        raise UserError(f"{error.filename} does not exist; check the path of the dataset") from None
     if manifest is not None and manifest.fingerprint not in ("", found):
         raise changed(bin_path)
     return found
@@ -143,7 +143,7 @@ def _digest(idx_file: BinaryIO, bin_file: BinaryIO, manifest: DatasetManifest | 
 def changed(path: Path) -> UserError:
     """What to say of a file whose checksum is not the one in the manifest."""
     return UserError(
-        f"{path} is not the file that its manifest describes: copy or make the dataset again, or remove "
+        f"{path} is not the file that its manifest describes; copy or make the dataset again, or remove "
         f"{path.with_suffix('.json').name} if the change is meant"
     )
 
@@ -159,9 +159,9 @@ def check_vocabulary(prefix: str | Path, vocab_size: int) -> None:
     manifest = read_dataset_manifest(prefix)
     smallest, largest = (0, manifest.vocab_size - 1) if manifest else IndexedDataset(prefix).token_range()
     if smallest < 0:
-        raise UserError(f"{prefix}.bin has the token id {smallest}: make the dataset again, with its right token type")
+        raise UserError(f"{prefix}.bin has the token id {smallest}; make the dataset again, with its right token type")
     if largest >= vocab_size:
         raise UserError(
-            f"{prefix} has token ids up to {largest}: set model.vocab_size to at least {largest + 1}, "
+            f"{prefix} has token ids up to {largest}; set model.vocab_size to at least {largest + 1}, "
             "or preprocess the data with the model's tokenizer"
         )

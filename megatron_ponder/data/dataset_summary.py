@@ -70,7 +70,7 @@ def verify(prefix: str | Path, vocab_size: int | None) -> list[str]:
     if counts != (manifest.documents, manifest.tokens):
         raise UserError(
             f"{manifest_path(prefix)} says {manifest.documents} documents and {manifest.tokens} tokens where the "
-            f"dataset has {counts[0]} and {counts[1]}: copy or make the dataset again"
+            f"dataset has {counts[0]} and {counts[1]}; copy or make the dataset again"
         )
     if not manifest.bin_sha256:
         done.append("checksums: none in the manifest, which an earlier version wrote")

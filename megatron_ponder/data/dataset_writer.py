@@ -78,7 +78,7 @@ class IndexedDatasetWriter:
         """
         tokens = np.asarray(tokens, dtype=np.int64)
         if len(tokens) and not self._limits.min <= tokens.min() <= tokens.max() <= self._limits.max:
-            raise UserError(f"token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}: check the tokenizer")
+            raise UserError(f"token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}; check the tokenizer")
         self.streams.add(tokens.astype(self.dtype), np.array([len(tokens)]))
 
     def append_dataset(self, dataset: IndexedDataset) -> str:
@@ -105,7 +105,7 @@ class IndexedDatasetWriter:
 
     def _finish(self) -> None:
         if self.num_tokens == 0:
-            raise UserError(f"{self._bin_path} would hold no tokens: check the input")
+            raise UserError(f"{self._bin_path} would hold no tokens; check the input")
         self.streams.sync()
         digest = hashlib.sha256()
         with open(partial_path(self._idx_path), "wb") as file:

@@ -201,7 +201,7 @@ def write_corpus(
     """
     if documents < 1 or questions < 1 or not 0 <= max_depth <= MAX_DEPTH:
         raise UserError(
-            f"{documents} documents of {questions} questions with depths up to {max_depth} are no corpus: give at "
+            f"{documents} documents of {questions} questions with depths up to {max_depth} are no corpus; give at "
             f"least one document, one question and a depth from 0 to {MAX_DEPTH}"
         )
     unknown = [kind for kind in kinds if kind not in KINDS]

@@ -107,7 +107,7 @@ def encode_in_order(
         while under_way:
             yield _result(*under_way.popleft())
     except BrokenProcessPool:
-        raise UserError("a worker process died, perhaps for want of memory: set --workers lower") from None
+        raise UserError("a worker process died, perhaps for want of memory; set --workers lower") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

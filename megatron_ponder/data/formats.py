@@ -117,26 +117,26 @@ def _check_json(path: Path) -> None:
     if layout == "array":
         raise FormatError(
             ".json with an array",
-            f"{path} is one JSON array, and JSON lines are read: write its elements one a line, as "
+            f"{path} is one JSON array, and JSON lines are read; write its elements one a line, as "
             "jq -c '.[]' does, to a .jsonl file",
         )
     if layout == "one value":
         raise FormatError(
             ".json over several lines",
-            f"{path} has a JSON object over several lines, and JSON lines are read: write each object on a line, as "
+            f"{path} has a JSON object over several lines, and JSON lines are read; write each object on a line, as "
             "jq -c . does, to a .jsonl file",
         )
     if layout == "none":
         raise FormatError(
             ".json without objects",
-            f"{path} does not begin with a JSON object: give JSON lines, or say with --format text that it is text",
+            f"{path} does not begin with a JSON object; give JSON lines, or say with --format text that it is text",
         )
 
 
 def _unknown(path: Path, ending: str) -> str:
     if ending in (".csv", ".tsv"):
         return (
-            f"{path} is a table, and which of its columns is text is not read from such: write it as Parquet or as "
+            f"{path} is a table, and which of its columns is text is not read from such; write it as Parquet or as "
             "JSON lines; with --format text each such file is one document as it is"
         )
     known = ", ".join(ENDINGS)

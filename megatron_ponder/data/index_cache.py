@@ -80,7 +80,7 @@ class IndexCache:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write the index cache {self.folder} ({error.strerror}): set data.cache_path to another "
+                f"cannot write the index cache {self.folder} ({error.strerror}); set data.cache_path to another "
                 "folder, or leave it out"
             ) from None
 
@@ -120,7 +120,7 @@ class IndexCache:
         finally:
             partial.unlink(missing_ok=True)
         if self._read(path, description) is None:
-            raise UserError(f"{path} cannot be read back as it was written: set data.cache_path to a sound disk")
+            raise UserError(f"{path} cannot be read back as it was written; set data.cache_path to a sound disk")
 
     def _read(self, path: Path, description: str) -> list[np.ndarray] | None:
         """The arrays in a file, or None if it is absent, damaged, or about something else."""

@@ -63,7 +63,7 @@ class IndexedDataset:
         for path in (bin_path, idx_path):
             if not path.is_file():
                 raise UserError(
-                    f"{path} does not exist: give the path of a dataset without .bin or .idx, "
+                    f"{path} does not exist; give the path of a dataset without .bin or .idx, "
                     "or make one with ponder preprocess"
                 )
         self.dtype, num_sequences, num_boundaries = _read_header(idx_path)
@@ -297,4 +297,4 @@ def _state(file: BinaryIO) -> tuple[int, int]:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}: make the dataset again with ponder preprocess")
+    return UserError(f"{path} {what}; make the dataset again with ponder preprocess")

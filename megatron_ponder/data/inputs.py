@@ -79,7 +79,7 @@ def find_inputs(inputs: Sequence[str | Path], declared: str = AUTO) -> Inputs:
             continue
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         if not matches:
-            raise UserError(f"{name} does not exist and matches no file: check --input")
+            raise UserError(f"{name} does not exist and matches no file; check --input")
         for match in map(Path, matches):
             absolute = str(match.absolute())
             if not match.is_dir():

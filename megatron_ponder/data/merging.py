@@ -30,9 +30,9 @@ def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) ->
         OSError: the output cannot be written.
     """
     if not prefixes:
-        raise UserError("nothing to merge: give two or more datasets")
+        raise UserError("nothing to merge; give two or more datasets")
     if Path(output_prefix).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
-        raise UserError(f"{output_prefix} is both input and output: give another --output-prefix")
+        raise UserError(f"{output_prefix} is both input and output; give another --output-prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     manifests = _manifests_of_one_tokenizer(datasets)
     for dataset in datasets:

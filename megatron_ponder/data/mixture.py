@@ -72,7 +72,7 @@ def open_mixture(data: DataConfig, seed: int) -> Mixture:
                     datasets.append(open_part(source, *options))
                     streams[stream] = len(datasets) - 1
                 if streams[stream] in drawn:
-                    raise UserError(f"{part.path} has the same data as another dataset of its blend: leave one out")
+                    raise UserError(f"{part.path} has the same data as another dataset of its blend; leave one out")
                 drawn[streams[stream]] = part.weight
             if not drawn and first:
                 raise UserError(

@@ -126,7 +126,7 @@ def preprocess(
     """
     started = time.perf_counter()
     if workers < 1:
-        raise UserError(f"--workers is {workers}: set it to 1 or more")
+        raise UserError(f"--workers is {workers}; set it to 1 or more")
     team = team or Team()
     tokenizer = load_tokenizer(tokenizer_path)
     prefix = Path(f"{output_prefix}_{key}_document")

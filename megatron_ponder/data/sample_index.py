@@ -104,7 +104,7 @@ class SampleIndex:
         # A sample ends with the token that the next one begins with.
         if missing or end != last:
             raise UserError(
-                "documents are not as long as when the order of the samples was built: make or copy the dataset again"
+                "documents are not as long as when the order of the samples was built; make or copy the dataset again"
             )
         return pieces
 

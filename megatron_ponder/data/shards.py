@@ -177,4 +177,4 @@ def _shard(group: list[InputRange], work: Path, options: str) -> Shard:
 
 
 def _damaged(shard: Shard) -> UserError:
-    return UserError(f"{shard.folder} is damaged: remove it and start again, which makes this part of the dataset anew")
+    return UserError(f"{shard.folder} is damaged; remove it and start again, which makes this part of the dataset anew")

@@ -25,7 +25,7 @@ def parse_split(split: str) -> dict[str, float]:
         weights = []
     total = sum(weights)
     if not 1 <= len(weights) <= len(NAMES) or min(weights) < 0 or not 0 < total < math.inf:
-        raise UserError(f'data.split is "{split}": write weights of train, valid and test such as [969, 30, 1]')
+        raise UserError(f'data.split is "{split}"; write weights of train, valid and test such as [969, 30, 1]')
     return {name: weight / total for name, weight in zip(NAMES, weights, strict=False) if weight > 0}
 
 

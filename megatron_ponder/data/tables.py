@@ -70,7 +70,7 @@ def open_dataset(name: str) -> "datasets.Dataset":
     if not name.startswith(HUB):
         if (Path(name) / "dataset_dict.json").is_file():
             parts = ", ".join(sorted(path.parent.name for path in Path(name).glob("*/state.json")))
-            raise UserError(f"{name} holds several datasets: give the folder of one of them ({parts})")
+            raise UserError(f"{name} holds several datasets; give the folder of one of them ({parts})")
         try:
             return datasets.load_from_disk(name)
         except Exception as error:  # the library raises what the layers below it raise
@@ -80,7 +80,7 @@ def open_dataset(name: str) -> "datasets.Dataset":
         return datasets.load_dataset(repository, split=split or "train")
     except Exception as error:
         raise UserError(
-            f"{name} cannot be had from the Hugging Face hub ({_first_line(error)}): check the name and the network, "
+            f"{name} cannot be had from the Hugging Face hub ({_first_line(error)}); check the name and the network, "
             "or give a folder that save_to_disk wrote where there is one"
         ) from None
 

@@ -126,7 +126,7 @@ def whole_text(path: Path, tally: ReadingCounts) -> Iterator[TextPart]:
         try:
             yield from _large_text(path, tally)
         except (*READING_FAILS, UnicodeDecodeError):
-            raise UserError(f"{path} changed while it was read: start again when nothing writes to it") from None
+            raise UserError(f"{path} changed while it was read; start again when nothing writes to it") from None
 
 
 def json_lines(path: Path, key: str, start: int, stop: int | None, tally: ReadingCounts) -> Iterator[TextPart]:

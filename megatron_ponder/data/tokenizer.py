@@ -61,12 +61,12 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
-            raise UserError(f"{path} is not a SentencePiece model: check the path of the tokenizer") from None
+            raise UserError(f"{path} is not a SentencePiece model; check the path of the tokenizer") from None
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._processor.eos_id()
         if self.eod_id < 0:
-            raise UserError(f"{path} has no </s> token to end documents with: use another tokenizer")
+            raise UserError(f"{path} has no </s> token to end documents with; use another tokenizer")
         self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self._space_symbol_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode("utf-8")
@@ -111,7 +111,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a Hugging Face tokenizer.json ({error}): check the path") from None
+            raise UserError(f"{path} is not a Hugging Face tokenizer.json ({error}); check the path") from None
         # Otherwise "</s>" in a web page would end the document.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -191,10 +191,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if candidate.is_file():
             return HuggingFaceTokenizer(candidate) if candidate.suffix == ".json" else SentencePieceTokenizer(candidate)
     if path.is_dir():
-        raise UserError(f"{path} holds neither tokenizer.model nor tokenizer.json: give another folder or a file")
+        raise UserError(f"{path} holds neither tokenizer.model nor tokenizer.json; give another folder or a file")
     if path.exists():
         require_file(path)
-    raise UserError(f"{path} does not exist: give a tokenizer, or make one with ponder train-tokenizer")
+    raise UserError(f"{path} does not exist; give a tokenizer, or make one with ponder train-tokenizer")
 
 
 def _printable(text: str) -> str:

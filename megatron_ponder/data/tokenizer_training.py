@@ -54,7 +54,7 @@ def train_tokenizer(
     """
     if vocab_size <= SPECIAL_AND_BYTES:
         raise UserError(
-            f"--vocab-size is {vocab_size}: set it above {SPECIAL_AND_BYTES}, which special tokens and bytes take"
+            f"--vocab-size is {vocab_size}; set it above {SPECIAL_AND_BYTES}, which special tokens and bytes take"
         )
     found, tally = find_inputs(inputs, declared), ReadingCounts()
     for warning in found.warnings():
@@ -85,7 +85,7 @@ def _check_round_trip(model: bytes, sample: Sequence[str]) -> None:
         tokenizer = SentencePieceTokenizer(path)
     for text in (*sample[:ROUND_TRIPS], *AWKWARD_TEXTS):
         if tokenizer.decode(tokenizer.encode(text)) != text:
-            raise UserError(f"the trained tokenizer does not give back {text[:40]!r}: train on other text")
+            raise UserError(f"the trained tokenizer does not give back {text[:40]!r}; train on other text")
 
 
 def _excerpts(parts: Iterable[TextPart]) -> Iterator[str]:
@@ -147,8 +147,8 @@ def _size_error(vocab_size: int, message: str) -> UserError:
             f"set --vocab-size to at most {largest[1]}, or give more text"
         )
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return UserError(f"{vocab_size} tokens are too few for the text: set --vocab-size to at least {smallest[1]}")
-    return UserError(f"SentencePiece cannot train on this text ({message.strip()}): give more or other text")
+        return UserError(f"{vocab_size} tokens are too few for the text; set --vocab-size to at least {smallest[1]}")
+    return UserError(f"SentencePiece cannot train on this text ({message.strip()}); give more or other text")
 
 
 def _vocabulary(model: bytes) -> str:

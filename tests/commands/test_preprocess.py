@@ -55,14 +55,14 @@ def test_the_tool_preprocesses(run, tokenizer_path, tmp_path):
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
-        ({"--tokenizer": "nowhere.model"}, "error: nowhere.model does not exist: give a tokenizer, or make one with"),
-        ({"--input": "nowhere"}, "error: nowhere does not exist and matches no file: check --input"),
+        ({"--tokenizer": "nowhere.model"}, "error: nowhere.model does not exist; give a tokenizer, or make one with"),
+        ({"--input": "nowhere"}, "error: nowhere does not exist and matches no file; check --input"),
         ({"--input": "/dev/zero"}, "error: /dev/zero is a device: write what it gives to a file, and give that"),
         (
             {"--input": REPOSITORY / "Makefile"},
             f"error: {REPOSITORY}/Makefile has no ending that says what it is (.txt, ",
         ),
-        ({"--workers": "0"}, "error: --workers is 0: set it to 1 or more"),
+        ({"--workers": "0"}, "error: --workers is 0; set it to 1 or more"),
         (
             {"--output-prefix": REPOSITORY / "pyproject.toml" / "data"},
             f"error: cannot make the folder {REPOSITORY}/pyproject.toml (",

@@ -64,7 +64,7 @@ def test_a_file_that_vanishes_is_counted(tmp_path):
 
 
 def test_no_documents_at_all(tmp_path):
-    with pytest.raises(UserError, match=r"no documents in the input: give UTF-8 text or tables \(\.txt"):
+    with pytest.raises(UserError, match=r"no documents in the input; give UTF-8 text or tables \(\.txt"):
         read(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n\n{"body": "y"}\n')
     with pytest.raises(UserError, match=r"skipped: 2 × no text in 'text'"):

@@ -70,7 +70,7 @@ def test_a_split_of_weight_zero_is_absent(prefix):
 
 
 def test_a_split_without_documents(prefix):
-    with pytest.raises(UserError, match=r"leaves no document of .*data, which has 10, for valid: give it a larger"):
+    with pytest.raises(UserError, match=r"leaves no document of .*data, which has 10, for valid; give it a larger"):
         build(prefix, "999,1", 4, 0)
 
 

@@ -39,7 +39,7 @@ def test_folders_and_patterns_are_sorted_and_files_come_once(tmp_path, names, wr
 
 @pytest.mark.parametrize("name", ["missing", "*.txt"])
 def test_input_that_does_not_exist(tmp_path, name):
-    with pytest.raises(UserError, match="matches no file: check --input"):
+    with pytest.raises(UserError, match="matches no file; check --input"):
         find_inputs([tmp_path / name])
 
 

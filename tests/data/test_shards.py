@@ -120,7 +120,7 @@ def test_a_damaged_shard_is_named(corpus, tmp_path, name, damage):
     if damage == "missing":
         path.unlink()
     joined = streams(tmp_path)
-    with pytest.raises(UserError, match=rf"{shard.folder.name} is damaged: remove it and start again"):
+    with pytest.raises(UserError, match=rf"{shard.folder.name} is damaged; remove it and start again"):
         append_shard(joined, shard)
     joined.close()
 

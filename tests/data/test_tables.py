@@ -128,7 +128,7 @@ def test_the_hub(tmp_path, monkeypatch):
     assert read("hf://owner/name")[0] == FULL
     assert read("hf://owner/name:test[:50%]")[0] == FULL
     assert asked == [("owner/name", "train"), ("owner/name", "test[:50%]")]
-    with pytest.raises(UserError, match=r"hf://owner/missing cannot be had .*\(no\): check the name and the network"):
+    with pytest.raises(UserError, match=r"hf://owner/missing cannot be had .*\(no\); check the name and the network"):
         read("hf://owner/missing")
 
 

@@ -53,7 +53,7 @@ def test_too_many_tokens_for_the_text(source_files, tmp_path):
 
 
 def test_too_few_tokens_for_the_text(source_files, tmp_path):
-    with pytest.raises(UserError, match=r"too few for the text: set --vocab-size to at least (\d+)") as caught:
+    with pytest.raises(UserError, match=r"too few for the text; set --vocab-size to at least (\d+)") as caught:
         train_tokenizer(source_files[:1], tmp_path / "t", vocab_size=270)
     smallest = int(str(caught.value).split("at least ")[1])
     assert train_tokenizer(source_files[:1], tmp_path / "t", vocab_size=smallest).vocab_size == smallest
@@ -61,7 +61,7 @@ def test_too_few_tokens_for_the_text(source_files, tmp_path):
 
 @pytest.mark.parametrize("vocab_size", [-5, 0, 1, 259])
 def test_too_few_tokens_for_any_text(source_files, tmp_path, vocab_size):
-    with pytest.raises(UserError, match=rf"--vocab-size is {vocab_size}: set it above 259"):
+    with pytest.raises(UserError, match=rf"--vocab-size is {vocab_size}; set it above 259"):
         train_tokenizer(source_files[:1], tmp_path / "t", vocab_size=vocab_size)
 
 
