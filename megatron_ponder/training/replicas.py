@@ -20,6 +20,8 @@ from megatron_ponder.parallel.sharding import declarations
 from megatron_ponder.training.deepspeed_engine import Engine
 
 Named = tuple[str, nn.Parameter]
+# Along which ranks parameters are compared, and what those are called.
+COMPARED = {"copies": "copies of the model", "tensor": "tensor ranks"}
 
 
 class Drift(NamedTuple):
@@ -56,7 +58,7 @@ def mend_replicas(engine: Engine, step: int, allowed: float, saved: str) -> Drif
         UserError: on ranks that see it differ by more, after which they no longer train one model.
     """
     found = Drift(0, 0.0)
-    for name in ("data", "tensor"):
+    for name in COMPARED:
         if getattr(engine.mesh, name).size == 1:
             continue
         differing = _differing(engine, name)
@@ -81,7 +83,7 @@ def _differing(engine: Engine, name: str) -> list[Named]:
     replicas = _replicas(engine, name)
     if not replicas:
         return []
-    axis, other = (getattr(engine.mesh, which) for which in (name, "data" if name == "tensor" else "tensor"))
+    axis, other = (getattr(engine.mesh, which) for which in (name, "copies" if name == "tensor" else "tensor"))
     checksums = torch.stack([_checksum(engine.held(parameter)) for _, parameter in replicas])
     everyones = [torch.empty_like(checksums) for _ in range(axis.size)]
     dist.all_gather(everyones, checksums, group=axis.group)
@@ -92,7 +94,7 @@ def _differing(engine: Engine, name: str) -> list[Named]:
 
 
 def _replicas(engine: Engine, name: str) -> list[Named]:
-    """What every rank along an axis holds: of tensor ranks what is not sharded, of data ranks all, if it is whole."""
+    """What every rank along an axis holds: of tensor ranks what is not sharded, of copies all, if it is whole."""
     declared = declarations(engine.model)
     if name == "tensor":
         return [(own, parameter) for own, parameter, spec, _ in declared if spec.shard_dim is None]
@@ -123,7 +125,7 @@ def _take_first(engine: Engine, name: str, differing: Sequence[Named]) -> None:
     axis = getattr(engine.mesh, name)
     for _, parameter in differing:
         dist.broadcast(engine.held(parameter), group=axis.group, group_src=0)
-        # Data ranks hold the optimiser's state in shares unless each has all of it.
+        # Copies hold the optimiser's state in shares unless each has all of it.
         for kind in engine.kinds if name == "tensor" or engine.keeps_state_whole else ():
             whole = engine.master(parameter, kind).clone()
             dist.broadcast(whole, group=axis.group, group_src=0)
@@ -133,8 +135,8 @@ def _take_first(engine: Engine, name: str, differing: Sequence[Named]) -> None:
 def _complaint(differing: Sequence[Named], step: int, name: str, drift: Drift, saved: str) -> str:
     more = f" and {len(differing) - 1} more replicated parameters differ" if len(differing) > 1 else " differs"
     return (
-        f"after step {step}, {differing[0][0]}{more} between {name} ranks by {drift.size:.1e} of their norm, as faulty "
-        f"memory or a faulty link makes them; {saved}, on other nodes"
+        f"after step {step}, {differing[0][0]}{more} between {COMPARED[name]} by {drift.size:.1e} of their norm, as "
+        f"faulty memory or a faulty link makes them; {saved}, on other nodes"
     )
 
 

@@ -12,7 +12,7 @@ from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training import loop, replicas
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.replicas import allowed_drift, differing_replicas, mend_replicas
+from megatron_ponder.training.replicas import COMPARED, allowed_drift, differing_replicas, mend_replicas
 from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.state import state_of
 from tests.distributed import run_distributed
@@ -48,7 +48,7 @@ def take_step(engine: Engine, config, mesh: Mesh, step: int) -> None:
 
 def drift(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, dict]:
     """What is found when ranks are alike, after a little and after a large difference, and after a step on each."""
-    name, seen = "tensor" if mesh.tensor.size > 1 else "data", {}
+    name, seen = "tensor" if mesh.tensor.size > 1 else "copies", {}
     for case, overrides in cases.items():
         config = layout.config(overrides)
         engine, found = Engine(Objective(model_for(config, mesh)), config, mesh), {}
@@ -76,7 +76,7 @@ def check(ranks: list[dict], cases: dict, name: str) -> None:
         first, second = (seen[case] for seen in ranks)
         for found in (first, second):
             assert found["alike"] is None
-            assert f"transformer.norm.weight differs between {name} ranks by " in found["exact"]
+            assert f"transformer.norm.weight differs between {COMPARED[name]} by " in found["exact"]
             assert found["small"].parameters == 1
             assert 1e-6 < found["small"].size < ALLOWED
             assert found["mended"] is None
@@ -88,7 +88,7 @@ def check(ranks: list[dict], cases: dict, name: str) -> None:
 
 def test_drift_between_data_ranks():
     cases = {name: case for name, case in CASES.items() if not name.startswith("zero3")}  # where nothing is alike
-    check(Layout(data=2).run(drift, cases), cases, "data")
+    check(Layout(data=2).run(drift, cases), cases, "copies")
 
 
 def test_drift_between_tensor_ranks():
