@@ -63,7 +63,7 @@ class Geometry:
         return self._segments[slots]
 
     def _of_tokens(self) -> Segments:
-        total, tokens = self.segments_BL.numel(), self.tokens
+        total, tokens = self.segments_BL.numel(), self.segments_BL.shape[1]
         first = torch.ones_like(self.segments_BL, dtype=torch.bool)
         first[:, 1:] = self.segments_BL.diff(dim=1) != 0
         begins = first.flatten().nonzero().squeeze(1)  # on a GPU the host waits here, once a micro-batch
