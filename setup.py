@@ -11,6 +11,9 @@ DATA = ["pyarrow>=23,<27", "datasets>=5.0,<6", "zstandard>=0.23,<0.26"]
 # The server of ponder serve.
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "prometheus-client>=0.22,<1", "pydantic>=2.10,<3"]
 
+# What compiles the kernels for GPUs; builds of PyTorch with CUDA bring their own. Tests interpret it on CPUs.
+TRITON = ["triton>=3.9,<3.10; platform_system == 'Linux'"]
+
 # Fine-tuning of exports, by transformers' Trainer and with low-rank adapters.
 TUNING = ["accelerate>=1.15,<2", "peft>=0.21,<0.22"]
 
@@ -57,6 +60,7 @@ setup(
             *DATA,
             *SERVE,
             *TUNING,
+            *TRITON,
         ],
         "data": DATA,
         "serve": SERVE,

@@ -14,9 +14,6 @@ from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD
 from megatron_ponder.estimates.part import Product
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
 
-# The kernels' backward pass computes probabilities anew and then four products, after two in the forward pass.
-ATTENTION_BACKWARD = 2.5
-
 
 @dataclass(frozen=True)
 class Work:
@@ -102,7 +99,8 @@ class Computation:
     def micro_batch(self) -> tuple[Work, float]:
         """All passes of one micro-batch; and of these, the backward pass of the first pass that has one.
 
-        A backward pass does twice the work of its forward pass, attention 2.5 times; what is recomputed comes on top.
+        A backward pass does twice the work of its forward pass, attention what its kernel says; what is recomputed
+        comes on top.
         """
         work, first_backward = Work(), 0.0
         rank, slots = self.rank, slots_of_passes(self.rank.config, self.refinements)
@@ -115,7 +113,7 @@ class Computation:
             work += forward
             if index >= len(slots) - trained:
                 again = {"block": forward, "attention": attended, "none": Work()}[rank.recompute.of_pass(index)]
-                backward = forward * 2 + Work(attention=forward.attention * (ATTENTION_BACKWARD - 2)) + again
+                backward = forward * 2 + Work(attention=forward.attention * (rank.attention.backward - 2)) + again
                 first_backward = first_backward or backward.total
                 work += backward
         if rank.last:

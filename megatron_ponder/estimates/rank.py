@@ -109,7 +109,8 @@ class Rank:
     def attention(self) -> Kernel:
         """The kernel that its attention takes."""
         block, config = self.part.block, self.config
-        call = Call(self.device, self.dtype, block.key < block.query, config.data.reset_at_eod)
+        head_size, grouped = config.model.head_size, block.key < block.query
+        call = Call(self.device, self.dtype, grouped, config.data.reset_at_eod, head_size=head_size)
         return choose(call, config.training.attention_kernel)
 
     @property

@@ -42,6 +42,7 @@ class Call(NamedTuple):
         grouped: fewer heads of keys and values than of queries.
         segmented: rows are of several segments.
         whole: as many queries as keys.
+        head_size: channels of a head.
     """
 
     device: str
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     grouped: bool = False
     segmented: bool = False
     whole: bool = True
+    head_size: int = 64
 
 
 class Kernel(NamedTuple):
@@ -65,6 +67,7 @@ class Kernel(NamedTuple):
             place of log w; in those of values alone (`values`); by itself (`apart`).
         block: keys that a query reads at a time; of the last it pays for all.
         width: channels that it computes for a head of so many.
+        backward: work of its backward pass, of that of its forward pass.
     """
 
     name: str
@@ -73,6 +76,8 @@ class Kernel(NamedTuple):
     carried: Literal["channels", "values", "apart"] = "channels"
     block: int = 1
     width: Callable[[int], int] = int
+    # Probabilities are computed anew, and then there are four products, after two forward.
+    backward: float = 2.5
 
     def pairs(self, length: int) -> float:
         """Pairs of a query and a key that causal attention over so many slots computes."""
@@ -118,7 +123,7 @@ def attend(
     """
     head_size, grouped = v_BSMD.shape[-1], q_BTND.shape[2] != k_BSMD.shape[2]
     whole = q_BTND.shape[1] == k_BSMD.shape[1]
-    chosen = choose(Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None, whole), kernel)
+    chosen = choose(Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None, whole, head_size), kernel)
     if log_w_BS is None or chosen.carried != "channels":
         q_BTND, k_BSMD = (_turned(x, angles, None) for x in (q_BTND, k_BSMD))
         return chosen.compute(q_BTND, k_BSMD, v_BSMD, scale, log_w_BS, segments)
@@ -240,11 +245,13 @@ _KERNELS = (
         lambda call: _unless(
             (call.device == "cuda", "a GPU"),
             (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
+            (call.head_size <= 128, "heads of at most 128 channels, model.hidden_size / model.num_heads"),
             (call.whole, _WHOLE),
         ),
         carried="apart",
         block=64,
         width=padded,
+        backward=3.5,  # queries and keys have kernels of their own, each of which computes logits and their gradient
     ),
     Kernel(
         "value_side",

@@ -36,20 +36,21 @@ class Layout(NamedTuple):
     backward_keys: Blocks
 
 
-def layout(head_size: int, dtype: torch.dtype) -> Layout:
-    """Blocks that neither spill registers nor exceed the shared memory of an A100 or an H100.
+def layout(head_size: int, dtype: torch.dtype, capability: int) -> Layout:
+    """Blocks that neither spill registers nor exceed the shared memory of a GPU.
 
     Args:
-        head_size: channels of a head.
+        head_size: channels of a head, at most 128.
         dtype: of queries, keys and values.
+        capability: of the GPU, such as 80 (A100) or 90 (H100).
     """
-    wide = padded(head_size) > 64
     if dtype == torch.float32:
-        small = Blocks(32, 32, 4, 1)
-        return Layout(small, small, small)
-    if wide:
-        return Layout(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
-    return Layout(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+        return Layout(*[Blocks(32, 32, 4, 1)] * 3)
+    if padded(head_size) <= 64:
+        return Layout(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+    if capability < 90:
+        return Layout(Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2))
+    return Layout(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 8, 2))
 
 
 def padded(head_size: int) -> int:
@@ -81,21 +82,39 @@ def weighted_attention(
     return _attend(*inputs, log_w, segments.starts, segments.ends, scale)[0].view(q_BTND.shape)
 
 
-def _sizes(q: Tensor, k: Tensor, log_w: Tensor | None, starts: Tensor | None, blocks: Blocks) -> dict[str, Any]:
-    """What a kernel is compiled for."""
-    head_size = q.shape[-1]
+def constants(head_size: int, group: int, blocks: Blocks, weighted: bool, segmented: bool) -> dict[str, Any]:
+    """What a kernel is compiled for.
+
+    Args:
+        head_size: channels of a head.
+        group: heads of queries for each of keys.
+        blocks: of the kernel.
+        weighted: keys have weights.
+        segmented: rows are of several segments.
+    """
     return {
-        "GROUP": q.shape[2] // k.shape[2],
+        "GROUP": group,
         "HEAD": head_size,
         "WIDTH": padded(head_size),
         "QUERIES": blocks.queries,
         "KEYS": blocks.keys,
-        "WEIGHTED": log_w is not None,
-        "SEGMENTED": starts is not None,
-        "PRECISION": "ieee",
+        "WEIGHTED": weighted,
+        "SEGMENTED": segmented,
+        "PRECISION": "ieee",  # of fp32 alone, which would be rounded to TF32
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        "enable_fp_fusion": True,
     }
+
+
+def _launch_options(
+    q: Tensor, k: Tensor, log_w: Tensor | None, starts: Tensor | None
+) -> tuple[Layout, list[dict[str, Any]]]:
+    """The blocks of each kernel, and what it is compiled for."""
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    chosen, group = layout(q.shape[-1], q.dtype, 10 * major + minor), q.shape[2] // k.shape[2]
+    weighted, segmented = log_w is not None, starts is not None
+    return chosen, [constants(q.shape[-1], group, blocks, weighted, segmented) for blocks in chosen]
 
 
 @torch.library.custom_op("megatron_ponder::weighted_attention", mutates_args=())
@@ -106,11 +125,11 @@ def _attend(
     from megatron_ponder.kernels.triton_code.weighted_attention import forward
 
     out, log_sums = _attend_fake(q, k, v, log_w, starts, ends, scale)
-    batch, length, heads, head_size = q.shape
-    blocks = layout(head_size, q.dtype).forward
-    forward[-(-length // blocks.queries), batch * heads](
+    batch, length, heads, _ = q.shape
+    blocks, compiled_for = _launch_options(q, k, log_w, starts)
+    forward[-(-length // blocks.forward.queries), batch * heads](
         q, k, v, q if log_w is None else log_w, q if starts is None else starts, out, log_sums,
-        scale * math.log2(math.e), length, heads, **_sizes(q, k, log_w, starts, blocks)
+        scale * math.log2(math.e), length, heads, **compiled_for[0]
     )  # fmt: skip
     return out, log_sums
 
@@ -129,17 +148,17 @@ def _differentiate(
     from megatron_ponder.kernels.triton_code.weighted_attention import backward_keys, backward_queries
 
     gradients = _differentiate_fake(grad, q, k, v, log_w, starts, ends, out, log_sums, scale)
-    (batch, length, heads, head_size), kv_heads = q.shape, k.shape[2]
+    (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
     grad, products, factor = grad.contiguous(), torch.empty_like(log_sums), scale * math.log2(math.e)
     weights, seen = q if log_w is None else log_w, (q, q) if starts is None else (starts, ends)
-    _, of_queries, of_keys = layout(head_size, q.dtype)
-    backward_queries[-(-length // of_queries.queries), batch * heads](
+    blocks, compiled_for = _launch_options(q, k, log_w, starts)
+    backward_queries[-(-length // blocks.backward_queries.queries), batch * heads](
         q, k, v, weights, seen[0], out, log_sums, grad, gradients[0], products, factor, scale, length, heads,
-        **_sizes(q, k, log_w, starts, of_queries)
+        **compiled_for[1]
     )  # fmt: skip
-    backward_keys[-(-length // of_keys.keys), batch * kv_heads](
+    backward_keys[-(-length // blocks.backward_keys.keys), batch * kv_heads](
         q, k, v, weights, *seen, log_sums, products, grad, *gradients[1:], factor, scale, length, kv_heads,
-        **_sizes(q, k, log_w, starts, of_keys)
+        **compiled_for[2]
     )  # fmt: skip
     return gradients
 
