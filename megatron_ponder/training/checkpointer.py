@@ -44,6 +44,13 @@ class _Share:
     stage: list[str] = field(default_factory=list)
 
 
+def _to_host(whole: Tensor, buffer: Tensor | None) -> Tensor:
+    """A copy in a buffer, or in one that is made: page-locked, so that a GPU goes on while it copies."""
+    if buffer is None:
+        buffer = torch.empty(whole.shape, pin_memory=whole.is_cuda)
+    return buffer.copy_(whole, non_blocking=whole.is_cuda)
+
+
 class Checkpointer:
     """Writes the checkpoints of one run folder.
 
@@ -116,10 +123,11 @@ class Checkpointer:
         manifest = Manifest(deepcopy(state), *self._fingerprints, layout=self._layout())
         begun = time.monotonic()
         share = self._take_share(tensors)
+        if self._thread is not None or self._mesh.device.type == "cuda":
+            self._copy = share
         if self._thread is None:
             self._write(share, manifest, final, begun)
         else:
-            self._copy = share
             self._under_way = self._thread.submit(self._write_behind, share, manifest, final, begun)
         return final
 
@@ -139,10 +147,10 @@ class Checkpointer:
         return sizes | {"zero_stage": config.parallel.zero_stage, "precision": config.training.precision}
 
     def _take_share(self, tensors: Iterable[StateTensor]) -> _Share:
-        """Pick this rank's share of the tensors of its pipeline stage.
+        """Pick this rank's share of the tensors of its pipeline stage, and copy it to the host, if it is not there.
 
-        What is given may be training's own memory, so that the thread needs a copy. It goes where that of the
-        save before was, because new memory costs many times as long as the copy itself.
+        What is given may be training's own memory, so that the thread needs a copy in any case. It goes where that of
+        the save before was, because new memory costs many times as long as the copy itself.
         """
         copies, tensor = self._mesh.copies, self._mesh.tensor
         own = copies.rank * tensor.size + tensor.rank
@@ -152,10 +160,10 @@ class Checkpointer:
             if own == 0:
                 share.stage.append(key)
             if writer == own:
-                if self._thread is not None:
-                    before = self._copy.tensors.get(key)
-                    whole = (torch.empty(whole.shape) if before is None else before).copy_(whole)
-                share.tensors[key] = whole
+                copied = self._thread is not None or whole.is_cuda
+                share.tensors[key] = _to_host(whole, self._copy.tensors.get(key)) if copied else whole
+        if self._mesh.device.type == "cuda":
+            torch.cuda.synchronize()  # copies from its memory may be under way
         return share
 
     def _write_behind(self, share: _Share, manifest: Manifest, final: Path, begun: float) -> None:

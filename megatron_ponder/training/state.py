@@ -22,7 +22,7 @@ class StateTensor:
     Attributes:
         kind: the weight, or what the optimiser remembers.
         name: of the parameter.
-        tensor: fp32 on the CPU.
+        tensor: fp32, on the device of training and perhaps its own memory, until the next one is taken.
     """
 
     kind: str
@@ -37,7 +37,7 @@ def state_of(engine: Engine) -> Iterator[StateTensor]:
     """
     for name, parameter, spec, axis in declarations(engine.model):
         for kind in engine.kinds:
-            yield StateTensor(kind, name, _whole(engine.master(parameter, kind), spec, axis).cpu())
+            yield StateTensor(kind, name, _whole(engine.master(parameter, kind), spec, axis))
 
 
 def gradients_of(engine: Engine) -> dict[str, Tensor]:
