@@ -29,6 +29,7 @@ def validate(config: Config) -> Config:
         _validate_pipeline(config)
     _validate_offload(config.parallel)
     _validate_recompute(config.training)
+    _validate_compile(config)
     _validate_data(config.data)
     _validate_run(config)
     return config
@@ -196,6 +197,20 @@ def _validate_recompute(training: TrainingConfig) -> None:
         passes is None or training.recompute != "none",
         f"training.recompute_passes {passes} recomputes nothing while training.recompute is none; "
         "set training.recompute to block or attention, or leave training.recompute_passes out",
+    )
+
+
+def _validate_compile(config: Config) -> None:
+    parallel, compiled = config.parallel, config.training.compile
+    _require(
+        not compiled or parallel.zero_stage < 3,
+        "training.compile cannot be used with parallel.zero_stage 3, which fetches the weights of a block while it "
+        "runs; set parallel.zero_stage to 2, or training.compile to false",
+    )
+    _require(
+        not compiled or parallel.pipeline_schedule != "zero_bubble",
+        "training.compile computes all gradients of a block at once, and parallel.pipeline_schedule zero_bubble those "
+        "of weights later; set parallel.pipeline_schedule to 1f1b, or training.compile to false",
     )
 
 

@@ -55,6 +55,9 @@ class TrainingConfig:
     """Recompute in the first so many passes only; in all of them unless given."""
     attention_kernel: AttentionKernel = "auto"
     """Which [kernel](performance.md#attention) computes attention: the first that can, or one by name."""
+    compile: bool = False
+    """Compile blocks with `torch.compile` where they are trained; the first step takes longer by it, see
+    [performance.md](performance.md#compiled-blocks)."""
     eval_interval: int = number_field(1000, 0, STEPS)
     """Optimiser steps between validations; 0 for none."""
     eval_samples: int = number_field(512, 0, STEPS)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
-from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
 
@@ -94,9 +93,7 @@ def evaluate(
             result = model.exact(inputs, setting.rule)
         else:
             result = model.jacobi(inputs, setting.refinements, setting.rule)
-        losses = vocab_parallel_cross_entropy(
-            model.head(result.output_BLH), labels, model.axis, model.model_config.vocab_size
-        )
+        losses = model.head(result.output_BLH, labels)[1]
         if result.routing is None or setting.rule.kind != "hard":
             executed = torch.full_like(labels, steps)  # the soft mask runs every step
         else:

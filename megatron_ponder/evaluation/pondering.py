@@ -10,7 +10,6 @@ from torch import Tensor
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, check_finite
-from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Rule
 
@@ -86,12 +85,12 @@ def measure(model: PonderLM, batches: Iterable[Tensor], setting: Setting) -> Tok
             "tokens": inputs,
             "labels": labels,
             "executed": executed,
-            "loss": _cross_entropy(model, result.output_BLH, labels),
+            "loss": model.head(result.output_BLH, labels)[1],
             "flops": inference_flops(executed, model),
         }
         check_finite(found["loss"], way)
         if result.hidden_BLSH.shape[2] == steps + 1:
-            found["first_loss"] = _cross_entropy(model, result.hidden_BLSH[:, :, 0], labels)
+            found["first_loss"] = model.head(result.hidden_BLSH[:, :, 0], labels)[1]
         if result.routing is not None:
             found["distribution"] = result.routing.log_s.exp()
         for name, values in found.items():
@@ -102,11 +101,6 @@ def measure(model: PonderLM, batches: Iterable[Tensor], setting: Setting) -> Tok
     arrays = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
     wide = {name: array.astype(np.float64) for name, array in arrays.items() if array.dtype.kind == "f"}
     return TokenMeasurements(setting, **({"first_loss": None, "distribution": None} | arrays | wide))
-
-
-def _cross_entropy(model: PonderLM, output_BLH: Tensor, labels_BL: Tensor) -> Tensor:
-    logits = model.head(output_BLH)
-    return vocab_parallel_cross_entropy(logits, labels_BL, model.axis, model.model_config.vocab_size)
 
 
 def shuffled(measured: TokenMeasurements, seed: int) -> Rule:

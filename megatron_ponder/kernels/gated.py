@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ponder.kernels.backward import own_backward
+
 
 class Activation(NamedTuple):
     """An activation function, and what autograd makes of a gradient with the function's input."""
@@ -29,7 +31,7 @@ def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
         gate: any shape.
         up: the same.
     """
-    compute = _product if torch.is_inference_mode_enabled() else _Gated.apply
+    compute = _Gated.apply if own_backward() else _product
     return compute(activation, gate, up)
 
 

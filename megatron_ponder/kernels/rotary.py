@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ponder.kernels.backward import own_backward
+
 
 class Rotation(NamedTuple):
     """Angles of every slot's position.
@@ -35,7 +37,9 @@ def rotate(x: Tensor, angles: Rotation, channels: Tensor | None = None) -> Tenso
     Returns:
         (B, T, heads, head size + further).
     """
-    compute = _Rotate.apply if not torch.is_inference_mode_enabled() else _rotated
+    if torch.compiler.is_compiling():
+        return _composed(x, angles.cos, angles.sin, channels)
+    compute = _Rotate.apply if own_backward() else _rotated
     return compute(x, angles.cos, angles.sin, channels)
 
 
@@ -67,6 +71,16 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, channels: Tensor | None) -> Te
     if channels is not None:
         y[..., head_size:] = channels.unsqueeze(2)
     return y
+
+
+def _composed(x: Tensor, cos: Tensor, sin: Tensor, channels: Tensor | None) -> Tensor:
+    """What a compiler fuses into the buffer that `_rotated` fills by hand."""
+    half = cos.shape[-1]
+    first, second, others = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    parts = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), others]
+    if channels is not None:
+        parts.append(channels.unsqueeze(2).expand(*x.shape[:-1], -1))
+    return torch.cat(parts, -1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

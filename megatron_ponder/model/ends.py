@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron_ponder.config import ModelConfig
+from megatron_ponder.kernels.cross_entropy import chunk_rows, chunked_cross_entropy, vocab_parallel_cross_entropy
 from megatron_ponder.parallel.candidates import likeliest
 from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.sharding import ShardedModule
+from megatron_ponder.parallel.sharding import ShardedModule, normal
 
 
 class Front(NamedTuple):
@@ -32,16 +34,43 @@ class Front(NamedTuple):
         return self.embedding(tokens, weights) * self.scale
 
 
+class Head(ColumnParallelLinear):
+    """Hidden states (..., H) on all tensor ranks → logits of this rank's part of the vocabulary, or losses."""
+
+    def __init__(self, config: ModelConfig, axis: Axis, multiple: int) -> None:
+        """Declare the weight; `multiple` pads this rank's part of the vocabulary."""
+        super().__init__(config.hidden_size, config.vocab_size, axis, normal(config.init_std), multiple=multiple)
+        self.vocab_size = config.vocab_size
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict; losses are a result of this module, because ZeRO 3 has its weight here only while it runs.
+
+        Args:
+            x: hidden states (..., H).
+            labels: int64 (...), what they should predict; None for logits.
+
+        Returns:
+            Logits (..., V / ranks). With labels the sum of their losses in nats, with its gradient, and the losses
+            (...), without; of logits that are large only a chunk is there at a time.
+        """
+        if labels is None:
+            return super().forward(x)
+        if labels.numel() > chunk_rows(self.weight.shape[0], self.weight.dtype):
+            return chunked_cross_entropy(x, self.weight, labels, self.axis, self.vocab_size)
+        losses = vocab_parallel_cross_entropy(super().forward(x), labels, self.axis, self.vocab_size, overwrite=True)
+        return losses.sum(), losses.detach()
+
+
 class Back(NamedTuple):
     """Where tokens are predicted.
 
     Attributes:
-        head: hidden states (..., H) on all tensor ranks → logits of this rank's part of the vocabulary.
+        head: that predicts.
         axis: the tensor ranks.
         vocab_size: V.
     """
 
-    head: ColumnParallelLinear
+    head: Head
     axis: Axis
     vocab_size: int
 

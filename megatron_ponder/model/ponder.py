@@ -13,7 +13,7 @@ from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.kernels.attention import folded_channels
 from megatron_ponder.model.attention import LayerCache, Slots
-from megatron_ponder.model.ends import Back, Front
+from megatron_ponder.model.ends import Back, Front, Head
 from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.pondering import PassResult, Sizes, State, Stream
@@ -21,7 +21,7 @@ from megatron_ponder.model.passes import PassState
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Router, Routing, Rule, RuleKind, fusion_weights, key_log_weights, route
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
-from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron_ponder.parallel.layers import VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.regions import all_tokens, enter
 from megatron_ponder.parallel.sharding import normal
@@ -107,9 +107,7 @@ class PonderLM(nn.Module):
         self.router, self.head = None, None
         if part.last:
             self.router = Router(model, ponder, axis) if self.passes.routed else None
-            self.head = ColumnParallelLinear(
-                model.hidden_size, model.vocab_size, axis, normal(model.init_std), multiple=vocab_multiple
-            )
+            self.head = Head(model, axis, vocab_multiple)
             if model.tie_embeddings:
                 self.head.weight = self.embedding.weight
 
@@ -225,12 +223,13 @@ class PonderLM(nn.Module):
         """
         x_BTH, log_w_BT, _ = stream
         slots_per_token = x_BTH.shape[1] // self.axis.share(geometry.tokens)
+        kept = self.passes.kept(index, plan) if plan else slice(None)
         slots = Slots(
             geometry.tokens,
             geometry.angles(slots_per_token, self.model_config, x_BTH.dtype),
             None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens),
             geometry.segments(slots_per_token),
-            self.passes.kept(index, plan) if plan else slice(None),
+            slice(None) if kept == slice(0, slots_per_token) else kept,
             self.attention_kernel,
         )
         return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))

@@ -11,6 +11,7 @@ from megatron_ponder.config import ModelConfig
 from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.block import Block
+from megatron_ponder.model.compiled import CompiledBlock
 from megatron_ponder.model.norms import make_norm
 from megatron_ponder.parallel.mesh import Axis
 
@@ -56,6 +57,12 @@ class Transformer(nn.Module):
     """The blocks of one part of a model and, in the last part, the final norm.
 
     Blocks have the names that they have in the whole stack.
+
+    Attributes:
+        axis: the tensor ranks.
+        blocks: by their names.
+        norm: the final one; None in other parts than the last.
+        compiled: what runs a block where gradients are wanted; None to run it as it is written.
     """
 
     def __init__(self, config: ModelConfig, axis: Axis, part: ModelPart | None = None) -> None:
@@ -64,6 +71,7 @@ class Transformer(nn.Module):
         self.axis = axis
         self.blocks = nn.ModuleDict({str(layer): Block(config, axis) for layer in part.layers})
         self.norm = make_norm(config, axis) if part.last else None
+        self.compiled: CompiledBlock | None = None
 
     def forward(
         self,
@@ -85,11 +93,12 @@ class Transformer(nn.Module):
         """
         every = slots._replace(kept=slice(None))
         recompute = recompute if torch.is_grad_enabled() else "none"
+        run = self.compiled if self.compiled is not None and torch.is_grad_enabled() else Block.__call__
         last = None if self.norm is None else len(self.blocks) - 1
         for index, block in enumerate(self.blocks.values()):
-            inputs = (x_BTH, slots if index == last else every, None if caches is None else caches[index])
+            inputs = (block, x_BTH, slots if index == last else every, None if caches is None else caches[index])
             if recompute == "block":
-                x_BTH = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x_BTH = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTH = block(*inputs, recipes=True, recompute_attention=recompute == "attention")
+                x_BTH = run(*inputs, recipes=True, recompute_attention=recompute == "attention")
         return x_BTH if self.norm is None else self.norm(x_BTH)

@@ -158,6 +158,7 @@ class TrainingLoop:
             self._penalty.observe(state.step, tally.mean_steps)
         state.step, state.samples = state.step + 1, state.samples + self._config.training.global_batch_size
         self._watchdog.beat()
+        self._tell_of_graphs()
         drift = self._mend_replicas()
         return {
             "step": state.step,
@@ -225,6 +226,11 @@ class TrainingLoop:
         if not self._saved_step:
             return "nothing is saved yet, start again"
         return f"resume from {self._checkpointer.folder / checkpoint_name(self._saved_step)}"
+
+    def _tell_of_graphs(self) -> None:
+        compiled = self._engine.model.transformer.compiled
+        if compiled is not None and (news := compiled.news()):
+            self._output.say(f"step {self._state.step}  {news}")
 
     def _end_watch(self, plan: StepPlan) -> dict[str, Value]:
         measured, slow_ranks = self._watch.end(plan)

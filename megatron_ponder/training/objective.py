@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Routing, Rule
 from megatron_ponder.model.tally import Tally
@@ -64,32 +63,26 @@ class Objective(nn.Module):
             the detached sums of a `Tally`, packed. A loss that is not finite has gradients that are
             not numbers, even where the mathematics gives finite ones, so that the gradient norm alone tells of both.
         """
-        losses_BL, steps = self._losses(result.output_BLH, tokens), self.model.ponder_config.steps
-        loss, executed_BL = losses_BL.sum(), torch.full_like(tokens[:, 1:], result.steps)
-        sums = {"cross_entropy": losses_BL.detach().sum(1, dtype=torch.float64)}
+        steps, labels_BL = self.model.ponder_config.steps, tokens[:, 1:]
+        loss, losses_BL = self.model.head(result.output_BLH, labels_BL)
+        executed_BL = torch.full_like(labels_BL, result.steps)
+        sums = {"cross_entropy": losses_BL.sum(1, dtype=torch.float64)}
         if result.routing is not None:
             penalties_BL, executed_BL = result.routing.log_w[..., 1:].exp().sum(-1), result.routing.executed
             loss = loss + penalty_weight * penalties_BL.sum()
             sums |= {"penalty": penalties_BL.detach().sum(1, dtype=torch.float64)} | _spread(result.routing)
             if each_step:
-                sums |= self._own_losses(result, tokens)
+                sums |= self._own_losses(result, labels_BL)
         sums["steps"] = counted(executed_BL, steps)
         return _telling(loss), Tally.pack(steps, sums)
 
-    def _losses(self, read_BLH: Tensor, tokens: Tensor) -> Tensor:
-        """(B, L) nats of what the head predicts from hidden states on all tensor ranks."""
-        model = self.model
-        return vocab_parallel_cross_entropy(
-            model.head(read_BLH), tokens[:, 1:], model.axis, model.model_config.vocab_size, overwrite=True
-        )
-
     @torch.no_grad()
-    def _own_losses(self, result: PonderOutput, tokens: Tensor) -> dict[str, Tensor]:
+    def _own_losses(self, result: PonderOutput, labels_BL: Tensor) -> dict[str, Tensor]:
         """Sums of what every step predicts by itself, of each sequence."""
-        axis, count = self.model.axis, tokens.shape[1] - 1
+        axis, count = self.model.axis, labels_BL.shape[1]
         own_losses = []
         for h_BLH in result.hidden_BLSH.unbind(2):
-            losses_BL = self._losses(enter(h_BLH, axis, count), tokens).double()
+            losses_BL = self.model.head(enter(h_BLH, axis, count), labels_BL)[1].double()
             if not own_losses:
                 first_BL = losses_BL
             own_losses.append(losses_BL.sum(1))

@@ -16,6 +16,7 @@ from megatron_ponder.runs.run_folder import RunFolder
 from megatron_ponder.runs.run_output import RunOutput, Silence
 from megatron_ponder.runs.starts import Phases
 from megatron_ponder.training.agreement import check_same
+from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
@@ -59,6 +60,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         phases.mark("model")
         engine = Engine(Objective(model, config.ponder_training.gradient_passes), config, mesh)
         phases.mark("DeepSpeed")
+        together(lambda: compile_blocks(model, config, device))  # now, or the engine's dry step would be compiled too
         if start.state.step > 0:  # or it has weights alone
             together(lambda: restore(engine, start.resumed, start.state.updates))
             phases.mark("restoring")

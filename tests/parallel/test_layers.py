@@ -1,11 +1,14 @@
 """Parallel layers, loss and collectives over two ranks equal one process in outputs and all gradients."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.kernels.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ponder.kernels import cross_entropy as cross_entropy_kernels
+from megatron_ponder.kernels.cross_entropy import chunked_cross_entropy, vocab_parallel_cross_entropy
 from megatron_ponder.model.norms import LayerNorm, RMSNorm
 from megatron_ponder.parallel.collectives import copy_to_ranks
 from megatron_ponder.parallel.layers import (
@@ -62,6 +65,16 @@ def cross_entropy(axis: Axis, dtype: torch.dtype, scale: float) -> dict[str, Par
     return {"loss": Part(loss.detach()), "grad": Part(logits.grad, -1)}
 
 
+def chunked(axis: Axis) -> dict[str, Part]:
+    """As a head of whose columns the last are padding has them, in chunks of three tokens."""
+    hidden, weight = part(random(2, 5, IN), axis, None), part(random(VOCAB, IN, seed=3), axis, 0)
+    copied, known = copy_to_ranks(hidden, axis), VOCAB - 2
+    with patch.object(cross_entropy_kernels, "CHUNK_BYTES", 3 * 8 * VOCAB // axis.size):
+        total, losses = chunked_cross_entropy(copied, weight, labels() % known, axis, known)
+    total.backward()
+    return {"losses": Part(losses), "grad hidden": Part(hidden.grad), "grad weight": Part(weight.grad, 0)}
+
+
 def labels() -> Tensor:
     """Labels at both ends of both ranks' parts."""
     return torch.tensor([[0, VOCAB // 2 - 1, VOCAB // 2, VOCAB - 1, 3], [9, 9, 0, 1, 12]])
@@ -85,6 +98,7 @@ CASES = {
     "rms norm": lambda a: evaluate(RMSNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),
     "layer norm": lambda a: evaluate(LayerNorm(OUT, 1e-5, a), random(2, 3, OUT), None, None, a),
     "copy": copy,
+    "chunked cross-entropy": chunked,
     "cross-entropy": lambda a: cross_entropy(a, torch.float64, 3),
     "cross-entropy, fp32": lambda a: cross_entropy(a, torch.float32, 3),
     "cross-entropy, bf16": lambda a: cross_entropy(a, torch.bfloat16, 3),

@@ -17,6 +17,7 @@ from megatron_ponder.model.router import RuleKind
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations, initialize
+from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.replicas import differing_replicas
@@ -129,6 +130,8 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     """
     config = layout.config(case)
     engine = Engine(Objective(model_for(config, mesh)), config, mesh)
+    torch.compiler.reset()  # of the case before
+    compile_blocks(engine.model, config, mesh.device, backend="aot_eager")
     rule, scale = training_rule(0, config), 1 / (config.training.global_batch_size * LENGTH)
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):

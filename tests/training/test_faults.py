@@ -21,11 +21,12 @@ from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data import dataset_manifest, indexed_dataset
 from megatron_ponder.data.mixture import open_mixture
+from megatron_ponder.model import ends
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.runs.run_folder import RunFolder
 from megatron_ponder.training import checkpointer as saving
-from megatron_ponder.training import objective, trainer
+from megatron_ponder.training import trainer
 from megatron_ponder.training.loss_spikes import LossSpikes
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
@@ -87,7 +88,7 @@ class Patched:
 def bad_gradients(*steps: int) -> Patched:
     """In these steps, of one micro-batch each, of which the engine takes one more when it is made."""
     return Patched(
-        objective,
+        ends,
         "vocab_parallel_cross_entropy",
         lambda call, whole, *args, **kwargs: (faulty("gradient") if call - 1 in steps else whole)(*args, **kwargs),
     )

@@ -52,8 +52,14 @@ RECOMPUTE = {
     "recompute attention": NEOX | {"training__recompute": "attention"},
     "recompute one pass": LLAMA | {"training__recompute": "block", "training__recompute_passes": 1},
 }
+COMPILED = {
+    "compiled": LLAMA | {"training__compile": True},
+    "compiled, recompute": NEOX | {"training__compile": True, "training__recompute": "block"},
+}
 VARIANTS = {
+    "tp2 dp2 zero1": COMPILED | {"compiled, zero2": LLAMA | {"training__compile": True, "parallel__zero_stage": 2}},
     "pp2": RECOMPUTE
+    | COMPILED
     | {
         "zero bubble adaptive": LLAMA | {"parallel__pipeline_schedule": "zero_bubble"},
         "zero bubble fixed": MODELS["gpt_neox fixed"] | {"parallel__pipeline_schedule": "zero_bubble"},
@@ -66,6 +72,7 @@ VARIANTS = {
         **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
     },
     "tp2 sequence": RECOMPUTE
+    | COMPILED
     | {
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
@@ -74,7 +81,11 @@ VARIANTS = {
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
     },
 }
-LOW_PRECISION = {name: case | {"training__precision": "bf16"} for name, case in MODELS.items() if "adaptive" in name}
+LOW_PRECISION = {
+    name: case | {"training__precision": "bf16"}
+    for name, case in (MODELS | COMPILED).items()
+    if "adaptive" in name or name == "compiled"
+}
 # What is run in one start of a layout's ranks, because importing DeepSpeed takes seconds: the quick models of a layout,
 # the others, the variants.
 GROUPS = {

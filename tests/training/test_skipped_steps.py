@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import TrainingConfig
+from megatron_ponder.model import ends
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training import objective
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import training_rule
@@ -70,7 +70,7 @@ class BadGradient(torch.autograd.Function):
         return grad
 
 
-def faulty(fault: str, losses=objective.vocab_parallel_cross_entropy):
+def faulty(fault: str, losses=ends.vocab_parallel_cross_entropy):
     """A cross-entropy that goes wrong in its gradient alone, or in its value alone."""
 
     def cross_entropy(*args, **kwargs):
@@ -83,14 +83,14 @@ def faulty(fault: str, losses=objective.vocab_parallel_cross_entropy):
 @contextmanager
 def at_fault(fault: str, engine: Engine) -> Iterator[None]:
     """Have a fault: what `spoilt` does to a part of the model, or what `faulty` does."""
-    sound = objective.vocab_parallel_cross_entropy
+    sound = ends.vocab_parallel_cross_entropy
     if fault in ("loss", "gradient"):
-        objective.vocab_parallel_cross_entropy = faulty(fault)
+        ends.vocab_parallel_cross_entropy = faulty(fault)
     try:
         with spoilt(engine.model, fault, engine.held) if fault in SITES else nullcontext():
             yield
     finally:
-        objective.vocab_parallel_cross_entropy = sound
+        ends.vocab_parallel_cross_entropy = sound
 
 
 @contextmanager
@@ -110,6 +110,10 @@ def spoilt(model: PonderLM, site: str, held=lambda parameter: parameter.detach()
         before, weight[::7] = weight.clone(), value
         yield
         weight.copy_(before)
+    elif module is model.head:  # whose result is a loss already
+        hook = module.register_forward_pre_hook(lambda _module, inputs: (with_one(inputs[0], value), *inputs[1:]))
+        yield
+        hook.remove()
     else:
         hook = module.register_forward_hook(lambda _module, _inputs, output: with_one(output, value))
         yield

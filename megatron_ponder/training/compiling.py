@@ -1,0 +1,57 @@
+"""Compiling the blocks of a model that is about to train."""
+
+import torch
+
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.config import Config
+from megatron_ponder.model.compiled import CompiledBlock
+from megatron_ponder.model.ponder import PonderLM
+
+
+def compile_blocks(model: PonderLM, config: Config, device: torch.device, backend: str = "inductor") -> None:
+    """Let a model's blocks be compiled when they next run with gradients, if the configuration wants it.
+
+    Every shape that is run from now on gets a graph of its own.
+
+    Args:
+        model: this rank's part.
+        config: resolved.
+        device: of this rank.
+        backend: as of `torch.compile`.
+
+    Raises:
+        UserError: if nothing can be compiled on this machine.
+    """
+    if config.training.compile:
+        _try_compiler(device, backend)
+        model.transformer.compiled = CompiledBlock(most_graphs(model, config), backend)
+
+
+def most_graphs(model: PonderLM, config: Config) -> int:
+    """Graphs that a run may need: by slots a token, which of them are kept, and whether attention is computed again.
+
+    Twice as many, because the first pass that has gradients may read a state that has none.
+    """
+    kinds = set()
+    for refinements in config.ponder_training.refinement_choices:
+        plan = model.passes.plan(refinements)
+        for index, slots in enumerate(plan):
+            kept = range(slots)[model.passes.kept(index, plan)]
+            again = model.recompute.of_pass(index) == "attention"
+            kinds |= {(slots, range(slots), again), (slots, kept, again)}
+    return 2 * len(kinds)
+
+
+def _try_compiler(device: torch.device, backend: str) -> None:
+    """Compile the smallest function there is, because only that tells whether all that is needed is installed."""
+    try:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:
+        needed = "a C++ compiler and Python's headers (on Debian and Ubuntu, apt-get install g++ python3-dev)"
+        if device.type == "cuda":
+            needed += " and Triton (pip install triton)"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"training.compile needs {needed}, and could not compile on this machine: {reason}; install them, or set "
+            "training.compile to false"
+        ) from error

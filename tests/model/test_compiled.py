@@ -1,0 +1,155 @@
+"""Compiled blocks beside the same blocks as they are written: every pass, every gradient, and how many graphs."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ponder.model.compiled import CompiledBlock
+from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.transformer import Recompute
+from megatron_ponder.parallel.mesh import Mesh
+from tests.models import random_tokens, small_model
+from tests.training.layouts import Layout, model_for
+
+LENGTH = 9
+
+
+class Seen(NamedTuple):
+    """Of a forward and a backward pass: of every pass what left the blocks and its gradient, gradients of weights."""
+
+    streams: list[Tensor]
+    stream_gradients: list[Tensor]
+    gradients: dict[str, Tensor]
+
+    @property
+    def norm(self) -> Tensor:
+        return torch.stack([gradient.double().norm() for gradient in self.gradients.values()]).norm()
+
+    def numbers(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        passes = {f"pass {index}": tensor for index, tensor in enumerate(self.streams)}
+        passes |= {f"gradient after pass {index}": tensor for index, tensor in enumerate(self.stream_gradients)}
+        return passes | self.gradients
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def see(model: PonderLM, refinements: int) -> Seen:
+    streams = []
+
+    def keep(_module, _inputs, output: Tensor) -> None:
+        output.retain_grad()
+        streams.append(output)
+
+    handle = model.transformer.register_forward_hook(keep)
+    model.zero_grad()
+    output = model.jacobi(random_tokens(2, LENGTH), refinements, model.rule("soft"))
+    weight = 0.0 if output.routing is None else output.routing.log_w[..., 1:].exp().sum()
+    (model.head(output.output_BLH).logsumexp(-1).sum() + weight).backward()
+    handle.remove()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return Seen([s.detach() for s in streams], [s.grad for s in streams], gradients)
+
+
+def distances(found: Seen, true: Seen) -> dict[str, float]:
+    """Of every tensor, relative to its size."""
+    other = found.numbers()
+    return {
+        name: ((other[name].double() - tensor.double()).norm() / (tensor.double().norm() + 1e-12)).item()
+        for name, tensor in true.numbers().items()
+    }
+
+
+def check_equal(model: PonderLM, backend: str, graphs: int, tolerance: float, rounds: tuple[int, ...]) -> None:
+    """The same as without a compiler, and no graph is compiled after the first round."""
+    model.transformer.compiled = compiled = CompiledBlock(8, backend)
+    for refinements in rounds:
+        found = see(model, refinements)
+        assert compiled.graphs == graphs
+        model.transformer.compiled = None
+        true = see(model, refinements)
+        model.transformer.compiled = compiled
+        far = {name: distance for name, distance in distances(found, true).items() if not distance < tolerance}
+        assert not far
+        assert abs(found.norm / true.norm - 1) < tolerance
+    assert compiled.news().startswith(f"{graphs} graphs of blocks compiled in ")
+    assert compiled.news() is None
+
+
+def test_all_layers_and_passes_share_a_graph_for_each_number_of_slots():
+    # one slot; two; and of two in the last block those that are kept by all passes but the last
+    model = small_model(ponder__mode="adaptive", ponder__latent_steps=1)
+    check_equal(model, "aot_eager", 3, 1e-11, rounds=(1, 2, 3, 1))
+
+
+def test_what_has_no_gradients_is_not_compiled():
+    model = small_model(ponder__mode="vanilla")
+    model.transformer.compiled = compiled = CompiledBlock(8, "aot_eager")
+    with torch.no_grad():
+        model.jacobi(random_tokens(1, LENGTH), 0, model.rule("soft"))
+    assert compiled.graphs == 0
+    assert compiled.news() is None
+
+
+def test_inductor():
+    check_equal(small_model(ponder__mode="vanilla").float(), "inductor", 1, 1e-5, rounds=(0, 0))
+
+
+@pytest.mark.slow  # a relative of the first test
+@pytest.mark.parametrize("recompute", ["block", "attention"])
+def test_recompute(recompute):
+    model = small_model(ponder__mode="adaptive", model__family="gpt_neox")
+    model.recompute = Recompute(recompute)
+    check_equal(model, "aot_eager", 4, 1e-11, rounds=(1, 2))
+
+
+@pytest.mark.slow  # C++ that takes long to compile
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_inductor_with_latent_steps(family):
+    model = small_model(ponder__mode="adaptive", model__family=family).float()
+    check_equal(model, "inductor", 4, 2e-5, rounds=(1, 2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_inductor_in_bf16_is_as_near_to_fp32_as_eager_is(family):
+    values = {"ponder__mode": "adaptive", "model__family": family}
+    true = see(small_model(**values).float(), 1)
+    model = small_model(**values).bfloat16()
+    eager = distances(see(model, 1), true)
+    model.transformer.compiled = CompiledBlock(8)
+    compiled = distances(see(model, 1), true)
+    assert model.transformer.compiled.graphs == 4
+    assert {name for name in true.numbers() if not compiled[name] < 1.5 * eager[name] + 2**-8} == set()
+
+
+def on_ranks(mesh: Mesh, layout: Layout, cases: list[tuple[dict, str, int, float, tuple[int, ...]]]) -> None:
+    for values, backend, graphs, tolerance, rounds in cases:
+        torch.compiler.reset()
+        model = model_for(layout.config(values), mesh)
+        model.eod_id = None
+        if tolerance < 1e-9:
+            model.double()
+        check_equal(model, backend, graphs, tolerance, rounds)
+
+
+def test_tensor_ranks():
+    case = ({"ponder__mode": "vanilla"}, "aot_eager", 1, 1e-11, (0, 0))
+    Layout(tensor=2, sequence_parallel=True).run(on_ranks, [case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_ranks_with_latent_steps(sequence_parallel):
+    cases = [
+        ({"ponder__mode": "adaptive"}, "inductor", 4, 2e-5, (1, 2)),
+        ({"ponder__mode": "adaptive", "model__family": "gpt_neox"}, "aot_eager", 4, 1e-11, (1, 2)),
+    ]
+    Layout(tensor=2, sequence_parallel=sequence_parallel).run(on_ranks, cases)
