@@ -1,6 +1,7 @@
 """One optimiser step of a small model against the machine's own matrix-multiplication rate.
 
     python benchmarks/training_step.py [--rounds 7] [--threads 2]
+    python benchmarks/training_step.py --cases "adaptive fp32" "adaptive fp32, compiled"
 
 llama, hidden 256, 6 layers, 4 heads, ffn 688, vocabulary 8192, sequence 256, batch 4, K = 1, R = 2, through DeepSpeed
 with AdamW. The floor counts 6 × block parameters × slots over all passes (7 a token) and 6 × head parameters × tokens,
@@ -26,6 +27,7 @@ from megatron_ponder.model.passes import pass_slots
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 
@@ -35,21 +37,24 @@ from benchmarks.measuring import SMALL_LLAMA, in_turn, ratio, resident
 
 BATCH, LENGTH, REFINEMENTS = 4, 256, 2
 CASES = {
-    "fixed fp32": ("fixed", "fp32", "none"),
-    "adaptive fp32": ("adaptive", "fp32", "none"),
-    "fixed bf16": ("fixed", "bf16", "none"),
-    "fixed fp32, recompute": ("fixed", "fp32", "block"),
+    "fixed fp32": {"ponder.mode": "fixed"},
+    "adaptive fp32": {"ponder.mode": "adaptive"},
+    "fixed bf16": {"ponder.mode": "fixed", "training.precision": "bf16"},
+    "fixed fp32, recompute": {"ponder.mode": "fixed", "training.recompute": "block"},
+    "fixed fp32, compiled": {"ponder.mode": "fixed", "training.compile": True},
+    "adaptive fp32, compiled": {"ponder.mode": "adaptive", "training.compile": True},
 }
+# Compilers take long before the first step.
+USUAL = [case for case, values in CASES.items() if "training.compile" not in values]
 
 
-def configuration(mode: str, precision: str, recompute: str) -> Config:
+def configuration(case: str) -> Config:
     """The configuration of one case."""
     values = SMALL_LLAMA | {
-        "data.sequence_length": LENGTH, "ponder.mode": mode, "ponder.latent_steps": 1,
-        "ponder_training.jacobi_iterations": REFINEMENTS, "training.precision": precision,
-        "training.recompute": recompute, "training.global_batch_size": BATCH,
-        "training.micro_batch_size": BATCH, "parallel.zero_stage": 0,
-    }  # fmt: skip
+        "data.sequence_length": LENGTH, "ponder.latent_steps": 1, "ponder_training.jacobi_iterations": REFINEMENTS,
+        "training.precision": "fp32", "training.global_batch_size": BATCH, "training.micro_batch_size": BATCH,
+        "parallel.zero_stage": 0,
+    } | CASES[case]  # fmt: skip
     return read_config([f"--{key}={value}" for key, value in values.items()])
 
 
@@ -57,10 +62,11 @@ class Step:
     """Runs optimiser steps of one case."""
 
     def __init__(self, case: str, mesh: Mesh) -> None:
-        config = configuration(*CASES[case])
+        config = configuration(case)
         model = build_part(config, mesh)
         initialize(model, seed=0)
         self._engine = Engine(Objective(model), config, mesh)
+        compile_blocks(model, config, mesh.device)
         self._tokens = torch.randint(0, 8192, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
         slots = sum(pass_slots(1, REFINEMENTS))
         blocks = sum(parameter.numel() for parameter in model.transformer.blocks.parameters())
@@ -84,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=USUAL)
     parser.add_argument("--memory", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with process_group(Launch(port=discover().port)) as device:

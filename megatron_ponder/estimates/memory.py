@@ -20,6 +20,7 @@ from megatron_ponder.estimates.activations import (
     passes,
 )
 from megatron_ponder.estimates.rank import FP32, Rank
+from megatron_ponder.kernels.cross_entropy import chunk_rows, logit_bytes
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,19 @@ def deferred_bytes(rank: Rank, p: Pass) -> float:
 
 
 def loss_bytes(rank: Rank) -> float:
-    """Logits of this rank's part of the vocabulary in fp32, 4 B L V/t, and in bf16 also as they are, 2 B L V/t."""
-    return logits_bytes(rank) * (1 if rank.width == FP32 else (FP32 + rank.width) / rank.width)
+    """Logits of a chunk of n tokens, of this rank's part of the vocabulary: in fp32 4 n V/t, in bf16 6 n V/t.
+
+    Of several chunks also their gradients: of what the head reads B L H b, and of the head in fp32 4 H V/t; when no
+    logits are left, B L H b and b H V/t in their place, as what autograd is given.
+    """
+    if not rank.last:
+        return 0.0
+    tokens, most = rank.tokens, chunk_rows(rank.part.columns, rank.dtype)
+    logits = min(tokens, most) * rank.part.columns * logit_bytes(rank.dtype)
+    if tokens <= most:
+        return logits
+    read, table = tokens * rank.part.block.hidden * rank.width, rank.part.table
+    return read + FP32 * table + max(logits, read + rank.width * table)
 
 
 def logits_bytes(rank: Rank) -> float:

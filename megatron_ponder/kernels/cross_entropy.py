@@ -78,13 +78,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden, grad_weight = torch.empty_like(hidden_NH), torch.zeros_like(weight_VH, dtype=wide)
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtype = weight_VH.dtype
-        for rows in _chunks(len(labels_N), chunk_rows(len(weight_VH), weight_VH.dtype)):
+
+        def compute(rows: slice) -> None:  # a function, so that its logits are gone before those of the next chunk
             hidden = hidden_NH[rows]
             losses_N[rows], softmax = _losses(hidden @ weight_VH.T, labels_N[rows], axis, padding, overwrite=True)
             if wanted:
                 grad = _logit_gradients(softmax, torch.ones_like(losses_N[rows])).to(hidden.dtype)
                 torch.mm(grad, weight_VH, out=grad_hidden[rows])
                 _add_product(grad_weight, grad.T, hidden)
+
+        for rows in _chunks(len(labels_N), chunk_rows(len(weight_VH), weight_VH.dtype)):
+            compute(rows)
         ctx.mark_non_differentiable(losses_N)
         return losses_N.sum(), losses_N
 

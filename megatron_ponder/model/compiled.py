@@ -4,7 +4,6 @@ import time
 
 import torch
 from torch import Tensor
-from torch._dynamo import lookup_backend
 
 from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.block import Block
@@ -13,8 +12,8 @@ from megatron_ponder.model.block import Block
 class CompiledBlock:
     """`Block.forward` as `torch.compile` makes it.
 
-    Weights are inputs of a graph, so that layers do not need one each. Shapes are constants of it, because a graph of
-    any shape is a slower one and a run has few shapes.
+    Weights are inputs of a graph, so that layers do not need one each. Shapes are constants of it but for the number of
+    segments, because a graph of any shape is a slower one and a run has few shapes.
 
     Attributes:
         graphs: compiled so far, each with its backward pass.
@@ -28,6 +27,8 @@ class CompiledBlock:
             most: graphs that there may be.
             backend: as of `torch.compile`.
         """
+        from torch._dynamo import lookup_backend  # which takes seconds that others need not wait
+
         self.graphs, self.seconds, self._told = 0, 0.0, 0
         self._backend = lookup_backend(backend)
         # Beyond its limit PyTorch refuses to compile, because it takes a function of so many graphs for a mistake.
@@ -53,6 +54,8 @@ class CompiledBlock:
             recipes: not asked for; the compiler decides what is cheap to compute again.
             recompute_attention: as in `Block.forward`.
         """
+        if slots.segments is not None:  # of which every micro-batch has another number
+            torch._dynamo.maybe_mark_dynamic(slots.segments.bounds, 0)
         graphs, begun = self.graphs, time.perf_counter()
         y_BTH = self._compiled(block, x_BTH, slots, recompute_attention=recompute_attention)
         if self.graphs > graphs:

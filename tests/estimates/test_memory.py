@@ -15,7 +15,9 @@ from megatron_ponder.estimates.activations import most_in_flight, pass_bytes, pa
 from megatron_ponder.estimates.memory import held_gradient_bytes, loss_bytes, memory_estimate, running_moments
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.estimates.schedule_walk import stages_on_paper
+from megatron_ponder.kernels import cross_entropy
 from megatron_ponder.model.build import build_part
+from megatron_ponder.model.ends import Head
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
@@ -129,6 +131,22 @@ def test_activations_are_what_stays_alive(overrides, precision):
     expected = sum(pass_bytes(rank, p) for p in passes(rank)) + softmax
     # Not counted are the router's numbers, a few for each token, and the clones of norms' weights in recipes.
     assert 0.95 * left < expected <= 1.01 * left
+
+
+@pytest.mark.parametrize("chunks", [2, 8])
+def test_the_loss_needs_a_chunk_of_logits_and_the_gradients_that_chunks_add_to(chunks, monkeypatch):
+    config = config_for(ponder__mode="vanilla", model__hidden_size=32)
+    rank = Rank(config)
+    whole = loss_bytes(rank)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", whole // chunks)
+    head, labels = Head(config.model, rank.tensor, 1).to(rank.dtype), random_tokens(BATCH, LENGTH, VOCABULARY)
+    torch.nn.init.normal_(head.weight)
+    x = torch.randn(BATCH, LENGTH, config.model.hidden_size, dtype=rank.dtype, requires_grad=True)
+    with Alive() as alive:
+        head(x, labels)[0].backward()
+    given = 4 * (head.weight.numel() + x.numel())  # of which operations inside make views
+    assert 0.95 * (alive.most - given) < loss_bytes(rank) <= 1.05 * (alive.most - given)
+    assert loss_bytes(rank) < whole + given
 
 
 def measure_tensor_ranks(mesh: Mesh, cases: list[dict]) -> list[int]:
