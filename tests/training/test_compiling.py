@@ -1,10 +1,15 @@
 """Compiling at the start of a run: what a machine needs for it, what it cannot be combined with, what is said of it."""
 
+import re
+
 import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.compiling import compile_blocks, most_graphs
+from tests.distributed import run_distributed
+from tests.finished_runs import tiny_arguments, train_in_turn
 from tests.models import small_config, small_model
 
 
@@ -64,3 +69,17 @@ def test_what_cannot_be_combined(overrides, message):
     small_config(**overrides)
     with pytest.raises(UserError, match=message):
         small_config(**overrides, training__compile="true")
+
+
+@pytest.mark.slow  # C++ that takes long to compile
+def test_a_run_compiles_in_its_first_step_says_so_and_learns_the_same(corpus, tmp_path):
+    values = {"training__steps": 3, "ponder_training__jacobi_iterations": "[2,3]"}
+    runs = {name: tmp_path / name for name in ("true", "false")}
+    commands = [tiny_arguments(corpus, run, **values, training__compile=name) for name, run in runs.items()]
+    run_distributed(train_in_turn, 1, commands, time_limit=1000)
+    log = (runs["true"] / "train.log").read_text()
+    assert re.findall(r"step (\d+)  (\d+) graphs of blocks compiled in \d+\.\d s", log) == [("1", "4")]
+    compiled, eager = (read_metrics(run) for run in runs.values())
+    for name in ("loss", "grad_norm", "validation_loss"):
+        pairs = [(a[name], b[name]) for a, b in zip(compiled, eager, strict=True) if name in b]
+        assert pairs and all(a == pytest.approx(b, rel=1e-4) for a, b in pairs)
