@@ -144,7 +144,8 @@ def choose(call: Call, name: AttentionKernel = "auto") -> Kernel:
         if kernel.lacks(call) is None:
             return kernel
     raise UserError(
-        f"training.attention_kernel {name} needs {named[-1].lacks(call)}; set training.attention_kernel to auto"
+        f"training.attention_kernel {name} needs {named[-1].lacks(call)}; set training.attention_kernel to auto",
+        shared=True,
     )
 
 

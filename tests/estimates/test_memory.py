@@ -114,6 +114,8 @@ ACTIVATIONS = [
     {"ponder__mode": "ponderlm", "training__recompute": "block"},
     {"ponder_training__gradient_passes": 2},
     {"data__reset_at_eod": "true"},
+    {"training__attention_kernel": "value_side"},
+    {"training__attention_kernel": "value_side", "model__num_kv_heads": 2},
     {"training__recompute": "block"},
     {"training__recompute": "attention"},
     {"training__recompute": "attention", "model__family": "gpt_neox", "ponder__mode": "fixed"},

@@ -27,6 +27,12 @@ def test_a_hopeless_run_is_refused_before_it_takes_anything(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_kernel_that_this_machine_lacks_is_refused_before_the_run(corpus, tmp_path):
+    message = refused(tiny_arguments(corpus, tmp_path / "run", training__attention_kernel="triton"))
+    assert message == "training.attention_kernel triton needs a GPU; set training.attention_kernel to auto"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("share", "end"), [(0.8, "fits"), (1.0, "doubtful"), (2.9, "doubtful"), (3.1, "refused")])
 @pytest.mark.parametrize("allowed", [False, True])
 def test_what_is_done_at_which_share_of_the_memory(corpus, tmp_path, monkeypatch, share, end, allowed):
