@@ -12,7 +12,7 @@ import io
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -65,12 +65,29 @@ def compiled(
     function = getattr(weighted_attention, kernel)
     blocks = blocks or getattr(layout(head_size, dtype, capability), kernel)
     given = constants(head_size, group, blocks, weighted=True, segmented=True)
-    options = {name: given.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    signature = {
-        name: "constexpr" if name in given else TYPES.get(name, POINTERS[dtype]) for name in function.arg_names
+    types = {name: TYPES.get(name, POINTERS[dtype]) for name in function.arg_names}
+    return resources_of(function, types, given, capability, aligned="*i")
+
+
+def resources_of(
+    function: Any, types: dict[str, str], given: dict[str, Any], capability: int, aligned: str = "*"
+) -> Resources:
+    """Compile a kernel for a GPU.
+
+    Args:
+        function: in Triton.
+        types: of its arguments that are not given.
+        given: constants by name, and options of the compiler.
+        capability: 80 or 90.
+        aligned: first letters of types whose values are multiples of 16.
+    """
+    options = {name: value for name, value in given.items() if name not in function.arg_names}
+    fixed = {name: value for name, value in given.items() if name in function.arg_names}
+    signature = {name: "constexpr" if name in fixed else types[name] for name in function.arg_names}
+    multiples = {
+        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] in aligned
     }
-    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] in "*i"}
-    source, log = ASTSource(function, signature, constexprs=given, attrs=aligned), io.StringIO()
+    source, log = ASTSource(function, signature, constexprs=fixed, attrs=multiples), io.StringIO()
     with contextlib.redirect_stdout(log), triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
         triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
         result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
