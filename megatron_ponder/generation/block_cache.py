@@ -1,209 +1,261 @@
-"""Keys and values of executed slots, in blocks: a sequence holds as many as it has slots for.
+"""Keys and values of executed slots, in blocks of a pool: a sequence holds as many as it has slots for.
 
-Blocks in use are always the first ones of the pool: a sequence that leaves has its blocks taken over by the last ones.
-So decoding reads the pool as it lies, with no copy and no padding but the rest of each sequence's last block, whose
-keys have weight 0 through the folded channel.
+On a GPU the pool has a fixed size, and kernels find blocks by tables. On a CPU it grows and shrinks with what is in it,
+and is read as it lies.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
+from megatron_ponder.generation.block_pool import BLOCK, BlockPool, blocks_of
 from megatron_ponder.generation.forward import Forward
-from megatron_ponder.kernels.attention import DEAD, FOLDED_CHANNELS, attend, key_channels
+from megatron_ponder.generation.slot_numbers import SlotNumbers, upload
+from megatron_ponder.kernels.attention import DEAD, attend
+from megatron_ponder.kernels.decoding import StoredBlocks, attend_owned, for_heads
+from megatron_ponder.kernels.paged_attention import Pages, attend_pages
 from megatron_ponder.parallel.mesh import Axis
 
-BLOCK = 32
+
+class Owned(NamedTuple):
+    """StoredBlocks of the sequences that decode, read where they lie.
+
+    Attributes:
+        read: which; a slice where they are all that are in use, which copies nothing.
+        owners_n: int64, the decoding slot that each belongs to.
+        log_w_x1b: their log weights for all heads.
+    """
+
+    read: slice | Tensor
+    owners_n: Tensor
+    log_w_x1b: Tensor
+
+
+class Reading(NamedTuple):
+    """An iterate of a prompt.
+
+    Attributes:
+        at: its slots in the forward.
+        table_n: int64, blocks of its sequence.
+        length: slots of the sequence up to its last.
+        log_w_1S: log weights of these; None where every weight is 1.
+    """
+
+    at: slice
+    table_n: Tensor
+    length: int
+    log_w_1S: Tensor | None
+
+
+class Placed(NamedTuple):
+    """Where the slots of a forward go, and what they see.
+
+    Attributes:
+        slots: their numbers on the device.
+        decoding: how many slots decode, before those of prompts.
+        owned: what they see; None where tables say it.
+        prompts: those that are iterated.
+    """
+
+    slots: SlotNumbers
+    decoding: int
+    owned: Owned | None
+    prompts: list[Reading]
 
 
 class BlockCache:
     """The cache of one rank's layers and heads.
 
     Attributes:
+        pool: which blocks rows hold.
+        tables_rW: the same on the device; in a pool of a fixed size a last row, of no sequence, has a block of its own.
         layers: one view a layer, with the `attend` that attention calls.
+        placed: slots of the forward that runs.
     """
 
-    def __init__(self, config: ModelConfig, num_layers: int, axis: Axis, rows: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        axis: Axis,
+        rows: int,
+        row_slots: int,
+        weighted: bool,
+        like: Tensor,
+        blocks: int | None = None,
+    ) -> None:
         """Make an empty cache.
 
         Args:
             config: of the model.
             num_layers: of this rank.
             axis: the tensor ranks, which share the heads.
-            rows: sequences that may be live.
+            rows: that may be live.
+            row_slots: most slots of one.
+            weighted: whether keys have other weights than 1.
             like: device and type of the keys.
+            blocks: of the pool; as many as are needed unless given.
         """
-        heads, head_size = config.num_kv_heads // axis.size, config.head_size
-        dead = key_channels(torch.full((1, 1), DEAD, device=like.device), head_size, like.dtype)
-        self._empty_key = torch.cat([like.new_zeros(head_size), dead.view(FOLDED_CHANNELS)])
-        self.keys = like.new_empty(num_layers, 0, heads, BLOCK, head_size + FOLDED_CHANNELS)
-        self.values = like.new_empty(num_layers, 0, heads, BLOCK, head_size)
-        self._tables: list[list[int]] = [[] for _ in range(rows)]
-        self._written = [0] * rows
-        self._owners = np.empty(0, np.int64)
-        self._used = 0
-        self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._heads, self._weighted = config.num_kv_heads // axis.size, weighted
+        self.fixed = blocks is not None
+        self.pool = BlockPool(rows + self.fixed, row_slots)
+        shape, wide = (self._heads, BLOCK, config.head_size), torch.promote_types(like.dtype, torch.float32)
+        places = blocks + 1 if self.fixed else 0
+        self.keys, self.values = (like.new_empty(num_layers, places, *shape) for _ in "kv")
+        self.log_w = torch.empty(places, BLOCK, dtype=wide, device=like.device)
+        if self.fixed:
+            self.pool.resize(blocks)
+            self.pool.tables[-1] = blocks
+        self.tables_rW = torch.from_numpy(self.pool.tables).to(like.device)
+        self._written = np.zeros(rows, np.int64)
+        self._prefixes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.placed: Placed | None = None
         self.layers = [_Layer(self, layer) for layer in range(num_layers)]
 
     @property
     def capacity(self) -> int:
         """Slots for which there is memory."""
-        return len(self._owners) * BLOCK
+        return self.pool.capacity * BLOCK
 
     @property
     def reserved(self) -> int:
         """Slots of the blocks that sequences hold."""
-        return self._used * BLOCK
+        return self.pool.used * BLOCK
 
-    def prepare(self, forward: Forward) -> None:
-        """Store, free and load what a forward says, make room for its slots, and note where they go."""
+    def prepare(self, forward: Forward) -> SlotNumbers | None:
+        """Store, free and load what a forward says, and make room for its slots.
+
+        Returns:
+            Numbers of the slots, for `place`; None if there are none.
+        """
         for key, row, slots in forward.stored:
-            self._prefixes[key] = tuple(self._read(pool, row, slots) for pool in (self.keys, self.values))
+            self._prefixes[key] = self._read(row, slots)
         for key in forward.dropped:
             del self._prefixes[key]
-        for row in forward.cleared:
-            self._clear(row)
-        for key, row, slots in forward.loaded:
-            self._extend(row, slots)
-            for pool, stored in zip((self.keys, self.values), self._prefixes[key], strict=True):
-                self._write(pool, row, stored[:, :, :slots])
-        if not forward:
-            return
-        segments, decoding = forward.segments, len(forward.steps)
-        for row, start, count in segments:
-            self._extend(row, start + count)
-        device = self.keys.device
-        blocks, places = [], []
-        for row, start, count in segments:
-            table = self._tables[row]
-            for slot in range(start, start + count):
-                blocks.append(table[slot // BLOCK])
-                places.append(slot % BLOCK)
-        self.blocks_T, self.places_T = torch.tensor([blocks, places], device=device)
-        self.decoding = decoding
-        if decoding:
-            queries = np.full(len(self._tables), -1)
-            queries[[segment.row for segment in segments[:decoding]]] = np.arange(decoding)
-            owners = queries[self._owners[: self._used]]
-            present = owners >= 0
-            # All blocks, as a view, where every live sequence decodes; a selection copies.
-            self.read = slice(self._used) if present.all() else torch.from_numpy(present.nonzero()[0]).to(device)
-            self.owners = torch.from_numpy(owners[present]).to(device)
-        self.prompts = []
-        at = decoding
-        for row, start, count in segments[decoding:]:
-            table = torch.tensor(self._tables[row], device=device)
-            self.prompts.append((slice(at, at + count), table, start + count))
+        if forward.cleared:
+            rows = np.unique(forward.cleared)
+            self._hold(rows, np.zeros_like(rows))
+        if forward.loaded:
+            keys, rows, lengths = np.array(forward.loaded).T
+            self._hold(rows, lengths)
+            for key, row, length in zip(keys.tolist(), rows, lengths.tolist(), strict=True):
+                self._write(row, length, self._prefixes[key])
+        numbers = None
+        if forward:
+            rows, starts, counts = np.array(forward.segments).T
+            self._hold(rows, starts + counts)
+            numbers = SlotNumbers.of(forward, self.pool)
+        places, blocks = self.pool.changes()
+        if len(places) and self.tables_rW.is_cuda:
+            places, blocks = upload([places, blocks], self.tables_rW.device)
+            self.tables_rW.view(-1)[places] = blocks
+        return numbers
+
+    def place(self, slots: SlotNumbers, forward: Forward) -> None:
+        """Take the log weights of slots whose numbers have arrived, and note what they see."""
+        decoding = len(forward.steps)
+        self.place_decoding(slots)
+        prompts, at = [], decoding
+        for row, start, count in forward.segments[decoding:]:
+            length = start + count
+            table = self.tables_rW[row, : blocks_of(length)]
+            log_w = self.log_w[table].view(1, -1)[:, :length] if self._weighted else None
+            prompts.append(Reading(slice(at, at + count), table, length, log_w))
             at += count
+        owned = self._owned(forward, decoding) if decoding and not self.fixed else None
+        self.placed = Placed(slots, decoding, owned, prompts)
 
-    def _extend(self, row: int, length: int) -> None:
-        table = self._tables[row]
-        missing = -(-length // BLOCK) - len(table)
-        if missing > 0:
-            if self._used + missing > len(self._owners):
-                self._resize(2 * (self._used + missing))
-            new = slice(self._used, self._used + missing)
-            self.keys[:, new] = self._empty_key
-            self.values[:, new] = 0
-            self._owners[new] = row
-            table.extend(range(new.start, new.stop))
-            self._used = new.stop
+    def place_decoding(self, slots: SlotNumbers) -> None:
+        """The same of slots that all decode, with nothing that depends on which they are."""
+        self.log_w[slots.blocks, slots.places] = slots.log_weights(self.log_w.dtype)
+        self.placed = Placed(slots, len(slots.rows), None, [])
+
+    def _owned(self, forward: Forward, decoding: int) -> Owned:
+        queries = np.full(len(self.pool.tables), -1)
+        queries[[segment.row for segment in forward.segments[:decoding]]] = np.arange(decoding)
+        owners = queries[self.pool.owners[: self.pool.used]]
+        present = owners >= 0
+        # All blocks, as a view, where every live sequence decodes; a selection copies.
+        if present.all():
+            read, owners = slice(self.pool.used), upload([owners], self.log_w.device)[0]
+        else:
+            read, owners = upload([present.nonzero()[0], owners[present]], self.log_w.device)
+        return Owned(read, owners, for_heads(self.log_w[read], self._heads))
+
+    def _hold(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Give rows the blocks that so many slots need, and no more."""
         # An iterate of a prompt may be shorter than the one before; what that left behind must not be seen.
-        for slot in range(length, self._written[row]):
-            self.keys[:, table[slot // BLOCK], :, slot % BLOCK] = self._empty_key
-        self._written[row] = length
+        shorter = lengths < self._written[rows]
+        if shorter.any():
+            sources, targets = self.pool.release(rows[shorter], lengths[shorter])
+            if len(sources):
+                sources, targets = upload([sources, targets], self.keys.device)
+                for tensor in (self.keys.transpose(0, 1), self.values.transpose(0, 1), self.log_w):
+                    tensor[targets] = tensor[sources]
+            for row, length in zip(rows[shorter], lengths[shorter], strict=True):
+                if length % BLOCK and not self.fixed:
+                    self.log_w[self.pool.tables[row, length // BLOCK], length % BLOCK :] = DEAD
+        missing = self.pool.missing(rows, lengths)
+        if not self.fixed:
+            self._fit(self.pool.used + missing)
+        if missing:
+            new = self.pool.take(rows, lengths)
+            if not self.fixed:  # what is read as it lies, and was never written, must weigh nothing
+                self.keys[:, new], self.values[:, new], self.log_w[new] = 0, 0, DEAD
+        self._written[rows] = lengths
 
-    def _read(self, pool: Tensor, row: int, slots: int) -> Tensor:
-        """A copy of the first slots of a row, (layers, M, slots, ..)."""
-        table = torch.tensor(self._tables[row], device=pool.device)
-        return pool[:, table].transpose(1, 2).flatten(2, 3)[:, :, :slots].contiguous()
+    def _read(self, row: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of the blocks of the first slots of a row."""
+        table = self.tables_rW[row, : blocks_of(slots)]
+        return self.keys[:, table], self.values[:, table], self.log_w[table]
 
-    def _write(self, pool: Tensor, row: int, content: Tensor) -> None:
-        """Fill the first slots of a row."""
-        for block, part in zip(self._tables[row], content.split(BLOCK, 2), strict=True):
-            pool[:, block, :, : part.shape[2]] = part
+    def _write(self, row: int, slots: int, stored: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Fill the blocks of a row, which are new, with the first slots of what `_read` read."""
+        keys, values, log_w = stored
+        table = self.pool.tables[row]
+        for number in range(blocks_of(slots)):
+            block, count = table[number], min(BLOCK, slots - number * BLOCK)
+            self.keys[:, block, :, :count] = keys[:, number, :, :count]
+            self.values[:, block, :, :count] = values[:, number, :, :count]
+            self.log_w[block, :count] = log_w[number, :count]
 
-    def _clear(self, row: int) -> None:
-        freed = sorted(self._tables[row], reverse=True)
-        self._tables[row], self._written[row] = [], 0
-        for block in freed:
-            self._used -= 1
-            last = self._used
-            if block != last:
-                self.keys[:, block] = self.keys[:, last]
-                self.values[:, block] = self.values[:, last]
-                owner = self._owners[block] = self._owners[last]
-                table = self._tables[owner]
-                table[table.index(last)] = block
-        if 4 * self._used < len(self._owners):
-            self._resize(2 * self._used)
-
-    def _resize(self, blocks: int) -> None:
-        used = slice(self._used)
-        for name in ("keys", "values"):
+    def _fit(self, needed: int) -> None:
+        """Grow, or shrink where most is unused; to twice what is needed, so that it happens rarely."""
+        if self.pool.capacity // 4 <= needed <= self.pool.capacity:
+            return
+        blocks = 2 * needed
+        self.pool.resize(blocks)
+        used = slice(self.pool.used)
+        for name, dim in (("keys", 1), ("values", 1), ("log_w", 0)):
             old = getattr(self, name)
-            new = old.new_empty(len(old), blocks, *old.shape[2:])
-            new[:, used] = old[:, used]
+            new = old.new_empty(*old.shape[:dim], blocks, *old.shape[dim + 1 :])
+            new.transpose(0, dim)[used] = old.transpose(0, dim)[used]
             setattr(self, name, new)
-        owners = np.empty(blocks, np.int64)
-        owners[used] = self._owners[used]
-        self._owners = owners
 
 
 class _Layer:
-    """One layer of the cache: `LayerCache` for the forward that was prepared."""
+    """One layer of the cache: `LayerCache` for the forward whose slots were placed."""
 
     def __init__(self, cache: BlockCache, layer: int) -> None:
         self._cache, self._layer = cache, layer
 
-    def attend(self, q_BTNE: Tensor, k_BTME: Tensor, v_BTMD: Tensor, scale: float) -> Tensor:
-        cache = self._cache
-        keys, values = cache.keys[self._layer], cache.values[self._layer]
-        keys[cache.blocks_T, :, cache.places_T] = k_BTME[0]
-        values[cache.blocks_T, :, cache.places_T] = v_BTMD[0]
-        q_TNE = q_BTNE[0]
+    def attend(self, q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float) -> Tensor:
+        slots, decoding, owned, prompts = self._cache.placed
+        keys, values = self._cache.keys[self._layer], self._cache.values[self._layer]
+        keys[slots.blocks, :, slots.places] = k_BTMD[0]
+        values[slots.blocks, :, slots.places] = v_BTMD[0]
         parts = []
-        if cache.decoding:
-            q = q_TNE[: cache.decoding] * scale
-            parts.append(_attend_blocks(q, keys[cache.read], values[cache.read], cache.owners))
-        for at, table, length in cache.prompts:
+        if decoding and self._cache.fixed:
+            sees = slots.rows[:decoding], slots.lengths[:decoding]
+            pages = Pages(keys, values, self._cache.log_w, self._cache.tables_rW, *sees)
+            parts.append(attend_pages(q_BTND[0, :decoding], pages, scale))
+        elif decoding:
+            blocks = StoredBlocks(keys[owned.read], values[owned.read], owned.log_w_x1b)
+            parts.append(attend_owned(q_BTND[0, :decoding], blocks, owned.owners_n, scale))
+        for at, table, length, log_w_1S in prompts:
             k, v = (x[table].transpose(1, 2).flatten(0, 1)[:length].unsqueeze(0) for x in (keys, values))
-            y = attend(q_TNE[at].unsqueeze(0), k, F.pad(v, (0, FOLDED_CHANNELS)), scale)
-            parts.append(y[0, ..., : v.shape[-1]])
+            parts.append(attend(q_BTND[:, at], k, v, scale, log_w_1S)[0])
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
-
-
-def _attend_blocks(q_RNE: Tensor, keys_nMBE: Tensor, values_nMBD: Tensor, owners_n: Tensor) -> Tensor:
-    """Attention of one query a sequence over the blocks that the sequence owns, (R, N, D).
-
-    Every block gives the sum of its exponentials and of its weighted values; a sequence adds up those of its blocks.
-
-    Args:
-        q_RNE: scaled queries.
-        keys_nMBE, values_nMBD: of n blocks.
-        owners_n: int64, which query each block belongs to.
-    """
-    heads = keys_nMBE.shape[1]
-    q_RMGE = q_RNE.unflatten(1, (heads, -1))
-    if len(q_RMGE) == 1:  # all blocks are of one sequence: sums over blocks, in half as many operations
-        logits = _wide_product(q_RMGE, keys_nMBE.transpose(2, 3))
-        p = logits.sub_(logits.amax((0, 3), keepdim=True)).exp_()
-        y = _wide_product(p.to(values_nMBD.dtype), values_nMBD).sum(0, keepdim=True)
-        return (y / p.sum((0, 3)).view(1, heads, -1, 1)).to(q_RNE.dtype).flatten(1, 2)
-    logits = _wide_product(q_RMGE[owners_n], keys_nMBE.transpose(2, 3))
-    block_top = logits.amax(-1)
-    top = block_top.new_full(q_RMGE.shape[:3], -torch.inf)
-    top.scatter_reduce_(0, owners_n.view(-1, 1, 1).expand_as(block_top), block_top, "amax")
-    p = logits.sub_(top[owners_n].unsqueeze(-1)).exp_()
-    total = torch.zeros_like(top).index_add_(0, owners_n, p.sum(-1))
-    y = torch.zeros(*top.shape, values_nMBD.shape[-1], dtype=p.dtype, device=p.device)
-    y.index_add_(0, owners_n, _wide_product(p.to(values_nMBD.dtype), values_nMBD))
-    return (y / total.unsqueeze(-1)).to(q_RNE.dtype).flatten(1, 2)
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 or better: logits in bf16 would lose what the folded channels carry."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return a.to(wide) @ b.to(wide)

@@ -12,11 +12,13 @@ from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.generation.far_choices import FarChooser, pack, packed_size, unpack
 from megatron_ponder.generation.forward import Forward, Outcome
 from megatron_ponder.generation.packing import packed
+from megatron_ponder.generation.pool_size import fitted, free_blocks
 from megatron_ponder.generation.predictions import pieces_of
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.runner import Runner
 from megatron_ponder.generation.scheduler import Scheduler
 from megatron_ponder.generation.sequences import Batching, OnToken, Sequence, Usage
+from megatron_ponder.generation.static_runner import StaticRunner
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.edges import build_edges
@@ -54,11 +56,11 @@ class Generator:
             model: in evaluation mode; this rank's part. Its weights must not change while the generator is in use.
             mesh: tensor and pipeline ranks; a single process unless given.
             rule: τ and α; the model's own unless given.
-            batching: limits, of each group of sequences.
+            batching: limits, of each group of sequences; on GPUs, slots are no more than memory is free for.
             tokenizer: for text and stop strings.
 
         Raises:
-            UserError: if the model's router does not read what generation gives it.
+            UserError: the model's router does not read what generation gives it, or a GPU has no room for a cache.
         """
         if model.ponder_config.routes_by_token:
             raise UserError("the model was trained with ponder.router_input token, a control that cannot generate")
@@ -71,8 +73,12 @@ class Generator:
         self._ring = Mailbox(build_edges(mesh.pipeline), weight) if self._ranks > 1 else None
         self.drives = mesh.model.rank == 0 and self._rank == 0 and mesh.tensor.rank == 0
         model = packed(model)
+        make, blocks = Runner, None
+        if weight.is_cuda:
+            make = StaticRunner if mesh.model.size == 1 else Runner
+            batching, blocks = fitted(model, batching, free_blocks(model, mesh, self._ranks))
+        self._runners = [make(model, rule, batching.max_sequences, blocks) for _ in range(self._ranks)]
         self._steps = model.ponder_config.steps
-        self._runners = [Runner(model, rule, batching.max_sequences) for _ in range(self._ranks)]
         self._choosers = [FarChooser(pieces_of(model.model_config, tokenizer)) for _ in self._runners]
         self._schedulers: list[Scheduler] = []
         if self.drives:

@@ -1,17 +1,50 @@
-"""Runs forwards of generation through one rank's part of a model."""
+"""Runs forwards of generation through one rank's part of a model.
+
+All that the host decides goes to the device before a forward, in one copy, and what the scheduler has to know comes
+back after it, in one; between the two nothing waits, and no shape depends on a number that the device has computed.
+"""
 
 import math
+from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.generation.block_cache import BlockCache
 from megatron_ponder.generation.forward import Forward, Outcome, PromptEnd
+from megatron_ponder.generation.slot_numbers import SlotNumbers, upload
 from megatron_ponder.model.modes.pondering import LatentReads
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule, fusion_weights
+
+
+class Arrived(NamedTuple):
+    """What a forward is about, on the device.
+
+    Attributes:
+        slots: T of them.
+        latents_n: int64, which are latent; None for none.
+        unfinished_n: int64, after which a latent one may follow; None where nobody asks.
+        routed_F: int64, which are routed: all R that decode, then tokens of prompts; None for all.
+        rows_R: int64, the sequence that each decoding slot belongs to.
+    """
+
+    slots: SlotNumbers
+    latents_n: Tensor | None
+    unfinished_n: Tensor | None
+    routed_F: Tensor | None
+    rows_R: Tensor
+
+
+class Routed(NamedTuple):
+    """Routing of F slots: K̂, log weights as keys, weights of the steps in the output."""
+
+    executed_F: Tensor
+    log_w_FK: Tensor
+    weights_FK: Tensor
 
 
 class Runner:
@@ -23,27 +56,29 @@ class Runner:
             rank hands it to the first.
     """
 
-    def __init__(self, model: PonderLM, rule: Rule, rows: int) -> None:
+    def __init__(self, model: PonderLM, rule: Rule, rows: int, blocks: int | None = None) -> None:
         """Start without any sequence.
 
         Args:
             model: in evaluation mode; this rank's part.
             rule: τ and α; they are applied by the hard rule, whatever its kind.
             rows: sequences that may be live.
+            blocks: of the cache; as many as are needed unless given.
         """
-        self.model, self._lanes = model, model.passes.lanes
+        self.model, self._passes, self._lanes = model, model.passes, model.passes.lanes
         self._rule = Rule("hard", rule.threshold, rule.bias)
         weight = next(model.parameters())
-        self.cache = BlockCache(model.model_config, len(model.part.layers), model.axis, rows * self._lanes, weight)
-        self._steps, self._vocab_size = model.ponder_config.steps, model.model_config.vocab_size
-        self._wide = torch.promote_types(weight.dtype, torch.float32)
-        hidden_size = model.model_config.hidden_size
+        config, self._steps = model.model_config, model.ponder_config.steps
+        row_slots = config.max_position_embeddings * (self._steps + 1) // self._lanes
+        sizes = len(model.part.layers), model.axis, rows * self._lanes, row_slots
+        self.cache = BlockCache(config, *sizes, self._passes.routed, weight, blocks)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         # Of the forward before: hidden states in the last part, inputs in the first.
-        self._hidden_TH = self._inputs_TH = self.read_TX = weight.new_empty(0, hidden_size)
-        # Of the token that each row is at: weights of its steps in the output, the output so far, K̂.
-        self._weights_rK = torch.zeros(rows, self._steps + 1, dtype=self._wide, device=weight.device)
-        self._fused_rH = weight.new_zeros(rows, hidden_size)
-        self._executed_r = torch.full((rows,), self._steps, device=weight.device)
+        self._hidden_TH = self._inputs_TH = self.read_TX = weight.new_empty(0, config.hidden_size)
+        # Of the token that each row is at: weights of its steps in the output, the output so far, K̂. A row is of none.
+        self._weights_rK = torch.zeros(rows + 1, self._steps + 1, dtype=wide, device=weight.device)
+        self._fused_rH = weight.new_zeros(rows + 1, config.hidden_size)
+        self._executed_r = [self._steps] * rows
 
     @torch.inference_mode()
     def run(self, forward: Forward, received_TH: Tensor | None = None) -> Tensor:
@@ -56,15 +91,13 @@ class Runner:
         Returns:
             The residual stream, (T, H); in the last part the hidden states.
         """
-        model, device = self.model, self.cache.keys.device
-        self.cache.prepare(forward)
-        if not forward:
+        numbers = self.cache.prepare(forward)
+        if numbers is None:
             return self._hidden_TH[:0]
-        if model.part.first:
-            received_TH = self._inputs(forward)
-        positions = torch.tensor(forward.positions, device=device)
-        log_w = torch.tensor(forward.log_w, dtype=self._wide, device=device)
-        return model.run_slots(received_TH, positions, log_w, self.cache.layers)
+        arrived = self._arrived = self._upload(forward, numbers)
+        self.cache.place(arrived.slots, forward)
+        x_TH = self._inputs(arrived) if self.model.part.first else received_TH
+        return self.model.run_slots(x_TH, arrived.slots.positions, self.cache.layers)
 
     @torch.inference_mode()
     def finish(self, forward: Forward, hidden_TH: Tensor) -> Outcome:
@@ -78,87 +111,135 @@ class Runner:
             What the scheduler needs to know; with tensor ranks, the same on all of them.
         """
         if not forward:
-            return Outcome([], [], hidden_TH.new_empty(0, self._vocab_size), [])
-        routed = self._route(hidden_TH[torch.tensor(forward.routed, dtype=torch.long, device=hidden_TH.device)])
-        outputs = [self._completed(forward, hidden_TH, routed)] if forward.steps else []
-        changes = []
-        for prompt in forward.prompts:
-            changes.append(self._change(prompt, hidden_TH))
-            if prompt.last_token is not None:
-                token_SH = hidden_TH[prompt.last_token : prompt.at + prompt.count]
-                outputs.append(self._last_output(forward, prompt, token_SH, routed))
+            return Outcome([], [], hidden_TH.new_empty(0, self.model.model_config.vocab_size), [])
+        arrived = self._arrived
+        routed = self.route(hidden_TH if arrived.routed_F is None else hidden_TH[arrived.routed_F])
+        decoded_RH = self.fuse(arrived, hidden_TH, routed) if forward.steps else hidden_TH[:0]
+        read = [self._last_output(forward, prompt, hidden_TH, routed) for prompt in forward.prompts]
+        changes = [self._change(prompt, hidden_TH) for prompt in forward.prompts if prompt.before is not None]
         self._hidden_TH = hidden_TH
-        unfinished = torch.tensor([max(-token, 0) < self._steps for token in forward.tokens], device=hidden_TH.device)
-        self.read_TX = self.model.passes.read_by_latents(self.model.back, hidden_TH, unfinished)
-        logits = self._logits(torch.cat(outputs)) if outputs else hidden_TH.new_empty(0, self._vocab_size)
-        return Outcome(routed.executed_F.tolist(), routed.log_w_FK.tolist(), logits, changes)
+        self.read_TX = self._passes.read_by_latents(self.model.back, hidden_TH, arrived.unfinished_n)
+        slots = len(hidden_TH if arrived.routed_F is None else arrived.routed_F)
+        known = known_of(routed, changes, slots, self._steps)
+        return self._outcome(forward, known, decoded_RH, [output for output in read if output is not None])
 
-    def _inputs(self, forward: Forward) -> Tensor:
+    def _upload(self, forward: Forward, numbers: SlotNumbers) -> Arrived:
+        decoding = len(forward.steps)
+        rows = numbers.rows[:decoding] // self._lanes
+        latents = np.flatnonzero(numbers.steps)
+        unfinished = np.flatnonzero(numbers.steps < self._steps) if self._passes.predicts else latents[:0]
+        routed = [*range(decoding), *forward.routed[forward.steps.count(0) :]] if forward.prompts else []
+        arrays = [np.stack(numbers), latents, unfinished, np.array(routed, np.int64), rows]
+        slots, latents, unfinished, routed, rows = upload(arrays, self.read_TX.device)
+        return Arrived(
+            SlotNumbers(*slots.unbind()),
+            latents if len(latents) else None,
+            unfinished if self._passes.predicts else None,
+            routed if forward.prompts else None,
+            rows,
+        )
+
+    def _inputs(self, arrived: Arrived) -> Tensor:
         """The residual stream that enters the first part: embedded tokens and the inputs of latent slots."""
-        device, model = self.read_TX.device, self.model
-        tokens, sources = torch.tensor([forward.tokens, forward.sources], device=device)
-        latent = tokens < 0
-        x_TH = model.embed(tokens.masked_fill(latent, 0))
-        if min(forward.tokens) < 0:
-            read = LatentReads(self.read_TX, self._inputs_TH, sources[latent], -tokens[latent])
-            x_TH[latent] = model.passes.latent_inputs(model.front, read)
+        slots, latents_n = arrived.slots, arrived.latents_n
+        x_TH = self.model.embed(slots.tokens)
+        if latents_n is not None:
+            numbers = slots.sources[latents_n], slots.steps[latents_n]
+            reads = LatentReads(self.read_TX, self._inputs_TH, *numbers)
+            x_TH[latents_n] = self._passes.latent_inputs(self.model.front, reads)
         self._inputs_TH = x_TH
         return x_TH
 
-    def _route(self, hidden_FH: Tensor) -> "_Routed":
+    def route(self, hidden_FH: Tensor) -> Routed | None:
+        """The routing of slots; None where every token takes all steps and the last is the output."""
         routing = self.model.route(hidden_FH, self._rule)
-        if routing is not None:
-            return _Routed(routing.executed, routing.log_w, fusion_weights(routing, self._rule))
-        # Every token takes all steps, all keys have weight 1, and the last step is the output.
-        log_w_FK = hidden_FH.new_zeros(len(hidden_FH), self._steps + 1, dtype=self._wide)
-        weights_FK = log_w_FK.clone()
-        weights_FK[:, -1] = 1
-        return _Routed(torch.full((len(hidden_FH),), self._steps, device=hidden_FH.device), log_w_FK, weights_FK)
+        if routing is None:
+            return None
+        return Routed(routing.executed, routing.log_w, fusion_weights(routing, self._rule))
 
-    def _completed(self, forward: Forward, hidden_TH: Tensor, routed: "_Routed") -> Tensor:
-        """Advance the outputs of the decoding sequences; those that are complete and wanted, (n, H)."""
-        count = len(forward.steps)
-        rows = [segment.row // self._lanes for segment in forward.segments[:count]]
-        rows = torch.tensor(rows, device=hidden_TH.device)
-        steps = torch.tensor(forward.steps, device=hidden_TH.device)
-        starting = rows[steps == 0]
-        self._executed_r[starting] = routed.executed_F[: len(starting)]
-        self._weights_rK[starting] = routed.weights_FK[: len(starting)]
-        self._fused_rH[starting] = 0
-        weights_R1 = self._weights_rK[rows, steps].unsqueeze(1).to(hidden_TH.dtype)
-        fused_RH = self._fused_rH[rows].addcmul_(weights_R1, hidden_TH[:count])
-        self._fused_rH[rows] = fused_RH
-        wanted = torch.tensor(forward.wanted, device=hidden_TH.device)
-        return fused_RH[wanted & (steps == self._executed_r[rows])]
+    def fuse(self, arrived: Arrived, hidden_TH: Tensor, routed: Routed | None) -> Tensor:
+        """Advance the outputs of the decoding sequences by their slots, (R, H); a first slot begins one."""
+        if routed is None:
+            return hidden_TH[: len(arrived.rows_R)]
+        rows_R = arrived.rows_R
+        steps_R1 = arrived.slots.steps[: len(rows_R), None]
+        weights_RK = torch.where(steps_R1 == 0, routed.weights_FK[: len(rows_R)], self._weights_rK[rows_R])
+        self._weights_rK[rows_R] = weights_RK
+        weights_R1 = weights_RK.gather(1, steps_R1).to(hidden_TH.dtype)
+        fused_RH = self._fused_rH[rows_R].masked_fill_(steps_R1 == 0, 0).addcmul_(weights_R1, hidden_TH[: len(rows_R)])
+        self._fused_rH[rows_R] = fused_RH
+        return fused_RH
 
-    def _last_output(self, forward: Forward, prompt: PromptEnd, token_SH: Tensor, routed: "_Routed") -> Tensor:
-        """What the head reads of the last token of a prompt, (1, H), from the hidden states of its slots."""
-        if self.model.router is None:
+    def _last_output(
+        self, forward: Forward, prompt: PromptEnd, hidden_TH: Tensor, routed: Routed | None
+    ) -> Tensor | None:
+        """What the head reads of the last token of a prompt, (1, H), from its slots; None where it is not wanted."""
+        if prompt.last_token is None:
+            return None
+        token_SH = hidden_TH[prompt.last_token : prompt.at + prompt.count]
+        if routed is None:
             return token_SH[-1:]
-        weights_K = routed.weights_FK[forward.routed.index(prompt.last_token)].to(token_SH.dtype)
+        index = len(forward.steps) - forward.steps.count(0) + forward.routed.index(prompt.last_token)
+        weights_K = routed.weights_FK[index].to(token_SH.dtype)
         return weights_K[: len(token_SH)].unsqueeze(0) @ token_SH
 
-    def _change(self, prompt: PromptEnd, hidden_TH: Tensor) -> float:
-        if prompt.before is None:
-            return math.inf
+    def _change(self, prompt: PromptEnd, hidden_TH: Tensor) -> Tensor:
         now = hidden_TH[prompt.at : prompt.at + prompt.count]
         before = self._hidden_TH[prompt.before : prompt.before + prompt.count]
-        return float((now - before).abs().max() / now.abs().max())
+        return ((now - before).abs().max() / now.abs().max()).unsqueeze(0)
+
+    def _outcome(self, forward: Forward, known: "Known", decoded_RH: Tensor, read: list[Tensor]) -> Outcome:
+        """What the scheduler needs to know, with logits of the sequences that have completed their token."""
+        rows = [segment.row // self._lanes for segment in forward.segments[: len(forward.steps)]]
+        begun = [index for index, step in enumerate(forward.steps) if step == 0]
+        for index in begun:
+            self._executed_r[rows[index]] = known.executed[index]
+        completed = [
+            index
+            for index, (row, step, wanted) in enumerate(zip(rows, forward.steps, forward.wanted, strict=True))
+            if wanted and step == self._executed_r[row]
+        ]
+        if len(completed) < len(rows):
+            decoded_RH = decoded_RH[upload([np.array(completed, np.int64)], decoded_RH.device)[0]]
+        output_nH = torch.cat([decoded_RH, *read]) if read else decoded_RH
+        routed = [*begun, *range(len(rows), len(known.executed))]
+        changes = iter(known.changes)
+        return Outcome(
+            [known.executed[index] for index in routed],
+            [known.log_w[index] for index in routed],
+            self._logits(output_nH),
+            [math.inf if prompt.before is None else next(changes) for prompt in forward.prompts],
+        )
 
     def _logits(self, output_nH: Tensor) -> Tensor:
         """(n, V), gathered from the tensor ranks."""
-        axis = self.model.axis
+        axis, vocab_size = self.model.axis, self.model.model_config.vocab_size
+        if not len(output_nH):
+            return output_nH.new_empty(0, vocab_size)
         logits = self.model.head(output_nH)
         if axis.size > 1:
             parts = [torch.empty_like(logits) for _ in range(axis.size)]
             dist.all_gather(parts, logits.contiguous(), group=axis.group)
             logits = torch.cat(parts, -1)
-        return logits[:, : self._vocab_size]
+        return logits[:, :vocab_size]
 
 
-class _Routed(NamedTuple):
-    """Of F token slots: K̂, log weights as keys, weights of the steps in the output."""
+class Known(NamedTuple):
+    """What the host has to know of a forward: K̂ and log weights of F slots, changes of iterates of prompts."""
 
-    executed_F: Tensor
-    log_w_FK: Tensor
-    weights_FK: Tensor
+    executed: list[int]
+    log_w: list[list[float]]
+    changes: list[float]
+
+
+def known_of(routed: Routed | None, changes: list[Tensor], slots: int, steps: int) -> Known:
+    """Brought to the host by one copy, for which it waits; without a router, K of as many slots as there are."""
+    parts = [change.double() for change in changes]
+    if routed is not None:
+        parts += [routed.executed_F.double(), routed.log_w_FK.double().flatten()]
+    numbers = iter(torch.cat(parts).tolist() if parts else [])
+    changes = list(islice(numbers, len(changes)))
+    if routed is None:
+        return Known([steps] * slots, [[0.0] * (steps + 1)] * slots, changes)
+    executed = [int(number) for number in islice(numbers, len(routed.executed_F))]
+    return Known(executed, [list(islice(numbers, steps + 1)) for _ in executed], changes)

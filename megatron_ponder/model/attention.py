@@ -19,12 +19,12 @@ from megatron_ponder.parallel.sharding import ShardedModule, normal
 class LayerCache(Protocol):
     """Where one layer keeps the keys and values of executed slots."""
 
-    def attend(self, q_BTNE: Tensor, k_BTME: Tensor, v_BTMD: Tensor, scale: float) -> Tensor:
+    def attend(self, q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float) -> Tensor:
         """Store the slots being run and attend from each to those of its sequence up to itself.
 
         Args:
-            q_BTNE, k_BTME: queries and keys, with the folded channels.
-            v_BTMD: values, without.
+            q_BTND: queries.
+            k_BTMD, v_BTMD: keys, whose log weights the cache knows, and values.
             scale: factor on the logits.
 
         Returns:
@@ -42,7 +42,6 @@ class Slots(NamedTuple):
         segments: of the B · T slots; None if every row is one.
         kept: the slots of every token whose result is wanted.
         kernel: as in `training.attention_kernel`.
-        channels: log w as folded channels of queries and keys, once for all layers; what caches take.
     """
 
     tokens: int
@@ -51,7 +50,6 @@ class Slots(NamedTuple):
     segments: Segments | None = None
     kept: slice = slice(None)
     kernel: AttentionKernel = "auto"
-    channels: tuple[Tensor, Tensor] | None = None
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
@@ -81,7 +79,7 @@ class Attention(ShardedModule):
         Args:
             x_BTH: normed inputs in the residual stream.
             slots: what they are.
-            cache: keys and values of earlier slots; then folded channels are needed.
+            cache: keys and values of earlier slots.
 
         Returns:
             (B, kept slots, H) in the residual stream.
@@ -92,7 +90,6 @@ class Attention(ShardedModule):
         if cache is None:
             y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles, slots.kernel)
         else:
-            of_q, of_k = slots.channels
-            y = cache.attend(rotate(q, slots.angles, of_q), rotate(k, slots.angles, of_k), v, scale)
+            y = cache.attend(rotate(q, slots.angles), rotate(k, slots.angles), v, scale)
         y = slots.keep(y.flatten(2), slots.tokens)
         return self.o_proj(y, slots.tokens)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.config.run import AttentionKernel
-from megatron_ponder.kernels.attention import folded_channels
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.ends import Back, Front, Head
 from megatron_ponder.model.geometry import Geometry
@@ -264,25 +263,21 @@ class PonderLM(nn.Module):
         weights = fusion_weights(routing, rule)[..., : hidden_BLSH.shape[2]].to(hidden_BLSH.dtype)
         return (weights.unsqueeze(-2) @ hidden_BLSH).squeeze(-2)
 
-    def run_slots(self, x_TH: Tensor, positions_T: Tensor, log_w_T: Tensor, caches: Sequence[LayerCache]) -> Tensor:
+    def run_slots(self, x_TH: Tensor, positions_T: Tensor, caches: Sequence[LayerCache]) -> Tensor:
         """Run slots of any sequences through this part's blocks, against the slots that their caches hold.
 
         Args:
             x_TH: the residual stream that enters: in the first part c · E[x] of a token slot, or the hidden state of
                 the slot before a latent one.
             positions_T: int64, the RoPE position of each slot's token.
-            log_w_T: log weight of each slot as a key.
-            caches: one for each block; they know which slot is of which sequence.
+            caches: one for each block; they know which slot is of which sequence, and what it weighs as a key.
 
         Returns:
             (T, H), the residual stream that leaves; in the last part the hidden states of the slots.
         """
         config = self.model_config
         angles = rotation(positions_T.unsqueeze(0), config.rotated_channels, config.rope_theta, x_TH.dtype)
-        log_w_BT = log_w_T.unsqueeze(0)
-        channels = folded_channels(log_w_BT, config.head_size, x_TH)
-        slots = Slots(len(x_TH), angles, log_w_BT, channels=channels)
-        return self.transformer(x_TH.unsqueeze(0), slots, caches=caches).squeeze(0)
+        return self.transformer(x_TH.unsqueeze(0), Slots(len(x_TH), angles), caches=caches).squeeze(0)
 
 
 def _settled(before: PassState, after: PassState, tolerance: float) -> bool:

@@ -13,10 +13,11 @@ CANDIDATES = 100
 
 @dataclass
 class ListCache:
-    """Keys and values of one layer, (1, M, slots, ..), and attention written out."""
+    """Keys and values of one layer, (1, M, slots, ..), log weights of the keys, and attention written out."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
+    log_w: list[Tensor] = field(default_factory=list)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -24,7 +25,7 @@ class ListCache:
         self.values = v if self.values is None else torch.cat([self.values, v], 2)
         repeats = q.shape[2] // k.shape[1]
         keys, values = (x.repeat_interleave(repeats, 1) for x in (self.keys, self.values))
-        p = (q.transpose(1, 2) @ keys.transpose(2, 3) * scale).softmax(-1)
+        p = (q.transpose(1, 2) @ keys.transpose(2, 3) * scale + torch.cat(self.log_w)).softmax(-1)
         return (p @ values).transpose(1, 2)
 
 
@@ -46,8 +47,9 @@ class Sequential:
     def run(self, model, x: Tensor, log_w: Tensor | None = None, of_pass: int = 0) -> Tensor:
         """The hidden state of one slot of the current token."""
         caches = self.caches.setdefault(of_pass, [ListCache() for _ in model.part.layers])
-        log_w = torch.zeros(1).double() if log_w is None else log_w
-        return model.run_slots(x, torch.tensor([self.position]), log_w, caches)
+        for cache in caches:
+            cache.log_w.append(torch.zeros(1).double() if log_w is None else log_w)
+        return model.run_slots(x, torch.tensor([self.position]), caches)
 
 
 def fixed(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:

@@ -157,13 +157,13 @@ class Passes:
         """How many lines of keys a sequence has: one, or one for each pass with keys of its own."""
         return 1 if self.interleaved else self.steps + 1
 
-    def read_by_latents(self, back: Back, hidden_TH: Tensor, unfinished_T: Tensor) -> Tensor:
+    def read_by_latents(self, back: Back, hidden_TH: Tensor, unfinished_n: Tensor | None) -> Tensor:
         """What the next forward's latent slots read of this one in generation, (T, X), on the last pipeline rank.
 
         Args:
             back: of the model.
             hidden_TH: hidden states of the slots.
-            unfinished_T: bool, whether a latent slot may follow.
+            unfinished_n: int64, slots that a latent one may follow; None for all. Nobody reads what others give.
         """
         return hidden_TH
 

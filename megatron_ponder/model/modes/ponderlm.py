@@ -47,10 +47,12 @@ class PonderLMPasses(LoopPasses):
         hidden_BLH = enter(result.hidden_BLSH.squeeze(2), back.axis, result.geometry.tokens)
         return PassPrediction(result.inputs_BTH, _predict(back, hidden_BLH))
 
-    def read_by_latents(self, back: Back, hidden_TH: Tensor, unfinished_T: Tensor) -> Tensor:
-        candidates_U2n = _predict(back, hidden_TH[unfinished_T])
+    def read_by_latents(self, back: Back, hidden_TH: Tensor, unfinished_n: Tensor | None) -> Tensor:
+        candidates_U2n = _predict(back, hidden_TH if unfinished_n is None else hidden_TH[unfinished_n])
         numbers = candidates_U2n.flatten(1).view(hidden_TH.dtype)  # bit by bit, in the slots of a narrower type
-        return numbers.new_zeros(len(hidden_TH), numbers.shape[1]).masked_scatter_(unfinished_T.unsqueeze(1), numbers)
+        if unfinished_n is None:
+            return numbers
+        return numbers.new_zeros(len(hidden_TH), numbers.shape[1]).index_copy_(0, unfinished_n, numbers)
 
     def latent_inputs(self, front: Front, reads: LatentReads) -> Tensor:
         numbers = reads.read_TX[reads.sources_n]
