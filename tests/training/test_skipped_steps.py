@@ -87,26 +87,27 @@ def at_fault(fault: str, engine: Engine) -> Iterator[None]:
     if fault in ("loss", "gradient"):
         ends.vocab_parallel_cross_entropy = faulty(fault)
     try:
-        with spoilt(engine.model, fault, engine.held) if fault in SITES else nullcontext():
+        with spoilt(engine.model, fault) if fault in SITES else nullcontext():
             yield
     finally:
         ends.vocab_parallel_cross_entropy = sound
 
 
 @contextmanager
-def spoilt(model: PonderLM, site: str, held=lambda parameter: parameter.detach(), value=math.nan) -> Iterator[None]:
+def spoilt(model: PonderLM, site: str, value: float = math.nan) -> Iterator[None]:
     """Have a number that is none in what a module gives, or in a weight; where this part has none such, in its blocks.
 
     Args:
         model: or this rank's part of it.
         site: one of `SITES`.
-        held: what a rank holds of a parameter, to be changed in place.
         value: in place of a number.
     """
     module = {"embedding": model.embedding, "router": model.router, "head": model.head}.get(site.split()[0])
     module = module or model.transformer
-    if site.endswith("weight"):
-        weight = held(next(module.parameters())).flatten()
+    parameter = next(module.parameters())
+    # ZeRO 3 has some weights twice, of which one would stay spoilt.
+    if site.endswith("weight") and not hasattr(parameter, "ds_tensor"):
+        weight = parameter.detach().flatten()
         before, weight[::7] = weight.clone(), value
         yield
         weight.copy_(before)
