@@ -5,17 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
+from megatron_ponder.parallel import process_group
 from megatron_ponder.runs.metrics import read_metrics
 from tests import REPOSITORY
 from tests.finished_runs import LATEST, contents, finished_runs, refused, tiny_arguments
@@ -108,6 +111,20 @@ def test_a_file_that_is_no_configuration(answer, tmp_path, content):
     file = tmp_path / "run.yaml"
     file.write_text(content)
     assert str(file) in answer("--config", file)
+
+
+def test_what_a_run_asks_of_its_ranks_reaches_them(answer, run_arguments, monkeypatch):
+    asked = {}
+
+    @contextmanager
+    def group(launch: Launch, **options):
+        asked.update(options)
+        raise UserError("no ranks here")
+        yield
+
+    monkeypatch.setattr(process_group, "process_group", group)
+    answer(*run_arguments, "--training.deterministic=true", "--parallel.start_timeout=7")
+    assert asked == {"deterministic": True, "patience": 7}
 
 
 def test_an_error_of_all_ranks_is_printed_once(run_arguments, other, tmp_path):
