@@ -59,12 +59,16 @@ def _disjoint(size: int) -> list[range]:
     return sets if size == whole else [*sets, range(whole, size)]
 
 
-def _pair_of(axis: Axis, pairs: list[tuple[int, int]], name: str, timeout: timedelta) -> ProcessGroup | None:
-    """The group of this rank's pair, of places on the ring, if it is in one."""
+def _pair_of(axis: Axis, pairs: list[tuple[int, int]], name: str, timeout: timedelta) -> ProcessGroup:
+    """The group of this rank's pair, of places on the ring; of itself, if it is in none.
+
+    For PyTorch names a group by its ranks and by how many groups there are on the rank that makes it: where one rank
+    has made fewer than another, they would wait for each other under two names.
+    """
+    paired = {place for pair in pairs for place in pair}
+    parts = [sorted(pair) for pair in pairs] + [[place] for place in range(axis.size) if place not in paired]
     if dist.group.WORLD.bound_device_id is not None:
-        return dist.split_group(axis.group, [sorted(pair) for pair in pairs], timeout, group_desc=name)
-    own = next((pair for pair in pairs if axis.rank in pair), None)
-    if own is None:
-        return None
+        return dist.split_group(axis.group, parts, timeout, group_desc=name)
+    own = next(part for part in parts if axis.rank in part)
     ranks = [dist.get_global_rank(axis.group, place) for place in own]
     return dist.new_group(ranks, timeout, use_local_synchronization=True, group_desc=name)

@@ -70,7 +70,7 @@ def test_no_documents_at_all(tmp_path):
     with pytest.raises(UserError, match=r"skipped: 2 × no text in 'text'"):
         read(tmp_path)
     (tmp_path / "b.csv").write_text("text\nx\n")
-    with pytest.raises(UserError, match=r"skipped: 2 × no text in 'text'; left out of folders: 1 × \.csv\): give"):
+    with pytest.raises(UserError, match=r"skipped: 2 × no text in 'text'; left out of folders: 1 × \.csv\); give"):
         read(tmp_path)
 
 

@@ -84,7 +84,7 @@ def test_token_ids_must_lie_below_the_vocabulary(tmp_path, with_manifest):
     if with_manifest:
         write_dataset_manifest(tmp_path / "data", MANIFEST)
     check_vocabulary(tmp_path / "data", 500)
-    with pytest.raises(UserError, match=r"ids up to 499: set model\.vocab_size to at least 500"):
+    with pytest.raises(UserError, match=r"ids up to 499; set model\.vocab_size to at least 500"):
         check_vocabulary(tmp_path / "data", 499)
 
 

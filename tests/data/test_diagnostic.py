@@ -167,7 +167,7 @@ def test_the_corpus_and_its_depths_are_aligned(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"documents": 0}, {"questions": 0}, {"max_depth": -1}, {"max_depth": 7}])
 def test_no_corpus(tmp_path, wrong):
-    with pytest.raises(UserError, match=r"are no corpus: give at least one document, .* a depth from 0 to 6"):
+    with pytest.raises(UserError, match=r"are no corpus; give at least one document, .* a depth from 0 to 6"):
         write_corpus(tmp_path, **wrong)
 
 

@@ -82,7 +82,7 @@ def test_examples(content, layout):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"text": "a"}]', r"is one JSON array, and JSON lines are read: .* as jq -c '\.\[\]' does"),
+        (b'[{"text": "a"}]', r"is one JSON array, and JSON lines are read; .* as jq -c '\.\[\]' does"),
         (b'{\n"text": "a"\n}', r"has a JSON object over several lines, .* as jq -c \. does"),
         (b"some text", "does not begin with a JSON object; give JSON lines, or say with --format text"),
         ("\ufeff{}".encode("utf-16-le"), "does not begin with a JSON object"),

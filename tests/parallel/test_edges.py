@@ -61,3 +61,5 @@ def test_both_ends_of_an_edge_have_the_same_group(monkeypatch, size, bound):
         for other in calls[rank + 1 :]:
             common = set(own) & set(other)
             assert [call for call in own if call in common] == [call for call in other if call in common]
+            # as the same one of theirs, since its name has the number of groups that a rank has
+            assert all(own.index(call) == other.index(call) for call in common)
