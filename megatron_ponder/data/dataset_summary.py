@@ -98,7 +98,7 @@ def _check_tokens(dataset: IndexedDataset, vocab_size: int | None) -> str:
                 place = int(np.argmax(wrong))
                 limit = f", which is not below {vocab_size}" if tokens[place] >= 0 else ""
                 raise UserError(
-                    f"{bin_path} has the id {tokens[place]} as token {position + place}{limit}: "
+                    f"{bin_path} has the id {tokens[place]} as token {position + place}{limit}; "
                     "copy or make the dataset again"
                 )
             position += len(tokens)

@@ -65,18 +65,18 @@ def _manifests_of_one_tokenizer(datasets: Sequence[IndexedDataset]) -> list[Data
     for dataset, manifest in zip(others, manifests[1:], strict=True):
         if dataset.dtype != first.dtype:
             raise UserError(
-                f"{first.prefix} has tokens of type {first.dtype} and {dataset.prefix} of {dataset.dtype}: "
+                f"{first.prefix} has tokens of type {first.dtype} and {dataset.prefix} of {dataset.dtype}; "
                 "preprocess both with the same tokenizer"
             )
         if (manifest is None) != (manifests[0] is None):
             lacking = dataset.prefix if manifest is None else first.prefix
             raise UserError(
-                f"{manifest_path(lacking)} does not exist, so that the tokenizers cannot be compared: "
+                f"{manifest_path(lacking)} does not exist, so that the tokenizers cannot be compared; "
                 "merge datasets that all have one, or none"
             )
         if manifest is not None and _made_with(manifest) != _made_with(manifests[0]):
             raise UserError(
-                f"{first.prefix} and {dataset.prefix} were made with different tokenizers: "
+                f"{first.prefix} and {dataset.prefix} were made with different tokenizers; "
                 "preprocess both with the same one"
             )
     return manifests

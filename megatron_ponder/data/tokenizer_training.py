@@ -143,7 +143,7 @@ def _size_error(vocab_size: int, message: str) -> UserError:
     """SentencePiece says in prose which sizes would have worked."""
     if largest := re.search(r"too high .*value <= (\d+)", message):
         return UserError(
-            f"the text allows at most {largest[1]} tokens, not {vocab_size}: "
+            f"the text allows at most {largest[1]} tokens, not {vocab_size}; "
             f"set --vocab-size to at most {largest[1]}, or give more text"
         )
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):

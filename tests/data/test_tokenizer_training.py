@@ -45,7 +45,7 @@ def test_awkward_text_is_trained_on(tmp_path):
 
 def test_too_many_tokens_for_the_text(source_files, tmp_path):
     (tmp_path / "a.txt").write_text(source_files[0].read_text()[:2000])
-    with pytest.raises(UserError, match=r"at most (\d+) tokens, not 50000: set --vocab-size") as caught:
+    with pytest.raises(UserError, match=r"at most (\d+) tokens, not 50000; set --vocab-size") as caught:
         train_tokenizer([tmp_path / "a.txt"], tmp_path / "t", vocab_size=50_000)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     largest = int(str(caught.value).split("at most ")[1].split()[0])
