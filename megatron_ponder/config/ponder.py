@@ -70,6 +70,8 @@ class PonderTrainingConfig:
     prune_start: int | None = number_field(None, 0, STEPS)
     """Optimiser step from which training [prunes](training.md#how-many-steps) by τ, as inference does; never unless
     given."""
+    packed: bool = True
+    """Do not run what is pruned; otherwise, and over pipeline ranks, it is run and masked, with the same result."""
 
     @property
     def router_decides(self) -> int:

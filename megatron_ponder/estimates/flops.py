@@ -70,6 +70,26 @@ def forward_flops(config: Config, refinements: int, latents: bool = True) -> lis
     return every
 
 
+def work_of_passes(passes: int, trained: int | None) -> list[int]:
+    """How many times the operations of its forward pass each pass costs in training.
+
+    Args:
+        passes: how many there are.
+        trained: through how many of the last gradients flow; None for all.
+    """
+    cut = 0 if trained is None else max(0, passes - trained)
+    return [1] * cut + [FORWARD_AND_BACKWARD] * (passes - cut)
+
+
+def training_work(config: Config, refinements: int, latents: bool = True) -> PassFlops:
+    """Model FLOPs of the passes of one sequence in training, as `training_flops` counts them."""
+    passes = forward_flops(config, refinements, latents)
+    times = work_of_passes(len(passes), config.ponder_training.gradient_passes)
+    return PassFlops(
+        *(sum(n * part for n, part in zip(times, parts, strict=True)) for parts in zip(*passes, strict=True))
+    )
+
+
 def training_flops(config: Config, refinements: int, latents: bool = True) -> float:
     """Model FLOPs of one optimiser step over all ranks: what the algorithm asks for, however it is carried out.
 
@@ -81,9 +101,7 @@ def training_flops(config: Config, refinements: int, latents: bool = True) -> fl
         refinements: R of the step.
         latents: whether it has latent steps.
     """
-    passes = [flops.matrices + flops.attention for flops in forward_flops(config, refinements, latents)]
-    trained = config.ponder_training.gradient_passes or len(passes)
-    sequence = sum(passes[:-trained]) + FORWARD_AND_BACKWARD * (sum(passes[-trained:]) + head_flops(config))
+    sequence = sum(training_work(config, refinements, latents)) + FORWARD_AND_BACKWARD * head_flops(config)
     return config.training.global_batch_size * sequence
 
 

@@ -59,7 +59,8 @@ class PonderLMRouting(NamedTuple):
     """What the router decided for every token, under the hard rule: steps beyond K̂ do not exist.
 
     Attributes:
-        log_w: (..., K + 1), log weight of each step as a key, `DEAD` beyond K̂; None where every weight is 1.
+        log_w: (..., K + 1), log weight of each step as a key, `DEAD` beyond K̂, and in parallel beyond the step after
+            those that the pass ran; None where every weight is 1.
         fusion: (..., K + 1), weight of each step's hidden state in the output; sums to 1.
         executed: int64 (...), K̂.
     """
@@ -227,7 +228,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         ends_padded = present_BL is not None and not bool((present_BL[:, 1:] > present_BL[:, :-1]).any())
         # Nothing looks at padding that only follows, so that attention may be plainly causal, which is faster.
         positions, documents = document_layout(ids_BL, None if ends_padded and eod_id is None else present_BL, eod_id)
-        inputs, log_w = method.first(self, self.model.embed(ids_BL)), None
+        inputs, log_w, ran = method.first(self, self.model.embed(ids_BL)), None, torch.zeros_like(ids_BL)
         for following in [*plan[1:], 0]:
             slots = inputs.shape[2]
             hidden = self.model(
@@ -236,8 +237,9 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
                 None if log_w is None else log_w.flatten(1, 2),
                 None if documents is None else _visible(documents.repeat_interleave(slots, 1)),
             ).unflatten(1, (-1, slots))
-            routing = self._route(hidden[:, :, 0])
+            routing = self._route(hidden[:, :, 0], ran)
             if following:
+                ran = torch.minimum(routing.executed, ran + 1).clamp(max=following - 1)
                 inputs = method.following(self, inputs, hidden, following)
                 log_w = None if routing.log_w is None else routing.log_w[:, :, :following]
         if self.router is None:
@@ -293,8 +295,12 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         log_w = None if log_w_R is None else log_w_R.unsqueeze(1)
         return self.model(x_RH.unsqueeze(1), positions, log_w, mask, cache).squeeze(1)
 
-    def _route(self, h_token: Tensor) -> PonderLMRouting:
-        """The routing from h_{t,0} (..., H)."""
+    def _route(self, h_token: Tensor, ran: Tensor | None = None) -> PonderLMRouting:
+        """The routing from h_{t,0} (..., H).
+
+        In parallel, a pass that `ran` so many steps of each token, (...), fuses no more of them, and the next one may
+        run one more.
+        """
         config = self.config
         step = torch.arange(config.ponder_steps + 1, device=h_token.device)
         if self.router is None:
@@ -306,10 +312,11 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         log_w = tails - tails[..., :1]
         w = log_w.exp()
         executed = (w[..., 1:] >= config.ponder_threshold).sum(-1)  # w decreases with k and begins at 1
-        last = executed.unsqueeze(-1)
+        last = (executed if ran is None else torch.minimum(executed, ran)).unsqueeze(-1)
+        following = (executed if ran is None else torch.minimum(executed, ran + 1)).unsqueeze(-1)
         # The last executed step takes all the weight that remains.
         fusion = torch.where(step < last, (logits - tails[..., :1]).exp(), w).masked_fill(step > last, 0)
-        return PonderLMRouting(log_w.masked_fill(step > last, DEAD), fusion, executed)
+        return PonderLMRouting(log_w.masked_fill(step > following, DEAD), fusion, executed)
 
     @classmethod
     def _supports_default_dynamic_cache(cls, *args) -> bool:

@@ -40,7 +40,7 @@ class Slots(NamedTuple):
         angles: of the T slots.
         log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1.
         segments: of the B · T slots; None if every row is one.
-        kept: the slots of every token whose result is wanted.
+        kept: the slots of every token whose result is wanted; or int64, those of all of them.
         kernel: as in `training.attention_kernel`.
     """
 
@@ -48,11 +48,13 @@ class Slots(NamedTuple):
     angles: Rotation
     log_w_BT: Tensor | None = None
     segments: Segments | None = None
-    kept: slice = slice(None)
+    kept: slice | Tensor = slice(None)
     kernel: AttentionKernel = "auto"
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
+        if isinstance(self.kept, Tensor):
+            return x.index_select(1, self.kept)
         return x if self.kept == slice(None) else x.unflatten(1, (tokens, -1))[:, :, self.kept].flatten(1, 2)
 
 

@@ -18,7 +18,16 @@ from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.pondering import PassResult, Sizes, State, Stream
 from megatron_ponder.model.passes import PassState
 from megatron_ponder.model.rope import rotation
-from megatron_ponder.model.router import Router, Routing, Rule, RuleKind, fusion_weights, key_log_weights, route
+from megatron_ponder.model.router import (
+    Router,
+    Routing,
+    Rule,
+    RuleKind,
+    executed_before,
+    fusion_weights,
+    key_log_weights,
+    route,
+)
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
 from megatron_ponder.parallel.layers import VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
@@ -37,15 +46,20 @@ class PonderOutput:
         hidden_BLSH: hidden states of the final pass's slots, of the last slot alone where only that is the output; with
             sequence parallelism those of this rank's tokens.
         routing: the final pass's routing; None unless the mode is `adaptive`.
-        passes: how many passes were run.
+        slots_PB: int64, slots that each pass ran of each sequence.
         steps: the most latent steps that a token could take: K, or 0 under the rule `none`.
     """
 
     output_BLH: Tensor
     hidden_BLSH: Tensor
     routing: Routing | None
-    passes: int
+    slots_PB: Tensor
     steps: int
+
+    @property
+    def passes(self) -> int:
+        """How many passes were run."""
+        return len(self.slots_PB)
 
 
 class Batch(NamedTuple):
@@ -146,7 +160,7 @@ class PonderLM(nn.Module):
                 result = self.run_pass(batch, state, rule, index, plan)
                 if index + 1 < len(plan):
                     state = self.next_state(result, rule, plan[index + 1])
-        return self.output(result, rule, len(plan))
+        return self.output(result, rule, plan)
 
     @torch.no_grad()
     def exact(self, tokens_BL: Tensor, rule: Rule, tolerance: float | None = None) -> PonderOutput:
@@ -173,7 +187,7 @@ class PonderLM(nn.Module):
             if passes > steps + 1 and _settled(state, following, tolerance):
                 break
             state = following
-        return self.output(result, rule, passes)
+        return self.output(result, rule, [min(index, steps) + 1 for index in range(passes)])
 
     def sizes(self, batch: int, tokens: int) -> Sizes:
         """Sizes of micro-batches of so many sequences of L tokens."""
@@ -235,17 +249,29 @@ class PonderLM(nn.Module):
 
     def end_pass(self, stream: Stream, batch: Batch, rule: Rule) -> PassResult:
         """The result of a pass, from what leaves the last block; embeddings are wanted if the router reads them."""
-        h_BLSH = stream.x_BTH.unflatten(1, (self.axis.share(batch.geometry.tokens), -1))
+        share = self.axis.share(batch.geometry.tokens)
+        h_BLSH = stream.x_BTH.unflatten(1, (share, -1))
         read_BLH = batch.embedded_BLH if self.ponder_config.routes_by_token else h_BLSH[:, :, 0]
-        return PassResult(h_BLSH, self.route(read_BLH, rule), stream.inputs_BTH, batch.geometry)
+        ran_BL = None
+        if rule.kind == "hard" and self.passes.routed:
+            ran_BL = executed_before(stream.log_w_BT, h_BLSH.shape[:2], h_BLSH.device)
+        return PassResult(h_BLSH, self.route(read_BLH, rule), stream.inputs_BTH, batch.geometry, ran_BL)
 
-    def output(self, result: PassResult, rule: Rule, passes: int) -> PonderOutput:
-        """What comes of the final pass."""
-        hidden_BLSH, routing, _, geometry = result
-        fused = enter(self.fuse(hidden_BLSH, routing, rule), self.axis, geometry.tokens)
+    def output(self, result: PassResult, rule: Rule, plan: Sequence[int]) -> PonderOutput:
+        """What comes of the final pass.
+
+        Args:
+            result: of the pass.
+            rule: how a routing is applied.
+            plan: slots per token of every pass, this one the last.
+        """
+        hidden_BLSH, routing, _, geometry, ran_BL = result
+        counted = routing if ran_BL is None else routing.at_most(ran_BL)
+        fused = enter(self.fuse(hidden_BLSH, counted, rule), self.axis, geometry.tokens)
         if routing is not None:
             routing = Routing(*(all_tokens(part, self.axis, geometry.tokens) for part in routing))
-        return PonderOutput(fused, hidden_BLSH, routing, passes, self.ponder_config.steps if rule.latents else 0)
+        slots_PB = torch.tensor(plan).unsqueeze(1).expand(-1, len(fused)) * geometry.tokens
+        return PonderOutput(fused, hidden_BLSH, routing, slots_PB, self.ponder_config.steps if rule.latents else 0)
 
     def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
         """The routing from what the router reads, (..., H); None unless the mode is `adaptive`."""
@@ -253,7 +279,8 @@ class PonderLM(nn.Module):
 
     def next_state(self, result: PassResult, rule: Rule, next_slots: int) -> State:
         """What the next pass starts from."""
-        log_w = None if result.routing is None else key_log_weights(result.routing, rule)
+        routing = result.routing if result.ran_BL is None else result.routing.at_most(result.ran_BL + 1)
+        log_w = None if routing is None else key_log_weights(routing, rule)
         return self.passes.leave(self.back, result, log_w, next_slots)
 
     def fuse(self, hidden_BLSH: Tensor, routing: Routing | None, rule: Rule) -> Tensor:

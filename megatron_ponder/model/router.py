@@ -1,5 +1,6 @@
 """The router: how much of each latent step a token gets, as a softmax over steps and its reversed tails."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -29,6 +30,10 @@ class Routing(NamedTuple):
     log_s: Tensor
     log_w: Tensor
     executed: Tensor
+
+    def at_most(self, steps: Tensor) -> "Routing":
+        """The same with no more latent steps of a token than so many, int64 (...)."""
+        return self._replace(executed=torch.minimum(self.executed, steps))
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,19 @@ def key_log_weights(routing: Routing, rule: Rule) -> Tensor:
         return routing.log_w
     step = torch.arange(routing.log_w.shape[-1], device=routing.log_w.device)
     return routing.log_w.masked_fill(step > routing.executed.unsqueeze(-1), DEAD)
+
+
+def executed_before(log_w_BT: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Latent steps of every token that are not dead as keys, int64 (B, L): those that a pruned pass ran.
+
+    Args:
+        log_w_BT: log weights with which its slots entered; None in the first pass, which has no latent ones.
+        shape: B and L.
+        device: of the result.
+    """
+    if log_w_BT is None:
+        return torch.zeros(tuple(shape), dtype=torch.long, device=device)
+    return (log_w_BT.unflatten(1, (shape[1], -1)) != DEAD).sum(-1) - 1
 
 
 def fusion_weights(routing: Routing, rule: Rule) -> Tensor:

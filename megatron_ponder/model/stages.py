@@ -97,4 +97,4 @@ class PassStage(nn.Module):
         result = model.end_pass(stream, batch, self.rule)
         if index + 1 < len(plan):
             return pack(*model.next_state(result, self.rule, plan[index + 1]))
-        return self._finish(model.output(result, self.rule, len(plan)), tokens)
+        return self._finish(model.output(result, self.rule, plan), tokens)

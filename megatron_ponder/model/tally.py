@@ -24,8 +24,12 @@ class Tally(NamedTuple):
         own_losses: (K + 1,), nats of what h_{t,k} by itself predicts, before it is mixed with other steps.
         first_squared: square of the first of these.
         steps_first: K̂ times the first of these.
+        slots: that were run, over all passes.
+        slot_work: the same, three times those of passes with a backward pass, as operations are counted.
+        pair_work: pairs of a slot and one that it may see, likewise.
 
-    The last three are zero unless they were asked for; `penalty`, `entropy` and `weights` are without a router.
+    What every step predicts by itself is zero unless it was asked for; `penalty`, `entropy` and `weights` are without a
+    router.
     """
 
     cross_entropy: float
@@ -36,6 +40,9 @@ class Tally(NamedTuple):
     own_losses: list[float]
     first_squared: float
     steps_first: float
+    slots: float
+    slot_work: float
+    pair_work: float
 
     @property
     def tokens(self) -> int:

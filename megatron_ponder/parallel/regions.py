@@ -47,6 +47,19 @@ def leave(x: Tensor, axis: Axis, tokens: int) -> Tensor:
     return _SumAndSplitTokens.apply(x, axis, tokens)
 
 
+def gather_parts(x: Tensor, axis: Axis, tokens: int) -> Tensor:
+    """(B, this rank's part of L tokens, ..) → (B, L, ..) in the residual stream, of which it goes on with another part.
+
+    Its gradient is summed over the ranks; without sequence parallelism nothing happens.
+    """
+    return _GatherTokens.apply(x, axis, tokens) if axis.sequence_parallel else x
+
+
+def own_part(x: Tensor, axis: Axis) -> Tensor:
+    """(B, L, ..) → (B, this rank's part of L tokens, ..) in the residual stream, with zeros after the last."""
+    return _shares(x, axis, x.shape[1])[axis.rank] if axis.sequence_parallel else x
+
+
 def on_residual(parameter: Tensor, axis: Axis) -> Tensor:
     """A replicated parameter that is applied in the residual stream, of which each rank may see its tokens only."""
     return copy_to_ranks(parameter, axis) if axis.sequence_parallel else parameter

@@ -172,7 +172,7 @@ class TrainingLoop:
             **(records.router_fields(tally, self._config.ponder.steps) if routes else {}),
             **own,
             **drift,
-            **self._end_watch(plan),
+            **self._end_watch(plan, tally),
         }
 
     # Parts of a step, in their order -------------------------------------------------------------------------------
@@ -232,8 +232,8 @@ class TrainingLoop:
         if compiled is not None and (news := compiled.news()):
             self._output.say(f"step {self._state.step}  {news}")
 
-    def _end_watch(self, plan: StepPlan) -> dict[str, Value]:
-        measured, slow_ranks = self._watch.end(plan)
+    def _end_watch(self, plan: StepPlan, tally: Tally) -> dict[str, Value]:
+        measured, slow_ranks = self._watch.end(plan, tally)
         if slow_ranks is not None:
             self._output.say(f"step {self._state.step}  {slow_ranks}")
         return measured

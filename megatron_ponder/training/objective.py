@@ -1,10 +1,13 @@
 """The training loss of a micro-batch, as a module, because that is what DeepSpeed wraps."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from megatron_ponder.estimates.flops import work_of_passes
+from megatron_ponder.model.packed import packable, packed_jacobi
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Routing, Rule
 from megatron_ponder.model.tally import Tally
@@ -17,11 +20,12 @@ class Objective(nn.Module):
     Attributes:
         model: the language model.
         gradient_passes: gradients flow through the last so many passes only; None for all.
+        packed: slots that are pruned are not run, in place of being masked.
     """
 
-    def __init__(self, model: PonderLM, gradient_passes: int | None = None) -> None:
+    def __init__(self, model: PonderLM, gradient_passes: int | None = None, packed: bool = False) -> None:
         super().__init__()
-        self.model, self.gradient_passes = model, gradient_passes
+        self.model, self.gradient_passes, self.packed = model, gradient_passes, packed
 
     def forward(
         self,
@@ -43,7 +47,9 @@ class Objective(nn.Module):
         Returns:
             As `measure`.
         """
-        result = self.model.jacobi(tokens[:, :-1], refinements, rule, self.gradient_passes)
+        packs = self.packed and packable(self.model, rule) and not each_step  # which asks for every step's states
+        evaluate = partial(packed_jacobi, self.model) if packs else self.model.jacobi
+        result = evaluate(tokens[:, :-1], refinements, rule, self.gradient_passes)
         return self.measure(result, tokens, penalty_weight, each_step)
 
     def measure(
@@ -66,7 +72,7 @@ class Objective(nn.Module):
         steps, labels_BL = self.model.ponder_config.steps, tokens[:, 1:]
         loss, losses_BL = self.model.head(result.output_BLH, labels_BL)
         executed_BL = torch.full_like(labels_BL, result.steps)
-        sums = {"cross_entropy": losses_BL.sum(1, dtype=torch.float64)}
+        sums = {"cross_entropy": losses_BL.sum(1, dtype=torch.float64)} | self._work(result)
         if result.routing is not None:
             penalties_BL, executed_BL = result.routing.log_w[..., 1:].exp().sum(-1), result.routing.executed
             loss = loss + penalty_weight * penalties_BL.sum()
@@ -75,6 +81,15 @@ class Objective(nn.Module):
                 sums |= self._own_losses(result, labels_BL)
         sums["steps"] = counted(executed_BL, steps)
         return _telling(loss), Tally.pack(steps, sums)
+
+    def _work(self, result: PonderOutput) -> dict[str, Tensor]:
+        """What the passes ran of each sequence."""
+        times, slots_PB = work_of_passes(result.passes, self.gradient_passes), result.slots_PB.double()
+        pairs_PB = slots_PB * (slots_PB + 1) / 2
+        work = {"slot_work": slots_PB, "pair_work": pairs_PB}
+        return {"slots": slots_PB.sum(0)} | {
+            name: sum(n * each for n, each in zip(times, of_passes, strict=True)) for name, of_passes in work.items()
+        }
 
     @torch.no_grad()
     def _own_losses(self, result: PonderOutput, labels_BL: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,17 @@
 """What steps cost, which changes when latent steps begin, and how many are left at what the last one cost."""
 
+from functools import cache
+
 from megatron_ponder.config import Config
-from megatron_ponder.estimates.flops import training_flops
+from megatron_ponder.estimates.flops import (
+    FORWARD_AND_BACKWARD,
+    head_flops,
+    training_flops,
+    training_work,
+    work_of_passes,
+)
 from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.schedules import StepPlan
 
 
@@ -16,20 +25,21 @@ class StepCosts:
             config: resolved, with a vocabulary size.
         """
         training = config.ponder_training
-        self._passes, self._steps = passes_of(config.ponder), config.training.steps
+        self._config, self._passes, self._steps = config, passes_of(config.ponder), config.training.steps
         self._begin = training.latent_start if self._passes.steps else 0
-        self._plain = training_flops(config, 0, latents=False)
-        self._pondering = {r: training_flops(config, r) for r in training.refinement_choices}
-        drawn = training.refinement_draws
-        self._ratio = sum(self._pondering[r] for r in drawn) / len(drawn) / self._plain
+        drawn, plain = training.refinement_draws, training_flops(config, 0, latents=False)
+        self._ratio = sum(training_flops(config, r) for r in drawn) / len(drawn) / plain
+        self._planned = cache(self._whole)
 
-    def flops(self, plan: StepPlan) -> float:
-        """Model FLOPs of a step."""
-        return self._pondering[plan.refinements] if plan.rule.latents else self._plain
+    def flops(self, plan: StepPlan, tally: Tally) -> float:
+        """Model FLOPs of a step.
 
-    def slots(self, plan: StepPlan) -> int:
-        """Slots a token that all passes of a step run together."""
-        return sum(self._passes.plan(plan.refinements, plan.rule.latents))
+        Args:
+            plan: of the step.
+            tally: of the whole global batch, which knows what of the plan was run.
+        """
+        (matrices, attention, head), (slots, pairs) = self._planned(plan.refinements, plan.rule.latents)
+        return matrices * (tally.slot_work / slots) + attention * (tally.pair_work / pairs) + head
 
     def left(self, step: int) -> float:
         """How many steps at the cost of the last one the rest of the run is worth, after `step` of them."""
@@ -41,3 +51,15 @@ class StepCosts:
         if step != self._begin or step == 0:
             return None
         return f"latent steps begin: from here a step takes {self._ratio:.1f} times as many operations"
+
+    def _whole(self, refinements: int, latents: bool) -> tuple[tuple[float, float, float], tuple[float, float]]:
+        """FLOPs of a step that runs every slot of its plan, and its `slot_work` and `pair_work`."""
+        config, tokens = self._config, self._config.data.sequence_length
+        batch = config.training.global_batch_size
+        matrices, attention = training_work(config, refinements, latents)
+        slots = [tokens * slots for slots in self._passes.plan(refinements, latents)]
+        times = work_of_passes(len(slots), config.ponder_training.gradient_passes)
+        work = sum(n * count for n, count in zip(times, slots, strict=True))
+        pairs = sum(n * count * (count + 1) / 2 for n, count in zip(times, slots, strict=True))
+        flops = (batch * matrices, batch * attention, batch * FORWARD_AND_BACKWARD * head_flops(config))
+        return flops, (batch * work, batch * pairs)

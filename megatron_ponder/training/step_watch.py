@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_ponder.cluster.gpus import known_gpu
 from megatron_ponder.config import Config
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.schedules import StepPlan
 from megatron_ponder.training.step_costs import StepCosts
@@ -96,11 +97,12 @@ class StepWatch:
         del self._forwards[forwards:]
         self._start = self._clock.now()
 
-    def end(self, plan: StepPlan) -> tuple[dict[str, float], str | None]:
+    def end(self, plan: StepPlan, tally: Tally) -> tuple[dict[str, float], str | None]:
         """The step has ended, and everybody knows its loss.
 
         Args:
             plan: of the step.
+            tally: of the whole global batch.
 
         Returns:
             Fields of the record, and what is to be said of slow ranks, if anything.
@@ -108,7 +110,7 @@ class StepWatch:
         self.mark()
         spans = [self._clock.between(*span) for span in self._spans]
         parts = dict(zip(PARTS, spans, strict=False))
-        fields = self._fields(parts, sum(spans), plan)
+        fields = self._fields(parts, sum(spans), self._costs.flops(plan, tally), tally.slots)
         blocks = sum(self._clock.between(*pair) for pair in self._forwards)
         times = self._stragglers.add(parts["data"], blocks)
         if times is None:
@@ -119,22 +121,22 @@ class StepWatch:
         """Wait for what ranks were telling each other."""
         self._stragglers.finish()
 
-    def _fields(self, parts: dict[str, float], seconds: float, plan: StepPlan) -> dict[str, float]:
+    def _fields(self, parts: dict[str, float], seconds: float, flops: float, slots: float) -> dict[str, float]:
         """Fields of the record that are measured on this rank.
 
         Args:
             parts: seconds of each of `PARTS`.
             seconds: of the step.
-            plan: of the step.
+            flops: of its algorithm, over all ranks.
+            slots: that were run, over all ranks.
         """
         tokens = self._config.training.global_batch_size * self._config.data.sequence_length
-        flops, slots = self._costs.flops(plan), self._costs.slots(plan)
         rate = flops / seconds
         fields = {
             "time": time.time(),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "slots_per_second": tokens * slots / seconds,
+            "slots_per_second": slots / seconds,
             **{f"{part}_seconds": parts[part] for part in PARTS},
             "data_wait": parts["data"] / seconds,
             "model_flops": flops,

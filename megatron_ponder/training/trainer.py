@@ -58,7 +58,9 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         model = together(lambda: build_model(config, parts, mesh, start.weights))
         together(lambda: None if folder is None else folder.write_config())
         phases.mark("model")
-        engine = Engine(Objective(model, config.ponder_training.gradient_passes), config, mesh)
+        engine = Engine(
+            Objective(model, config.ponder_training.gradient_passes, config.ponder_training.packed), config, mesh
+        )
         phases.mark("DeepSpeed")
         together(lambda: compile_blocks(model, config, device))  # now, or the engine's dry step would be compiled too
         if start.state.step > 0:  # or it has weights alone

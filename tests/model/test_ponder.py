@@ -44,6 +44,7 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, kind: str,
     embedded = [model.ponder_config.embedding_scale * model.embedding.weight[token] for token in tokens]
     z: list[list[Tensor]] = [[] for _ in tokens]
     weights = None  # of each token's steps
+    run = [0] * length  # latent steps of each token that are not dead in this pass
     passes = [*range(1, steps + 1), *[steps + 1] * (refinements + 1)] if steps else [1]
     for slots in passes:
         sequence = torch.stack([slot for t in range(length) for slot in (embedded[t], *z[t][: slots - 1])])
@@ -61,16 +62,22 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, kind: str,
             w = [[s[t][k:].sum() for k in range(steps + 1)] for t in range(length)]
             last = [max(k for k in range(steps + 1) if w[t][k] >= threshold) for t in range(length)]
             dead = torch.tensor(DEAD, dtype=sequence.dtype)
+            counted = [min(last[t], run[t]) for t in range(length)]
+            run = [min(last[t], run[t] + 1, steps) for t in range(length)]
             weights = [
-                [dead if kind == "hard" and k > last[t] else w[t][k].log() for k in range(steps + 1)]
+                [dead if kind == "hard" and k > run[t] else w[t][k].log() for k in range(steps + 1)]
                 for t in range(length)
             ]
     if model.router is None:
         return torch.stack([h[t][-1] for t in range(length)])
     if kind == "soft":
         return torch.stack([s[t] @ h[t] for t in range(length)])
-    fused = [sum(s[t][k] * h[t][k] for k in range(last[t])) + w[t][last[t]] * h[t][last[t]] for t in range(length)]
-    return torch.stack(fused)
+    return torch.stack(
+        [
+            sum(s[t][k] * h[t][k] for k in range(n)) + w[t][n] * h[t][n]
+            for t, n in zip(range(length), counted, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()

@@ -14,12 +14,15 @@ SUMS = {
     "own_losses": torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.5, 2.0]]),
     "first_squared": torch.tensor([9.0, 9.5]),
     "steps_first": torch.tensor([2.0, 9.0]),
+    "slots": torch.tensor([18, 18]),
+    "slot_work": torch.tensor([54, 54]),
+    "pair_work": torch.tensor([180, 180]),
 }
 
 
 def test_every_sum_comes_back_under_its_name():
     packed = Tally.pack(2, SUMS)
-    assert packed.shape == (2, Tally.width(2)) == (2, 5 + 3 * 3)
+    assert packed.shape == (2, Tally.width(2)) == (2, 8 + 3 * 3)
     assert packed.dtype == torch.float64
     found = Tally.of(packed.sum(0))
     assert found._fields == tuple(SUMS)

@@ -129,7 +129,7 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
         wanted: evaluations before every step.
     """
     config = layout.config(case)
-    engine = Engine(Objective(model_for(config, mesh)), config, mesh)
+    engine = Engine(Objective(model_for(config, mesh), packed=True), config, mesh)
     torch.compiler.reset()  # of the case before
     compile_blocks(engine.model, config, mesh.device, backend="aot_eager")
     rule, scale = training_rule(0, config), 1 / (config.training.global_batch_size * LENGTH)

@@ -11,7 +11,7 @@ from tests.models import small_config
 
 def complaint(steps: list[int], step: int = FORMING, cost: float = 0.0, **overrides) -> str | None:
     config = small_config(**overrides)
-    return router_complaint(Tally(0.0, 0.0, 0.0, steps, [], [], 0.0, 0.0), cost, step, config)
+    return router_complaint(Tally(0.0, 0.0, 0.0, steps, [], [], 0.0, 0.0, 0.0, 0.0, 0.0), cost, step, config)
 
 
 @pytest.mark.parametrize(

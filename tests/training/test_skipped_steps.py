@@ -130,7 +130,7 @@ def with_one(x: Tensor, value: float) -> Tensor:
 def steps(mesh: Mesh, layout: Layout, case: dict, faults: dict[int, str]) -> tuple[list[float], dict]:
     """Norms of five steps, of which those with a fault have it on the last rank alone, and the state after all."""
     config = layout.config(case)
-    engine = Engine(Objective(model_for(config, mesh)), config, mesh)
+    engine = Engine(Objective(model_for(config, mesh), packed=True), config, mesh)
     norms, last = [], torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     for step in range(5):
         fault = faults.get(step)

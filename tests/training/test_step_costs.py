@@ -1,22 +1,53 @@
-"""What steps cost before and after latent steps begin."""
+"""What steps cost: before and after latent steps begin, and where slots are not run."""
 
 import pytest
 
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.model.router import Rule
+from megatron_ponder.model.tally import Tally
+from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import StepPlan
 from megatron_ponder.training.step_costs import StepCosts
-from tests.models import small_config
+from tests.models import random_tokens, small_config, small_model
 
 WEIGHTED = {"ponder_training__jacobi_iterations": {0: 3, 2: 1}}
+SIZES = {"training__global_batch_size": 3, "data__sequence_length": 17}
+
+
+def measured(rule: Rule, packed: bool, gradient_passes: int | None = None, **overrides) -> Tally:
+    objective = Objective(small_model(**overrides), gradient_passes, packed)
+    return Tally.of(objective(random_tokens(3, 18), 2, rule)[1].sum(0))
+
+
+@pytest.mark.parametrize("gradient_passes", [None, 2])
+@pytest.mark.parametrize("mode", ["adaptive", "fixed", "pause", "loop"])
+def test_steps_that_run_their_whole_plan_cost_what_estimates_say(mode, gradient_passes):
+    overrides = SIZES | {"ponder__mode": mode}
+    if gradient_passes is not None:
+        overrides["ponder_training__gradient_passes"] = gradient_passes
+    config, rule = small_config(**overrides), Rule("soft", 0.1)
+    tally = measured(rule, False, gradient_passes, ponder__mode=mode)
+    assert StepCosts(config).flops(StepPlan(0.1, 2, rule, 0.0), tally) == training_flops(config, 2)
 
 
 def test_a_step_before_latent_steps_costs_what_one_of_vanilla_costs():
-    config = small_config(ponder__mode="fixed", ponder_training__latent_start=10)
-    costs, plan = StepCosts(config), StepPlan(0.1, 2, Rule("none", 0.1), 0.0)
-    assert costs.flops(plan) == training_flops(small_config(ponder__mode="vanilla"), 0)
-    assert costs.slots(plan) == 1
-    assert costs.flops(plan._replace(rule=Rule("soft", 0.1))) == training_flops(config, 2)
+    config, rule = small_config(ponder__mode="fixed", ponder_training__latent_start=10, **SIZES), Rule("none", 0.1)
+    tally = measured(rule, False, ponder__mode="fixed")
+    assert tally.slots == 3 * 17
+    plan = StepPlan(0.1, 2, rule, 0.0)
+    assert StepCosts(config).flops(plan, tally) == training_flops(small_config(ponder__mode="vanilla", **SIZES), 0)
+
+
+def test_slots_that_are_not_run_cost_nothing():
+    config, rule = small_config(**SIZES), Rule("hard", 0.4)
+    plan, costs = StepPlan(0.1, 2, rule, 0.0), StepCosts(config)
+    masked, packed = (measured(rule, packs) for packs in (False, True))
+    assert masked.steps == packed.steps and min(packed.steps) > 0
+    assert masked.slots == 3 * 17 * (1 + 2 + 3 * 3)
+    assert 5 * 3 * 17 < packed.slots < masked.slots
+    shares = [packed.slot_work / masked.slot_work, packed.pair_work / masked.pair_work]
+    assert shares[1] < shares[0] == packed.slots / masked.slots
+    assert shares[1] < costs.flops(plan, packed) / costs.flops(plan, masked) < 1
 
 
 def test_the_rest_of_a_run_is_counted_in_steps_like_the_last():

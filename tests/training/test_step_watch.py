@@ -10,6 +10,7 @@ from megatron_ponder.cluster.gpus import GPUS, known_gpu
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.schedules import StepPlan
@@ -18,6 +19,20 @@ from megatron_ponder.training.step_watch import MEASURED, PARTS, StepWatch
 from tests import REPOSITORY
 from tests.finished_runs import finished_runs
 from tests.models import random_tokens, small_config
+
+# Five passes of 1, 2, 3, 3 and 3 slots over four sequences of 64 tokens.
+LENGTHS = [64 * slots for slots in (1, 2, 3, 3, 3)]
+PLANNED = Tally.of(
+    Tally.pack(
+        2,
+        {
+            "cross_entropy": torch.zeros(1),
+            "slots": torch.tensor([4 * sum(LENGTHS)]),
+            "slot_work": torch.tensor([12 * sum(LENGTHS)]),
+            "pair_work": torch.tensor([12 * sum(length * (length + 1) // 2 for length in LENGTHS)]),
+        },
+    )[0]
+)
 
 
 def watched(**overrides) -> tuple[StepWatch, PonderLM]:
@@ -41,7 +56,7 @@ def test_the_parts_of_a_step_are_where_the_time_went():
     watch.mark()
     time.sleep(0.01)
     watch.mark()
-    fields, slow = watch.end(StepPlan(1e-3, 2, Rule("soft", 0.1), 0.0))
+    fields, slow = watch.end(StepPlan(1e-3, 2, Rule("soft", 0.1), 0.0), PLANNED)
     assert slow is None
     least = {"data": 0.03, "forward_backward": 0.06, "optimizer": 0.01}
     assert all(fields[f"{part}_seconds"] >= seconds for part, seconds in least.items())

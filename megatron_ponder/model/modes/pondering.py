@@ -37,12 +37,14 @@ class PassResult(NamedTuple):
         routing: from those of the first slots; None without a router.
         inputs_BTH: as in `Stream`.
         geometry: positions and segments.
+        ran_BL: int64, latent steps that each token ran in this pass, where a rule prunes; None where that is all.
     """
 
     hidden_BLSH: Tensor
     routing: Routing | None
     inputs_BTH: Tensor | None
     geometry: Geometry
+    ran_BL: Tensor | None = None
 
 
 class LatentReads(NamedTuple):
