@@ -2,7 +2,8 @@
 
 Growth pass i = 0..K-1 runs i + 1 slots a token and gives every token one latent more; R refinement passes run all K + 1
 slots and replace all latents at once (Jacobi iteration of z_{t,k} = h_{t,k-1}); the final pass gives the hidden states
-for the output. In `adaptive` mode every pass also routes from its own h_{t,0}, and the next pass uses that log w.
+for the output. In `adaptive` mode every pass also routes from its own h_{t,0}, and the next pass uses that log w. Under
+the hard rule the next pass has min(K̂, n + 1) latent steps of a token that had n in this one; `packed.py` runs no other.
 
 This file alone says so; plain training, pipelines, evaluation and the exact fixed point all run it as the passes of
 `modes/pondering.py`. What other modes do otherwise is said beside it.

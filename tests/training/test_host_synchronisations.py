@@ -61,10 +61,16 @@ def test_a_micro_batch_with_documents_waits_for_their_number():
     assert waits(small_model(model__num_layers=1, eod_id=7), "soft") == {"nonzero": 1}
 
 
-def waits(model: PonderLM, kind: RuleKind) -> Counter[str]:
+def test_packed_passes_wait_for_the_number_of_their_slots():
+    """Four passes, and the slots of the third that the last block finishes."""
+    assert waits(small_model(model__num_layers=1), "hard", packed=True) == {"repeat_interleave": 5}
+
+
+def waits(model: PonderLM, kind: RuleKind, packed: bool = False) -> Counter[str]:
     """What the host waits for, forward and backward."""
     with Synchronisations() as seen:
-        loss, sums = Objective(model)(random_tokens(2, 6), 1, model.rule(kind), 0.05, each_step=True)
+        objective = Objective(model, packed=packed)
+        loss, sums = objective(random_tokens(2, 6), 1, model.rule(kind), 0.05, each_step=not packed)
         loss.backward()
     assert sums.isfinite().all()
     return seen.counts
