@@ -75,7 +75,7 @@ class _Pass(NamedTuple):
 
 def packable(model: PonderLM, rule: Rule) -> bool:
     """Whether `packed_jacobi` can evaluate a model by a rule."""
-    return rule.kind == "hard" and model.passes.routed and model.part.is_whole
+    return rule.kind == "hard" and rule.executed is None and model.passes.routed and model.part.is_whole
 
 
 def packed_jacobi(
