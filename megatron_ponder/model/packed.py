@@ -74,8 +74,9 @@ class _Pass(NamedTuple):
 
 
 def packable(model: PonderLM, rule: Rule) -> bool:
-    """Whether `packed_jacobi` can evaluate a model by a rule."""
-    return rule.kind == "hard" and rule.executed is None and model.passes.routed and model.part.is_whole
+    """Whether `packed_jacobi` can evaluate a model by a rule; compiled blocks would want a graph each time."""
+    known = rule.kind == "hard" and rule.executed is None and model.passes.routed
+    return known and model.part.is_whole and model.transformer.compiled is None
 
 
 def packed_jacobi(
@@ -160,7 +161,8 @@ def _slots(model: PonderLM, batch: Batch, packing: Packing, log_w_1T: Tensor | N
     positions_N = geometry.positions_BL.expand(rows, -1).flatten()
     positions_1T, dtype = positions_N[packing.token_T].unsqueeze(0), batch.embedded_BLH.dtype
     angles = rotation(positions_1T, config.rotated_channels, config.rope_theta, dtype)
-    return Slots(total, angles, log_w_1T, _segments(batch, packing, rows, most))
+    segments = _segments(batch, packing, rows, most)
+    return Slots(total, angles, log_w_1T, segments, kernel=model.attention_kernel)
 
 
 def _segments(batch: Batch, packing: Packing, rows: int, most: int) -> Segments:
