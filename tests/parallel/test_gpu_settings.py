@@ -72,7 +72,7 @@ def test_libraries_are_told_the_number_of_the_gpu(monkeypatch):
     """DeepSpeed sets its device by LOCAL_RANK, where the one GPU that a process sees is number 0."""
     monkeypatch.setattr(os, "environ", {"OMPI_COMM_WORLD_LOCAL_RANK": "5"})
     for device, number in (("cuda:0", "0"), ("cuda:3", "3"), ("cpu", "3")):
-        process_group._tell_libraries(NODE, torch.device(device))
+        process_group.tell_libraries(NODE, torch.device(device))
         assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == number
 
 
