@@ -126,6 +126,7 @@ def decode(model, rule, tokens) -> tuple[Tensor, Tensor]:
     return torch.stack(state.outputs), torch.tensor(state.executed)
 
 
+@torch.inference_mode()  # in which kernels keep nothing for a backward pass
 def continue_greedily(model, rule, prompt, new: int) -> tuple[list[int], list[float], list[int]]:
     """Likeliest tokens, their log-probabilities, and K̂ of all tokens fed."""
     state, tokens, values = Sequential(), [], []

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from tests.grids import in_pairs
 from tests.hf.exported import hugging_face, weights_of
 from tests.models import random_tokens, small_config, small_model
 
@@ -69,9 +70,7 @@ def logged():
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize(("family", "mode", "side"), in_pairs(FAMILIES, MODES, ["left", "right", "both"]))
 def test_a_padded_batch_gives_what_each_prompt_gives_alone(family, mode, side):
     twin = hugging_face(varied_model(**family, **mode))
     prompts = prompts_of(LENGTHS)

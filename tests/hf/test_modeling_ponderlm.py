@@ -11,6 +11,7 @@ from megatron_ponder.hf.layers_ponderlm import fold
 from megatron_ponder.hf.modeling_ponderlm import CACHE, PonderLMForCausalLM, document_layout
 from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.ponder import PonderLM
+from tests.grids import in_pairs
 from tests.hf.exported import hugging_face
 from tests.model.test_features import COMBINATIONS
 from tests.models import MIXED, random_tokens, small_config, small_model
@@ -33,9 +34,10 @@ def varied_model(**overrides):
     return small_model(router_scale=4.0, **overrides)
 
 
-@pytest.mark.parametrize("family", [LLAMA, GPT_NEOX, GPT_NEOX | {"model__residual": "sequential"}])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("refinements", [0, 2])
+@pytest.mark.parametrize(
+    ("family", "mode", "refinements"),
+    in_pairs([LLAMA, GPT_NEOX, GPT_NEOX | {"model__residual": "sequential"}], MODES, [0, 2]),
+)
 @torch.no_grad()
 def test_forward_equals_the_model(family, mode, refinements):
     model = varied_model(**family, **mode)

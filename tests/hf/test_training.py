@@ -18,6 +18,7 @@ from transformers import (
 
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from tests.grids import in_pairs
 from tests.hf.exported import hugging_face, weights_of
 from tests.models import random_tokens, small_config, small_model
 
@@ -54,9 +55,10 @@ class Saved:
         return sum(self._sizes.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
-@pytest.mark.parametrize("reentrant", [False, True])
+MODES = ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
+
+
+@pytest.mark.parametrize(("family", "mode", "reentrant"), in_pairs(FAMILIES, MODES, [False, True]))
 def test_gradient_checkpointing(family, mode, reentrant):
     """The same gradients from less memory: each layer keeps its input alone, and runs again in the backward pass."""
     twin = hugging_face(small_model(router_scale=4.0, ponder__mode=mode, inference__threshold=0.3, **family)).train()

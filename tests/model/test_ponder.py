@@ -14,6 +14,7 @@ from megatron_ponder.model.passes import PassState, pass_slots
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.sharding import declarations
+from tests.grids import in_pairs
 from tests.models import random_tokens, small_model
 
 FAMILIES = [{"model__family": "llama", "model__num_kv_heads": 2}, {"model__family": "gpt_neox"}]
@@ -81,11 +82,11 @@ def naive_chain(model: PonderLM, tokens: list[int], refinements: int, kind: str,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["soft", "hard"])
-@pytest.mark.parametrize(("steps", "refinements"), [(1, 0), (2, 1), (3, 2)])
-def test_passes_equal_a_naive_chain(family, mode, kind, steps, refinements):
+@pytest.mark.parametrize(
+    ("family", "mode", "kind", "depth"), in_pairs(FAMILIES, MODES, ["soft", "hard"], [(1, 0), (2, 1), (3, 2)])
+)
+def test_passes_equal_a_naive_chain(family, mode, kind, depth):
+    steps, refinements = depth
     model = small_model(router_scale=4.0, ponder__mode=mode, ponder__latent_steps=steps, **family)
     tokens = random_tokens(2, 9)
     got = model.jacobi(tokens, refinements, model.rule(kind, threshold=0.2))
@@ -148,9 +149,7 @@ def test_gradient_through_all_passes_by_finite_differences(family, mode):
         assert exact[name].any(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ALL_MODES)
-@pytest.mark.parametrize("recompute", ["block", "attention"])
+@pytest.mark.parametrize(("family", "mode", "recompute"), in_pairs(FAMILIES, ALL_MODES, ["block", "attention"]))
 def test_recompute_changes_no_gradient(family, mode, recompute):
     model = small_model(ponder__mode=mode, **family)
     tokens = random_tokens(2, 8)
@@ -207,9 +206,7 @@ def test_tied_embeddings_are_one_parameter():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ALL_MODES)
-@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize(("family", "mode", "kind"), in_pairs(FAMILIES, ALL_MODES, ["soft", "hard"]))
 def test_no_output_depends_on_a_later_token(family, mode, kind):
     model = small_model(router_scale=4.0, ponder__mode=mode, **family)
     tokens, rule = random_tokens(1, 8), model.rule(kind, threshold=0.2)
