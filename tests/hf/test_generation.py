@@ -1,5 +1,6 @@
 """Generation as users of transformers know it: batches, padding, sampling, beams, streaming, pipelines, refusals."""
 
+import gc
 import logging
 import warnings
 
@@ -59,6 +60,7 @@ def padded(prompts, side: str, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor
 @pytest.fixture
 def logged():
     """What transformers logs and Python warns of, from here on."""
+    gc.collect()  # what earlier tests have left open warns now
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
