@@ -78,6 +78,7 @@ def weighted_attention(
     if segments is None:
         return _attend(*inputs, log_w, None, None, scale)[0]
     inputs = [x.flatten(0, 1).unsqueeze(0) for x in inputs]
+    assert inputs[0].numel() < 2**31  # offsets within a row are int32
     log_w = None if log_w is None else log_w.view(1, -1)
     return _attend(*inputs, log_w, segments.starts, segments.ends, scale)[0].view(q_BTND.shape)
 

@@ -44,7 +44,7 @@ def test_work_without_anything_else_is_the_counted_operations(mode, family):
     assert time.tokens == 256 * 2048
     assert time.flops == training_flops(config, 2)
     # the kernel computes probabilities again, and keys that carry log w are longer
-    channels = (64 + 8) / 64 if mode == "adaptive" else 1
+    channels = 96 / 64 if mode == "adaptive" else 1
     low = time.parts["matrices"] + time.parts["attention"] * 3 / (3.5 * channels)
     high = time.parts["matrices"] + time.parts["attention"] * 3 / 3.5
     assert low * 0.999 <= time.flops / (32 * IDEAL.peak) <= high * 1.001
