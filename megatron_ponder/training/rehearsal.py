@@ -8,6 +8,7 @@ blocks, heads, passes and the grid are those of the run.
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -98,7 +99,7 @@ def rehearsal_table(config: Config, ranks: int, rehearsed: Sequence[Rehearsed]) 
             " ".join(ends),
             f"{rank.part.count / 1e6:.1f}M",
             f"{memory_estimate(rank).total / 2**30:.2f}",
-            " ".join(map(str, one.groups)),
+            " ".join(f"{size}" if count == 1 else f"{count}×{size}" for size, count in Counter(one.groups).items()),
             f"{one.samples[0]}–{one.samples[-1]}",
             f"{one.seconds:.1f}",
         )
