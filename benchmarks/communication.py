@@ -100,6 +100,9 @@ LAYOUTS = {
     "dp2 zero3": Layout(data=2, zero_stage=3),
     "tp2 dp2": Layout(tensor=2, data=2, zero_stage=1),
     "tp2 pp2": Layout(tensor=2, pipeline=2),
+    "tp2+sp zero1": Layout(tensor=2, sequence_parallel=True, zero_stage=1),
+    "tp2+sp pp2": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    "tp2+sp dp2 zero2": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=2),
 }
 
 

@@ -24,6 +24,15 @@ def overlaps_reduction(config: Config, device: str) -> bool:
     return device == "cuda" and config.parallel.pipeline == 1
 
 
+def keeps_gradients(config: Config) -> bool:
+    """Whether gradients stay with their parameters, in fp32 and as one rank has them, until all micro-batches are done.
+
+    Else ZeRO takes them away, or adds them up elsewhere, while a backward pass runs.
+    """
+    stage, pipelined = zero_stage(config), config.parallel.pipeline > 1
+    return stage == 0 or (stage == 1 and pipelined and config.training.precision == "fp32")
+
+
 def deepspeed_config(config: Config, data_size: int, device: str) -> dict:
     """DeepSpeed's JSON for a run.
 

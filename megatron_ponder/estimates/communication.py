@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_ponder.checkpoint.optimizer_state import is_decayed
-from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, zero_stage
+from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, keeps_gradients, zero_stage
 from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
 from megatron_ponder.model.modes.ponderlm import candidates
 from megatron_ponder.model.stages import PassShapes
@@ -95,7 +95,12 @@ class Formula:
         """Gradients of what is applied in the residual stream, of which each rank sees its tokens; the routing."""
         rank = self._rank
         shared = [parameter.count for parameter in rank.part.parameters if parameter.replicated]
-        yield self._each("tensor", "all-reduce", "gradients of parameters on all ranks", shared, len(self._slots))
+        reason, size = "gradients of parameters on all ranks", sum(shared) * rank.width
+        if keeps_gradients(rank.config):
+            yield Term("tensor", "all-reduce", reason, 1, size)
+        else:  # a pipeline has a backward pass for each pass
+            backwards = len(self._slots) if rank.axes["pipeline"] > 1 else 1
+            yield self._step("tensor", "all-reduce", reason, backwards * len(shared), backwards * size)
         if rank.part.router:
             options, sentences = rank.part.router[-1].columns, self._batch * self._tokens
             yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)

@@ -9,7 +9,6 @@ from torch import Tensor
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.kernels.rms_norm import rms_norm
 from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.regions import on_residual
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant
 
 
@@ -27,7 +26,7 @@ class RMSNorm(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of x, (..., hidden), in the same shape and type."""
-        return rms_norm(x, on_residual(self.weight, self.axis), self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon)
 
     def recipe(self, x: Tensor) -> Callable[[], Tensor]:
         """Computes `forward(x)` again, also when this rank no longer holds the parameters."""
@@ -48,8 +47,7 @@ class LayerNorm(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of x, (..., hidden), in the same shape and type."""
-        weight, bias = on_residual(self.weight, self.axis), on_residual(self.bias, self.axis)
-        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
     def recipe(self, x: Tensor) -> Callable[[], Tensor]:
         """Computes `forward(x)` again, also when this rank no longer holds the parameters."""

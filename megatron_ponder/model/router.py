@@ -12,7 +12,6 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.kernels.attention import DEAD
 from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.regions import on_residual
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, normal
 
 RuleKind = Literal["soft", "hard", "all", "none"]
@@ -74,8 +73,7 @@ class _Replicated(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = on_residual(self.weight, self.axis), on_residual(self.bias, self.axis)
-        return F.linear(x.to(wide), weight.to(wide), bias.to(wide))
+        return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 class Router(nn.Module):

@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_ponder.parallel.groups import COLLECTIVE_TIMEOUT
 from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.process_group import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.regions import leave, on_residual
+from megatron_ponder.parallel.regions import leave
 from megatron_ponder.parallel.sharding import Initializer, ParameterSpec, ShardedModule, constant
 
 
@@ -71,7 +71,7 @@ class RowParallelLinear(ParallelLinear):
         if self.axis.size == 1:
             return self.product(x, self.bias)
         y = leave(self.product(x, None), self.axis, tokens)
-        return y if self.bias is None else y + on_residual(self.bias, self.axis)
+        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(ShardedModule):

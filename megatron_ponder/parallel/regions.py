@@ -3,7 +3,8 @@
 In the residual stream every tensor rank holds all tokens, or with sequence parallelism its share of them, the last
 ranks' padded with zeros. Inside a sharded region (attention, feed-forward, head) every rank has all tokens and a part
 of the heads or channels. Tokens are split, not slots: the latents of a token stay with it, so that handing them from
-pass to pass and routing need no communication.
+pass to pass and routing need no communication. Of the gradient of what is applied in the residual stream, each rank has
+a summand (`parallel/replicated.py`).
 """
 
 import torch
@@ -58,11 +59,6 @@ def gather_parts(x: Tensor, axis: Axis, tokens: int) -> Tensor:
 def own_part(x: Tensor, axis: Axis) -> Tensor:
     """(B, L, ..) → (B, this rank's part of L tokens, ..) in the residual stream, with zeros after the last."""
     return _shares(x, axis, x.shape[1])[axis.rank] if axis.sequence_parallel else x
-
-
-def on_residual(parameter: Tensor, axis: Axis) -> Tensor:
-    """A replicated parameter that is applied in the residual stream, of which each rank may see its tokens only."""
-    return copy_to_ranks(parameter, axis) if axis.sequence_parallel else parameter
 
 
 def all_tokens(x: Tensor, axis: Axis, tokens: int) -> Tensor:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds
 from megatron_ponder.config import Config, micro_batches
-from megatron_ponder.config.deepspeed import deepspeed_config, zero_stage
+from megatron_ponder.config.deepspeed import deepspeed_config, keeps_gradients, zero_stage
 from megatron_ponder.model.router import Rule, RuleKind
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.replicated import replicated_parameters, sum_gradients, sum_in_backward
 from megatron_ponder.parallel.sharding import declarations
 from megatron_ponder.training.clipping import clip_gradients
 from megatron_ponder.training.interruption import Interruption
@@ -76,6 +77,7 @@ class Engine:
             self._engine.pipeline_parallelism = True
             dtype = torch.bfloat16 if self.low_precision else torch.float32
             self._pipelined = PipelinedObjective(objective, mesh, dtype, config.parallel.pipeline_schedule)
+        self._summed_at_end = self._sum_replicated(keeps_gradients(config))
         self._create_moments()
 
     def allow(self, interruption: Interruption) -> None:
@@ -118,6 +120,7 @@ class Engine:
         scale = scale * self.mesh.copies.size
         if self._pipelined is not None:
             sums = self._pipelined.forward_backward(micro_batches, refinements, rule, penalty, scale)
+            self._sum_at_end()
             self._engine.allreduce_gradients()
             return sums
         total = 0
@@ -127,7 +130,20 @@ class Engine:
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()  # updates nothing; it counts the micro-batch
             total = total + sums.sum(0)
+        self._sum_at_end()
         return total
+
+    def _sum_replicated(self, at_end: bool) -> list[nn.Parameter]:
+        """See that gradients of replicated parameters are summed over tensor ranks; those that wait for the end."""
+        parameters = replicated_parameters(self.model)
+        if at_end:
+            return parameters
+        sum_in_backward(parameters, self.mesh.tensor)
+        return []
+
+    def _sum_at_end(self) -> None:
+        if self._summed_at_end:
+            sum_gradients([parameter.grad for parameter in self._summed_at_end], self.mesh.tensor)
 
     @torch.no_grad()
     def evaluate(

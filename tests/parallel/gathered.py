@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron_ponder.parallel.replicated import replicated_parameters, sum_gradients
 from megatron_ponder.parallel.sharding import declarations
 
 
@@ -20,7 +21,10 @@ class Part(NamedTuple):
 
 
 def gradients(module: nn.Module) -> dict[str, Part]:
-    """Every parameter's gradient, as its declaration shards it."""
+    """Every parameter's gradient, as its declaration shards it, those of replicated parameters added up."""
+    replicated = replicated_parameters(module)
+    if replicated:
+        sum_gradients([parameter.grad for parameter in replicated], next(declarations(module))[3])
     return {
         f"grad {name}": Part(
             parameter.grad, spec.shard_dim, None if spec.shard_dim is None else spec.shape[spec.shard_dim]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ponder.parallel.mesh import Axis, Mesh
-from megatron_ponder.parallel.regions import all_tokens, enter, leave, on_residual
+from megatron_ponder.parallel.regions import all_tokens, enter, leave
 from tests.distributed import run_distributed
 
 BATCH, WIDTH = 2, 3
@@ -53,11 +53,6 @@ def border(axis: Axis, tokens: int, slots: int) -> dict[str, Tensor]:
     results |= {"all_tokens": repeated, "grad all_tokens": x.grad}
     expected |= {"all_tokens": random(*shape, seed=40), "grad all_tokens": own(random(*shape, seed=50), axis, tokens)}
 
-    scale = random(WIDTH, seed=60).requires_grad_()
-    x, weight = own(random(*shape, seed=61), axis, tokens), own(random(*shape, seed=62), axis, tokens)
-    (on_residual(scale, axis) * x * weight).sum().backward()
-    results["grad on_residual"] = scale.grad
-    expected["grad on_residual"] = (random(*shape, seed=61) * random(*shape, seed=62)).sum((0, 1))
     return {name: (value.detach(), expected[name]) for name, value in results.items()}
 
 
@@ -91,5 +86,5 @@ def test_borders_equal_plain_tensors(ranks):
 
 def test_one_process_has_no_borders():
     x = random(BATCH, 6, WIDTH, seed=0)
-    for passed in (enter(x, Axis(), 3), leave(x, Axis(), 3), all_tokens(x, Axis(), 3), on_residual(x, Axis())):
+    for passed in (enter(x, Axis(), 3), leave(x, Axis(), 3), all_tokens(x, Axis(), 3)):
         assert passed is x

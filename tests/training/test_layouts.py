@@ -37,6 +37,9 @@ LAYOUTS = {
     "tp2 dp2 zero3": Layout(tensor=2, data=2, zero_stage=3),
     "pp2 dp2 zero1": Layout(pipeline=2, data=2, zero_stage=1),
     "tp2 sequence pp2": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    "tp2 sequence zero0": Layout(tensor=2, sequence_parallel=True, zero_stage=0),
+    "tp2 sequence dp2 zero2": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=2),
+    "tp2 sequence dp2 zero3": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=3),
     "tp2 pp2 dp2": Layout(tensor=2, pipeline=2, data=2, zero_stage=1),
 }
 # Every mode and both families in either way of splitting a model.

@@ -6,7 +6,6 @@ from megatron_ponder.model.ends import Front
 from megatron_ponder.model.modes.pondering import LatentReads, Passes, Stream
 from megatron_ponder.model.passes import PassState
 from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.regions import on_residual
 from megatron_ponder.parallel.sharding import Initializer, ParameterSpec, ShardedModule
 
 
@@ -19,7 +18,7 @@ class PauseEmbedding(ShardedModule):
 
     def forward(self, scale: float) -> Tensor:
         """The vectors times a scale, (K, H), for the residual stream."""
-        return on_residual(self.weight, self.axis) * scale
+        return self.weight * scale
 
 
 class PausePasses(Passes):
