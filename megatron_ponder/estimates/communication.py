@@ -95,12 +95,12 @@ class Formula:
         """Gradients of what is applied in the residual stream, of which each rank sees its tokens; the routing."""
         rank = self._rank
         shared = [parameter.count for parameter in rank.part.parameters if parameter.replicated]
-        reason, size = "gradients of parameters on all ranks", sum(shared) * rank.width
+        reason = "gradients of parameters on all ranks"
         if keeps_gradients(rank.config):
-            yield Term("tensor", "all-reduce", reason, 1, size)
+            yield Term("tensor", "all-reduce", reason, 1, sum(shared) * rank.width)
         else:  # a pipeline has a backward pass for each pass
             backwards = len(self._slots) if rank.axes["pipeline"] > 1 else 1
-            yield self._step("tensor", "all-reduce", reason, backwards * len(shared), backwards * size)
+            yield self._each("tensor", "all-reduce", reason, shared, backwards)
         if rank.part.router:
             options, sentences = rank.part.router[-1].columns, self._batch * self._tokens
             yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
