@@ -38,7 +38,7 @@ from megatron_ponder.generation.request import Generation, Request
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.hf.export import export_config
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
-from megatron_ponder.hf.weights import to_export, to_llama
+from megatron_ponder.hf.weights import to_export
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
@@ -46,6 +46,7 @@ from megatron_ponder.parallel.cpu_settings import prepare_cpu
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository
 
 from benchmarks.measuring import SMALL_LLAMA, in_turn, ratio, seconds
+from tests.hf.plain_names import to_llama
 
 VOCABULARY, STEPS, BATCH = SMALL_LLAMA["model.vocab_size"], 3, 16
 PROMPT, NEW = 32, 64
