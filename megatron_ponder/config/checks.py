@@ -31,6 +31,7 @@ def validate(config: Config) -> Config:
     _validate_recompute(config.training)
     _validate_compile(config)
     _validate_data(config.data)
+    _validate_profile(config.training)
     _validate_run(config)
     return config
 
@@ -241,6 +242,21 @@ def _validate_blend(name: str, blend: list[BlendPart] | str) -> None:
     for part in blend:
         _require(bool(part.path), f"{name} has a dataset without a path; give it the path of a .bin file less .bin")
         _require(paths.count(part.path) == 1, f"{name} names {part.path} more than once; add the weights up")
+
+
+def _validate_profile(training: TrainingConfig) -> None:
+    steps = training.profile_steps
+    _require(
+        steps is None or (len(steps) == 2 and steps[0] <= steps[1] <= training.steps),
+        f"training.profile_steps {steps} must be the first and the last step to trace, such as [10, 13], of the "
+        f"training.steps {training.steps}",
+    )
+    _require(
+        steps is not None or training.profile_ranks is None,
+        f"training.profile_ranks {training.profile_ranks} trace nothing without training.profile_steps; set it to the "
+        "first and the last step to trace, such as [10, 13]",
+    )
+    _require(training.profile_ranks != [], "training.profile_ranks is empty; name ranks, or leave it out")
 
 
 def _validate_run(config: Config) -> None:

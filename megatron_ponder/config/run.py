@@ -73,6 +73,11 @@ class TrainingConfig:
     more ends the run."""
     skipped_steps_window: int = number_field(1000, 1, 10**6)
     """See `skipped_steps_budget`."""
+    profile_steps: list[int] | None = number_field(None, 1, STEPS)
+    """First and last optimiser step of which a trace is written to `profile/` in the run folder, such as `[10, 13]`;
+    see [performance.md](performance.md#a-trace-of-some-steps)."""
+    profile_ranks: list[int] | None = number_field(None, 0, 2**20)
+    """Ranks that write one; the first alone unless given."""
     allow_memory_overcommit: bool = False
     """Start although the expected peak of a rank is more than three times the memory of its GPU, or of its share of the
     host; from 0.9 times on there is a warning."""

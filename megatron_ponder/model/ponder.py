@@ -28,6 +28,7 @@ from megatron_ponder.model.router import (
     key_log_weights,
     route,
 )
+from megatron_ponder.model.spans import span
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
 from megatron_ponder.parallel.layers import VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
@@ -245,7 +246,8 @@ class PonderLM(nn.Module):
             slice(None) if kept == slice(0, slots_per_token) else kept,
             self.attention_kernel,
         )
-        return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))
+        with span(f"pass {index}: {slots_per_token} slots a token"):
+            return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))
 
     def end_pass(self, stream: Stream, batch: Batch, rule: Rule) -> PassResult:
         """The result of a pass, from what leaves the last block; embeddings are wanted if the router reads them."""
@@ -275,7 +277,10 @@ class PonderLM(nn.Module):
 
     def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
         """The routing from what the router reads, (..., H); None unless the mode is `adaptive`."""
-        return None if self.router is None else route(self.router(h_token), rule)
+        if self.router is None:
+            return None
+        with span("router"):
+            return route(self.router(h_token), rule)
 
     def next_state(self, result: PassResult, rule: Rule, next_slots: int) -> State:
         """What the next pass starts from."""

@@ -19,6 +19,7 @@ from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds
 from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.config.deepspeed import deepspeed_config, keeps_gradients, zero_stage
 from megatron_ponder.model.router import Rule, RuleKind
+from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.replicated import replicated_parameters, sum_gradients, sum_in_backward
@@ -126,7 +127,8 @@ class Engine:
         total = 0
         for tokens in micro_batches:
             loss, sums = self._engine(tokens, refinements, rule, penalty)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            with span("backward"):
+                self._engine.backward(loss * scale, scale_wrt_gas=False)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()  # updates nothing; it counts the micro-batch
             total = total + sums.sum(0)
@@ -178,8 +180,9 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._clip() if self._stage == 0 else None
-        self._engine.step()
+        with span("optimizer"):
+            norm = self._clip() if self._stage == 0 else None
+            self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def master(self, parameter: nn.Parameter, kind: str) -> Tensor:

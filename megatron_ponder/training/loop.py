@@ -3,7 +3,9 @@
 import math
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.base.errors import Preempted, UserError
@@ -14,6 +16,7 @@ from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.data.loader import batches
 from megatron_ponder.model.modes import passes_of
+from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
@@ -27,7 +30,9 @@ from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.interruption import Abandoned, Interruption
 from megatron_ponder.training.loss_spikes import LossSpikes
+from megatron_ponder.training.out_of_memory import out_of_memory_explained
 from megatron_ponder.training.penalty import Penalty
+from megatron_ponder.training.profiler import FOLDER, Profiler
 from megatron_ponder.training.replicas import allowed_drift, mend_replicas
 from megatron_ponder.training.router_health import router_complaint
 from megatron_ponder.training.schedules import StepPlan, plan_step, training_rule
@@ -75,6 +80,7 @@ class TrainingLoop:
         self._watchdog = Watchdog(training.step_timeout)
         self._costs = StepCosts(config)
         self._watch = StepWatch(config, mesh, engine.model.transformer, self._costs)
+        self._profiler = Profiler(training, dist.get_rank(), dist.get_world_size(), mesh.device, output)
         self._interruption = Interruption(signals, mesh)
         engine.allow(self._interruption)
         self._penalty, self._skipped = Penalty(config, state), SkippedSteps(state, training)
@@ -103,7 +109,8 @@ class TrainingLoop:
             Preempted: on every rank, after a checkpoint.
         """
         # The loader is closed, or its processes keep this one from ending.
-        with self._checkpointer, self._watchdog, closing(self._loader):
+        full = out_of_memory_explained(Path(self._config.training.run_dir) / FOLDER, dist.get_rank())
+        with full, self._checkpointer, self._watchdog, closing(self._loader), self._profiler:
             self._run()
 
     def _run(self) -> None:
@@ -128,6 +135,7 @@ class TrainingLoop:
             self._output.record(record)
             if boundary.stop or self._skipped.too_many(state.step) or self._due(self._config.checkpoint.interval):
                 self._save()
+            self._profiler.end(state.step)
         self._end()
 
     def _take_step(self) -> dict[str, Value]:
@@ -139,6 +147,7 @@ class TrainingLoop:
         state = self._state
         if (change := self._costs.change(state.step)) is not None:
             self._output.say(f"step {state.step}  {change}")
+        self._profiler.begin(state.step + 1)
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
         plan = plan_step(state.step, self._config, self._penalty.weight(state.step))
@@ -179,8 +188,9 @@ class TrainingLoop:
 
     def _read(self) -> list[Tensor]:
         """Read this rank's micro-batches of the step, onto its device."""
-        read = self._reader.read(self._loader, micro_batches(self._config, self._mesh.data.size))
-        return [tokens.to(self._mesh.device, non_blocking=True) for tokens in read]
+        with span("data"):
+            read = self._reader.read(self._loader, micro_batches(self._config, self._mesh.data.size))
+            return [tokens.to(self._mesh.device, non_blocking=True) for tokens in read]
 
     def _measure_each_step(self, own_batches: list[Tensor], plan: StepPlan) -> dict[str, Value]:
         """Measure, every so often, what every latent step predicts by itself."""
@@ -283,7 +293,7 @@ class TrainingLoop:
         """
         together(self._output.check_folder)
         self._unsaved = None
-        with self._watchdog.paused():
+        with self._watchdog.paused(), span("checkpoint"):
             try:
                 folder = self._checkpointer.save(state_of(self._engine), self._state)
             except UserError as error:

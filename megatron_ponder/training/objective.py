@@ -10,6 +10,7 @@ from megatron_ponder.estimates.flops import work_of_passes
 from megatron_ponder.model.packed import packable, packed_jacobi
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Routing, Rule
+from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.regions import enter
 
@@ -70,7 +71,8 @@ class Objective(nn.Module):
             not numbers, even where the mathematics gives finite ones, so that the gradient norm alone tells of both.
         """
         steps, labels_BL = self.model.ponder_config.steps, tokens[:, 1:]
-        loss, losses_BL = self.model.head(result.output_BLH, labels_BL)
+        with span("loss"):
+            loss, losses_BL = self.model.head(result.output_BLH, labels_BL)
         executed_BL = torch.full_like(labels_BL, result.steps)
         sums = {"cross_entropy": losses_BL.sum(1, dtype=torch.float64)} | self._work(result)
         if result.routing is not None:
