@@ -11,12 +11,25 @@ from megatron_ponder.config.sections import Config
 SMALL_PARAMETER = 10_000
 # From this sum of numbers on, ZeRO 3 lets go of weights between passes.
 LIVE_PARAMETERS = 1_000_000_000
+# Numbers of a message between data ranks: 200 MB of fp32 are far past the size from which a network is busy, and two
+# such buffers, one filled while the other is reduced, stay small beside a model. DeepSpeed's own size takes 4 GB.
+BUCKET = 50_000_000
 
 
 def zero_stage(config: Config) -> int:
     """DeepSpeed keeps fp32 master weights for bf16 from stage 1 on only; stage 1 computes what stage 0 would."""
     stage = config.parallel.zero_stage
     return 1 if stage == 0 and config.training.precision == "bf16" else stage
+
+
+def optimizer_wrapper(config: Config) -> str | None:
+    """Name of the class that DeepSpeed puts around the optimiser, the same in fp32 and in bf16; None for none.
+
+    Left to itself, DeepSpeed gives bf16 at stage 1 with fp32 sums of gradients to another class, which knows nothing of
+    buckets, reduces nothing until the backward pass is over, and then holds 12 bytes of gradients a parameter.
+    """
+    around = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+    return around.get(zero_stage(config))
 
 
 def overlaps_reduction(config: Config, device: str) -> bool:
@@ -56,8 +69,7 @@ def deepspeed_config(config: Config, data_size: int, device: str) -> dict:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping if stage > 0 else 0.0,
         "steps_per_print": None,
-        # under a pipeline gradients must go into the fp32 ones at once, since nobody tells DeepSpeed of micro-batches
-        "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": pipelined},
+        "bf16": {"enabled": training.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # else sums over data ranks would be rounded to bf16 again
         "zero_optimization": {
@@ -65,6 +77,14 @@ def deepspeed_config(config: Config, data_size: int, device: str) -> dict:
             # its buffer for them would be as large as a bucket, in every step anew under a pipeline
             "contiguous_gradients": not pipelined,
             "overlap_comm": overlaps_reduction(config, device),
+            # Neighbours in a bucket then belong to one rank. Turns would help to copy gradients to a host alone.
+            "round_robin_gradients": False,
+            # An all-reduce of whole buckets, of which each rank keeps its share. Reductions to one rank at a time move
+            # half as much, and wait for the device after each.
+            "use_multi_rank_bucket_allreduce": True,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
             "stage3_param_persistence_threshold": SMALL_PARAMETER,
             "stage3_max_live_parameters": LIVE_PARAMETERS,
         }

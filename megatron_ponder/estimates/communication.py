@@ -179,12 +179,19 @@ class Formula:
             yield replace(weights, during="forward")
             small = sum(_padded(count, size) for count in numbers if count <= SMALL_PARAMETER)
             yield Term("copies", "all-gather", "updated small weights", 1, small * rank.width)
-        if stage > 0:
-            yield Term("copies", "all-reduce", "gradient norm, overflow check", 2, 2 * (FP64 if stage == 3 else FP32))
+        if stage == 3:
+            yield Term("copies", "all-reduce", "gradient norm, overflow check", 2, 2 * FP64)
+        elif stage > 0:
+            yield self._checks("copies", len(groups))
 
     def _model_terms(self) -> Iterator[Term]:
-        checks = 2 if zero_stage(self._rank.config) > 0 else 1
-        yield Term("model", "all-reduce", "gradient norm, overflow check", checks, checks * FP32)
+        stage = zero_stage(self._rank.config)
+        yield self._checks("model", 2) if stage > 0 else Term("model", "all-reduce", "gradient norm", 1, FP32)
+
+    def _checks(self, axis: str, norms: int) -> Term:
+        """The norm of each group of parameters, and in bf16 a byte that tells of gradients that are no numbers."""
+        flags = int(self._rank.width < FP32 and zero_stage(self._rank.config) < 3)
+        return Term(axis, "all-reduce", "gradient norm, overflow check", norms + flags, norms * FP32 + flags)
 
     def _step(self, axis: str, operation: str, reason: str, calls: int, size: int) -> Term:
         """As often in every micro-batch."""

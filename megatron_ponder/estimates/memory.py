@@ -8,7 +8,7 @@ H hidden size, F feed-forward width, t tensor ranks, D copies of a parameter, b 
 from dataclasses import dataclass, fields
 
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES, moment_bytes
-from megatron_ponder.config.deepspeed import zero_stage
+from megatron_ponder.config.deepspeed import BUCKET, overlaps_reduction, zero_stage
 from megatron_ponder.estimates.activations import (
     Pass,
     attention_bytes,
@@ -135,16 +135,12 @@ def logits_bytes(rank: Rank) -> float:
 def held_gradient_bytes(rank: Rank) -> float:
     """Sums over micro-batches while others run: 4 N, from ZeRO 2 on 4 N / D.
 
-    In fp32, and at ZeRO 2, they exist only after the first backward pass of a step. In bf16 at stage 1 they always do,
-    and from then on the last micro-batch's gradients besides, 2 N, which a pipeline adds up at once.
+    They exist only after the first backward pass of a step; at stage 3 always.
     """
     stage, count = zero_stage(rank.config), rank.part.count
-    pipelined = rank.axes["pipeline"] > 1
-    repeated = rank.micro_batches > 1 or pipelined
-    if stage == 1 and rank.width < FP32:
-        return (FP32 + (rank.width if repeated and not pipelined else 0)) * count
     if stage == 3:
         return FP32 * count / rank.copies
+    repeated = rank.micro_batches > 1 or rank.axes["pipeline"] > 1
     return FP32 * count / (rank.copies if stage == 2 else 1) if repeated else 0.0
 
 
@@ -160,22 +156,40 @@ def unfinished_gradient_bytes(rank: Rank) -> float:
     return rank.width * (rank.part.count - rank.part.table * once)
 
 
-def reduction_bytes(rank: Rank) -> float:
-    """All gradients at the end of the last backward pass of a step, with buffers of their reduction over data ranks.
+def buffer_bytes(rank: Rank) -> float:
+    """Buffers that gradients are gathered in to be reduced; two where one is filled while the other is reduced.
 
-    fp32: 8 N without ZeRO (gradients, and one flat copy), 4 N + 4 N / D with stages 1 and 2, of which 2 has the sums of
-    earlier micro-batches besides. bf16: 12 N at stage 1 (fp32 sums 4 N, gradients 2 N, flat copies in both types), of
-    which a pipeline has no gradients; 2 N + 4 N / D at stage 2. Stage 3: 3 N b besides its share.
+    They are there from the first gradient of a backward pass on, at stage 3 always. A pipeline has none. On a CPU they
+    take the place of the gradients that move into them, and at stage 3 what is filled of them.
+    """
+    stage = zero_stage(rank.config)
+    if stage == 0 or rank.axes["pipeline"] > 1:
+        return 0.0
+    if rank.device == "cpu":
+        return float(FP32 * min(BUCKET, rank.part.count)) if stage == 3 else 0.0
+    number = 2 if stage < 3 and overlaps_reduction(rank.config, rank.device) else 1
+    return float(number * BUCKET * (rank.width if stage == 2 else FP32))
+
+
+def reduction_bytes(rank: Rank) -> float:
+    """All gradients at the end of the last backward pass of a step, with copies of their reduction over data ranks.
+
+    Without ZeRO 8 N: gradients, and one flat copy. Stages 1 and 2: gradients, in bf16 at stage 1 sums of them, 4 N,
+    else N b; the share of a rank, 4 N / D, of which stage 2 has another for earlier micro-batches in fp32; a flat copy
+    of a bucket, and at stage 2 in bf16 one in either type. Stage 3: 3 N b besides its share.
     """
     stage, b, count = zero_stage(rank.config), rank.width, rank.part.count
-    share, pipelined = FP32 * count / rank.copies, rank.axes["pipeline"] > 1
-    if stage == 3:
-        return share + 3 * count * b
-    if b < FP32:
-        return (10 if pipelined else 12) * count if stage == 1 else share + count * b
-    if stage == 0 or pipelined:
+    share, buffers = FP32 * count / rank.copies, buffer_bytes(rank)
+    if stage == 0:
         return 2 * FP32 * count
-    return FP32 * count + share + (held_gradient_bytes(rank) if stage == 2 else 0.0)
+    if stage == 3:
+        return share + 3 * count * b + buffers
+    largest = max(parameter.count for parameter in rank.part.parameters)
+    copied = min(max(BUCKET, largest), count)
+    if stage == 1:
+        return FP32 * count + share + FP32 * copied + buffers
+    rounded = b if b < FP32 else 0
+    return b * count + share + (FP32 + rounded) * copied + buffers + (held_gradient_bytes(rank) if not rounded else 0.0)
 
 
 def memory_estimate(rank: Rank) -> RankMemory:
@@ -198,6 +212,7 @@ def running_moments(rank: Rank) -> list[tuple[float, float, float]]:
     sizes = [pass_bytes(rank, p) for p in passes(rank)]
     spaces = [workspace_bytes(rank, p) for p in passes(rank)]
     held, loss = held_gradient_bytes(rank), loss_bytes(rank)
+    held += buffer_bytes(rank)
     if rank.axes["pipeline"] > 1:
         deferred = max(deferred_bytes(rank, p) for p in passes(rank))
         return [(held, most_in_flight(rank, sizes), deferred + max(*spaces, loss))]

@@ -5,11 +5,10 @@ each parameter.
 """
 
 import gc
-import io
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -17,7 +16,14 @@ from torch import Tensor, nn
 
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds
 from megatron_ponder.config import Config, micro_batches
-from megatron_ponder.config.deepspeed import deepspeed_config, keeps_gradients, zero_stage
+from megatron_ponder.config.deepspeed import (
+    BUCKET,
+    deepspeed_config,
+    keeps_gradients,
+    optimizer_wrapper,
+    overlaps_reduction,
+    zero_stage,
+)
 from megatron_ponder.model.router import Rule, RuleKind
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
@@ -41,6 +47,7 @@ class Engine:
         mesh: the ranks.
         kinds: of tensors that there are of every parameter.
         low_precision: the module computes in bf16, and its fp32 weights are kept beside it.
+        description: how DeepSpeed takes a step, in words.
     """
 
     def __init__(self, objective: Objective, config: Config, mesh: Mesh) -> None:
@@ -65,8 +72,7 @@ class Engine:
         # An earlier engine of this process imports when it is collected; within the imports below, that would break
         # the import lock of Python before 3.12 with a KeyError.
         gc.collect()
-        # At each start its bf16 optimiser prints memory figures, whatever the log level.
-        with redirect_stdout(io.StringIO()):
+        with _zero_at_every_stage(deepspeed.DeepSpeedEngine):
             self._engine, *_ = deepspeed.initialize(
                 model=objective,
                 optimizer=build_optimizer(self.model, config.optimizer),
@@ -74,6 +80,8 @@ class Engine:
                 mpu=_model_parallel_unit(mesh),
                 dist_init_required=False,
             )
+        self._check_wrapper(config)
+        self.description = _description(config, mesh)
         if mesh.pipeline.size > 1:
             self._engine.pipeline_parallelism = True
             dtype = torch.bfloat16 if self.low_precision else torch.float32
@@ -260,6 +268,11 @@ class Engine:
         tokens = self.mesh.copies.size // self.mesh.data.size
         return torch.zeros(1, tokens + 1, dtype=torch.long, device=self.mesh.device)
 
+    def _check_wrapper(self, config: Config) -> None:
+        wrapper, given = optimizer_wrapper(config), self._engine.optimizer
+        wanted = type(self._engine.basic_optimizer).__name__ if wrapper is None else wrapper
+        assert type(given).__name__ == wanted, f"DeepSpeed gives {type(given).__name__} and not {wanted}"
+
     def _clip(self) -> Tensor:
         parameters = [parameter for _, parameter, *_ in declarations(self.model)]
         counted = [p for p in parameters if self.mesh.model.rank == 0 or p.model_parallel]
@@ -289,6 +302,36 @@ class Engine:
                 mapping.set_optim_state_fragment(flat, optimizer.state[flat])
 
 
+@contextmanager
+def _zero_at_every_stage(engine_class: type) -> Iterator[None]:
+    """Let engines that are made within take ZeRO's optimiser where `optimizer_wrapper` says so.
+
+    Which one it takes, DeepSpeed asks this method of an engine, and offers no setting.
+    """
+    choose = engine_class._do_optimizer_sanity_check
+
+    def choose_zero(engine, optimizer) -> str:
+        return "zero_optimization" if engine.zero_optimization() else choose(engine, optimizer)
+
+    engine_class._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        engine_class._do_optimizer_sanity_check = choose
+
+
+def _description(config: Config, mesh: Mesh) -> str:
+    """Return what the log says of a step."""
+    wrapper = optimizer_wrapper(config)
+    if wrapper is None:
+        return "DeepSpeed without ZeRO: gradients are reduced after the backward pass"
+    when = "during" if overlaps_reduction(config, mesh.device.type) else "after"
+    return (
+        f"DeepSpeed's {wrapper} at stage {zero_stage(config)}: gradients are summed in fp32, and reduced {when} the "
+        f"backward pass in buckets of {BUCKET / 1e6:.0f} million"
+    )
+
+
 def _model_parallel_unit(mesh: Mesh) -> SimpleNamespace:
     """Answers to what DeepSpeed asks about the ranks that hold one copy of the model, and those that hold the same."""
     return SimpleNamespace(
@@ -302,14 +345,14 @@ def _model_parallel_unit(mesh: Mesh) -> SimpleNamespace:
 
 
 def _import_deepspeed(mesh: Mesh):
-    """Import DeepSpeed for this device, without its log of every setting and without compiling anything."""
-    if mesh.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """Import DeepSpeed for this device, without its log of every setting, compiling nothing and looking for nothing."""
+    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # A C++ collective for CPU inference that training never calls; building it takes minutes, and a rank killed while
-    # it does leaves a lock behind on which all later runs wait.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # At the first question which of its extensions could be built, DeepSpeed runs a compiler for each of them, on
+    # every rank. Training uses none; one for collectives on a CPU would then be built, which takes minutes, and a rank
+    # killed while it does leaves a lock behind on which all later runs wait.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed

@@ -74,6 +74,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
             output.say(f"warning: {problem}; it is passed over")
         output.say(_headline(config, mesh, parts, start.state.step))
         output.say(describe_layout(config, mesh.data.size, mesh.device.type))
+        output.note(engine.description)
         output.say(f"ready after {phases}")
         TrainingLoop(config, mesh, parts, engine, start.state, output, signals).run()
         output.draw()

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron_ponder.config import Config
+from megatron_ponder.config.deepspeed import BUCKET
 from megatron_ponder.estimates.activations import most_in_flight, pass_bytes, passes
 from megatron_ponder.estimates.memory import held_gradient_bytes, loss_bytes, memory_estimate, running_moments
 from megatron_ponder.estimates.rank import Rank
@@ -26,7 +27,7 @@ from tests.distributed import run_distributed
 from tests.models import random_tokens, small_config
 
 BATCH, LENGTH, VOCABULARY, R = 2, 48, 500, 1
-TOO_LARGE_TO_BE_TOUCHED = 500_000_000
+HALF_A_BUCKET = BUCKET  # bytes; of a whole one the system hands out the pages that are used
 
 
 def config_for(**overrides) -> Config:
@@ -52,9 +53,11 @@ class Alive(TorchDispatchMode):
         most: since it was last set.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: int = 0) -> None:
+        """Watch; of DeepSpeed's buckets so many numbers are filled."""
         super().__init__()
         self.now = self.most = 0
+        self._filled = parameters / BUCKET
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -66,9 +69,10 @@ class Alive(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        # DeepSpeed asks for whole buckets, of which the system hands out the pages that are used
-        if key in self._seen or size >= TOO_LARGE_TO_BE_TOUCHED:
+        if key in self._seen:
             return
+        if size >= HALF_A_BUCKET:
+            size = int(size * self._filled)
         self._seen[key] = weakref.ref(storage, lambda _: self._gone(key, size))
         self.now += size
         self.most = max(self.most, self.now)
@@ -229,7 +233,7 @@ def measure_engines(mesh: Mesh, cases: list[dict]) -> list[int]:
 def measure_engine(mesh: Mesh, config: Config) -> int:
     """The most that is alive during the second step of real training."""
     own = config.training.global_batch_size // mesh.data.size
-    with Alive() as alive:
+    with Alive(Rank(config, mesh.data.size, mesh.pipeline.rank).part.count) as alive:
         model = build_part(config, mesh)
         initialize(model, seed=0)
         engine = Engine(Objective(model), config, mesh)

@@ -1,16 +1,30 @@
 """DeepSpeed at every ZeRO stage computes what one process computes: loss, gradients, their norm, updated weights."""
 
+import subprocess
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.communication import LAYOUTS, Count, configuration, count_step
+from megatron_ponder.config.deepspeed import deepspeed_config
+from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training import deepspeed_engine
 from megatron_ponder.training.deepspeed_engine import Engine
+from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.schedules import training_rule
 from tests.training.layouts import (
+    LENGTH,
     MODELS,
+    REFINEMENTS,
     Layout,
+    Run,
     assert_equal_to_one_process,
     assert_near_one_process,
+    batch_of,
+    model_for,
     train_all,
 )
 
@@ -27,22 +41,111 @@ OFFLOADED = {
     for name in ("zero1", "zero2", "zero3")
 }
 TWO_RANKS = Layout(data=2)
+WRAPPERS = {  # DeepSpeed's class around the optimiser, of a precision and a stage
+    ("fp32", 0): "AdamW",
+    ("fp32", 1): "DeepSpeedZeroOptimizer",
+    ("fp32", 2): "DeepSpeedZeroOptimizer",
+    ("fp32", 3): "DeepSpeedZeroOptimizer_Stage3",
+    ("bf16", 0): "DeepSpeedZeroOptimizer",
+    ("bf16", 1): "DeepSpeedZeroOptimizer",
+    ("bf16", 2): "DeepSpeedZeroOptimizer",
+    ("bf16", 3): "DeepSpeedZeroOptimizer_Stage3",
+}
+COUNTED = [("fp32", 1), ("bf16", 1), ("bf16", 2)]
+
+
+def overlapping(*arguments) -> dict:
+    """DeepSpeed's configuration with the overlap that GPUs have."""
+    made = deepspeed_config(*arguments)
+    return made | {"zero_optimization": made["zero_optimization"] | {"overlap_comm": True}}
+
+
+def wrapper_of(mesh: Mesh, precision: str, stage: int) -> str:
+    config = TWO_RANKS.config(LLAMA | {"training__precision": precision, "parallel__zero_stage": stage})
+    return type(Engine(Objective(model_for(config, mesh)), config, mesh)._engine.optimizer).__name__
+
+
+def refuse(*arguments, **_) -> None:
+    raise AssertionError(f"a process is started: {arguments}")
+
+
+class Seen(SimpleNamespace):
+    """What one of two ranks has seen: runs, runs with overlap, wrappers, and messages by precision and stage."""
+
+
+def see_all(mesh: Mesh, layout: Layout) -> Seen:
+    """Everything in one start of the ranks, in which nobody may run a compiler."""
+    with mock.patch.object(subprocess, "Popen", refuse):
+        runs = train_all(mesh, layout, CASES | LOW_PRECISION)
+        with mock.patch.object(deepspeed_engine, "deepspeed_config", overlapping):
+            overlapped = train_all(mesh, layout, {name: LOW_PRECISION[name] for name in ("zero1 bf16", "zero2 bf16")})
+        wrappers = {case: wrapper_of(mesh, *case) for case in WRAPPERS}
+        counts = {case: count(mesh, *case) for case in COUNTED}
+    return Seen(runs=runs, overlapped=overlapped, wrappers=wrappers, counts=counts)
+
+
+def count(mesh: Mesh, precision: str, stage: int) -> Count:
+    config = configuration(LAYOUTS[f"dp2 zero{stage}"], "adaptive", LENGTH, training__precision=precision)
+    return count_step(mesh, config)
 
 
 @pytest.fixture(scope="module")
-def two_ranks():
-    """Every case on two data-parallel ranks, started once because importing DeepSpeed takes seconds."""
-    return TWO_RANKS.run(train_all, CASES | LOW_PRECISION)
+def two_ranks() -> list[Seen]:
+    """All that two data-parallel ranks have seen, started once because importing DeepSpeed takes seconds."""
+    return TWO_RANKS.run(see_all, time_limit=1500)
+
+
+def runs_of(two_ranks: list[Seen], case: str) -> list[Run]:
+    return [seen.runs[case] for seen in two_ranks]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process(two_ranks, case):
-    assert_equal_to_one_process(TWO_RANKS, CASES[case], [runs[case] for runs in two_ranks])
+    assert_equal_to_one_process(TWO_RANKS, CASES[case], runs_of(two_ranks, case))
 
 
 @pytest.mark.parametrize("case", LOW_PRECISION)
 def test_bf16_stays_near_fp32_with_fp32_master_weights(two_ranks, case):
-    assert_near_one_process(TWO_RANKS, LOW_PRECISION[case], [runs[case] for runs in two_ranks])
+    assert_near_one_process(TWO_RANKS, LOW_PRECISION[case], runs_of(two_ranks, case))
+
+
+def sums_of_bf16_gradients(case: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients of the first step by plain PyTorch: in bf16 of each micro-batch, summed in some type."""
+    config = TWO_RANKS.config(case)
+    model = model_for(config).bfloat16()
+    objective, sums = Objective(model), {}
+    for tokens in batch_of(config, 0).split(config.training.micro_batch_size):
+        penalty = config.ponder_training.penalty_weight
+        total, _ = objective(tokens, REFINEMENTS[0], training_rule(0, config), penalty)
+        (total * (1 / (config.training.global_batch_size * LENGTH) * TWO_RANKS.data)).backward()
+        for name, parameter in model.named_parameters():
+            sums[name] = (sums.get(name, 0) + parameter.grad.float() / TWO_RANKS.data).to(dtype)
+            parameter.grad = None
+    return sums
+
+
+@pytest.mark.parametrize("case", ["zero1 bf16", "zero2 bf16"])
+def test_gradients_of_bf16_are_summed_in_fp32(two_ranks, case):
+    expected = sums_of_bf16_gradients(LOW_PRECISION[case], torch.float32)
+    rounded = sums_of_bf16_gradients(LOW_PRECISION[case], torch.bfloat16)
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for run in (run for seen in two_ranks for run in (seen.runs[case], seen.overlapped[case])):
+        assert run.steps[0].norm == pytest.approx(float(norm), rel=1e-6)
+        for name, gradient in run.steps[0].gradients.items():
+            error = (gradient.float() - expected[name]).norm()
+            assert error < 1e-4 * expected[name].norm(), name
+            assert error < 0.1 * (rounded[name].float() - expected[name]).norm(), name
+
+
+@pytest.mark.parametrize("case", WRAPPERS, ids=lambda case: "-".join(map(str, case)))
+def test_the_class_around_the_optimiser_is_known(two_ranks, case):
+    assert [seen.wrappers[case] for seen in two_ranks] == [WRAPPERS[case]] * 2
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: "-".join(map(str, case)))
+def test_messages_of_data_ranks_are_those_of_estimates(two_ranks, case):
+    for seen in two_ranks:
+        assert seen.counts[case].measured == seen.counts[case].expected()
 
 
 def test_one_rank_equals_one_process():
