@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_bench import Bench, Case, Numbers
+from benchmarks.gpu_bench import ROUNDS, Bench, Case, Numbers
 from megatron_ponder.config import Config
 from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.request import Request
@@ -58,14 +58,14 @@ def decode(mode: str, count: int, bench: Bench) -> dict[str, Numbers]:
     """A forward with one slot of each sequence, which have 1,024 slots at first."""
     config = bench.configuration(mode, model__max_position_embeddings=4096)
     slots = 24 if bench.tiny else 1024
-    length, room = slots // (config.ponder.steps + 1), slots + (64 if bench.tiny else 1024)
-    batching = Batching(max_sequences=count, max_slots=count * room, prompt_slots=1 << 16)
+    forwards, each = (4 if bench.tiny else FORWARDS), config.ponder.steps + 1
+    length, new = slots // each, (ROUNDS + 2) * forwards // each + 1
+    batching = Batching(max_sequences=count, max_slots=count * (length + new) * each, prompt_slots=1 << 16)
     generator = Generator(model_of(config, bench), rule=EVERY_STEP if mode == "adaptive" else None, batching=batching)
     for prompt in prompts(config, count, length):
-        generator.submit(Request(prompt, 1024))
+        generator.submit(Request(prompt, new))
     while generator.usage.tokens < count:
         generator.step()
-    forwards = 4 if bench.tiny else FORWARDS
     before, begun = generator.usage.tokens, time.perf_counter()
     numbers = dict(bench.in_turn({"steps": lambda: [generator.step() for _ in range(forwards)]})["steps"])
     if "ms" in numbers:

@@ -28,6 +28,7 @@ from megatron_ponder.training.objective import Objective
 
 REFINEMENTS = 2
 TARGETS = {"vanilla": 0.5, "adaptive": 0.4}  # model FLOP utilisation of the slots that are run
+SEQUENCES = {"vanilla": 16, "adaptive": 2}  # of a micro-batch, which take about the same memory
 ATTENTION = re.compile(r"flash|fmha|attention|attn", re.IGNORECASE)
 PRODUCTS = re.compile(r"gemm|nvjet|cutlass|xmma|cublas|splitk", re.IGNORECASE)
 OPTIMIZER = re.compile(r"adam|multi_tensor", re.IGNORECASE)
@@ -67,7 +68,8 @@ def alone(bench: Bench) -> Iterator[Mesh]:
 
 def configured(mode: str, bench: Bench, **overrides: object) -> Config:
     """Two micro-batches a step, at R = 2."""
-    config = bench.configuration(mode, ponder_training__jacobi_iterations=REFINEMENTS, **overrides)
+    size = {} if bench.tiny else {"training__micro_batch_size": SEQUENCES[mode]}
+    config = bench.configuration(mode, ponder_training__jacobi_iterations=REFINEMENTS, **size, **overrides)
     training = replace(config.training, global_batch_size=2 * config.training.micro_batch_size)
     return replace(config, training=training)
 
