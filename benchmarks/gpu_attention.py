@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
-from unittest import mock
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_bench import Bench, Case, Numbers, failure
-from megatron_ponder.kernels import attention
+from megatron_ponder.config.run import AttentionKernel
+from megatron_ponder.kernels.attention import Call, attend, choose
 
 SLOTS, CHECKED = 16_384, 512  # of a batch that is timed; of the one row that is compared with fp64
 CHANNELS = 1024  # of all heads
@@ -47,15 +47,6 @@ def unweighted(given: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
 
-def weighted_values(given: Inputs) -> Tensor:
-    """PyTorch's kernel over w v and w, which are divided in the end; queries and keys keep their size."""
-    w = given.log_w.exp()[:, :, None, None].to(given.v.dtype).expand(*given.v.shape[:3], 8)
-    values = torch.cat([given.v * w[..., :1], w], -1)
-    heads_first = (part.transpose(1, 2) for part in (given.q, given.k, values))
-    out = F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
-    return out[..., : given.v.shape[-1]] / out[..., -1:]
-
-
 def flex(given: Inputs) -> Tensor:
     """FlexAttention, compiled, with log w added to the score."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -77,18 +68,22 @@ def explicit(given: Inputs) -> Tensor:
     return torch.einsum("bnts,bsnd->btnd", logits.masked_fill(hidden, float("-inf")).softmax(-1), given.v)
 
 
-def by_kernel(kernel: attention.Kernel, given: Inputs) -> Tensor:
+def by_kernel(name: AttentionKernel, given: Inputs) -> Tensor:
     """The package's entry, made to take a kernel."""
-    with mock.patch.object(attention, "choose", return_value=kernel):
-        return attention.attend(given.q, given.k, given.v, given.q.shape[-1] ** -0.5, given.log_w)
+    return attend(given.q, given.k, given.v, given.q.shape[-1] ** -0.5, given.log_w, kernel=name)
 
 
-def forms(tiny: bool) -> dict[str, Form]:
+def kernels(device: torch.device, dtype: torch.dtype) -> list[AttentionKernel]:
+    """Names of those that compute such a call."""
+    call = Call(device.type, dtype)
+    named = [name for name in get_args(AttentionKernel) if name != "auto"]
+    return [name for name in named if failure(partial(choose, call, name)) is None]
+
+
+def forms(given: Inputs, tiny: bool) -> dict[str, Form]:
     """All that is compared, by name: the table of kernels as it is, and the forms above."""
-    kernels = {kernel.compute: kernel for kernel in attention._KERNELS}
-    named = {compute.__name__.strip("_"): partial(by_kernel, kernel) for compute, kernel in kernels.items()}
-    others = {"torch, weighted values": weighted_values, "torch, weights of 1": unweighted}
-    return named | others | ({} if tiny else {"FlexAttention": flex})
+    named = {name: partial(by_kernel, name) for name in kernels(given.q.device, given.q.dtype)}
+    return named | {"torch, weights of 1": unweighted} | ({} if tiny else {"FlexAttention": flex})
 
 
 def attention_cases(tiny: bool) -> dict[str, Case]:
@@ -103,7 +98,7 @@ def measure(head_size: int, length: int, bench: Bench) -> dict[str, Numbers]:
     heads, batch = (2, 1) if bench.tiny else (CHANNELS // head_size, SLOTS // length)
     given = Inputs.drawn((batch, length, heads, head_size), bench.device, dtype)
     small = Inputs.drawn((1, min(length, CHECKED), heads, head_size), bench.device, dtype)
-    compared = forms(bench.tiny)
+    compared = forms(given, bench.tiny)
     forward = bench.in_turn({name: partial(run_forward, form, given) for name, form in compared.items()})
     both = bench.in_turn({name: partial(run_both, form, given) for name, form in compared.items()})
     flops = 2.0 * batch * heads * length * length * head_size

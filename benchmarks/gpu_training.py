@@ -16,7 +16,7 @@ from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.gpus import GPUS, Gpu
 from megatron_ponder.cluster.hardware import hardware_of
 from megatron_ponder.config import Config, ParallelConfig
-from megatron_ponder.config.run import TrainingConfig
+from megatron_ponder.config.run import AttentionKernel, TrainingConfig
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.estimates.step_time import step_time
 from megatron_ponder.model.build import build_part
@@ -55,7 +55,9 @@ class Step:
 
 def training_cases(tiny: bool) -> dict[str, Case]:
     """Cases by name."""
-    steps = {mode: partial(steps_of, mode) for mode in TARGETS}
+    steps = {mode: partial(steps_of, mode, "auto") for mode in TARGETS}
+    if not tiny:
+        steps["adaptive, Triton's attention"] = partial(steps_of, "adaptive", "triton")
     return steps | {f"parts of {mode}": partial(parts_of, mode) for mode in TARGETS}
 
 
@@ -74,7 +76,7 @@ def configured(mode: str, bench: Bench, **overrides: object) -> Config:
     return replace(config, training=training)
 
 
-def steps_of(mode: str, bench: Bench) -> dict[str, Numbers]:
+def steps_of(mode: str, kernel: AttentionKernel, bench: Bench) -> dict[str, Numbers]:
     """Milliseconds a step, tokens/s and model FLOP utilisation, eager and compiled."""
     ways = {"eager": {}}
     if any(item.name == "compile" for item in fields(TrainingConfig)) and not bench.tiny:
@@ -83,7 +85,7 @@ def steps_of(mode: str, bench: Bench) -> dict[str, Numbers]:
         made: dict[str, Step] = {}
         errors: dict[str, Numbers] = {}
         for way, overrides in ways.items():
-            config = configured(mode, bench, **overrides)
+            config = configured(mode, bench, training__attention_kernel=kernel, **overrides)
             message = failure(lambda way=way, config=config: made.update({way: Step(config, mesh)}))
             errors |= {way: {"error": message}} if message else {}
         measured = bench.in_turn(made, rounds=10)

@@ -27,6 +27,8 @@ PUBLISHED_RATES = {
     "llama_834m": 2.5e-4,
     "llama_1.4b": 2e-4,
     "llama_2.8b": 1.6e-4,
+    "llama_410m_8xh100": 3e-4,
+    "llama_1.4b_32xh100": 2e-4,
 }
 
 
