@@ -55,9 +55,10 @@ COUNTED = [("fp32", 1), ("bf16", 1), ("bf16", 2)]
 
 
 def overlapping(*arguments) -> dict:
-    """DeepSpeed's configuration with the overlap that GPUs have."""
+    """DeepSpeed's configuration with the overlap that GPUs have, and buckets that are smaller than some parameters."""
     made = deepspeed_config(*arguments)
-    return made | {"zero_optimization": made["zero_optimization"] | {"overlap_comm": True}}
+    changed = {"overlap_comm": True, "reduce_bucket_size": 500, "allgather_bucket_size": 500}
+    return made | {"zero_optimization": made["zero_optimization"] | changed}
 
 
 def wrapper_of(mesh: Mesh, precision: str, stage: int) -> str:
