@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,13 +16,14 @@ from megatron_ponder.cluster.description import Cluster
 from megatron_ponder.cluster.gpus import GPUS, Gpu
 from megatron_ponder.cluster.hardware import hardware_of
 from megatron_ponder.config import Config, ParallelConfig
-from megatron_ponder.config.run import AttentionKernel, TrainingConfig
+from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.estimates.step_time import step_time
 from megatron_ponder.model.build import build_part
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 
@@ -40,6 +41,7 @@ class Step:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         model = build_part(config, mesh)
         initialize(model, seed=0)
+        compile_blocks(model, config, mesh.device)
         self.engine, self.config = Engine(Objective(model), config, mesh), config
         shape = (2, config.training.micro_batch_size, config.data.sequence_length + 1)
         generator = torch.Generator().manual_seed(0)
@@ -78,9 +80,7 @@ def configured(mode: str, bench: Bench, **overrides: object) -> Config:
 
 def steps_of(mode: str, kernel: AttentionKernel, bench: Bench) -> dict[str, Numbers]:
     """Milliseconds a step, tokens/s and model FLOP utilisation, eager and compiled."""
-    ways = {"eager": {}}
-    if any(item.name == "compile" for item in fields(TrainingConfig)) and not bench.tiny:
-        ways["compiled"] = {"training__compile": "true"}
+    ways = {"eager": {}} | ({} if bench.tiny else {"compiled": {"training__compile": "true"}})
     with alone(bench) as mesh:
         made: dict[str, Step] = {}
         errors: dict[str, Numbers] = {}
