@@ -20,6 +20,7 @@ from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.ponder import Batch, PonderLM, PonderOutput
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Routing, Rule
+from megatron_ponder.model.spans import span
 from megatron_ponder.parallel.regions import all_tokens, enter, gather_parts, own_part
 
 
@@ -146,7 +147,8 @@ def _run(
     slots = _slots(model, batch, packing, log_w_1T, most)
     if kept is not packing:
         slots = slots._replace(kept=packing.places(kept))
-    h_1TH = model.transformer(own_part(x_1TH, axis), slots, recompute=model.recompute.of_pass(index))
+    with span(f"pass {index}: slots that are kept"):
+        h_1TH = model.transformer(own_part(x_1TH, axis), slots, recompute=model.recompute.of_pass(index))
     h_1TH = gather_parts(h_1TH, axis, len(kept.token_T))
     read_1NH = embedded_1NH if model.ponder_config.routes_by_token else h_1TH[:, kept.first_N]
     routing = model.route(own_part(read_1NH, axis), rule)
