@@ -48,6 +48,8 @@ def layout(head_size: int, dtype: torch.dtype, capability: int) -> Layout:
         return Layout(*[Blocks(32, 32, 4, 1)] * 3)
     if padded(head_size) <= 64:
         return Layout(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3))
+    if head_size != padded(head_size):  # whose loads need masks
+        return Layout(Blocks(64, 64, 8, 3), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2))
     if capability < 90:
         return Layout(Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2))
     return Layout(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 8, 2))
