@@ -1,11 +1,12 @@
-"""Run folders and checkpoints that an earlier version wrote go on as they would have gone on under it, bit for bit.
+"""Run folders and checkpoints that an earlier version wrote go on as they would have gone on under it.
+
+Up to rounding in fp32: attention within documents adds up in another order since, and pruned passes run fewer slots.
 
 `before/` was written by version 0.1.0: `run`, killed after its third step of four; `whole`, what became of the same
 command when nothing stopped it; and `gpt_neox`, a checkpoint with logits computed from it.
 """
 
 import os
-import platform
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,6 @@ from tests.finished_runs import train_in_turn
 BEFORE = Path(__file__).parent / "before"
 # Sums in the same order on every x86 processor, whatever instructions it has; read when PyTorch is imported.
 REPRODUCIBLE = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-SAME_SOFTWARE = torch.__version__.split("+")[0] == "2.13.0" and platform.machine() == "x86_64"
 
 
 class Today(NamedTuple):
@@ -60,8 +60,8 @@ def today(tmp_path_factory) -> Today:
 
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
-    """Of the same bits, or with another PyTorch or processor as near as fp32 is."""
-    torch.testing.assert_close(got, expected, **({"rtol": 0, "atol": 0} if SAME_SOFTWARE else {}))
+    """As near as fp32 is; the tolerance is well below what a wrong step would change."""
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["run", "anew"])
@@ -79,8 +79,10 @@ def test_every_step_has_the_same_numbers(today, name):
     expected, got = read_metrics(BEFORE / "whole"), read_metrics(today.folder / name)
     assert [record["step"] for record in got] == [1, 2, 3, 4]
     for before, after in zip(expected, got, strict=True):
-        for key in before.keys() - MEASURED:
-            assert after[key] == (before[key] if SAME_SOFTWARE else pytest.approx(before[key], rel=1e-5)), key
+        assert after["model_flops"] <= before["model_flops"]  # slots that are pruned are not run any more
+        for key in before.keys() - MEASURED - {"model_flops"}:
+            want = before[key] if before[key] is None else pytest.approx(before[key], rel=5e-5)
+            assert after[key] == want, key
 
 
 def test_the_log_and_the_starts_are_added_to(today):
