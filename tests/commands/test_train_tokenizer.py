@@ -36,7 +36,7 @@ def test_the_tool_trains(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "nowhere", "--vocab-size", "500"], "error: nowhere does not exist and matches no file: check"),
+        (["--input", "nowhere", "--vocab-size", "500"], "error: nowhere does not exist and matches no file; check"),
         (["--input", SOURCES / "abc.py", "--vocab-size", "99999"], "error: the text allows at most "),
         (["--input", SOURCES / "abc.py", "--vocab-size", "3"], "error: --vocab-size is 3; set it above 259"),
     ],

@@ -122,7 +122,7 @@ def test_negative_ids_are_refused(tmp_path):
         writer.add_document([1, -3])
     with pytest.raises(UserError, match=r"data\.bin has the token id -3"):
         check_vocabulary(tmp_path / "data", 10)
-    with pytest.raises(UserError, match=r"data\.bin has the id -3 as token 1:"):
+    with pytest.raises(UserError, match=r"data\.bin has the id -3 as token 1;"):
         verify(tmp_path / "data", None)
 
 

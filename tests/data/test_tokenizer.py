@@ -132,7 +132,7 @@ def test_a_file_that_is_no_tokenizer(tmp_path, name, content):
 
 
 def test_a_missing_tokenizer(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere does not exist: .*ponder train-tokenizer"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; .*ponder train-tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
         load_tokenizer(tmp_path)

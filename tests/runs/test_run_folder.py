@@ -37,9 +37,9 @@ class AtLook(StopSignals):
         pass
 
 
-def run_with(arguments: list[str], looks: int, action: Callable[[], None]) -> Attempt:
+def run_with(arguments: list[str], looks: int, action: Callable[[], None], drawn: bool = False) -> Attempt:
     with alone() as device:
-        return attempt(Mesh(device=device), arguments, AtLook(looks, action))
+        return attempt(Mesh(device=device), arguments, AtLook(looks, action), drawn)
 
 
 def test_a_second_run_is_refused_and_changes_nothing(corpus, tmp_path):
@@ -78,7 +78,7 @@ def test_a_run_whose_folder_is_removed_makes_it_again_and_loses_nothing(corpus, 
     run = tmp_path / "run"
     arguments = tiny_arguments(corpus, run, logging__tensorboard="true", training__eval_interval=0)
     with caplog.at_level(logging.WARNING):
-        assert run_with(arguments, 6, lambda: shutil.rmtree(run)).end == "finished"
+        assert run_with(arguments, 6, lambda: shutil.rmtree(run), drawn=True).end == "finished"
     assert any("metrics.jsonl was removed" in message for message in caplog.messages)
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 9))
     assert "starting: llama" in (run / RUN_LOG).read_text()

@@ -25,7 +25,7 @@ def test_every_rank_copies_its_share_alone(monkeypatch, tmp_path, asynchronous):
     monkeypatch.setattr(dist, "all_gather", lambda parts, part, group: [one.copy_(part) for one in parts])
     for data in range(DATA):
         for tensor in range(TENSOR):
-            mesh = Mesh(data=Axis(DATA, data), tensor=Axis(TENSOR, tensor))
+            mesh = Mesh(data=Axis(DATA, data), copies=Axis(DATA, data), tensor=Axis(TENSOR, tensor))
             model = PonderLM(config.model, config.ponder, mesh)
             engine = SimpleNamespace(model=model, kinds=KINDS, master=lambda parameter, kind: parameter.detach())
             size = len(KINDS) * 4 * sum(math.prod(spec.shape) for _, _, spec, _ in declarations(model))
