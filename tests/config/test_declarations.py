@@ -70,7 +70,7 @@ def test_a_number_outside_its_range_is_refused_with_the_range(key, item, kinds):
     for number in [value for value in outside(item, kinds) if value not in range_of(item)]:
         text = str(number).replace("inf", ".inf").replace("nan", ".nan")
         text = f"[{text}, {text}]" if item.name == "betas" else text
-        text = f"[{text}]" if item.name == "pipeline_layers" else text
+        text = f"[{text}]" if item.name in ("pipeline_layers", "profile_steps", "profile_ranks") else text
         with pytest.raises(UserError) as caught:
             read_config([f"--{key}={text}"])
         assert str(caught.value).startswith(f"{key} is ")
