@@ -33,9 +33,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Several tests and ranks share the cores; small tensors gain nothing from more threads."""
+def plain_processor():
+    """Several tests and ranks share the cores; small tensors gain nothing from more threads.
+
+    Denormal numbers are what they are, whatever a test before has asked for: Hypothesis refuses to draw without them.
+    """
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
 
 
 class Ended(NamedTuple):

@@ -68,7 +68,9 @@ def test_threads_that_are_no_number_are_refused_before_ranks_meet(monkeypatch, v
 FOREIGN = """
 import sys
 from megatron_ponder.base.launch import Launch
+from megatron_ponder.parallel import rendezvous
 from megatron_ponder.parallel.process_group import process_group
+rendezvous.SECONDS_TO_ANSWER = 1.0
 with process_group(Launch(rank=1, world_size=2, port=int(sys.argv[1])), patience=1.0):
     pass
 """
