@@ -116,7 +116,7 @@ def wanted(kind: Any) -> str:
     if get_origin(kind) is list:
         return f"a list of {_NAMES[parts[0]]}s" if parts[0] in _NAMES else "a list"
     if get_origin(kind) is dict:
-        return "keys with a text each"
+        return f"keys with a {_NAMES[parts[1]]} each"
     return _NAMES[kind] if kind in (bool, str) else f"a {_NAMES[kind]}"
 
 

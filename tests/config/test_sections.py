@@ -204,6 +204,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         ("model.family", "gpt2", "gpt2"),
         ("ponder.mode", "slow", "slow"),
         ("ponder_training.jacobi_iterations", "[1, x]", "x"),
+        ("ponder_training.jacobi_iterations", "{1: 0.5, 2: 0.5}", "keys with a whole number each"),
         ("optimizer.betas", "[0.9]", "0.9"),
         ("optimizer.learning_rate", "fast", "fast"),
         ("training.precision", "fp16", "fp16"),
