@@ -10,7 +10,7 @@ from megatron_ponder.generation.sampling import Sampling
 
 
 def latent(step: int) -> int:
-    """What stands in place of a token id in the slot of an latent step, whose input comes from the model."""
+    """What stands in place of a token id in the slot of a latent step, whose input comes from the model."""
     return -step
 
 
