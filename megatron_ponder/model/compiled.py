@@ -5,6 +5,7 @@ import time
 import torch
 from torch import Tensor
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.block import Block
 
@@ -53,11 +54,22 @@ class CompiledBlock:
             cache: none, as there is no backward pass with one.
             recipes: not asked for; the compiler decides what is cheap to compute again.
             recompute_attention: as in `Block.forward`.
+
+        Raises:
+            UserError: if PyTorch cannot compile it.
         """
         if slots.segments is not None:  # of which every micro-batch has another number
             torch._dynamo.maybe_mark_dynamic(slots.segments.bounds, 0)
         graphs, begun = self.graphs, time.perf_counter()
-        y_BTH = self._compiled(block, x_BTH, slots, recompute_attention=recompute_attention)
+        try:
+            y_BTH = self._compiled(block, x_BTH, slots, recompute_attention=recompute_attention)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            said = str(getattr(error, "inner_exception", error)) or type(error).__name__
+            reason = next(line for line in said.splitlines() if line.strip())
+            raise UserError(
+                f"PyTorch {torch.__version__} cannot compile the blocks of this model ({reason}); set training.compile "
+                "to false"
+            ) from error
         if self.graphs > graphs:
             self.seconds += time.perf_counter() - begun
         return y_BTH

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.model.compiled import CompiledBlock
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import Recompute
@@ -124,9 +125,9 @@ def test_inductor_with_latent_steps(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_inductor_in_bf16_is_as_near_to_fp32_as_eager_is(family):
-    values = {"ponder__mode": "adaptive", "model__family": family}
+def test_inductor_in_bf16_is_as_near_to_fp32_as_eager_is():
+    """Of llama: with PyTorch 2.13, C++ compilers refuse what inductor makes of layer norms in bf16."""
+    values = {"ponder__mode": "adaptive"}
     true = see(small_model(**values).float(), 1)
     model = small_model(**values).bfloat16()
     eager = distances(see(model, 1), true)
@@ -159,3 +160,16 @@ def test_tensor_ranks_with_latent_steps(sequence_parallel):
         ({"ponder__mode": "adaptive", "model__family": "gpt_neox"}, "aot_eager", 4, 1e-11, (1, 2)),
     ]
     Layout(tensor=2, sequence_parallel=sequence_parallel).run(on_ranks, cases)
+
+
+def test_what_pytorch_cannot_compile_ends_in_one_line():
+    def refuse(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    model = small_model(ponder__mode="vanilla", model__num_layers=1).float()
+    model.transformer.compiled = CompiledBlock(1)
+    model.transformer.compiled._backend = refuse
+    with pytest.raises(
+        UserError, match=r"cannot compile the blocks .*no such instruction.*set training\.compile to false"
+    ):
+        model.jacobi(random_tokens(1, 5), 0, model.rule("soft"))
