@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 from megatron_ponder.commands.ponder import main
@@ -30,6 +31,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # lest libraries report leaks
+
+
+@pytest.fixture(autouse=True)
+def no_group_left():
+    """A process group that a test leaves behind is that test's failure, not the next one's."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("a process group was left behind")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,8 @@ A variable that is empty is not set. What is set and cannot be meant is refused 
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from megatron_ponder.base.errors import UserError
 
@@ -64,6 +65,17 @@ def read_threads(environ: Mapping[str, str] = os.environ) -> int | None:
     """The threads of a process by OMP_NUM_THREADS, which may be a list, one number for each level of nesting."""
     first, *_ = environ.get("OMP_NUM_THREADS", "").split(",")
     return read_number({"OMP_NUM_THREADS": first}, "OMP_NUM_THREADS", 1, LARGEST_THREADS)
+
+
+@contextmanager
+def variables_kept() -> Iterator[None]:
+    """Give all variables of this process the values back that they had, at the end of the context."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ format 1 were written without one and go on being read; what can be told of them
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -120,6 +121,8 @@ def _from_fields(content: dict) -> Manifest:
             raise ValueError(f"it lacks {name}")
         if not _VALID[name](content[name]):
             raise ValueError(f"its {name} cannot be {_shown(content[name])}")
+    if content["step"] > 0:
+        content.setdefault("training_flops", None)  # which versions before this did not count
     state = RunState(**{of.name: content.pop(of.name) for of in fields(RunState) if of.name in content})
     manifest = Manifest(state, **content)
     manifest.files = {name: tuple(entry) for name, entry in manifest.files.items()}
@@ -147,6 +150,10 @@ def _is_text(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value < _LARGEST
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 def _is_inside(name: object) -> bool:
@@ -186,6 +193,7 @@ _VALID: dict[str, Callable[[object], bool]] = {
     "tensors": _is_mapping(_is_tensor, _is_inside),
     "files": _is_mapping(_is_inside, _is_entry),
     "skipped": _are_steps,
+    "training_flops": lambda value: value is None or _is_finite(value),
     "validated": lambda value: isinstance(value, bool),
     "penalty_factor": _is_number,
     "penalty_steps": lambda value: value is None or _is_number(value),

@@ -12,6 +12,7 @@ class RunState:
         samples: training samples consumed, which is the whole state of the data order.
         skipped: steps among them that changed nothing, because their loss or gradients were not finite.
         validated: false if the validation that was due after this step has been cut off.
+        training_flops: model FLOPs of all these steps; None of a run that began before they were counted.
         penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
         penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.
     """
@@ -20,8 +21,15 @@ class RunState:
     samples: int = 0
     skipped: list[int] = field(default_factory=list)
     validated: bool = True
+    training_flops: float | None = 0.0
     penalty_factor: float = 1.0
     penalty_steps: float | None = None
+
+    def advance(self, samples: int, flops: float) -> None:
+        """Count a further step, which has consumed some samples and taken some model FLOPs."""
+        self.step, self.samples = self.step + 1, self.samples + samples
+        if self.training_flops is not None:
+            self.training_flops += flops
 
     @property
     def updates(self) -> int:

@@ -111,6 +111,8 @@ def lines_of(status: RunStatus) -> dict[str, str]:
         lines["validation loss"] = f"{status.validation_loss:.4f} after step {status.validation_step:,}"
     if status.mean_latent_steps is not None:
         lines["latent steps/token"] = f"{status.mean_latent_steps:.2f}"
+    if status.training_flops is not None:
+        lines["training compute"] = f"{status.training_flops:.3g} FLOPs"
     if status.tokens_per_second is not None:
         used = "" if status.mfu is None else f", MFU {status.mfu:.1%}"
         lines["rate"] = f"{status.tokens_per_second:,.0f} tokens/s{used}"

@@ -1,6 +1,5 @@
 """One rank of many that are not there: PyTorch's fake process group, in which collectives end at once."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_ponder.base.environment import variables_kept
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.process_group import tell_libraries
 
@@ -28,16 +28,15 @@ def pretended_group(launch: Launch, rank: int) -> Iterator[torch.device]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend
 
-    before, device = dict(os.environ), torch.device("cpu")
-    tell_libraries(replace(launch, rank=rank, local_rank=rank % launch.local_size), device)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=launch.world_size)
-    try:
-        with _MadeUp():
-            yield device
-    finally:
-        dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(before)
+    device = torch.device("cpu")
+    with variables_kept():
+        tell_libraries(replace(launch, rank=rank, local_rank=rank % launch.local_size), device)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=launch.world_size)
+        try:
+            with _MadeUp():
+                yield device
+        finally:
+            dist.destroy_process_group()
 
 
 def groups_of_this_rank() -> list[int]:

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_ponder.base.environment import variables_kept
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel import gpu_settings
 from megatron_ponder.parallel.cpu_settings import announce_cores, prepare_cpu, share_cores
@@ -22,9 +23,9 @@ def process_group(
 ) -> Iterator[torch.device]:
     """Join the other ranks for as long as the context lasts, and say on which device this rank computes.
 
-    NCCL on GPUs and gloo on CPUs. Also exports the variables that libraries below us read, divides the cores that this
-    process may use between the ranks that share them unless OMP_NUM_THREADS says otherwise, and prepares the CPU (see
-    `prepare_cpu`) and the GPU (`prepare_gpu`).
+    NCCL on GPUs and gloo on CPUs. Also exports the variables that libraries below us read, for as long, divides the
+    cores that this process may use between the ranks that share them unless OMP_NUM_THREADS says otherwise, and
+    prepares the CPU (see `prepare_cpu`) and the GPU (`prepare_gpu`).
 
     If there are several ranks, an error that is not all of theirs ends this process, and the others (`FailureWatch`).
 
@@ -38,9 +39,9 @@ def process_group(
         UserError: no GPU is left for this rank, or the ranks do not find each other.
     """
     prepare_cpu()
-    gpu_settings.tell_cuda(os.environ, deterministic)
-    store = meet(launch, patience, COLLECTIVE_TIMEOUT)
-    try:
+    with variables_kept(), _left_at_the_end():  # a library that finds them afterwards would make a group of its own
+        gpu_settings.tell_cuda(os.environ, deterministic)
+        store = meet(launch, patience, COLLECTIVE_TIMEOUT)
         with FailureWatch(store, launch) if launch.world_size > 1 else nullcontext():
             device, cores = _device(launch, store, deterministic), announce_cores(store)
             tell_libraries(launch, device)
@@ -54,6 +55,12 @@ def process_group(
             )
             share_cores(store, cores)
             yield device
+
+
+@contextmanager
+def _left_at_the_end() -> Iterator[None]:
+    try:
+        yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

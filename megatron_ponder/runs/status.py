@@ -48,6 +48,7 @@ class RunStatus:
         validation_loss: of the last validation.
         validation_step: its step.
         mean_latent_steps: latent steps per token of the last step.
+        training_flops: model FLOPs of all steps so far, where they are known.
         tokens_per_second: mean over the last records, validation and saving included.
         mfu: of the last step, where it is known.
         seconds_left: at that pace; None unless it is running.
@@ -68,6 +69,7 @@ class RunStatus:
     validation_loss: float | None = None
     validation_step: int | None = None
     mean_latent_steps: float | None = None
+    training_flops: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
     seconds_left: float | None = None
@@ -119,6 +121,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         validation_loss=validation.get("validation_loss"),
         validation_step=validation.get("step"),
         mean_latent_steps=last.get("mean_latent_steps"),
+        training_flops=last.get("training_flops"),
         tokens_per_second=tokens / pace if pace else last.get("tokens_per_second"),
         mfu=last.get("mfu"),
         seconds_left=pace * left if state == "running" and pace else None,

@@ -79,7 +79,7 @@ class TrainingLoop:
         self._checkpointer = Checkpointer(config, parts.tokenizer_path, parts.fingerprints, mesh)
         self._watchdog = Watchdog(training.step_timeout)
         self._costs = StepCosts(config)
-        self._watch = StepWatch(config, mesh, engine.model.transformer, self._costs)
+        self._watch = StepWatch(config, mesh, engine.model.transformer)
         self._profiler = Profiler(training, dist.get_rank(), dist.get_world_size(), mesh.device, output)
         self._interruption = Interruption(signals, mesh)
         engine.allow(self._interruption)
@@ -165,7 +165,8 @@ class TrainingLoop:
         routes = self._routed and plan.rule.latents
         if routes and math.isfinite(norm):
             self._penalty.observe(state.step, tally.mean_steps)
-        state.step, state.samples = state.step + 1, state.samples + self._config.training.global_batch_size
+        flops = self._costs.flops(plan, tally)
+        state.advance(self._config.training.global_batch_size, flops)
         self._watchdog.beat()
         self._tell_of_graphs()
         drift = self._mend_replicas()
@@ -173,6 +174,7 @@ class TrainingLoop:
             "step": state.step,
             "samples": state.samples,
             "steps_left": self._costs.left(state.step),
+            "training_flops": state.training_flops,
             "grad_norm": norm,
             "learning_rate": plan.learning_rate,
             "penalty_weight": plan.penalty_weight,
@@ -181,7 +183,7 @@ class TrainingLoop:
             **(records.router_fields(tally, self._config.ponder.steps) if routes else {}),
             **own,
             **drift,
-            **self._end_watch(plan, tally),
+            **self._end_watch(flops, tally),
         }
 
     # Parts of a step, in their order -------------------------------------------------------------------------------
@@ -242,8 +244,8 @@ class TrainingLoop:
         if compiled is not None and (news := compiled.news()):
             self._output.say(f"step {self._state.step}  {news}")
 
-    def _end_watch(self, plan: StepPlan, tally: Tally) -> dict[str, Value]:
-        measured, slow_ranks = self._watch.end(plan, tally)
+    def _end_watch(self, flops: float, tally: Tally) -> dict[str, Value]:
+        measured, slow_ranks = self._watch.end(flops, tally.slots)
         if slow_ranks is not None:
             self._output.say(f"step {self._state.step}  {slow_ranks}")
         return measured

@@ -15,10 +15,7 @@ from torch import nn
 
 from megatron_ponder.cluster.gpus import known_gpu
 from megatron_ponder.config import Config
-from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.schedules import StepPlan
-from megatron_ponder.training.step_costs import StepCosts
 from megatron_ponder.training.stragglers import Stragglers, slowest_fields
 
 GIB = 2**30
@@ -57,18 +54,16 @@ class _Clock:
 class StepWatch:
     """Measures every step of a run, on every rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, transformer: nn.Module, costs: StepCosts) -> None:
+    def __init__(self, config: Config, mesh: Mesh, transformer: nn.Module) -> None:
         """Begin to watch; a collective of all ranks.
 
         Args:
             config: resolved, with a vocabulary size.
             mesh: the ranks.
             transformer: the blocks of this rank, whose forward passes are timed.
-            costs: of the run's steps.
         """
         self._config, self._mesh, self._clock = config, mesh, _Clock(mesh.device)
         self._spans, self._forwards = [], []
-        self._costs = costs
         self._peak = None
         if mesh.device.type == "cuda":
             gpu = known_gpu(torch.cuda.get_device_name(mesh.device))
@@ -97,12 +92,12 @@ class StepWatch:
         del self._forwards[forwards:]
         self._start = self._clock.now()
 
-    def end(self, plan: StepPlan, tally: Tally) -> tuple[dict[str, float], str | None]:
+    def end(self, flops: float, slots: float) -> tuple[dict[str, float], str | None]:
         """The step has ended, and everybody knows its loss.
 
         Args:
-            plan: of the step.
-            tally: of the whole global batch.
+            flops: of its algorithm, over all ranks.
+            slots: that were run, over all ranks.
 
         Returns:
             Fields of the record, and what is to be said of slow ranks, if anything.
@@ -110,7 +105,7 @@ class StepWatch:
         self.mark()
         spans = [self._clock.between(*span) for span in self._spans]
         parts = dict(zip(PARTS, spans, strict=False))
-        fields = self._fields(parts, sum(spans), self._costs.flops(plan, tally), tally.slots)
+        fields = self._fields(parts, sum(spans), flops, slots)
         blocks = sum(self._clock.between(*pair) for pair in self._forwards)
         times = self._stragglers.add(parts["data"], blocks)
         if times is None:

@@ -10,7 +10,9 @@ import pytest
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.folders import LATEST, MANIFEST
-from megatron_ponder.runs.metrics import METRICS
+from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.commands.status import lines_of
+from megatron_ponder.runs.metrics import METRICS, read_metrics
 from megatron_ponder.runs.starts import END, STARTS
 from megatron_ponder.runs.status import PATIENCE, RECENT, run_status
 from tests import REPOSITORY
@@ -55,6 +57,10 @@ def test_a_real_run_that_has_finished(corpus):
     assert (status.state, status.step, status.steps) == ("finished", STEPS, STEPS)
     assert (status.loss, status.validation_loss) == (last["loss"], last["validation_loss"])
     assert status.validation_step == STEPS
+    flops = sum(record["model_flops"] for record in read_metrics(run_dir))
+    assert status.training_flops == pytest.approx(flops)
+    assert read_manifest(run_dir / "checkpoints" / LATEST_NAME).state.training_flops == status.training_flops
+    assert lines_of(status)["training compute"] == f"{flops:.3g} FLOPs"
     assert status.seconds_left is None
     assert status.checkpoint.name == LATEST_NAME
     assert status.checkpoint.step == STEPS
