@@ -6,7 +6,9 @@ Size `diagnostic` does it on text whose difficulty is known, and adds depths.md:
 
 The same command goes on where it was stopped; what is finished is not done again. The output then holds the runs, an
 analysis of each seed with its figures and its page, and over all seeds table.md, table.csv and pareto.png. With
---dry-run the configuration of every run is checked and its command printed, and nothing is started.
+--compare costs it is ways of training a model more cheaply that are compared, and costs.png has loss against operations
+and time of training. With --dry-run the configuration of every run is checked and its command printed, and nothing is
+started.
 """
 
 import argparse
@@ -14,8 +16,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from costs import write_costs
 from rich.console import Console
-from runs import SIZES, analyse, plan_runs, prepare_data, train
+from runs import COMPARISONS, SIZES, analyse, plan_runs, prepare_data, train
 from tables import write_tables
 
 from megatron_ponder.base.errors import command
@@ -27,6 +30,12 @@ def main(argv: Sequence[str]) -> None:
     """Make the data, train, measure, write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu", help="configuration (default: cpu)")
+    parser.add_argument(
+        "--compare",
+        choices=COMPARISONS,
+        default="variants",
+        help="what is compared: ways of spending compute, or what training costs (default: variants)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--data", type=Path, help="folder of corpus and tokenizer; data/ in the output unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
@@ -35,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check and print the commands, and start nothing")
     arguments = parser.parse_args(argv)
     data = arguments.data or arguments.output / "data"
-    runs = plan_runs(arguments.size, arguments.output, data, arguments.seeds)
+    runs = plan_runs(arguments.size, arguments.output, data, arguments.seeds, arguments.compare)
     if arguments.dry_run:
         for run in runs:
             read_config(run.arguments)  # refuses what is wrong
@@ -46,7 +55,11 @@ def main(argv: Sequence[str]) -> None:
     folders = {seed: arguments.output / f"seed{seed}" for seed in arguments.seeds}
     parts = {folder: [run for run in runs if run.seed == seed] for seed, folder in folders.items()}
     analyse(parts, data, arguments.samples, arguments.jobs)
-    Console(highlight=False).print(write_tables(folders, arguments.output), soft_wrap=True)
+    if arguments.compare == "costs":
+        table = write_costs(runs, folders, arguments.output)
+    else:
+        table = write_tables(folders, arguments.output)
+    Console(highlight=False).print(table, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper")}
 SIZES["diagnostic"] = REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml"
+COMPARISONS = {what: HERE / f"{what}.yaml" for what in ("variants", "costs")}
 # Of the sizes whose corpus is made here: words of the tokenizer, and what more than the standard library is read.
 VOCABULARY = {"cpu": 512, "gpu": 8192}
 CORPUS = {"cpu": (), "gpu": ("--packages",)}
@@ -48,10 +49,24 @@ class Run:
         return latest is not None and latest.name == checkpoint_name(read_config(self.arguments).training.steps)
 
 
-def plan_runs(size: str, output: Path, data: Path, seeds: Sequence[int]) -> list[Run]:
-    """All runs, the first seed of every variant first, so that a comparison can be made as early as possible."""
-    chosen = yaml.safe_load((HERE / "variants.yaml").read_text(encoding="utf-8"))
-    variants = chosen["all"] | chosen.get(size, chosen["text"])
+def plan_runs(size: str, output: Path, data: Path, seeds: Sequence[int], what: str = "variants") -> list[Run]:
+    """All runs, the first seed of every variant first, so that a comparison can be made as early as possible.
+
+    Args:
+        size: of `SIZES`.
+        output: folder for what is made.
+        data: folder of corpus and tokenizer.
+        seeds: of weights and data order.
+        what: of `COMPARISONS`.
+
+    Raises:
+        UserError: that comparison has nothing of that size.
+    """
+    chosen = yaml.safe_load(COMPARISONS[what].read_text(encoding="utf-8"))
+    own = chosen.get(size, chosen.get("text"))
+    if own is None:
+        raise UserError(f"{COMPARISONS[what].name} has no variants of size {size}; it has {', '.join(chosen)}")
+    variants = chosen.get("all", {}) | own
     tokenizer = data / ("tokenizer.json" if size == "diagnostic" else "tokenizer.model")
     common = ("--config", str(SIZES[size]), "--checkpoint.resume", "auto")
     common += ("--data.path", str(data / "corpus_text_document"), "--tokenizer.path", str(tokenizer))

@@ -45,7 +45,7 @@ def write_tables(folders: Mapping[int, Path], output: Path) -> str:
     Returns:
         The table in Markdown.
     """
-    seeds = [_points(folder, seed) for seed, folder in folders.items()]
+    seeds = [read_points(folder, seed) for seed, folder in folders.items()]
     rows = [_row(variant, seeds) for variant in seeds[0]]
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -81,7 +81,8 @@ def _by_depth(folders: Mapping[int, Path]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _points(folder: Path, seed: int) -> dict[str, Point]:
+def read_points(folder: Path, seed: int) -> dict[str, Point]:
+    """The runs of a seed by variant, from the folder of its analysis."""
     summaries = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["models"]
     with (folder / "quality_compute.csv").open(encoding="utf-8", newline="") as rows:
         measured = list(csv.DictReader(rows))
@@ -171,12 +172,12 @@ def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
     axes.margins(x=0.2)
     axes.set_title("mean ± standard deviation over seeds; what lies above the frame is in the table", fontsize=10)
     axes.grid(alpha=0.3)
-    _label(axes, means, {variant: mode for mode, variants in variants_of.items() for variant in variants})
+    label_points(axes, means, {variant: mode for mode, variants in variants_of.items() for variant in variants})
     with replacing(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight")
 
 
-def _label(axes: Axes, places: Mapping[str, tuple[float, float]], modes: Mapping[str, str]) -> list[Text]:
+def label_points(axes: Axes, places: Mapping[str, tuple[float, float]], modes: Mapping[str, str]) -> list[Text]:
     """Write its name beside every point inside the frame, where no other name or point is."""
     axes.figure.canvas.draw()
     points = axes.transData.transform(list(places.values()))

@@ -78,6 +78,12 @@ def _validate_ponder(config: Config) -> None:
         f"ponder_training.latent_start {training.latent_start} has no meaning with ponder.mode pause, whose output is "
         "read from its pauses; leave it out",
     )
+    warm = training.latent_start + training.latent_warmup
+    _require(
+        training.latent_warmup == 0 or warm <= training.router_start,
+        f"ponder_training.latent_warmup {training.latent_warmup} ends after ponder_training.router_start "
+        f"{training.router_start}, from which the router gives latent steps their weight; set that to at least {warm}",
+    )
     _require(
         training.penalty_start <= training.penalty_end,
         f"ponder_training.penalty_start {training.penalty_start} must lie between 0 and ponder_training.penalty_end "

@@ -52,6 +52,9 @@ class PonderTrainingConfig:
     latent_start: int = number_field(0, 0, STEPS)
     """Optimiser step at which latent steps [begin](training.md#how-many-steps); before, a step is one pass over the
     tokens, at the cost of `vanilla`."""
+    latent_warmup: int = number_field(0, 0, STEPS)
+    """Optimiser steps from `latent_start` on in which w of all latent steps [rises](training.md#how-many-steps) from 0
+    to 1; unused without a router, so that one configuration serves every mode."""
     router_start: int = number_field(0, 0, STEPS)
     """Optimiser step from which the router decides; before, every token takes all latent steps, [as in `fixed`
     mode](training.md#how-many-steps)."""

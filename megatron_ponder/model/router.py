@@ -1,5 +1,6 @@
 """The router: how much of each latent step a token gets, as a softmax over steps and its reversed tails."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -43,6 +44,7 @@ class Rule:
         kind: `soft`, every step is there, with its weight; `hard`, steps beyond K̂ are not; `all`, every token takes K
             steps, as in `fixed` mode, and the router learns nothing; `none`, no token takes any, so that one pass over
             the tokens is all there is, in every mode.
+        share: of `all`, w of every latent step: the output is so much of the last one and the rest of the first slot.
         threshold: τ.
         bias: α, added k times to the logit of step k.
         executed: int64 (B, L), K̂ of every token in place of what τ gives, for comparison with other choices.
@@ -52,6 +54,7 @@ class Rule:
     threshold: float
     bias: float = 0.0
     executed: Tensor | None = None
+    share: float = 1.0
 
     @property
     def latents(self) -> bool:
@@ -107,6 +110,8 @@ def route(logits: Tensor, rule: Rule) -> Routing:
     if rule.kind in ("all", "none"):  # gradients are 0, and not what rounding leaves, which Adam would make large
         certain = torch.full_like(logits, DEAD)
         certain[..., -1 if rule.kind == "all" else 0] = 0
+        if rule.share < 1:
+            certain[..., 0], certain[..., -1] = math.log1p(-rule.share), math.log(rule.share)
         logits = 0 * logits + certain
     if rule.bias:
         logits = logits + rule.bias * torch.arange(logits.shape[-1], device=logits.device)

@@ -69,6 +69,7 @@ def training_rule(step: int, config: Config) -> Rule:
     if step < training.latent_start:
         return Rule("none", threshold)
     if step < training.router_start:
-        return Rule("all", threshold)
+        begun = step - training.latent_start + 1
+        return Rule("all", threshold, share=min(1.0, begun / (training.latent_warmup + 1)))
     prunes = training.prune_start is not None and step >= training.prune_start
     return Rule("hard" if prunes else "soft", threshold)

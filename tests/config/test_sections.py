@@ -237,6 +237,15 @@ def test_wrong_types(key, value, got):
             "ponder_training.target_latent_steps 9.0 must lie between 0 and ponder.latent_steps 3",
         ),
         (
+            {
+                "ponder_training__latent_start": 7,
+                "ponder_training__latent_warmup": 5,
+                "ponder_training__router_start": 9,
+            },
+            "latent_warmup 5 ends after ponder_training.router_start 9, from which the router gives latent steps their "
+            "weight; set that to at least 12",
+        ),
+        (
             {"ponder_training__penalty_start": 5},
             "ponder_training.penalty_start 5 must lie between 0 and ponder_training.penalty_end 0",
         ),

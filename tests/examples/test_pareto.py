@@ -28,6 +28,44 @@ def test_a_dry_run_checks_every_run_and_starts_nothing(size, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize("size", ["cpu", "diagnostic"])
+def test_ways_of_training_more_cheaply_are_right_too(size, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(PARETO)
+    from pareto import main
+
+    main(["--size", size, "--output", str(tmp_path), "--compare", "costs", "--dry-run", "--seeds", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(yaml.safe_load((PARETO / "costs.yaml").read_text())[size])
+    with pytest.raises(SystemExit) as refused:
+        main(["--size", "gpu", "--output", str(tmp_path), "--compare", "costs", "--dry-run"])
+    assert refused.value.code == 2
+    assert "costs.yaml has no variants of size gpu; it has cpu, diagnostic" in capsys.readouterr().err
+
+
+def test_what_training_cost_is_added_up_and_compared_within_a_seed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PARETO)
+    from costs import write_costs
+    from runs import Run
+
+    folders = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+    runs = []
+    for seed, folder in folders.items():
+        write_analysis(folder, seed, shift=0.1 * seed)
+        for variant, flops in (("vanilla", 2e12), ("adaptive", 3e12)):
+            run = Run(variant, seed, (), tmp_path / f"{variant}-{seed}")
+            run.folder.mkdir()
+            records = [{"step": step, "model_flops": flops, "step_seconds": 2.0 + seed} for step in (1, 2)]
+            (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            runs.append(run)
+    table = write_costs(runs, folders, tmp_path)
+    _, _, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert first == ["vanilla", "5.000 ± 0.000", "", "0.00", "4.00", "1.00", "5", "1.00"]
+    assert second == ["adaptive", "4.050 ± 0.071", "-0.950 ± 0.071", "1.00", "6.00", "1.50", "5", "1.00"]
+    assert (tmp_path / "table.md").read_text() == table
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
+    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
+
+
 def summary(loss: float, steps: float, **more) -> dict:
     return {"loss": loss, "mean_steps": steps, "threshold": None, **more}
 

@@ -154,3 +154,15 @@ def test_router_computes_in_fp32_and_begins_near_fixed(hidden):
         h.double() if not hidden else torch.nn.functional.gelu(h.double() @ router.hidden.weight.T + router.hidden.bias)
     )
     torch.testing.assert_close(router(h.double()), inner @ router.output.weight.T + router.output.bias)
+
+
+def test_steps_that_all_take_have_a_share_of_the_output_and_the_same_weight_as_keys():
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    rule = Rule("all", 0.1, share=0.25)
+    routing = route(logits, rule)
+    expected = torch.tensor([0.75, 0, 0, 0.25], dtype=torch.float64).expand(5, 4)
+    torch.testing.assert_close(fusion_weights(routing, rule), expected, rtol=1e-12, atol=1e-30)
+    torch.testing.assert_close(routing.log_w.exp()[:, 1:], torch.full_like(logits[:, 1:], 0.25), rtol=1e-12, atol=0)
+    assert (routing.executed == 3).all()
+    routing.log_w.sum().backward()
+    assert not logits.grad.any()

@@ -51,8 +51,16 @@ def test_latent_steps_begin_before_the_router():
     training = PonderTrainingConfig(latent_start=5, router_start=10, prune_start=20)
     kinds = [training_rule(step, Config(ponder_training=training)).kind for step in (0, 4, 5, 9, 10, 20)]
     assert kinds == ["none", "none", "all", "all", "soft", "hard"]
+    assert {training_rule(step, Config(ponder_training=training)).share for step in range(30)} == {1.0}
     training = PonderTrainingConfig(latent_start=5, prune_start=0)
     assert [training_rule(step, Config(ponder_training=training)).kind for step in (4, 5)] == ["none", "hard"]
+
+
+def test_latent_steps_gain_their_weight_little_by_little():
+    config = Config(ponder_training=PonderTrainingConfig(latent_start=5, latent_warmup=3, router_start=10))
+    assert [training_rule(step, config).share for step in range(5, 10)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    early = Config(ponder_training=PonderTrainingConfig(latent_start=5, latent_warmup=3, router_start=8))
+    assert [training_rule(step, early).kind for step in (7, 8)] == ["all", "soft"]
 
 
 def test_pruning_and_the_router_begin_at_their_steps():
