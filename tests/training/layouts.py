@@ -43,7 +43,8 @@ MODELS = {
 }
 
 
-Evaluation = tuple[int, RuleKind]  # number of samples, how a routing is applied
+# Number of samples, how a routing is applied, whether every step is measured by itself
+Evaluation = tuple[int, RuleKind, bool]
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,14 @@ def train_all(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, R
     return {name: train(mesh, layout, case) for name, case in cases.items()}
 
 
-def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, kind: RuleKind) -> Tally:
+def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, kind: RuleKind, each_step: bool) -> Tally:
     """On the first samples of the validation batch, divided over the data-parallel ranks as training divides them."""
     size, rank = mesh.data.size, mesh.data.rank
     own = EVALUATED[count * rank // size : count * (rank + 1) // size]
     per_batch = config.training.micro_batch_size
     micro_batches = own.split(per_batch) if len(own) else []
     rounds = ceil(ceil(count / size) / per_batch)
-    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.rule(kind), each_step=True), mesh)
+    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.rule(kind), each_step), mesh)
 
 
 def over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
@@ -220,10 +221,10 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
         with torch.no_grad():
             evaluations.append(
                 {
-                    (count, kind): Tally.of(
-                        objective(EVALUATED[:count], 2, model.rule(kind, bias=0.0), each_step=True)[1].sum(0)
+                    item: Tally.of(
+                        objective(EVALUATED[: item[0]], 2, model.rule(item[1], bias=0.0), each_step=item[2])[1].sum(0)
                     )
-                    for count, kind in wanted
+                    for item in wanted
                 }
             )
         tokens = batch_of(config, step)
@@ -258,6 +259,14 @@ def assert_equal_to_one_process(layout: Layout, case: dict, runs: list[Run]) -> 
                 assert error < 1e-4, (name, error)
         for name, weight in run.after.items():
             assert (weight - want.after[name]).abs().max() < 1e-5, name
+
+
+def saved_slots(layout: Layout, case: dict, run: Run) -> bool:
+    """Whether every step has run fewer slots than one process that masks; if not, all have run as many."""
+    want = alone(layout, case).steps
+    saved = {got.tally.slots < expected.tally.slots for got, expected in zip(run.steps, want, strict=True)}
+    assert len(saved) == 1
+    return saved.pop()
 
 
 def assert_whole_model_once(layout: Layout, parts: list[dict], whole: dict) -> None:

@@ -23,6 +23,7 @@ from tests.training.layouts import (
     assert_same_tally,
     batch_of,
     model_for,
+    saved_slots,
     train,
     train_all,
 )
@@ -41,15 +42,25 @@ LAYOUTS = {
     "tp2 sequence dp2 zero2": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=2),
     "tp2 sequence dp2 zero3": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=3),
     "tp2 pp2 dp2": Layout(tensor=2, pipeline=2, data=2, zero_stage=1),
+    "dp2 zero0": Layout(data=2, zero_stage=0),
 }
+# Those whose ranks do not run what is pruned; the others mask it.
+PACKS = [name for name, layout in LAYOUTS.items() if layout.pipeline == 1]
 # Every mode and both families in either way of splitting a model.
 QUICK = {
-    "tp2 sequence": tuple(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla")),
+    "tp2 sequence": (*(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla")), "pruned llama"),
     "pp2": ("gpt_neox vanilla", "gpt_neox fixed", "llama adaptive", "llama pause", "gpt_neox loop", "llama ponderlm"),
     "tp2 pp2": ("llama adaptive",),
     "pp2 dp2 zero1": ("gpt_neox adaptive",),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
+# Of every layout.
+PRUNED = {
+    "pruned llama": LLAMA | {"ponder_training__prune_start": 0},
+    "pruned gpt_neox, documents": NEOX
+    | {"ponder_training__prune_start": 0, "ponder__latent_steps": 3, "data__reset_at_eod": True},
+}
+CASES = MODELS | PRUNED
 RECOMPUTE = {
     "recompute block": LLAMA | {"training__recompute": "block"},
     "recompute attention": NEOX | {"training__recompute": "attention"},
@@ -70,7 +81,6 @@ VARIANTS = {
         "unequal parts the other way": NEOX | {"model__num_layers": 4, "parallel__pipeline_layers": [3, 1]},
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
-        "pruned": LLAMA | {"ponder_training__prune_start": 0},
         "before latent steps": MODELS["gpt_neox fixed"] | {"ponder_training__latent_start": STEPS},
         **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
     },
@@ -79,7 +89,9 @@ VARIANTS = {
     | {
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
-        "pruned": LLAMA | {"ponder_training__prune_start": 0},
+        "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
+        "pruned, recompute attention": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "attention"},
+        "pruned, two-layer router": PRUNED["pruned llama"] | {"ponder__router_hidden_size": 8},
         "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
     },
@@ -89,14 +101,11 @@ LOW_PRECISION = {
     for name, case in (MODELS | COMPILED).items()
     if "adaptive" in name or name == "compiled"
 }
-# What is run in one start of a layout's ranks, because importing DeepSpeed takes seconds: the quick models of a layout,
+# What is run in one start of a layout's ranks, because importing DeepSpeed takes seconds: the quick cases of a layout,
 # the others, the variants.
 GROUPS = {
-    **{(name, "quick"): {model: MODELS[model] for model in models} for name, models in QUICK.items()},
-    **{
-        (name, "slow"): {model: MODELS[model] for model in MODELS if model not in QUICK.get(name, ())}
-        for name in LAYOUTS
-    },
+    **{(name, "quick"): {case: CASES[case] for case in cases} for name, cases in QUICK.items()},
+    **{(name, "slow"): {case: CASES[case] for case in CASES if case not in QUICK.get(name, ())} for name in LAYOUTS},
     **{(name, "variants"): cases for name, cases in VARIANTS.items()},
 }
 
@@ -122,7 +131,10 @@ def test_a_layout_equals_one_process(group, case):
     ranks = trained(group)
     if isinstance(ranks, Exception):
         raise ranks
-    assert_equal_to_one_process(LAYOUTS[group[0]], GROUPS[group][case], [runs[case] for runs in ranks])
+    overrides, runs = GROUPS[group][case], [runs[case] for runs in ranks]
+    assert_equal_to_one_process(LAYOUTS[group[0]], overrides, runs)
+    packs = "ponder_training__prune_start" in overrides and group[0] in PACKS
+    assert {saved_slots(LAYOUTS[group[0]], overrides, run) for run in runs} == {packs}
 
 
 @pytest.mark.slow
@@ -138,7 +150,7 @@ def test_bf16_stays_near_fp32(layout):
 
 
 # Ragged micro-batches and unequal shares of the data-parallel ranks; a rank without any.
-EVALUATIONS = ((9, "soft"), (9, "hard"), (1, "soft"))
+EVALUATIONS = ((9, "soft", True), (9, "hard", True), (9, "hard", False), (1, "soft", True))
 
 
 def train_and_evaluate(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, tuple]:
