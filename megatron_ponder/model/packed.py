@@ -6,7 +6,7 @@ a batch lie one behind the other, row by row, in segments that see no other. It 
 same slots are dead as keys, up to rounding and with all gradients.
 
 With sequence parallelism ranks share slots, and not tokens, in the residual stream, so that their shares are equal;
-hence what a pass hands to the next is gathered from all ranks.
+hence what a pass hands to the next is gathered from all ranks. `packed_stages.py` spreads passes over pipeline ranks.
 """
 
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.ponder import Batch, PonderLM, PonderOutput
 from megatron_ponder.model.rope import rotation
-from megatron_ponder.model.router import Routing, Rule
+from megatron_ponder.model.router import Routing, Rule, key_log_weights
 from megatron_ponder.model.spans import span
 from megatron_ponder.parallel.regions import all_tokens, enter, gather_parts, own_part
 
@@ -28,11 +28,13 @@ class Packing(NamedTuple):
     """Slots of N tokens, of each as many as it runs, one behind the other.
 
     Attributes:
+        ran_N: int64, latent steps of every token.
         token_T: int64, the token of every slot.
         step_T: int64, its latent step.
         first_N: int64, where the slots of every token begin.
     """
 
+    ran_N: Tensor
     token_T: Tensor
     step_T: Tensor
     first_N: Tensor
@@ -44,18 +46,26 @@ class Packing(NamedTuple):
         first_N = count_N.cumsum(0) - count_N
         token_T = torch.arange(len(ran_N), device=ran_N.device).repeat_interleave(count_N)
         step_T = torch.arange(len(token_T), device=ran_N.device) - first_N[token_T]
-        return cls(token_T, step_T, first_N)
+        return cls(ran_N, token_T, step_T, first_N)
 
     def places(self, of: "Packing") -> Tensor:
         """Where the slots of another packing stand among these, int64."""
         return self.first_N[of.token_T] + of.step_T
 
-    def inputs(self, embedded_1NH: Tensor, before: "Packing", h_1TH: Tensor) -> Tensor:
-        """What enters the blocks in every slot: the embedded token, or h of the slot before in the pass before."""
-        tokens = len(self.first_N)
-        latent_T = tokens + before.first_N[self.token_T] + self.step_T - 1
+    def sources(self, following: "Packing") -> Tensor:
+        """Where the slots stand that give the Z latents of another packing, each the slot before it, int64 (Z,)."""
+        tokens, device = len(self.ran_N), self.ran_N.device
+        latents = len(following.token_T) - tokens
+        token_N = torch.arange(tokens, device=device)
+        token_Z = token_N.repeat_interleave(following.ran_N, output_size=latents)
+        first_N = following.first_N - token_N  # where the latents of every token begin
+        return self.first_N[token_Z] + torch.arange(latents, device=device) - first_N[token_Z]
+
+    def inputs(self, embedded_1NH: Tensor, latents_1ZH: Tensor) -> Tensor:
+        """What enters the blocks in every slot: the tokens, each with its latents behind it."""
+        latent_T = len(self.ran_N) + torch.arange(len(self.token_T), device=self.token_T.device) - self.token_T - 1
         sources_T = torch.where(self.step_T == 0, self.token_T, latent_T)
-        return torch.cat([embedded_1NH, h_1TH], 1).index_select(1, sources_T)
+        return torch.cat([embedded_1NH, latents_1ZH], 1).index_select(1, sources_T)
 
     def dense(self, h_1TH: Tensor, slots: int) -> Tensor:
         """(1, T, H) → (1, N, slots, H), zeros where a slot was not run."""
@@ -64,20 +74,57 @@ class Packing(NamedTuple):
         return every.index_copy(1, self.token_T * slots + self.step_T, h_1TH).unflatten(1, (count, slots))
 
 
-class _Pass(NamedTuple):
-    """What a pass leaves behind: its slots that anybody reads, their hidden states, and the routing of all tokens."""
+class PackedState(NamedTuple):
+    """What one pass hands to the next.
+
+    Attributes:
+        packing: the slots that the next pass runs.
+        slots_PB: int64, slots that the passes before it ran of each sequence.
+        log_w_1NS: log weights of its slots as keys, of this rank's tokens; what is not run is dead. None for the first.
+        latents_1ZH: z of all slots but the tokens' first, on all tensor ranks; None for the first.
+    """
 
     packing: Packing
+    slots_PB: Tensor
+    log_w_1NS: Tensor | None = None
+    latents_1ZH: Tensor | None = None
+
+
+class PackedStream(NamedTuple):
+    """What goes through the blocks of a pass.
+
+    Attributes:
+        packing, slots_PB, log_w_1NS: as in `PackedState`.
+        x_1TH: the residual stream, this rank's part of the slots; behind the last block, of those that are kept.
+    """
+
+    packing: Packing
+    slots_PB: Tensor
+    log_w_1NS: Tensor | None
+    x_1TH: Tensor
+
+
+class PackedResult(NamedTuple):
+    """What a pass gave.
+
+    Attributes:
+        packing, slots_PB: as in `PackedState`, of this pass.
+        kept: those of its slots that anybody reads.
+        h_1TH: their hidden states, on all tensor ranks.
+        routing: of this rank's tokens.
+    """
+
+    packing: Packing
+    slots_PB: Tensor
+    kept: Packing
     h_1TH: Tensor
-    log_w_1NK: Tensor
-    executed_N: Tensor
     routing: Routing
 
 
 def packable(model: PonderLM, rule: Rule) -> bool:
-    """Whether `packed_jacobi` can evaluate a model by a rule; compiled blocks would want a graph each time."""
+    """Whether `PackedPasses` can evaluate a model by a rule; compiled blocks would want a graph each time."""
     known = rule.kind == "hard" and rule.executed is None and model.passes.routed
-    return known and model.part.is_whole and model.transformer.compiled is None
+    return known and model.transformer.compiled is None
 
 
 def packed_jacobi(
@@ -86,7 +133,7 @@ def packed_jacobi(
     """Evaluate as `PonderLM.jacobi` does under the hard rule, without the slots that it leaves out.
 
     Args:
-        model: for which, with the rule, `packable` holds.
+        model: whole, for which, with the rule, `packable` holds.
         tokens_BL: int64 ids.
         refinements: R.
         rule: how a routing is applied.
@@ -96,81 +143,127 @@ def packed_jacobi(
         The same; hidden states of slots that were not run are zeros, and with sequence parallelism those that this rank
         has of all B · L tokens, (1, its tokens, K + 1, H).
     """
-    plan, batch, axis, shape = model.passes.plan(refinements), model.read(tokens_BL), model.axis, tokens_BL.shape
-    embedded_1NH = gather_parts(batch.embedded_BLH, axis, shape[1]).flatten(0, 1).unsqueeze(0)
-    ran_N, slots_PB, done = tokens_BL.new_zeros(tokens_BL.numel()), [], None
-    for index, slots in enumerate(plan):
-        following = plan[index + 1] if index + 1 < len(plan) else None
+    plan, batch, state = model.passes.plan(refinements), model.read(tokens_BL), start(tokens_BL)
+    passes = PackedPasses(model, rule, plan)
+    embedded_1NH = passes.embedded(batch)
+    for index in range(len(plan)):
         truncated = gradient_passes is not None and index < len(plan) - gradient_passes
         with torch.no_grad() if truncated else nullcontext():
-            slots_PB.append((ran_N + 1).view(shape).sum(1))
-            packing = Packing.of(ran_N)
-            # The next pass reads no slot beyond its own last but one; the last block need not finish the others.
-            drops = following == slots and not axis.sequence_parallel
-            kept = Packing.of(ran_N.clamp(max=slots - 2)) if drops else packing
-            done = _run(model, batch, index, embedded_1NH, done, packing, kept, slots, rule)
-        if following is not None:
-            ran_N = torch.minimum(done.executed_N, ran_N + 1).clamp(max=following - 1)
-    hidden = own_part(done.packing.dense(done.h_1TH, plan[-1]), axis)
-    counted = done.routing.at_most(own_part(ran_N.unsqueeze(0), axis))
-    fused_1NH = enter(model.fuse(hidden, counted, rule), axis, len(ran_N))
-    whole = Routing(*(all_tokens(part, axis, len(ran_N)).view(*shape, *part.shape[2:]) for part in done.routing))
-    hidden = hidden if axis.sequence_parallel else hidden.view(*shape, *hidden.shape[2:])
-    return PonderOutput(fused_1NH.view(*shape, -1), hidden, whole, torch.stack(slots_PB), plan[-1] - 1)
+            result = passes.end(*passes.run(passes.enter(embedded_1NH, state), batch, index), embedded_1NH)
+            if index + 1 < len(plan):
+                state = passes.hand_over(result, index)
+    return passes.output(result)
 
 
-def _run(
-    model: PonderLM,
-    batch: Batch,
-    index: int,
-    embedded_1NH: Tensor,
-    before: _Pass | None,
-    packing: Packing,
-    kept: Packing,
-    most: int,
-    rule: Rule,
-) -> _Pass:
-    """Run one pass.
+def start(tokens_BL: Tensor) -> PackedState:
+    """What the first pass starts from: the tokens alone."""
+    return PackedState(Packing.of(torch.zeros_like(tokens_BL.flatten())), tokens_BL.new_zeros(0, len(tokens_BL)))
 
-    Args:
-        model, batch, rule: as in `packed_jacobi`.
-        index: of the pass.
-        embedded_1NH: e of all tokens on every tensor rank.
-        before: what the pass before left behind; None in the first.
-        packing: the slots that it runs.
-        kept: those whose hidden states are wanted.
-        most: slots of a token that none has more of.
+
+class PackedPasses:
+    """The passes of a model, or of the part of one that this pipeline rank holds.
+
+    Attributes:
+        model: the model or its part.
+        rule: how a routing is applied.
+        plan: slots per token of every pass that none has more of.
     """
-    axis, tokens = model.axis, embedded_1NH.shape[1]
-    x_1TH = embedded_1NH if before is None else packing.inputs(embedded_1NH, before.packing, before.h_1TH)
-    log_w_1T = None if before is None else before.log_w_1NK[:, packing.token_T, packing.step_T]
-    slots = _slots(model, batch, packing, log_w_1T, most)
-    if kept is not packing:
-        slots = slots._replace(kept=packing.places(kept))
-    with span(f"pass {index}: slots that are kept"):
-        h_1TH = model.transformer(own_part(x_1TH, axis), slots, recompute=model.recompute.of_pass(index))
-    h_1TH = gather_parts(h_1TH, axis, len(kept.token_T))
-    read_1NH = embedded_1NH if model.ponder_config.routes_by_token else h_1TH[:, kept.first_N]
-    routing = model.route(own_part(read_1NH, axis), rule)
-    log_w_1NK, executed_1N = enter(routing.log_w, axis, tokens), all_tokens(routing.executed, axis, tokens)
-    return _Pass(kept, h_1TH, log_w_1NK, executed_1N.squeeze(0), routing)
+
+    def __init__(self, model: PonderLM, rule: Rule, plan: tuple[int, ...]) -> None:
+        self.model, self.rule, self.plan = model, rule, plan
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """e of all N tokens, (1, N, H), on all tensor ranks."""
+        return gather_parts(batch.embedded_BLH, self.model.axis, batch.geometry.tokens).flatten(0, 1).unsqueeze(0)
+
+    def enter(self, embedded_1NH: Tensor, state: PackedState) -> PackedStream:
+        """What enters the blocks, in the first part."""
+        packing, slots_PB, log_w_1NS, latents_1ZH = state
+        x_1TH = embedded_1NH if latents_1ZH is None else packing.inputs(embedded_1NH, latents_1ZH)
+        return PackedStream(packing, slots_PB, log_w_1NS, own_part(x_1TH, self.model.axis))
+
+    def run(self, stream: PackedStream, batch: Batch, index: int) -> tuple[PackedStream, Packing]:
+        """What leaves this part's blocks in one pass.
+
+        Args:
+            stream: what enters them.
+            batch: positions and segments.
+            index: of the pass.
+
+        Returns:
+            What leaves them, and the slots that it is of.
+        """
+        model, packing = self.model, stream.packing
+        slots, kept = self._slots(stream, batch, index), self._kept(packing, index)
+        if kept is not packing:
+            slots = slots._replace(kept=packing.places(kept))
+        with span(f"pass {index}: slots that are kept"):
+            x_1TH = model.transformer(stream.x_1TH, slots, recompute=model.recompute.of_pass(index))
+        return stream._replace(x_1TH=x_1TH), kept
+
+    def end(self, stream: PackedStream, kept: Packing, embedded_1NH: Tensor | None = None) -> PackedResult:
+        """The result of a pass, in the last part.
+
+        Args:
+            stream, kept: what `run` gave.
+            embedded_1NH: e of all tokens, if the router reads them.
+        """
+        model, packing = self.model, stream.packing
+        h_1TH = gather_parts(stream.x_1TH, model.axis, len(kept.token_T))
+        read_1NH = embedded_1NH if model.ponder_config.routes_by_token else h_1TH[:, kept.first_N]
+        routing = model.route(own_part(read_1NH, model.axis), self.rule)
+        own_B = (packing.ran_N + 1).view(stream.slots_PB.shape[1], -1).sum(1)
+        return PackedResult(packing, torch.cat([stream.slots_PB, own_B.unsqueeze(0)]), kept, h_1TH, routing)
+
+    def hand_over(self, result: PackedResult, index: int) -> PackedState:
+        """What pass `index` hands to the next, in the last part."""
+        packing, slots_PB, kept, h_1TH, routing = result
+        axis, slots = self.model.axis, self.plan[index + 1]
+        executed_N = all_tokens(routing.executed, axis, len(packing.ran_N)).squeeze(0)
+        following = Packing.of(torch.minimum(executed_N, packing.ran_N + 1).clamp(max=slots - 1))
+        pruned = routing.at_most(own_part(following.ran_N.unsqueeze(0), axis))
+        log_w_1NS = key_log_weights(pruned, self.rule)[..., :slots]
+        return PackedState(following, slots_PB, log_w_1NS, h_1TH.index_select(1, kept.sources(following)))
+
+    def output(self, result: PackedResult) -> PonderOutput:
+        """What comes of the final pass, in the last part."""
+        packing, slots_PB, kept, h_1TH, routing = result
+        model, axis, tokens, rows = self.model, self.model.axis, len(packing.ran_N), slots_PB.shape[1]
+        hidden = own_part(kept.dense(h_1TH, self.plan[-1]), axis)
+        counted = routing.at_most(own_part(packing.ran_N.unsqueeze(0), axis))
+        fused_1NH = enter(model.fuse(hidden, counted, self.rule), axis, tokens)
+        parts = (all_tokens(part, axis, tokens) for part in routing)
+        whole = Routing(*(part.view(rows, -1, *part.shape[2:]) for part in parts))
+        hidden = hidden if axis.sequence_parallel else hidden.view(rows, -1, *hidden.shape[2:])
+        return PonderOutput(fused_1NH.view(rows, -1, fused_1NH.shape[-1]), hidden, whole, slots_PB, self.plan[-1] - 1)
+
+    def _kept(self, packing: Packing, index: int) -> Packing:
+        """The slots of a pass that the last block of all has to finish.
+
+        The next pass reads no slot beyond its own last but one.
+        """
+        model, slots = self.model, self.plan[index]
+        again = index + 1 < len(self.plan) and self.plan[index + 1] == slots
+        drops = again and model.part.last and not model.axis.sequence_parallel
+        return Packing.of(packing.ran_N.clamp(max=slots - 2)) if drops else packing
+
+    def _slots(self, stream: PackedStream, batch: Batch, index: int) -> Slots:
+        """What the slots of a pass are, for its blocks."""
+        model, config, (packing, _, log_w_1NS, x_1TH) = self.model, self.model.model_config, stream
+        geometry, log_w_1T = batch.geometry, None
+        if log_w_1NS is not None:
+            log_w_1T = enter(log_w_1NS, model.axis, len(packing.ran_N))[:, packing.token_T, packing.step_T]
+        rows = len(packing.ran_N) // geometry.tokens
+        positions_1T = geometry.positions_BL.expand(rows, -1).flatten()[packing.token_T].unsqueeze(0)
+        angles = rotation(positions_1T, config.rotated_channels, config.rope_theta, x_1TH.dtype)
+        segments = _segments(batch, packing, rows, geometry.tokens * self.plan[index])
+        return Slots(len(packing.token_T), angles, log_w_1T, segments, kernel=model.attention_kernel)
 
 
-def _slots(model: PonderLM, batch: Batch, packing: Packing, log_w_1T: Tensor | None, most: int) -> Slots:
-    """What the slots of a pass are, for its blocks."""
-    config, geometry, total = model.model_config, batch.geometry, len(packing.token_T)
-    rows = len(batch.embedded_BLH)
-    positions_N = geometry.positions_BL.expand(rows, -1).flatten()
-    positions_1T, dtype = positions_N[packing.token_T].unsqueeze(0), batch.embedded_BLH.dtype
-    angles = rotation(positions_1T, config.rotated_channels, config.rope_theta, dtype)
-    segments = _segments(batch, packing, rows, most)
-    return Slots(total, angles, log_w_1T, segments, kernel=model.attention_kernel)
-
-
-def _segments(batch: Batch, packing: Packing, rows: int, most: int) -> Segments:
+def _segments(batch: Batch, packing: Packing, rows: int, longest: int) -> Segments:
     """Which slots see each other."""
     tokens, device, total = batch.geometry.tokens, packing.token_T.device, len(packing.token_T)
     of_tokens = batch.geometry.segments(1)
     bounds = torch.arange(0, rows * tokens + 1, tokens, device=device) if of_tokens is None else of_tokens.bounds
     ends = torch.cat([packing.first_N, packing.first_N.new_full((1,), total)])
-    return Segments.of(ends[bounds.long()], total, tokens * most)
+    return Segments.of(ends[bounds.long()], total, longest)

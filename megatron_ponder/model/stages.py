@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_ponder.config import PonderConfig
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.pondering import Shape, Sizes
-from megatron_ponder.model.ponder import PonderLM, PonderOutput
+from megatron_ponder.model.ponder import Batch, PonderLM, PonderOutput
 from megatron_ponder.model.router import Rule
 from megatron_ponder.parallel.pipeline import pack, packed_size, unpack
 
@@ -83,9 +83,14 @@ class PassStage(nn.Module):
         Returns:
             The packed tensor for the next stage, or what `finish` returns.
         """
+        embeds = self.model.part.first and (self._index == 0 or self.model.passes.interleaved)
+        batch = self.model.read(tokens[:, :-1], embeds)
+        result = self._run(batch, received, tokens[:, :-1])
+        return self._finish(result, tokens) if isinstance(result, PonderOutput) else result
+
+    def _run(self, batch: Batch, received: Tensor, tokens_BL: Tensor) -> Tensor | PonderOutput:
+        """What is sent on; behind the last stage of all the output."""
         model, passes, index, plan = self.model, self.model.passes, self._index, self._shapes.plan
-        embeds = model.part.first and (index == 0 or passes.interleaved)
-        batch = model.read(tokens[:, :-1], embeds)
         if not model.part.first:
             stream = passes.unpack_stream(*unpack(received, *self._shapes.within(index)))
         else:
@@ -97,4 +102,4 @@ class PassStage(nn.Module):
         result = model.end_pass(stream, batch, self.rule)
         if index + 1 < len(plan):
             return pack(*model.next_state(result, self.rule, plan[index + 1]))
-        return self._finish(model.output(result, self.rule, plan), tokens)
+        return model.output(result, self.rule, plan)

@@ -53,12 +53,12 @@ def gather_parts(x: Tensor, axis: Axis, tokens: int) -> Tensor:
 
     Its gradient is summed over the ranks; without sequence parallelism nothing happens.
     """
-    return _GatherTokens.apply(x, axis, tokens) if axis.sequence_parallel else x
+    return _GatherTokens.apply(x, axis, tokens) if axis.sequence_parallel and tokens else x
 
 
 def own_part(x: Tensor, axis: Axis) -> Tensor:
     """(B, L, ..) → (B, this rank's part of L tokens, ..) in the residual stream, with zeros after the last."""
-    return _shares(x, axis, x.shape[1])[axis.rank] if axis.sequence_parallel else x
+    return _shares(x, axis, x.shape[1])[axis.rank] if axis.sequence_parallel and x.shape[1] else x
 
 
 def all_tokens(x: Tensor, axis: Axis, tokens: int) -> Tensor:

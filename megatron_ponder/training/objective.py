@@ -48,10 +48,13 @@ class Objective(nn.Module):
         Returns:
             As `measure`.
         """
-        packs = self.packed and packable(self.model, rule) and not each_step  # which asks for every step's states
-        evaluate = partial(packed_jacobi, self.model) if packs else self.model.jacobi
+        evaluate = partial(packed_jacobi, self.model) if self.packs(rule, each_step) else self.model.jacobi
         result = evaluate(tokens[:, :-1], refinements, rule, self.gradient_passes)
         return self.measure(result, tokens, penalty_weight, each_step)
+
+    def packs(self, rule: Rule, each_step: bool = False) -> bool:
+        """Whether slots that the rule prunes are not run; `each_step` asks for the states of all."""
+        return self.packed and packable(self.model, rule) and not each_step
 
     def measure(
         self, result: PonderOutput, tokens: Tensor, penalty_weight: float, each_step: bool = False

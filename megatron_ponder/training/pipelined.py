@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_ponder.model.packed_stages import PackedShapes, PackedStage
 from megatron_ponder.model.ponder import PonderOutput
 from megatron_ponder.model.router import Rule
 from megatron_ponder.model.stages import PassShapes, PassStage
@@ -94,14 +95,17 @@ class PipelinedObjective:
 
     def _schedule(self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, training: bool):
         batch, width = micro_batches[0].shape
-        key = (refinements, len(micro_batches), batch, width, rule, training)
+        packs = self._objective.packs(rule, not training and self._each_step)
+        key = (refinements, len(micro_batches), batch, width, rule, training, packs)
         if key not in self._schedules:
             model, axis = self._objective.model, self._mesh.pipeline
             sizes = model.sizes(batch, width - 1)
-            shapes = PassShapes(model.ponder_config, refinements, sizes, rule.latents)
+            shapes, stage = PassShapes(model.ponder_config, refinements, sizes, rule.latents), PassStage
+            if packs:
+                shapes, stage = PackedShapes(model.ponder_config, refinements, sizes, model.axis), PackedStage
             finish = self._finish if training else self._measure
             self._schedules[key] = build_schedule(
-                rounds=[PassStage(model, index, shapes, rule, finish) for index in range(len(shapes.plan))],
+                rounds=[stage(model, index, shapes, rule, finish) for index in range(len(shapes.plan))],
                 carried=shapes.carried(axis.size, self._dtype),
                 first_input=micro_batches[0],
                 last_output=torch.empty(1) if training else torch.empty(batch, Tally.width(model.ponder_config.steps)),

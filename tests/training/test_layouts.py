@@ -44,12 +44,18 @@ LAYOUTS = {
     "tp2 pp2 dp2": Layout(tensor=2, pipeline=2, data=2, zero_stage=1),
     "dp2 zero0": Layout(data=2, zero_stage=0),
 }
-# Those whose ranks do not run what is pruned; the others mask it.
-PACKS = [name for name, layout in LAYOUTS.items() if layout.pipeline == 1]
 # Every mode and both families in either way of splitting a model.
 QUICK = {
     "tp2 sequence": (*(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla")), "pruned llama"),
-    "pp2": ("gpt_neox vanilla", "gpt_neox fixed", "llama adaptive", "llama pause", "gpt_neox loop", "llama ponderlm"),
+    "pp2": (
+        "gpt_neox vanilla",
+        "gpt_neox fixed",
+        "llama adaptive",
+        "llama pause",
+        "gpt_neox loop",
+        "llama ponderlm",
+        "pruned llama",
+    ),
     "tp2 pp2": ("llama adaptive",),
     "pp2 dp2 zero1": ("gpt_neox adaptive",),
 }
@@ -81,6 +87,8 @@ VARIANTS = {
         "unequal parts the other way": NEOX | {"model__num_layers": 4, "parallel__pipeline_layers": [3, 1]},
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
+        "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
+        "pruned, zero bubble": PRUNED["pruned gpt_neox, documents"] | {"parallel__pipeline_schedule": "zero_bubble"},
         "before latent steps": MODELS["gpt_neox fixed"] | {"ponder_training__latent_start": STEPS},
         **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
     },
@@ -94,6 +102,10 @@ VARIANTS = {
         "pruned, two-layer router": PRUNED["pruned llama"] | {"ponder__router_hidden_size": 8},
         "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
+    },
+    "tp2 sequence pp2": {
+        "pruned, zero bubble": PRUNED["pruned llama"] | {"parallel__pipeline_schedule": "zero_bubble"},
+        "pruned, recompute block": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "block"},
     },
 }
 LOW_PRECISION = {
@@ -133,8 +145,8 @@ def test_a_layout_equals_one_process(group, case):
         raise ranks
     overrides, runs = GROUPS[group][case], [runs[case] for runs in ranks]
     assert_equal_to_one_process(LAYOUTS[group[0]], overrides, runs)
-    packs = "ponder_training__prune_start" in overrides and group[0] in PACKS
-    assert {saved_slots(LAYOUTS[group[0]], overrides, run) for run in runs} == {packs}
+    prunes = "ponder_training__prune_start" in overrides
+    assert {saved_slots(LAYOUTS[group[0]], overrides, run) for run in runs} == {prunes}
 
 
 @pytest.mark.slow
