@@ -29,6 +29,7 @@ from megatron_ponder.cluster.gpus import GPUS
 from megatron_ponder.cluster.hardware import Hardware, hardware_of
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.config.command_options import add_options
+from megatron_ponder.estimates.budget import Budget
 
 MACHINES = [item.name for item in fields(Machines)]
 
@@ -41,6 +42,9 @@ def main(argv: Sequence[str]) -> None:
         "--config", type=expand_user, required=True, metavar="FILE", help="of the run; dotted keys override it"
     )
     parser.add_argument("--tokens", type=float, help="token budget; that of training.steps unless given")
+    parser.add_argument(
+        "--mean-latent-steps", type=float, metavar="K", help="of a token once training prunes; its budget, or K / 2"
+    )
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--top", type=int, default=10, help="layouts to show (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
@@ -63,10 +67,10 @@ def main(argv: Sequence[str]) -> None:
         _dry_run(config, arguments)
         return
     show = _show_search if arguments.search else _show_plan
-    show(config, _hardware(arguments, config), _tokens(arguments, config), arguments)
+    show(config, _hardware(arguments, config), _budget(arguments, config), arguments)
 
 
-def _show_plan(config: Config, hardware: Hardware, tokens: float, arguments: argparse.Namespace) -> None:
+def _show_plan(config: Config, hardware: Hardware, budget: Budget, arguments: argparse.Namespace) -> None:
     """Print memory and time of the layout that is configured.
 
     Raises:
@@ -76,16 +80,19 @@ def _show_plan(config: Config, hardware: Hardware, tokens: float, arguments: arg
 
     plan = search.plan_of(config, hardware)
     if arguments.json:
-        print(json.dumps(plan_tables.as_dict(plan, hardware, tokens)))
+        print(json.dumps(plan_tables.as_dict(plan, hardware, budget)))
     else:
         print(plan_tables.heading(hardware), plan_tables.memory_lines(plan, hardware), sep="\n")
+        parts = plan_tables.spent(plan, hardware, budget)
         _console().print(plan_tables.time_table(plan))
-        print(plan_tables.time_lines(plan, hardware, tokens))
+        print(plan_tables.time_lines(plan, hardware, budget, parts))
+        if len(parts) > 1:
+            _console().print(plan_tables.phase_table(parts))
     if plan.memory.total > hardware.usable_memory:
         raise UserError(plan_tables.does_not_fit(plan, hardware, search.fitting(config, hardware)))
 
 
-def _show_search(config: Config, hardware: Hardware, tokens: float, arguments: argparse.Namespace) -> None:
+def _show_search(config: Config, hardware: Hardware, budget: Budget, arguments: argparse.Namespace) -> None:
     """Print the fastest layouts that fit.
 
     Raises:
@@ -99,10 +106,10 @@ def _show_search(config: Config, hardware: Hardware, tokens: float, arguments: a
         raise UserError(plan_tables.nothing_fits(hardware))
     shown = plans[: arguments.top]
     if arguments.json:
-        print(json.dumps([plan_tables.as_dict(plan, hardware, tokens) for plan in shown]))
+        print(json.dumps([plan_tables.as_dict(plan, hardware, budget) for plan in shown]))
         return
     print(plan_tables.heading(hardware))
-    _console().print(plan_tables.search_table(plans, arguments.top, hardware, tokens))
+    _console().print(plan_tables.search_table(plans, arguments.top, hardware, budget))
     for number, plan in enumerate(shown, 1):  # in lines of their own, to be copied
         changed = search.flags(search.changes(config, plan.config))
         print(f"{number}: {changed or 'the layout of the configuration'}")
@@ -114,9 +121,9 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the layout cannot work on so many ranks, or the fullest does not fit into a GPU that is named.
     """
-    for name in ("search", "json", "tokens", "gpus", "nodes"):
+    for name in ("search", "json", "tokens", "mean_latent_steps", "gpus", "nodes"):
         if getattr(arguments, name):
-            raise UserError(f"--{name} and --dry-run are two questions; leave one out")
+            raise UserError(f"--{name.replace('_', '-')} and --dry-run are two questions; leave one out")
     if arguments.dry_run < 1:
         raise UserError(f"--dry-run is {arguments.dry_run}; give the number of ranks of the run")
     from megatron_ponder.base.launch import Launch
@@ -127,7 +134,7 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
     console = _console()
     console.print(rehearsal.rehearsal_table(config, launch.world_size, list(rehearsal.rehearse(config, launch))))
     if cluster.gpu is not None or cluster.memory_gib is not None:
-        _show_plan(config, hardware_of(cluster, config.training.precision), _tokens(arguments, config), arguments)
+        _show_plan(config, hardware_of(cluster, config.training.precision), _budget(arguments, config), arguments)
 
 
 def _console() -> Console:
@@ -152,10 +159,25 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
     return read_cluster([f"--{name}={value}" for name, value in given.items()])
 
 
-def _tokens(arguments: argparse.Namespace, config: Config) -> float:
-    """The budget."""
+def _budget(arguments: argparse.Namespace, config: Config) -> Budget:
+    """What the run is given."""
     per_step = config.training.global_batch_size * config.data.sequence_length
     tokens = config.training.steps * per_step if arguments.tokens is None else arguments.tokens
     if tokens <= 0:
         raise UserError(f"--tokens is {tokens:g}; give a positive number, such as 30e9")
-    return tokens
+    if arguments.mean_latent_steps is not None:
+        _check_mean(arguments.mean_latent_steps, config)
+    return Budget(tokens, arguments.mean_latent_steps)
+
+
+def _check_mean(mean: float, config: Config) -> None:
+    """Raise unless tokens may have so many latent steps in the mean, and it matters."""
+    from megatron_ponder.estimates.phases import packs
+
+    if not packs(config):
+        raise UserError(
+            "--mean-latent-steps is for runs that come to leave out slots, and this one runs all; set "
+            "ponder_training.prune_start, with neither pipeline ranks nor training.compile"
+        )
+    if not 0 <= mean <= config.ponder.steps:
+        raise UserError(f"--mean-latent-steps is {mean:g}; give a number from 0 to latent_steps, {config.ponder.steps}")

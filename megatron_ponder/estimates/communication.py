@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_ponder.checkpoint.optimizer_state import is_decayed
 from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, keeps_gradients, zero_stage
-from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
+from megatron_ponder.estimates.rank import FP32, Rank
 from megatron_ponder.model.modes.ponderlm import candidates
 from megatron_ponder.model.stages import PassShapes
 from megatron_ponder.model.tally import Tally
@@ -53,7 +53,7 @@ class Formula:
     def __init__(self, rank: Rank, refinements: int) -> None:
         """Describe the steps of a rank that have R refinements."""
         self._rank, self._refinements, self._tensor = rank, refinements, rank.tensor
-        self._passes, self._slots = rank.chain, slots_of_passes(rank.config, refinements)
+        self._passes, self._slots = rank.chain, rank.slots(refinements)
         tokens = rank.length
         self._tokens = self._tensor.share(tokens) * self._tensor.size if self._tensor.sequence_parallel else tokens
         self._batch, self._hidden = rank.config.training.micro_batch_size, rank.part.block.hidden

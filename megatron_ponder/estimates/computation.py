@@ -12,7 +12,7 @@ from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD
 from megatron_ponder.estimates.part import Product
-from megatron_ponder.estimates.rank import FP32, Rank, slots_of_passes
+from megatron_ponder.estimates.rank import FP32, Rank
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Computation:
         """Seconds in which so many bytes are read or written."""
         return size / (self.cluster.memory_bandwidth * self.cluster.memory_bandwidth_share)
 
-    def attention(self, run: int, weighted: bool) -> Work:
+    def attention(self, run: float, weighted: bool) -> Work:
         """Everything of a block up to the output projection, forward.
 
         Products, attention with 2 operations for each query, key that it may see (whole blocks of keys) and channel
@@ -81,7 +81,7 @@ class Computation:
     def _attention_rate(self) -> float:
         return self.cluster.peak * self.cluster.attention_share
 
-    def feed_forward(self, kept: int) -> Work:
+    def feed_forward(self, kept: float) -> Work:
         """The rest of a block, forward: products, norm and two additions to the stream (T' 8 H b), the activation."""
         block, rows = self.rank.part.block, self.rank.config.training.micro_batch_size * kept
         numbers = 8 * self.rank.residual(rows) * block.hidden + rows * (block.expanded + block.activated)
@@ -103,7 +103,7 @@ class Computation:
         comes on top.
         """
         work, first_backward = Work(), 0.0
-        rank, slots = self.rank, slots_of_passes(self.rank.config, self.refinements)
+        rank, slots = self.rank, self.rank.slots(self.refinements)
         tokens, layers = rank.length, len(rank.layers)
         trained = rank.config.ponder_training.gradient_passes or len(slots)
         for index, (run, kept) in enumerate(slots):
@@ -123,7 +123,7 @@ class Computation:
     def gradient_sums(self) -> float:
         """Every pass adds its gradients of weights to those before, 3 N b; sums of micro-batches in fp32, N (b + 8)."""
         rank = self.rank
-        count, passes = rank.part.count, len(slots_of_passes(rank.config, self.refinements))
+        count, passes = rank.part.count, len(rank.slots(self.refinements))
         again = rank.micro_batches > 1 or rank.width < FP32
         size = 3 * rank.width * count * (passes - 1) + (count * (rank.width + 2 * FP32) if again else 0)
         return rank.micro_batches * self.moved(size)

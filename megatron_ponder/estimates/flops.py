@@ -28,7 +28,7 @@ class PassFlops(NamedTuple):
     attention: float
 
 
-def block_flops(block: BlockSizes, run: int, kept: int) -> PassFlops:
+def block_flops(block: BlockSizes, run: float, kept: float) -> PassFlops:
     """One block: 2 T for each weight up to queries, keys and values; 2 T' for the others; attention 4 q T (T + 1) / 2.
 
     Args:
@@ -49,7 +49,9 @@ def head_flops(config: Config) -> float:
     return 2.0 * config.data.sequence_length * _whole(config).table
 
 
-def forward_flops(config: Config, refinements: int, latents: bool = True) -> list[PassFlops]:
+def forward_flops(
+    config: Config, refinements: int, latents: bool = True, mean_steps: float | None = None
+) -> list[PassFlops]:
     """Every pass of one sequence through the whole stack, router and predictions for other passes included.
 
     The head that predicts the next token is left out.
@@ -58,9 +60,10 @@ def forward_flops(config: Config, refinements: int, latents: bool = True) -> lis
         config: resolved, with a vocabulary size.
         refinements: R.
         latents: whether there are latent steps.
+        mean_steps: as in `slots_of_passes`.
     """
     tokens, block, every = config.data.sequence_length, _whole(config).block, []
-    slots = slots_of_passes(config, refinements, latents)
+    slots = slots_of_passes(config, refinements, latents, mean_steps)
     for index, (run, kept) in enumerate(slots):
         inner, last = (block_flops(block, tokens * run, tokens * rest) for rest in (run, kept))
         layers, final = config.model.num_layers - 1, index == len(slots) - 1
@@ -81,16 +84,16 @@ def work_of_passes(passes: int, trained: int | None) -> list[int]:
     return [1] * cut + [FORWARD_AND_BACKWARD] * (passes - cut)
 
 
-def training_work(config: Config, refinements: int, latents: bool = True) -> PassFlops:
+def training_work(config: Config, refinements: int, latents: bool = True, mean_steps: float | None = None) -> PassFlops:
     """Model FLOPs of the passes of one sequence in training, as `training_flops` counts them."""
-    passes = forward_flops(config, refinements, latents)
+    passes = forward_flops(config, refinements, latents, mean_steps)
     times = work_of_passes(len(passes), config.ponder_training.gradient_passes)
     return PassFlops(
         *(sum(n * part for n, part in zip(times, parts, strict=True)) for parts in zip(*passes, strict=True))
     )
 
 
-def training_flops(config: Config, refinements: int, latents: bool = True) -> float:
+def training_flops(config: Config, refinements: int, latents: bool = True, mean_steps: float | None = None) -> float:
     """Model FLOPs of one optimiser step over all ranks: what the algorithm asks for, however it is carried out.
 
     Three times the forward passes, once those that `gradient_passes` cuts off, and three times the head. Not counted is
@@ -100,8 +103,9 @@ def training_flops(config: Config, refinements: int, latents: bool = True) -> fl
         config: resolved, with a vocabulary size.
         refinements: R of the step.
         latents: whether it has latent steps.
+        mean_steps: as in `slots_of_passes`.
     """
-    sequence = sum(training_work(config, refinements, latents)) + FORWARD_AND_BACKWARD * head_flops(config)
+    sequence = sum(training_work(config, refinements, latents, mean_steps)) + FORWARD_AND_BACKWARD * head_flops(config)
     return config.training.global_batch_size * sequence
 
 

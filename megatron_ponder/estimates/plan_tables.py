@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from megatron_ponder.cluster.hardware import GIB, Hardware
+from megatron_ponder.estimates.budget import Budget
 from megatron_ponder.estimates.layout_table import describe_layout
+from megatron_ponder.estimates.phases import Part, parts_of
 from megatron_ponder.estimates.search import KEYS, Plan, changes, flags, nearest
 
 SECONDS_PER_DAY = 86400
@@ -43,8 +45,28 @@ def time_table(plan: Plan) -> Table:
     return table
 
 
-def time_lines(plan: Plan, hardware: Hardware, tokens: float) -> str:
-    """Communication of a step, then what so many tokens take."""
+def spent(plan: Plan, hardware: Hardware, budget: Budget) -> list[Part]:
+    """What a run spends in its phases."""
+    return parts_of(plan.config, plan.data, hardware, budget)
+
+
+def phase_table(parts: Sequence[Part]) -> Table:
+    """What a run computes in its phases, and how long it takes."""
+    table = _right_aligned("phase", "optimiser steps", "FLOPs a step", "seconds a step", "FLOPs", "days")
+    table.columns[0].justify = "left"
+    for part in parts:
+        flops, seconds = f"{part.phase.time.flops:.3g}", f"{part.phase.time.total:.4f}"
+        table.add_row(
+            part.phase.name, f"{part.steps:,.0f}", flops, seconds, f"{part.flops:.3g}", f"{_days([part]):,.2f}"
+        )
+    table.add_section()
+    together = (f"{sum(part.steps for part in parts):,.0f}", "", "", f"{_flops(parts):.3g}", f"{_days(parts):,.2f}")
+    table.add_row("together", *together)
+    return table
+
+
+def time_lines(plan: Plan, hardware: Hardware, budget: Budget, parts: Sequence[Part]) -> str:
+    """Communication of a step, then what a run takes that spends so much in its phases."""
     lines = []
     if plan.time.collectives:
         kinds = sorted(plan.time.collectives.items(), key=lambda item: -item[1])
@@ -52,22 +74,22 @@ def time_lines(plan: Plan, hardware: Hardware, tokens: float) -> str:
         lines.append(
             f"communication in seconds a step: {shown}; {plan.time.hidden:.4f} of it hidden behind computation"
         )
-    days = _days(plan, tokens)
+    days = _days(parts)
     lines.append(
-        f"{plan.time.tokens_per_second:,.0f} tokens/s, MFU {plan.time.utilisation(hardware):.1%}; {tokens:.3g} tokens "
-        f"take {days:,.2f} days, {days * 24 * hardware.ranks:,.0f} GPU-hours"
+        f"{plan.time.tokens_per_second:,.0f} tokens/s, MFU {plan.time.utilisation(hardware):.1%}; {budget.tokens:.3g} "
+        f"tokens take {days:,.2f} days, {days * 24 * hardware.ranks:,.0f} GPU-hours, {_flops(parts):.3g} FLOPs"
     )
     return "\n".join(lines)
 
 
-def search_table(plans: Sequence[Plan], most: int, hardware: Hardware, tokens: float) -> Table:
+def search_table(plans: Sequence[Plan], most: int, hardware: Hardware, budget: Budget) -> Table:
     """A row for each of the first so many plans."""
     usable = f"{hardware.usable_memory / GIB:.1f} of {hardware.memory / GIB:.1f} GiB"
     headings = ("tensor", "pipeline", "data", "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "MFU", "days")
     table = _right_aligned("", *headings, "GPU-hours")
     table.title = f"{len(plans):,} layouts fit into the usable {usable} of a GPU"
     for number, plan in enumerate(plans[:most], 1):
-        parallel, training, days = plan.config.parallel, plan.config.training, _days(plan, tokens)
+        parallel, training, days = plan.config.parallel, plan.config.training, _days(spent(plan, hardware, budget))
         table.add_row(
             str(number),
             f"{parallel.tensor}{' + sequence' if parallel.sequence_parallel else ''}",
@@ -105,9 +127,10 @@ def nothing_fits(hardware: Hardware) -> str:
     )
 
 
-def as_dict(plan: Plan, hardware: Hardware, tokens: float) -> dict:
+def as_dict(plan: Plan, hardware: Hardware, budget: Budget) -> dict:
     """A plan as JSON knows it."""
-    days = _days(plan, tokens)
+    parts = spent(plan, hardware, budget)
+    days = _days(parts)
     return {
         **{f"{section}.{key}": getattr(getattr(plan.config, section), key) for section, key in KEYS},
         "data": plan.data,
@@ -121,14 +144,29 @@ def as_dict(plan: Plan, hardware: Hardware, tokens: float) -> dict:
         "hidden": plan.time.hidden,
         "tokens_per_second": plan.time.tokens_per_second,
         "mfu": plan.time.utilisation(hardware),
-        "tokens": tokens,
+        "tokens": budget.tokens,
+        "phases": [
+            {
+                "name": part.phase.name,
+                "begin": part.phase.begin,
+                "steps": part.steps,
+                "step_flops": part.phase.time.flops,
+                "step_seconds": part.phase.time.total,
+            }
+            for part in parts
+        ],
+        "flops": _flops(parts),
         "days": days,
         "gpu_hours": days * 24 * hardware.ranks,
     }
 
 
-def _days(plan: Plan, tokens: float) -> float:
-    return tokens / plan.time.tokens_per_second / SECONDS_PER_DAY
+def _days(parts: Sequence[Part]) -> float:
+    return sum(part.seconds for part in parts) / SECONDS_PER_DAY
+
+
+def _flops(parts: Sequence[Part]) -> float:
+    return sum(part.flops for part in parts)
 
 
 def _right_aligned(*headings: str) -> Table:

@@ -23,15 +23,15 @@ FP32 = 4
 
 
 class PassSlots(NamedTuple):
-    """Slots of one pass, of a token or of so many tokens.
+    """Slots of one pass, of a token or of so many tokens; means, where slots are pruned.
 
     Attributes:
         run: that every block runs.
         kept: those that the last block of the stack finishes, because somebody reads their hidden states.
     """
 
-    run: int
-    kept: int
+    run: float
+    kept: float
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Rank:
         data: D.
         pipeline_rank: its place.
         device: `cpu` or `cuda`, which have different kernels.
+        mean_steps: latent steps of a token in the mean, where the slots of others are not run; None where all are.
     """
 
     config: Config
     data: int = 1
     pipeline_rank: int = 0
     device: str = "cpu"
+    mean_steps: float | None = None
 
     @cached_property
     def axes(self) -> dict[str, int]:
@@ -110,7 +112,8 @@ class Rank:
         """The kernel that its attention takes."""
         block, config = self.part.block, self.config
         head_size, grouped = config.model.head_size, block.key < block.query
-        call = Call(self.device, self.dtype, grouped, config.data.reset_at_eod, head_size=head_size)
+        segmented = config.data.reset_at_eod or self.mean_steps is not None
+        call = Call(self.device, self.dtype, grouped, segmented, head_size=head_size)
         return choose(call, config.training.attention_kernel)
 
     @property
@@ -149,16 +152,33 @@ class Rank:
         """What backward passes compute again."""
         return Recompute(self.config.training.recompute, self.config.training.recompute_passes)
 
+    def slots(self, refinements: int) -> list[PassSlots]:
+        """The slots a token of every pass of a step with R refinements."""
+        return slots_of_passes(self.config, refinements, mean_steps=self.mean_steps)
+
     def residual(self, slots: float) -> float:
         """Those of so many slots that this rank holds between sharded layers."""
         return slots * self.tensor.share(self.length) / self.length
 
 
-def slots_of_passes(config: Config, refinements: int, latents: bool = True) -> list[PassSlots]:
-    """The slots a token of every pass of one training forward with R refinements, or without latent steps."""
+def slots_of_passes(
+    config: Config, refinements: int, latents: bool = True, mean_steps: float | None = None
+) -> list[PassSlots]:
+    """The slots a token of every pass of one training forward.
+
+    Args:
+        config: resolved.
+        refinements: R.
+        latents: whether there are latent steps.
+        mean_steps: mean K̂ of tokens whose other slots are not run; None where all are. A pass of n latent slots runs
+            min(mean, n) of them, which is what tokens run if all have the mean, and else the most that they can.
+    """
     passes = passes_of(config.ponder)
     plan = passes.plan(refinements, latents)
-    return [PassSlots(slots, len(range(slots)[passes.kept(index, plan)])) for index, slots in enumerate(plan)]
+    whole = [PassSlots(slots, len(range(slots)[passes.kept(index, plan)])) for index, slots in enumerate(plan)]
+    if mean_steps is None:
+        return whole
+    return [PassSlots(min(run, 1 + mean_steps), min(kept, 1 + mean_steps)) for run, kept in whole]
 
 
 def places(config: Config) -> list[int]:

@@ -79,7 +79,8 @@ def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
         "optimiser": computation.optimizer(),
     }
     tokens = config.training.global_batch_size * config.data.sequence_length
-    return StepTime(parts, dict(collectives), hidden, training_flops(config, refinements), tokens)
+    flops = training_flops(config, refinements, mean_steps=rank.mean_steps)
+    return StepTime(parts, dict(collectives), hidden, flops, tokens)
 
 
 def _hidden(rank: Rank, during: Mapping[str | None, float], work: Work, first_backward: float) -> float:
@@ -96,15 +97,16 @@ def _hidden(rank: Rank, during: Mapping[str | None, float], work: Work, first_ba
     return min(during["backward"], repeats * first_backward) + min(during["forward"], forward)
 
 
-def step_time(config: Config, data: int, cluster: Hardware) -> StepTime:
+def step_time(config: Config, data: int, cluster: Hardware, mean_steps: float | None = None) -> StepTime:
     """A step of a run that has latent steps, mean over the values of R that training draws.
 
     Args:
         config: resolved, with a vocabulary size.
         data: D.
         cluster: that it runs on.
+        mean_steps: latent steps of a token in the mean, where the slots of others are not run; None where all are.
     """
-    ranks = [Rank(config, data, place, cluster.device) for place in places(config)]
+    ranks = [Rank(config, data, place, cluster.device, mean_steps) for place in places(config)]
     choices, drawn = config.ponder_training.refinement_choices, config.ponder_training.refinement_draws
     times = {r: max((time_of_rank(rank, cluster, r) for rank in ranks), key=lambda time: time.total) for r in choices}
     return _mean([times[r] for r in drawn])

@@ -47,6 +47,29 @@ def test_json(estimate):
     assert 0.1 < found["mfu"] < 0.7
 
 
+PHASES = ["--ponder_training.latent_start", "25000", "--ponder_training.prune_start", "40000"]
+
+
+def test_the_phases_of_a_run(estimate):
+    arguments = (*CONFIG, *SMALLER, *PHASES, "--gpu", "H100-SXM", "--nodes", 2, "--mean-latent-steps", 0.5)
+    table = estimate(*arguments)
+    assert table.code == 0, table.err
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.out.splitlines() if line[:1] == "│"]
+    rows = [row for row in rows if len(row) == 6]
+    assert [row[:2] for row in rows] == [
+        ["tokens alone", "25,000"], ["latent steps", "15,000"], ["pruned to 0.50", "10,000"], ["together", "50,000"],
+    ]  # fmt: skip
+    found = json.loads(estimate(*arguments, "--json").out)
+    assert f"{found['flops']:.3g}" == rows[-1][4]
+    assert found["flops"] == sum(phase["steps"] * phase["step_flops"] for phase in found["phases"])
+    seconds = sum(phase["steps"] * phase["step_seconds"] for phase in found["phases"])
+    assert found["days"] == pytest.approx(seconds / 86400)
+    whole = json.loads(estimate(*CONFIG, *SMALLER, "--gpu", "H100-SXM", "--nodes", 2, "--json").out)
+    assert [phase["begin"] for phase in whole["phases"]] == [0]
+    assert found["flops"] < 0.5 * whole["flops"]
+    assert found["memory"] == whole["memory"]  # of steps that prune nothing
+
+
 def test_what_does_not_fit_and_the_nearest_layout_that_does(estimate):
     done = estimate(*CONFIG, "--gpu", "A100-40GB", "--nodes", 1)
     assert done.code == 2
@@ -91,6 +114,8 @@ def test_a_number_of_gpus(estimate):
         (["--cluster", "missing.yaml"], "missing.yaml"),
         (["--gpu", "H200", "--gpus", "12"], "12 GPUs do not fill nodes of 8; ask for 8 or 16"),
         (["--gpu", "H200", "--gpus", "0"], "--gpus is 0; give at least 1"),
+        (["--gpu", "H200", "--mean-latent-steps", "1"], "this one runs all; set ponder_training.prune_start"),
+        (["--gpu", "H200", *PHASES, "--mean-latent-steps", "4"], "give a number from 0 to latent_steps, 3"),
         (["--gpu", "H200", "--gpus", "8", "--nodes", "2"], "give one of them"),
     ],
 )

@@ -1,6 +1,7 @@
 """Counted operations against PyTorch's own count of what really runs."""
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -8,6 +9,7 @@ from megatron_ponder.estimates.flops import block_flops, forward_flops, head_flo
 from megatron_ponder.estimates.part import part_sizes
 from megatron_ponder.estimates.rank import slots_of_passes
 from megatron_ponder.model.passes import pass_slots
+from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.objective import Objective
 from tests.models import random_tokens, small_config, small_model
 
@@ -117,3 +119,25 @@ def test_more_steps_and_refinements_cost_more():
         [training_flops(small_config(), r) for r in (0, 1, 2)],
     ):
         assert costs == sorted(set(costs))
+
+
+@pytest.mark.parametrize("refinements", [0, 2])
+def test_pruned_products_with_weights_are_those_that_run(refinements):
+    """Where every token keeps one latent step of three."""
+    settings = {"data__sequence_length": LENGTH, "training__global_batch_size": BATCH, "ponder__latent_steps": 3}
+    config, model = small_config(**settings), small_model(**settings)
+    with torch.no_grad():
+        model.router.output.weight.zero_()
+        model.router.output.bias.copy_(torch.tensor([0.0, 5.0, -90.0, -90.0]))
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Modules()
+    with counter:
+        loss, sums = Objective(model, packed=True)(random_tokens(BATCH, LENGTH + 1), refinements, model.rule("hard"))
+        loss.backward()
+    assert Tally.of(sums.sum(0)).mean_steps == 1
+    operations = counter.get_flop_counts()["Global"].items()
+    weights = sum(count for name, count in operations if str(name) in ("aten.mm", "aten.addmm"))
+    passes = forward_flops(config, refinements, mean_steps=1.0)
+    fusion = 2 * LENGTH * config.model.hidden_size * 4
+    assert weights == 3 * BATCH * (sum(flops.matrices for flops in passes) - fusion + head_flops(config))
+    assert training_flops(config, refinements, mean_steps=3.0) == training_flops(config, refinements)

@@ -1,8 +1,9 @@
-"""A run whose ranks are killed again and again."""
+"""Runs whose ranks are killed: in a certain step, or again and again wherever they are."""
 
 import json
 import os
 import random
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -10,6 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_ponder.commands.ponder import start
+from megatron_ponder.training import loop
+from megatron_ponder.training.deepspeed_engine import Engine
+from megatron_ponder.training.schedules import StepPlan, plan_step
 from tests.processes import Forked, environments
 
 SECONDS = 60  # within which a start takes its first step, and the others end when one is killed
@@ -17,11 +22,31 @@ PATIENCE = 20  # seconds for the run to come to where it is to be killed
 PLACES = ("start", "step", "save", "validation")
 
 
-def start_ranks(ranks: int, output: Path, arguments: list[str]) -> list[Forked]:
-    """Start a run, all of whose ranks write to one file."""
+def start_ranks(ranks: int, output: Path, arguments: list[str], steps: int | None = None) -> list[Forked]:
+    """Start a run, all of whose ranks write to one file, and die in the step after `steps` of them if that is given."""
+    dies = {} if steps is None else {"program": _start_to_die}
+    variables = {} if steps is None else {"DIES_AFTER": str(steps)}
     with output.open("w") as file:
         streams = {"stdout": file, "stderr": subprocess.STDOUT}
-        return [Forked("train", *arguments, env=env, **streams) for env in environments(ranks)]
+        every = environments(ranks)
+        return [Forked("train", *arguments, env=env | variables, **dies, **streams) for env in every]
+
+
+def _start_to_die() -> None:
+    """A command that is killed between the backward passes of a step and its update."""
+    planned, step = [], Engine.step
+
+    def noted(done: int, *arguments) -> StepPlan:
+        planned.append(done)
+        return plan_step(done, *arguments)
+
+    def deadly(engine: Engine, learning_rate: float) -> float:
+        if planned[-1:] == [int(os.environ["DIES_AFTER"])]:  # the first step of all makes moments
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(engine, learning_rate)
+
+    loop.plan_step, Engine.step = noted, deadly
+    start()
 
 
 def reap(ranks: list[Forked], seconds: float) -> list[int]:

@@ -16,6 +16,7 @@ from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.step_watch import MEASURED
 from tests import REPOSITORY
 from tests.processes import SMALL, Forked
+from tests.training.kills import reap, start_ranks
 
 
 def start(arguments, ranks=1):
@@ -62,6 +63,14 @@ def final_state(run_dir):
         }
 
 
+def assert_same_run(broken, whole):
+    assert essentials(broken) == essentials(whole)
+    want, got = final_state(whole), final_state(broken)
+    assert want.keys() == got.keys()
+    for key, tensor in want.items():
+        assert torch.equal(got[key], tensor), key
+
+
 # The penalty begins with the state that an earlier step has left, and what is trained changes on the way.
 STEERED = [
     "--ponder_training.latent_start=6",
@@ -70,9 +79,12 @@ STEERED = [
     "--ponder_training.target_latent_steps=0.5",
     "--ponder_training.target_rate=0.1",
     "--ponder_training.prune_start=18",
+    "--ponder.router_initial_bias=0",
+    "--inference.threshold=0.35",
 ]
+AROUND_SWITCHES = tuple(step for switch in (6, 12, 18) for step in (switch - 1, switch, switch + 1))
 CASES = [
-    pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32"),
+    pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=0"], 1, id="zero0-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=1", "--training.precision=bf16"], 1, id="zero1-bf16", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=2", "--training.precision=bf16"], 2, id="zero2-bf16", marks=pytest.mark.slow),
@@ -93,11 +105,32 @@ def test_killed_and_resumed_equals_uninterrupted(run_arguments, tmp_path, overri
     output = finish(start(arguments, ranks))
 
     assert "going on after step" in output
-    assert essentials(broken) == essentials(whole)
-    want, got = final_state(whole), final_state(broken)
-    assert want.keys() == got.keys()
-    for key, tensor in want.items():
-        assert torch.equal(got[key], tensor), key
+    assert_same_run(broken, whole)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "deaths"),
+    [
+        pytest.param(1, (6,), id="one rank, once"),
+        pytest.param(1, AROUND_SWITCHES, id="one rank", marks=pytest.mark.slow),
+        pytest.param(2, AROUND_SWITCHES, id="two ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_around_every_switch_of_what_is_trained(run_arguments, tmp_path, ranks, deaths):
+    """When latent steps begin, the router decides and pruned slots are not run: before, at it and after."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    shorter = [*run_arguments, *STEERED, "--training.steps=24", "--checkpoint.interval=1", "--parallel.zero_stage=1"]
+    arguments = [*shorter, f"--training.run_dir={broken}", "--checkpoint.resume=auto"]
+    for death in deaths:
+        codes = reap(start_ranks(ranks, tmp_path / "output", arguments, steps=death), 200)
+        assert -signal.SIGKILL in codes, (tmp_path / "output").read_text()
+        assert read_manifest(resolve_checkpoint(broken)).state.step == death
+    for run in (arguments, [*shorter, f"--training.run_dir={whole}"]):
+        assert not any(reap(start_ranks(ranks, tmp_path / "output", run), 200)), (tmp_path / "output").read_text()
+    steps = [record["mean_latent_steps"] for record in read_metrics(whole)]
+    assert steps[:12] == [0] * 6 + [2] * 6
+    assert any(0 < mean < 2 for mean in steps[18:])  # slots are left out
+    assert_same_run(broken, whole)
 
 
 def test_metrics_and_pictures_of_a_run(run_arguments, tmp_path):

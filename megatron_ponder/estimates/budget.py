@@ -1,0 +1,15 @@
+"""What a run is given, in a module that imports nothing slow."""
+
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+    """What a run is given.
+
+    Attributes:
+        tokens: to train on.
+        mean_steps: mean K̂ once training prunes; None for what `estimates/phases.py` assumes.
+    """
+
+    tokens: float
+    mean_steps: float | None = None

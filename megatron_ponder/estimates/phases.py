@@ -1,0 +1,104 @@
+"""The phases of a run: tokens alone, with latent steps, pruned; what a step of each computes, and how long it takes."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from megatron_ponder.cluster.hardware import Hardware
+from megatron_ponder.config import Config
+from megatron_ponder.estimates.budget import Budget
+from megatron_ponder.estimates.flops import training_flops
+from megatron_ponder.estimates.step_time import StepTime, step_time
+from megatron_ponder.model.modes import passes_of
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Optimiser steps that are trained alike, up to the next phase or the end of the run.
+
+    Attributes:
+        name: what they run, in words.
+        begin: optimiser steps before them.
+        time: of one.
+    """
+
+    name: str
+    begin: int
+    time: StepTime
+
+
+class Part(NamedTuple):
+    """What a run spends in a phase.
+
+    Attributes:
+        phase: it.
+        steps: of the optimiser.
+    """
+
+    phase: Phase
+    steps: float
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of all its steps, over all ranks."""
+        return self.steps * self.phase.time.flops
+
+    @property
+    def seconds(self) -> float:
+        """All its steps."""
+        return self.steps * self.phase.time.total
+
+
+def phases_of(config: Config, data: int, cluster: Hardware, mean_steps: float | None = None) -> list[Phase]:
+    """The phases that a configuration has, in their order.
+
+    Args:
+        config: resolved, with a vocabulary size.
+        data: D.
+        cluster: that it runs on.
+        mean_steps: mean K̂ once training prunes; as `assumed_steps` unless given.
+    """
+    training, begin = config.ponder_training, 0
+    found = []
+    if passes_of(config.ponder).steps and training.latent_start:
+        found.append(Phase("tokens alone", 0, _time_without_latents(config, data, cluster)))
+        begin = training.latent_start
+    name = "latent steps" if passes_of(config.ponder).steps else "tokens alone"
+    found.append(Phase(name, begin, step_time(config, data, cluster)))
+    if packs(config):
+        mean = assumed_steps(config) if mean_steps is None else mean_steps
+        begin = max(training.prune_start, training.router_decides)
+        found.append(Phase(f"pruned to {mean:.2f}", begin, step_time(config, data, cluster, mean)))
+    return found
+
+
+def packs(config: Config) -> bool:
+    """Whether a run comes to leave out slots; pipeline ranks and blocks that compile run what they prune."""
+    prunes = passes_of(config.ponder).routed and config.ponder_training.prune_start is not None
+    runs_whole = config.parallel.pipeline > 1 or config.training.compile
+    return prunes and config.ponder_training.packed and not runs_whole
+
+
+def assumed_steps(config: Config) -> float:
+    """Mean K̂ that pruned training is taken to have: its budget, or half of the most."""
+    target = config.ponder_training.target_latent_steps
+    return config.ponder.steps / 2 if target is None else min(target, config.ponder.steps)
+
+
+def parts_of(config: Config, data: int, cluster: Hardware, budget: Budget) -> list[Part]:
+    """What a run spends in every phase that it comes to.
+
+    Args:
+        config, data, cluster: as in `phases_of`.
+        budget: of the run.
+    """
+    steps = budget.tokens / (config.training.global_batch_size * config.data.sequence_length)
+    phases = phases_of(config, data, cluster, budget.mean_steps)
+    ends = [*(phase.begin for phase in phases[1:]), steps]
+    parts = [Part(phase, min(end, steps) - phase.begin) for phase, end in zip(phases, ends, strict=True)]
+    return [part for part in parts if part.steps > 0]
+
+
+def _time_without_latents(config: Config, data: int, cluster: Hardware) -> StepTime:
+    """A step before `latent_start`: that of the mode without latent steps, and a router that is asked all the same."""
+    vanilla = replace(config, ponder=replace(config.ponder, mode="vanilla"))
+    return replace(step_time(vanilla, data, cluster), flops=training_flops(config, 0, latents=False))

@@ -1,0 +1,63 @@
+"""What a run computes in its phases: tokens alone, with latent steps, pruned."""
+
+import itertools
+
+import pytest
+
+from megatron_ponder.estimates.budget import Budget
+from megatron_ponder.estimates.flops import training_flops
+from megatron_ponder.estimates.phases import Part, packs, parts_of
+from tests.estimates.test_step_time import CLUSTER, config_for
+
+LATE = {"ponder_training__latent_start": 50, "ponder_training__jacobi_iterations": 2}
+PRUNED = LATE | {"ponder_training__router_start": 60, "ponder_training__prune_start": 80}
+
+
+def parts(steps: float = 100, mean_steps: float | None = None, **overrides) -> list[Part]:
+    config = config_for(**overrides)
+    tokens = steps * config.training.global_batch_size * config.data.sequence_length
+    return parts_of(config, 32 // config.parallel.pipeline, CLUSTER, Budget(tokens, mean_steps))
+
+
+def test_every_phase_has_its_steps_and_their_cost():
+    plain, latents, pruned = parts(mean_steps=1.0, **PRUNED)
+    assert [part.steps for part in (plain, latents, pruned)] == [50, 30, 20]
+    config = config_for(**PRUNED)
+    assert plain.flops == pytest.approx(50 * training_flops(config, 2, latents=False), rel=1e-12)
+    assert latents.flops == 30 * training_flops(config, 2)
+    assert pruned.flops == 20 * training_flops(config, 2, mean_steps=1.0)
+    assert plain.phase.time.total < pruned.phase.time.total < latents.phase.time.total
+
+
+def test_a_run_comes_to_the_phases_that_its_tokens_last_for():
+    assert [part.phase.begin for part in parts(50, **PRUNED)] == [0]
+    assert [part.steps for part in parts(70.5, **PRUNED)] == [50, 20.5]
+    assert [part.steps for part in parts()] == [100]
+
+
+def test_without_another_word_tokens_keep_the_budget_or_half_of_all_steps():
+    budget = {"ponder_training__target_latent_steps": 0.5, "ponder_training__penalty_weight": 0.01}
+    for overrides, mean in ((budget, 0.5), ({}, 1.5)):
+        assert parts(**PRUNED | overrides)[-1].flops == parts(mean_steps=mean, **PRUNED)[-1].flops
+
+
+def test_more_steps_cost_more_up_to_all_of_them():
+    costs = [parts(mean_steps=mean, **PRUNED)[-1] for mean in (0.0, 0.3, 1.0, 2.2, 3.0)]
+    for cheaper, dearer in itertools.pairwise(costs):
+        assert cheaper.flops < dearer.flops
+        assert cheaper.seconds < dearer.seconds
+    assert costs[-1].phase.time.flops == parts(**LATE)[-1].phase.time.flops
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"parallel__pipeline": 2},
+        {"training__compile": "true"},
+        {"ponder_training__packed": "false"},
+        {"ponder__mode": "fixed"},
+    ],
+)
+def test_what_runs_every_slot_has_no_pruned_phase(overrides):
+    assert not packs(config_for(**PRUNED | overrides))
+    assert [part.phase.begin for part in parts(**PRUNED | overrides)] == [0, 50]
