@@ -12,7 +12,7 @@ from megatron_ponder.model.modes import passes_of
 
 
 @dataclass(frozen=True)
-class Phase:
+class RunPhase:
     """Optimiser steps that are trained alike, up to the next phase or the end of the run.
 
     Attributes:
@@ -26,7 +26,7 @@ class Phase:
     time: StepTime
 
 
-class Part(NamedTuple):
+class PhaseCost(NamedTuple):
     """What a run spends in a phase.
 
     Attributes:
@@ -34,7 +34,7 @@ class Part(NamedTuple):
         steps: of the optimiser.
     """
 
-    phase: Phase
+    phase: RunPhase
     steps: float
 
     @property
@@ -48,7 +48,7 @@ class Part(NamedTuple):
         return self.steps * self.phase.time.total
 
 
-def phases_of(config: Config, data: int, cluster: Hardware, mean_steps: float | None = None) -> list[Phase]:
+def phases_of(config: Config, data: int, cluster: Hardware, mean_steps: float | None = None) -> list[RunPhase]:
     """The phases that a configuration has, in their order.
 
     Args:
@@ -60,22 +60,21 @@ def phases_of(config: Config, data: int, cluster: Hardware, mean_steps: float | 
     training, begin = config.ponder_training, 0
     found = []
     if passes_of(config.ponder).steps and training.latent_start:
-        found.append(Phase("tokens alone", 0, _time_without_latents(config, data, cluster)))
+        found.append(RunPhase("tokens alone", 0, _time_without_latents(config, data, cluster)))
         begin = training.latent_start
     name = "latent steps" if passes_of(config.ponder).steps else "tokens alone"
-    found.append(Phase(name, begin, step_time(config, data, cluster)))
+    found.append(RunPhase(name, begin, step_time(config, data, cluster)))
     if packs(config):
         mean = assumed_steps(config) if mean_steps is None else mean_steps
         begin = max(training.prune_start, training.router_decides)
-        found.append(Phase(f"pruned to {mean:.2f}", begin, step_time(config, data, cluster, mean)))
+        found.append(RunPhase(f"pruned to {mean:.2f}", begin, step_time(config, data, cluster, mean)))
     return found
 
 
 def packs(config: Config) -> bool:
-    """Whether a run comes to leave out slots; pipeline ranks and blocks that compile run what they prune."""
+    """Whether a run comes to leave out slots; blocks that compile run what they prune."""
     prunes = passes_of(config.ponder).routed and config.ponder_training.prune_start is not None
-    runs_whole = config.parallel.pipeline > 1 or config.training.compile
-    return prunes and config.ponder_training.packed and not runs_whole
+    return prunes and config.ponder_training.packed and not config.training.compile
 
 
 def assumed_steps(config: Config) -> float:
@@ -84,7 +83,7 @@ def assumed_steps(config: Config) -> float:
     return config.ponder.steps / 2 if target is None else min(target, config.ponder.steps)
 
 
-def parts_of(config: Config, data: int, cluster: Hardware, budget: Budget) -> list[Part]:
+def phase_costs(config: Config, data: int, cluster: Hardware, budget: Budget) -> list[PhaseCost]:
     """What a run spends in every phase that it comes to.
 
     Args:
@@ -94,7 +93,7 @@ def parts_of(config: Config, data: int, cluster: Hardware, budget: Budget) -> li
     steps = budget.tokens / (config.training.global_batch_size * config.data.sequence_length)
     phases = phases_of(config, data, cluster, budget.mean_steps)
     ends = [*(phase.begin for phase in phases[1:]), steps]
-    parts = [Part(phase, min(end, steps) - phase.begin) for phase, end in zip(phases, ends, strict=True)]
+    parts = [PhaseCost(phase, min(end, steps) - phase.begin) for phase, end in zip(phases, ends, strict=True)]
     return [part for part in parts if part.steps > 0]
 
 

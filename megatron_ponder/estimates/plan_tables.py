@@ -7,7 +7,7 @@ from rich.table import Table
 from megatron_ponder.cluster.hardware import GIB, Hardware
 from megatron_ponder.estimates.budget import Budget
 from megatron_ponder.estimates.layout_table import describe_layout
-from megatron_ponder.estimates.phases import Part, parts_of
+from megatron_ponder.estimates.phases import PhaseCost, phase_costs
 from megatron_ponder.estimates.search import KEYS, Plan, changes, flags, nearest
 
 SECONDS_PER_DAY = 86400
@@ -45,12 +45,12 @@ def time_table(plan: Plan) -> Table:
     return table
 
 
-def spent(plan: Plan, hardware: Hardware, budget: Budget) -> list[Part]:
+def spent(plan: Plan, hardware: Hardware, budget: Budget) -> list[PhaseCost]:
     """What a run spends in its phases."""
-    return parts_of(plan.config, plan.data, hardware, budget)
+    return phase_costs(plan.config, plan.data, hardware, budget)
 
 
-def phase_table(parts: Sequence[Part]) -> Table:
+def phase_table(parts: Sequence[PhaseCost]) -> Table:
     """What a run computes in its phases, and how long it takes."""
     table = _right_aligned("phase", "optimiser steps", "FLOPs a step", "seconds a step", "FLOPs", "days")
     table.columns[0].justify = "left"
@@ -65,7 +65,7 @@ def phase_table(parts: Sequence[Part]) -> Table:
     return table
 
 
-def time_lines(plan: Plan, hardware: Hardware, budget: Budget, parts: Sequence[Part]) -> str:
+def time_lines(plan: Plan, hardware: Hardware, budget: Budget, parts: Sequence[PhaseCost]) -> str:
     """Communication of a step, then what a run takes that spends so much in its phases."""
     lines = []
     if plan.time.collectives:
@@ -161,11 +161,11 @@ def as_dict(plan: Plan, hardware: Hardware, budget: Budget) -> dict:
     }
 
 
-def _days(parts: Sequence[Part]) -> float:
+def _days(parts: Sequence[PhaseCost]) -> float:
     return sum(part.seconds for part in parts) / SECONDS_PER_DAY
 
 
-def _flops(parts: Sequence[Part]) -> float:
+def _flops(parts: Sequence[PhaseCost]) -> float:
     return sum(part.flops for part in parts)
 
 

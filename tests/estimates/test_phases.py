@@ -6,17 +6,17 @@ import pytest
 
 from megatron_ponder.estimates.budget import Budget
 from megatron_ponder.estimates.flops import training_flops
-from megatron_ponder.estimates.phases import Part, packs, parts_of
+from megatron_ponder.estimates.phases import PhaseCost, packs, phase_costs
 from tests.estimates.test_step_time import CLUSTER, config_for
 
 LATE = {"ponder_training__latent_start": 50, "ponder_training__jacobi_iterations": 2}
 PRUNED = LATE | {"ponder_training__router_start": 60, "ponder_training__prune_start": 80}
 
 
-def parts(steps: float = 100, mean_steps: float | None = None, **overrides) -> list[Part]:
+def parts(steps: float = 100, mean_steps: float | None = None, **overrides) -> list[PhaseCost]:
     config = config_for(**overrides)
     tokens = steps * config.training.global_batch_size * config.data.sequence_length
-    return parts_of(config, 32 // config.parallel.pipeline, CLUSTER, Budget(tokens, mean_steps))
+    return phase_costs(config, 32 // config.parallel.pipeline, CLUSTER, Budget(tokens, mean_steps))
 
 
 def test_every_phase_has_its_steps_and_their_cost():
@@ -41,6 +41,12 @@ def test_without_another_word_tokens_keep_the_budget_or_half_of_all_steps():
         assert parts(**PRUNED | overrides)[-1].flops == parts(mean_steps=mean, **PRUNED)[-1].flops
 
 
+def test_pipelines_leave_slots_out_too():
+    _, latents, pruned = parts(mean_steps=1.0, parallel__pipeline=4, **PRUNED)
+    assert pruned.phase.time.flops == parts(mean_steps=1.0, **PRUNED)[-1].phase.time.flops
+    assert pruned.phase.time.total < latents.phase.time.total
+
+
 def test_more_steps_cost_more_up_to_all_of_them():
     costs = [parts(mean_steps=mean, **PRUNED)[-1] for mean in (0.0, 0.3, 1.0, 2.2, 3.0)]
     for cheaper, dearer in itertools.pairwise(costs):
@@ -52,7 +58,6 @@ def test_more_steps_cost_more_up_to_all_of_them():
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"parallel__pipeline": 2},
         {"training__compile": "true"},
         {"ponder_training__packed": "false"},
         {"ponder__mode": "fixed"},
