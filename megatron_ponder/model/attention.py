@@ -42,6 +42,7 @@ class Slots(NamedTuple):
         segments: of the B · T slots; None if every row is one.
         kept: the slots of every token whose result is wanted; or int64, those of all of them.
         kernel: as in `training.attention_kernel`.
+        packed: they are those of a packed pass, of which every forward has another number.
     """
 
     tokens: int
@@ -50,6 +51,7 @@ class Slots(NamedTuple):
     segments: Segments | None = None
     kept: slice | Tensor = slice(None)
     kernel: AttentionKernel = "auto"
+    packed: bool = False
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""

@@ -1,6 +1,10 @@
-"""Blocks that are compiled: one graph for each number of slots a token, shared by all layers and passes."""
+"""Blocks that are compiled: one graph for each number of slots a token, and one for any number of packed slots.
+
+All layers and passes share them.
+"""
 
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +18,8 @@ class CompiledBlock:
     """`Block.forward` as `torch.compile` makes it.
 
     Weights are inputs of a graph, so that layers do not need one each. Shapes are constants of it but for the number of
-    segments, because a graph of any shape is a slower one and a run has few shapes.
+    segments, because a graph of any shape is a slower one and a run has few shapes. Of packed slots there is another
+    number in every pass: those have a graph of any shape, which wants no padding.
 
     Attributes:
         graphs: compiled so far, each with its backward pass.
@@ -34,7 +39,9 @@ class CompiledBlock:
         self._backend = lookup_backend(backend)
         # Beyond its limit PyTorch refuses to compile, because it takes a function of so many graphs for a mistake.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, most)
-        self._compiled = torch.compile(Block.forward, fullgraph=True, dynamic=False, backend=self._compile)
+        torch._dynamo.config.specialize_float = True  # ε of norms, or the first graph of any shape is made twice
+        compiled = partial(torch.compile, Block.forward, fullgraph=True, backend=self._compile)
+        self._of_shape, self._of_any_shape = compiled(dynamic=False), compiled(dynamic=True)
 
     def __call__(
         self,
@@ -58,11 +65,14 @@ class CompiledBlock:
         Raises:
             UserError: if PyTorch cannot compile it.
         """
+        run = self._of_any_shape if slots.packed else self._of_shape
+        if slots.packed and x_BTH._is_view():  # or there is a graph for what it is a view of
+            x_BTH = x_BTH.clone(memory_format=torch.contiguous_format)
         if slots.segments is not None:  # of which every micro-batch has another number
             torch._dynamo.maybe_mark_dynamic(slots.segments.bounds, 0)
         graphs, begun = self.graphs, time.perf_counter()
         try:
-            y_BTH = self._compiled(block, x_BTH, slots, recompute_attention=recompute_attention)
+            y_BTH = run(block, x_BTH, slots, recompute_attention=recompute_attention)
         except torch._dynamo.exc.TorchDynamoException as error:
             said = str(getattr(error, "inner_exception", error)) or type(error).__name__
             reason = next(line for line in said.splitlines() if line.strip())
@@ -83,4 +93,6 @@ class CompiledBlock:
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
         self.graphs += 1
-        return self._backend(graph, inputs)
+        # Left to itself PyTorch compiles the backward pass when it is first run, where nobody expects it to fail.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            return self._backend(graph, inputs)

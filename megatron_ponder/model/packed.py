@@ -122,9 +122,9 @@ class PackedResult(NamedTuple):
 
 
 def packable(model: PonderLM, rule: Rule) -> bool:
-    """Whether `PackedPasses` can evaluate a model by a rule; compiled blocks would want a graph each time."""
+    """Whether `PackedPasses` can evaluate a model by a rule; compiled blocks of pipeline ranks are not proved."""
     known = rule.kind == "hard" and rule.executed is None and model.passes.routed
-    return known and model.transformer.compiled is None
+    return known and (model.part.is_whole or model.transformer.compiled is None)
 
 
 def packed_jacobi(
@@ -257,7 +257,7 @@ class PackedPasses:
         positions_1T = geometry.positions_BL.expand(rows, -1).flatten()[packing.token_T].unsqueeze(0)
         angles = rotation(positions_1T, config.rotated_channels, config.rope_theta, x_1TH.dtype)
         segments = _segments(batch, packing, rows, geometry.tokens * self.plan[index])
-        return Slots(len(packing.token_T), angles, log_w_1T, segments, kernel=model.attention_kernel)
+        return Slots(len(packing.token_T), angles, log_w_1T, segments, kernel=model.attention_kernel, packed=True)
 
 
 def _segments(batch: Batch, packing: Packing, rows: int, longest: int) -> Segments:

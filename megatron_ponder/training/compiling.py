@@ -11,7 +11,7 @@ from megatron_ponder.model.ponder import PonderLM
 def compile_blocks(model: PonderLM, config: Config, device: torch.device, backend: str = "inductor") -> None:
     """Let a model's blocks be compiled when they next run with gradients, if the configuration wants it.
 
-    Every shape that is run from now on gets a graph of its own.
+    Every shape that is run from now on gets a graph of its own, but packed passes have theirs for all shapes.
 
     Args:
         model: this rank's part.
@@ -27,10 +27,16 @@ def compile_blocks(model: PonderLM, config: Config, device: torch.device, backen
         model.transformer.compiled = CompiledBlock(most_graphs(model, config), backend)
 
 
+# Whether keys have weights, whether attention is computed again, and whether the last block cuts slots: or, with
+# sequence parallelism, where it cuts none, whether the shares of ranks are equal.
+PACKED_GRAPHS = 2**3
+
+
 def most_graphs(model: PonderLM, config: Config) -> int:
     """Graphs that a run may need: by slots a token, which of them are kept, and whether attention is computed again.
 
-    Twice as many, because the first pass that has gradients may read a state that has none.
+    Those of packed passes are as many for any numbers of slots. Twice as many, because the first pass that has
+    gradients may read a state that has none.
     """
     kinds = set()
     for refinements in config.ponder_training.refinement_choices:
@@ -39,7 +45,9 @@ def most_graphs(model: PonderLM, config: Config) -> int:
             kept = range(slots)[model.passes.kept(index, plan)]
             again = model.recompute.of_pass(index) == "attention"
             kinds |= {(slots, range(slots), again), (slots, kept, again)}
-    return 2 * len(kinds)
+    training = config.ponder_training
+    packed = PACKED_GRAPHS if training.packed and training.prune_start is not None else 0
+    return 2 * (len(kinds) + packed)
 
 
 def _try_compiler(device: torch.device, backend: str) -> None:

@@ -1,13 +1,18 @@
 """Compiled blocks beside the same blocks as they are written: every pass, every gradient, and how many graphs."""
 
+from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import pytest
 import torch
+from functorch.compile import nop
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.model.compiled import CompiledBlock
+from megatron_ponder.model.packed import packed_jacobi
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.mesh import Mesh
@@ -42,8 +47,10 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
-def see(model: PonderLM, refinements: int, seed: int = 0) -> Seen:
-    streams = []
+def see(model: PonderLM, refinements: int, seed: int = 0, threshold: float | None = None) -> Seen:
+    """One forward and backward pass; by a threshold, of packed passes under the hard rule."""
+    streams, rule = [], model.rule("soft" if threshold is None else "hard", threshold)
+    evaluate = model.jacobi if threshold is None else partial(packed_jacobi, model)
 
     def keep(_module, _inputs, output: Tensor) -> None:
         output.retain_grad()
@@ -51,7 +58,7 @@ def see(model: PonderLM, refinements: int, seed: int = 0) -> Seen:
 
     handle = model.transformer.register_forward_hook(keep)
     model.zero_grad()
-    output = model.jacobi(random_tokens(2, LENGTH, seed=seed), refinements, model.rule("soft"))
+    output = evaluate(random_tokens(2, LENGTH, seed=seed), refinements, rule)
     weight = 0.0 if output.routing is None else output.routing.log_w[..., 1:].exp().sum()
     (model.head(output.output_BLH).logsumexp(-1).sum() + weight).backward()
     handle.remove()
@@ -68,14 +75,21 @@ def distances(found: Seen, true: Seen) -> dict[str, float]:
     }
 
 
-def check_equal(model: PonderLM, backend: str, graphs: int, tolerance: float, rounds: tuple[int, ...]) -> None:
+def check_equal(
+    model: PonderLM,
+    backend: str,
+    graphs: int,
+    tolerance: float,
+    rounds: tuple[int, ...],
+    thresholds: tuple[float | None, ...] = (None,),
+) -> None:
     """The same as without a compiler, and no graph is compiled after the first round."""
     model.transformer.compiled = compiled = CompiledBlock(8, backend)
-    for seed, refinements in enumerate(rounds):
-        found = see(model, refinements, seed)
+    for seed, (refinements, threshold) in enumerate(zip(rounds, cycle(thresholds))):
+        found = see(model, refinements, seed, threshold)
         assert compiled.graphs == graphs
         model.transformer.compiled = None
-        true = see(model, refinements, seed)
+        true = see(model, refinements, seed, threshold)
         model.transformer.compiled = compiled
         far = {name: distance for name, distance in distances(found, true).items() if not distance < tolerance}
         assert not far
@@ -94,6 +108,16 @@ def test_documents_of_any_number_share_a_graph():
     model = small_model(ponder__mode="vanilla", model__num_layers=1, eod_id=5)
     assert len({(random_tokens(2, LENGTH, seed=seed) == 5).sum().item() for seed in range(4)}) > 2
     check_equal(model, "aot_eager", 1, 1e-11, rounds=(0, 0, 0, 0))
+
+
+# Of which every one keeps other slots of random tokens, and so every pass has another number of them.
+PRUNED = (0.1, 0.3, 1e-4, 0.6)
+
+
+def test_packed_passes_of_any_number_of_slots_share_a_graph():
+    # keys without weights; with them; and with them in the last block, where slots that no pass reads end
+    model = small_model(ponder__mode="adaptive", ponder__latent_steps=1, model__num_layers=1, eod_id=5)
+    check_equal(model, "aot_eager", 3, 1e-11, rounds=(1, 2, 3, 1), thresholds=PRUNED)
 
 
 def test_what_has_no_gradients_is_not_compiled():
@@ -125,6 +149,34 @@ def test_inductor_with_latent_steps(family):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gpt_neox", torch.float64)])
+def test_inductor_with_packed_passes(family, dtype):
+    model = small_model(ponder__mode="adaptive", ponder__latent_steps=3, model__family=family, eod_id=5).to(dtype)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    check_equal(model, "inductor", 3, tolerance, rounds=(2, 1, 2, 3), thresholds=PRUNED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["block", "attention"])
+def test_recompute_with_packed_passes(recompute):
+    model = small_model(ponder__mode="adaptive", model__family="gpt_neox")
+    model.recompute = Recompute(recompute)
+    check_equal(model, "aot_eager", 3, 1e-11, rounds=(1, 2, 1), thresholds=PRUNED)
+
+
+@pytest.mark.slow
+def test_graphs_of_packed_passes_are_as_few_for_many_packings():
+    model = small_model(ponder__mode="adaptive", ponder__latent_steps=3)
+    model.transformer.compiled = compiled = CompiledBlock(8, "aot_eager")
+    slots = set()
+    for seed in range(40):
+        tokens = random_tokens(1 + seed % 4, 5 + seed % 7, seed=seed)
+        slots.add(packed_jacobi(model, tokens, seed % 3, model.rule("hard", 0.6 * seed / 40)).slots_PB.sum().item())
+    assert len(slots) > 30
+    assert compiled.graphs == 3
+
+
+@pytest.mark.slow
 def test_inductor_in_bf16_is_as_near_to_fp32_as_eager_is():
     """Of llama: with PyTorch 2.13, C++ compilers refuse what inductor makes of layer norms in bf16."""
     values = {"ponder__mode": "adaptive"}
@@ -137,14 +189,15 @@ def test_inductor_in_bf16_is_as_near_to_fp32_as_eager_is():
     assert {name for name in true.numbers() if not compiled[name] < 1.5 * eager[name] + 2**-8} == set()
 
 
-def on_ranks(mesh: Mesh, layout: Layout, cases: list[tuple[dict, str, int, float, tuple[int, ...]]]) -> None:
-    for values, backend, graphs, tolerance, rounds in cases:
+def on_ranks(mesh: Mesh, layout: Layout, cases: list[tuple]) -> None:
+    """Every case: values of the configuration, and what `check_equal` takes."""
+    for values, backend, graphs, tolerance, *others in cases:
         torch.compiler.reset()
         model = model_for(layout.config(values), mesh)
         model.eod_id = None
         if tolerance < 1e-9:
             model.double()
-        check_equal(model, backend, graphs, tolerance, rounds)
+        check_equal(model, backend, graphs, tolerance, *others)
 
 
 def test_tensor_ranks():
@@ -158,17 +211,20 @@ def test_tensor_ranks_with_latent_steps(sequence_parallel):
     cases = [
         ({"ponder__mode": "adaptive"}, "inductor", 4, 2e-5, (1, 2)),
         ({"ponder__mode": "adaptive", "model__family": "gpt_neox"}, "aot_eager", 4, 1e-11, (1, 2)),
+        ({"ponder__mode": "adaptive"}, "aot_eager", 3, 1e-11, (1, 2, 1, 2), PRUNED),
     ]
     Layout(tensor=2, sequence_parallel=sequence_parallel).run(on_ranks, cases)
 
 
-def test_what_pytorch_cannot_compile_ends_in_one_line():
-    def refuse(graph, inputs):
-        raise RuntimeError("no such instruction")
+def refuse(_graph, _inputs):
+    raise RuntimeError("no such instruction")
 
+
+@pytest.mark.parametrize("backend", [refuse, aot_autograd(fw_compiler=nop, bw_compiler=refuse)])
+def test_what_pytorch_cannot_compile_ends_in_one_line(backend):
+    """The backward pass too, in the forward pass before it, and not in whatever runs the backward pass."""
     model = small_model(ponder__mode="vanilla", model__num_layers=1).float()
-    model.transformer.compiled = CompiledBlock(1)
-    model.transformer.compiled._backend = refuse
+    model.transformer.compiled = CompiledBlock(1, backend)
     with pytest.raises(
         UserError, match=r"cannot compile the blocks .*no such instruction.*set training\.compile to false"
     ):

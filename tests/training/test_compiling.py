@@ -7,7 +7,7 @@ import torch
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.runs.metrics import read_metrics
-from megatron_ponder.training.compiling import compile_blocks, most_graphs
+from megatron_ponder.training.compiling import PACKED_GRAPHS, compile_blocks, most_graphs
 from tests.distributed import run_distributed
 from tests.finished_runs import tiny_arguments, train_in_turn
 from tests.models import small_config, small_model
@@ -45,6 +45,12 @@ def test_nothing_is_compiled_unless_it_is_wanted():
         # each in passes with attention computed again, and in those without
         ({"ponder__mode": "fixed", "training__recompute": "attention", "training__recompute_passes": 3}, 7),
         ({"ponder__mode": "fixed", "ponder__latent_steps": 12}, 15),
+        # and packed ones, but not where they are masked
+        ({"ponder__mode": "adaptive", "ponder_training__prune_start": 9}, 4 + PACKED_GRAPHS),
+        (
+            {"ponder__mode": "adaptive", "ponder_training__prune_start": 9, "ponder_training__packed": "false"},
+            4,
+        ),
     ],
 )
 def test_graphs_that_there_may_be(overrides, most):
@@ -83,3 +89,21 @@ def test_a_run_compiles_in_its_first_step_says_so_and_learns_the_same(corpus, tm
     for name in ("loss", "grad_norm", "validation_loss"):
         pairs = [(a[name], b[name]) for a, b in zip(compiled, eager, strict=True) if name in b]
         assert pairs and all(a == pytest.approx(b, rel=1e-4) for a, b in pairs)
+
+
+@pytest.mark.slow  # as above
+def test_a_run_through_all_phases_compiles_in_the_first_step_of_each_and_learns_the_same(corpus, tmp_path):
+    starts = {"latent_start": 1, "router_start": 2, "prune_start": 3}
+    values = {f"ponder_training__{name}": step for name, step in starts.items()}
+    values |= {"training__steps": 7, "ponder_training__jacobi_iterations": "[1,2]", "inference__threshold": 0.2}
+    values |= {"logging__own_losses_interval": 0}  # which wants states of all slots
+    runs = {name: tmp_path / name for name in ("true", "false")}
+    commands = [tiny_arguments(corpus, run, **values, training__compile=name) for name, run in runs.items()]
+    run_distributed(train_in_turn, 1, commands, time_limit=1000)
+    log = (runs["true"] / "train.log").read_text()
+    # one slot a token; two and three, of which those are cut that nobody reads; packed
+    assert re.findall(r"step (\d+)  (\d+) graphs of blocks", log) == [("1", "1"), ("2", "4"), ("4", "7")]
+    compiled, eager = (read_metrics(run) for run in runs.values())
+    for name in ("loss", "grad_norm", "model_flops", "validation_loss"):
+        pairs = [(a[name], b[name]) for a, b in zip(compiled, eager, strict=True) if name in b]
+        assert pairs and all(a == pytest.approx(b, rel=1e-4) for a, b in pairs), name

@@ -75,6 +75,7 @@ RECOMPUTE = {
 COMPILED = {
     "compiled": LLAMA | {"training__compile": True},
     "compiled, recompute": NEOX | {"training__compile": True, "training__recompute": "block"},
+    "compiled, pruned": LLAMA | {"training__compile": True, "ponder_training__prune_start": 0},
 }
 VARIANTS = {
     "tp2 dp2 zero1": COMPILED | {"compiled, zero2": LLAMA | {"training__compile": True, "parallel__zero_stage": 2}},
