@@ -1,10 +1,10 @@
 """Pruned passes that run what they keep, against those that mask the rest: seconds of forward and backward by mean K̂.
 
-    python benchmarks/packed_passes.py [--rounds 5] [--threads 2] [--tokens 256]
+    python benchmarks/packed_passes.py [--rounds 5] [--threads 2] [--tokens 256] [--compile]
 
 A llama of 6 blocks (hidden size 256), K = 3, R = 2, batch 2, fp32. The two forms take turns; ratios are medians over
 rounds. `predicted` is the ratio of their operations: products of the slots, attention of the pairs, and the head, which
-both pay in full; `reached` is measured / predicted.
+both pay in full; `reached` is measured / predicted. With `--compile` blocks are compiled in both.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import StepPlan
 from megatron_ponder.training.step_costs import StepCosts
@@ -34,11 +35,12 @@ BATCH, REFINEMENTS, THRESHOLD = 2, 2, 0.3
 BIASES = (9.0, 0.5, -1.0, -2.5)
 
 
-def configuration(tokens: int) -> Config:
+def configuration(tokens: int, compiled: bool) -> Config:
     """Of the model, and of a step of one batch."""
     values = SMALL_LLAMA | {
         "ponder.latent_steps": 3, "data.sequence_length": tokens, "training.global_batch_size": BATCH,
         "training.micro_batch_size": BATCH, "ponder_training.jacobi_iterations": REFINEMENTS,
+        "ponder_training.prune_start": 0, "training.compile": compiled,
     }  # fmt: skip
     return read_config([f"--{key}={value}" for key, value in values.items()])
 
@@ -58,11 +60,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     prepare_cpu()
     torch.set_num_threads(arguments.threads)
-    config = configuration(arguments.tokens)
+    config = configuration(arguments.tokens, arguments.compile)
     model, costs, rule = model_of(config), StepCosts(config), Rule("hard", THRESHOLD)
+    compile_blocks(model, config, torch.device("cpu"))
     tokens = torch.randint(0, 8192, (BATCH, arguments.tokens + 1), generator=torch.Generator().manual_seed(0))
     objectives = {name: Objective(model, packed=name == "packed") for name in ("masked", "packed")}
     print(f"{arguments.tokens} tokens, K 3, R {REFINEMENTS}, fp32, {arguments.threads} threads\n")
