@@ -83,11 +83,15 @@ def check_equal(
     rounds: tuple[int, ...],
     thresholds: tuple[float | None, ...] = (None,),
 ) -> None:
-    """The same as without a compiler, and no graph is compiled after the first round."""
+    """The same as without a compiler, and no graph is compiled after the first round.
+
+    But packed slots that ranks share, equally or not, meet both of these only in the course of the rounds.
+    """
     model.transformer.compiled = compiled = CompiledBlock(8, backend)
     for seed, (refinements, threshold) in enumerate(zip(rounds, cycle(thresholds))):
         found = see(model, refinements, seed, threshold)
-        assert compiled.graphs == graphs
+        varies = threshold is not None and model.axis.sequence_parallel
+        assert compiled.graphs <= graphs if varies else compiled.graphs == graphs
         model.transformer.compiled = None
         true = see(model, refinements, seed, threshold)
         model.transformer.compiled = compiled
