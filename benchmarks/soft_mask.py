@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_ponder.config import ModelConfig
 from megatron_ponder.kernels.attention import attend
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.model.rope import rotation
@@ -34,7 +35,8 @@ def inputs(length: int) -> Inputs:
     """q, k, v (B, T, heads, size), log w (B, T) and angles."""
     q, k, v = (torch.randn(BATCH, length, HEADS, SIZE, requires_grad=True) for _ in range(3))
     log_w = torch.randn(BATCH, length).abs().neg().requires_grad_()
-    return q, k, v, log_w, rotation(torch.arange(length).unsqueeze(0), SIZE, 1e4, torch.float32)
+    model = ModelConfig(head_size=SIZE, rotary_fraction=1.0)
+    return q, k, v, log_w, rotation(torch.arange(length).unsqueeze(0), model, torch.float32)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, _: Tensor, angles: Rotation) -> Tensor:

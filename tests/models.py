@@ -20,9 +20,14 @@ SMALL = {
 MIXED = {
     "model__norm": "layer",
     "model__gated_ffn": "true",
-    "model__activation": "gelu",
+    "model__activation": "gelu_tanh",
     "model__biases": "all",
+    "model__qk_norm": "true",
+    "model__head_size": 12,
     "model__rotary_fraction": 0.5,
+    "model__rope_scaling": "yarn",
+    "model__rope_factor": 4.0,
+    "model__rope_original_length": 16,
     "model__residual": "parallel",
     "model__num_kv_heads": 2,
 }

@@ -59,6 +59,11 @@ def resolve_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     found = _newest_of(path)
+    if found is None and (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is a Hugging Face model and no checkpoint; make one of it with ponder import-hf --model {path} "
+            "--output FOLDER, and give that folder"
+        )
     if found is None:
         meant = did_you_mean(path, lambda below: _newest_of(below) is not None)
         advice = meant or "; give a run folder, or one of the step-… folders in its checkpoints/"

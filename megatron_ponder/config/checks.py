@@ -8,7 +8,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.data import BlendPart, DataConfig
 from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.layout import even_layers, largest_tensor
-from megatron_ponder.config.model import ModelConfig
+from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
 from megatron_ponder.config.run import TrainingConfig
 from megatron_ponder.config.sections import Config
@@ -43,9 +43,10 @@ def _require(condition: bool, message: str) -> None:
 
 def _validate_model(model: ModelConfig) -> None:
     _require(
-        model.hidden_size % model.num_heads == 0,
-        f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
-        f"choose a multiple, for example {math.ceil(model.hidden_size / model.num_heads) * model.num_heads}",
+        model.head_size is not None,
+        f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; choose a "
+        f"multiple, for example {math.ceil(model.hidden_size / model.num_heads) * model.num_heads}, or set "
+        "model.head_size",
     )
     _require(
         model.num_heads % model.num_kv_heads == 0,
@@ -57,6 +58,25 @@ def _validate_model(model: ModelConfig) -> None:
         rotated >= 2 and rotated % 2 == 0,
         f"model.rotary_fraction {model.rotary_fraction} of a head of {model.head_size} channels is {rotated:g}; "
         "it must be a positive even number of them",
+    )
+    _validate_rope(model)
+
+
+def _validate_rope(model: ModelConfig) -> None:
+    wanted = ROPE_SCALINGS[model.rope_scaling]
+    for name in ROPE_SCALINGS["yarn"]:
+        value = getattr(model, name)
+        _require(
+            name in wanted or value is None,
+            f"model.{name} {value} has no meaning with model.rope_scaling {model.rope_scaling}; leave it out",
+        )
+        _require(
+            name not in wanted or value is not None,
+            f"model.rope_scaling {model.rope_scaling} needs model.{name}; give it, as the model was trained with",
+        )
+    _require(
+        model.rope_low_turns is None or model.rope_low_turns < model.rope_high_turns,
+        f"model.rope_low_turns {model.rope_low_turns} must be below model.rope_high_turns {model.rope_high_turns}",
     )
 
 
@@ -153,7 +173,8 @@ def _validate_pipeline(config: Config) -> None:
     _require(
         not config.model.tie_embeddings,
         f"model.tie_embeddings cannot be used with parallel.pipeline {pipeline}: embedding and head are on different "
-        "ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
+        "ranks; set parallel.pipeline to 1, or model.tie_embeddings to false, with which ponder import-hf gives a tied "
+        "model a head of its own",
     )
     _require(
         not config.ponder.routes_by_token,

@@ -7,21 +7,33 @@ from typing import Literal
 from megatron_ponder.config.declarations import changeable, number_field
 from megatron_ponder.config.families import FAMILIES, Family
 
+# What each scaling of rotary frequencies is told by, and what that is unless given; None has to be given.
+_RAMP = {"rope_factor": None, "rope_original_length": None, "rope_low_turns": 1.0}
+ROPE_SCALINGS = {
+    "none": {},
+    "linear": {"rope_factor": None},
+    "llama3": _RAMP | {"rope_high_turns": 4.0},
+    "yarn": _RAMP | {"rope_high_turns": 32.0, "rope_attention_factor": None},
+}
+RopeScaling = Literal[tuple(ROPE_SCALINGS)]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The transformer. A feature that is not given is the family's."""
 
     family: Family = "llama"
-    """Name of a set of [features](#families): `llama` or `gpt_neox`."""
+    """Name of a set of [features](#families)."""
     hidden_size: int = number_field(768, 1, 2**20)
     """Width H of the residual stream."""
     num_layers: int = number_field(12, 1, 10_000)
     """Number of blocks."""
     num_heads: int = number_field(12, 1, 2**16)
-    """Number of query heads; must divide `hidden_size`."""
+    """Number of query heads."""
     num_kv_heads: int | None = number_field(None, 1, 2**16)
     """Number of key and value heads, a divisor of `num_heads`; `num_heads` unless given."""
+    head_size: int | None = number_field(None, 1, 2**16)
+    """Channels of a head; `hidden_size` / `num_heads` unless given."""
     ffn_hidden_size: int | None = number_field(None, 1, 2**22)
     """Width of the feed-forward layer; unless given 8/3 H, rounded up to a multiple of 16, if it is gated, and 4 H if
     not."""
@@ -35,12 +47,28 @@ class ModelConfig:
     """Added to the variance in the norms."""
     gated_ffn: bool | None = None
     """The feed-forward layer multiplies what is activated by a second projection, as SwiGLU does."""
-    activation: Literal["silu", "gelu"] | None = None
-    """Of the feed-forward layer: `silu`, or `gelu`, which is the exact one."""
-    biases: Literal["none", "all"] | None = None
-    """Linear layers that have one: `none`, or `all` but the output head."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
+    """Of the feed-forward layer: `silu`, `gelu`, which is the exact one, or `gelu_tanh`, which approximates it."""
+    biases: Literal["none", "qkv", "all"] | None = None
+    """Linear layers that have one: `none`, `qkv` (queries, keys and values), or `all` but the output head."""
+    qk_norm: bool | None = None
+    """RMSNorm of the query and the key of every head, before they are rotated."""
     rope_theta: float = number_field(10000.0, 1, 1e12)
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = "none"
+    """Which rotary frequencies are slowed down for longer sequences, `none`, all (`linear`), or those that turn seldom
+    within `rope_original_length`, by a ramp over their number of turns (`llama3`) or over their place among the
+    channels (`yarn`)."""
+    rope_factor: float | None = number_field(None, 1, 1e6)
+    """How many times slower they get."""
+    rope_original_length: int | None = number_field(None, 1, 2**24)
+    """Longest sequence in tokens that the model knew before."""
+    rope_low_turns: float | None = number_field(None, 0, 1e6, above=True)
+    """Turns within `rope_original_length` up to which a frequency is slowed down in full; 1 unless given."""
+    rope_high_turns: float | None = number_field(None, 0, 1e6, above=True)
+    """Turns from which it is left as it is; 4 with `llama3` and 32 with `yarn` unless given."""
+    rope_attention_factor: float | None = number_field(None, 1e-3, 1e3)
+    """With `yarn`, factor on rotated queries and keys; 0.1 ln `rope_factor` + 1 unless given."""
     rotary_fraction: float | None = number_field(None, 0, 1, above=True)
     """Share of each head's channels that are rotated."""
     residual: Literal["sequential", "parallel"] | None = None
@@ -51,11 +79,6 @@ class ModelConfig:
     """Standard deviation of the initial weights of linear layers."""
 
     @property
-    def head_size(self) -> int:
-        """Channels of one head."""
-        return self.hidden_size // self.num_heads
-
-    @property
     def rotated_channels(self) -> int:
         """Channels of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
@@ -63,7 +86,7 @@ class ModelConfig:
     @property
     def qkv_biases(self) -> bool:
         """Whether queries, keys and values have a bias."""
-        return self.biases == "all"
+        return self.biases in ("qkv", "all")
 
     @property
     def other_biases(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ponder.config.data import DataConfig, TokenizerConfig
 from megatron_ponder.config.declarations import is_changeable
 from megatron_ponder.config.families import FAMILIES
-from megatron_ponder.config.model import ModelConfig
+from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import ParallelConfig
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
 from megatron_ponder.config.run import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
@@ -54,6 +54,12 @@ def resolve(config: Config) -> Config:
         model = replace(model, ffn_hidden_size=ffn)
     if model.num_kv_heads is None:
         model = replace(model, num_kv_heads=model.num_heads)
+    if model.head_size is None and model.hidden_size % model.num_heads == 0:
+        model = replace(model, head_size=model.hidden_size // model.num_heads)
+    scaling = ROPE_SCALINGS[model.rope_scaling]
+    model = replace(model, **{name: usual for name, usual in scaling.items() if getattr(model, name) is None})
+    if "rope_attention_factor" in scaling and model.rope_factor and model.rope_attention_factor is None:
+        model = replace(model, rope_attention_factor=0.1 * math.log(model.rope_factor) + 1)
     if model.max_position_embeddings is None:
         model = replace(model, max_position_embeddings=config.data.sequence_length)
     if ponder.embedding_scale is None:

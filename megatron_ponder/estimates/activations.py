@@ -77,10 +77,12 @@ def attention_bytes(rank: Rank, p: Pass, kept: int) -> float:
 
     T b (q + k + v + output), and one statistic a query and head. The projection keeps its input, kept H/t b, which is
     the kernel's output unless channels or slots are cut from it. A kernel with w on the side of values has these twice.
-    With sequence parallelism T H b, the gathered input.
+    With sequence parallelism T H b, the gathered input. Norms of queries and keys keep these as they were, T b (q + k),
+    and a statistic of each.
     """
     block, b = rank.part.block, rank.width
     size = p.slots * (b * sum(head_channels(rank, p)) + FP32 * block.query_heads)
+    size += p.slots * (b * block.normed + FP32 * block.normed_heads)
     further = p.weighted and rank.attention.carried
     if further in ("channels", "values") or kept < p.slots:
         size += kept * b * block.query

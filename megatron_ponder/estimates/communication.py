@@ -88,23 +88,24 @@ class Formula:
             yield self._step("tensor", "all-reduce", "loss: sum of exponentials, label's logit", 1, 2 * labels)
         if self._passes.predicts:
             yield from self._prediction_terms()
-        if self._tensor.sequence_parallel:
-            yield from self._residual_terms()
+        yield from self._gradient_terms()
+        if self._tensor.sequence_parallel and rank.part.router:
+            options, sentences = rank.part.router[-1].columns, self._batch * self._tokens
+            yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
+            yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
 
-    def _residual_terms(self) -> Iterator[Term]:
-        """Gradients of what is applied in the residual stream, of which each rank sees its tokens; the routing."""
-        rank = self._rank
-        shared = [parameter.count for parameter in rank.part.parameters if parameter.replicated]
+    def _gradient_terms(self) -> Iterator[Term]:
+        """Gradients of what each rank applies to its tokens of the residual stream, or to its heads."""
+        rank, split = self._rank, self._tensor.sequence_parallel
+        shared = [size.count for size in rank.part.parameters if size.of_heads or (size.replicated and split)]
+        if not shared:
+            return
         reason = "gradients of parameters on all ranks"
         if keeps_gradients(rank.config):
             yield Term("tensor", "all-reduce", reason, 1, sum(shared) * rank.width)
         else:  # a pipeline has a backward pass for each pass
             backwards = len(self._slots) if rank.axes["pipeline"] > 1 else 1
             yield self._each("tensor", "all-reduce", reason, shared, backwards)
-        if rank.part.router:
-            options, sentences = rank.part.router[-1].columns, self._batch * self._tokens
-            yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
-            yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
 
     def _prediction_terms(self) -> Iterator[Term]:
         """Of predictions ranks gather the likeliest tokens, whose embeddings the next pass reads."""

@@ -26,11 +26,13 @@ class ParameterSize(NamedTuple):
         dims: its dimensions.
         count: numbers, padding of the vocabulary included.
         replicated: every tensor rank holds all of it.
+        of_heads: as its layer declares.
     """
 
     dims: int
     count: int
     replicated: bool
+    of_heads: bool
 
 
 class Product(NamedTuple):
@@ -54,6 +56,7 @@ class BlockSizes:
         hidden: H.
         query, key: of all its queries, and of all its keys, which are as many values.
         query_heads, key_heads: in how many heads.
+        normed_heads: of these, whose queries or keys are normed.
         before: products up to queries, keys and values, for which every slot is wanted.
         after: the others, of the slots whose result somebody reads.
         expanded: of what the feed-forward layer's first products put out, and it keeps for its backward pass.
@@ -69,6 +72,7 @@ class BlockSizes:
     key: int
     query_heads: int
     key_heads: int
+    normed_heads: int
     before: tuple[Product, ...]
     after: tuple[Product, ...]
     expanded: int
@@ -81,7 +85,12 @@ class BlockSizes:
     @property
     def sharded(self) -> int:
         """Width of all outputs inside sharded regions of layers with weights."""
-        return self.query + 2 * self.key + self.expanded
+        return self.query + 2 * self.key + self.normed + self.expanded
+
+    @property
+    def normed(self) -> int:
+        """Width of the queries and keys that are normed."""
+        return self.normed_heads * (self.query // self.query_heads)
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,10 @@ def part_sizes(
     """
     with torch.device("meta"):
         built = PonderLM(model, ponder, Mesh(tensor=Axis(tensor)), part=part, vocab_multiple=vocab_multiple)
-    declared = [(parameter, spec.shard_dim is None) for _, parameter, spec, _ in declarations(built)]
+    declared = [(parameter, spec.shard_dim is None, spec.of_heads) for _, parameter, spec, _ in declarations(built)]
     table = built.head or built.embedding
     return PartSizes(
-        tuple(ParameterSize(parameter.dim(), parameter.numel(), whole) for parameter, whole in declared),
+        tuple(ParameterSize(parameter.dim(), parameter.numel(), *kind) for parameter, *kind in declared),
         _block_sizes(next(iter(built.transformer.blocks.values()))),
         () if built.router is None else tuple(_products(built.router)),
         0 if built.head is None else built.head.weight.shape[0],
@@ -141,18 +150,23 @@ def _block_sizes(block: Block) -> BlockSizes:
     attention, feed_forward, norm = block.attention, block.mlp, block.attention_norm
     query, key = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
     layers = [layer for layer in block.modules() if "weight" in getattr(layer, "specs", ())]
+    residual = [
+        layer for layer in layers if not (isinstance(layer, ColumnParallelLinear) or layer.specs["weight"].of_heads)
+    ]
+    heads = (query // attention.head_size, key // attention.head_size)
     return BlockSizes(
         parameters=sum(parameter.numel() for parameter in block.parameters()),
         hidden=norm.weight.numel(),
         query=query,
         key=key,
-        query_heads=query // attention.head_size,
-        key_heads=key // attention.head_size,
+        query_heads=heads[0],
+        key_heads=heads[1],
+        normed_heads=0 if attention.q_norm is None else sum(heads),
         before=tuple(_products(attention, ColumnParallelLinear)),
         after=tuple(_products(attention, RowParallelLinear) + _products(feed_forward)),
         expanded=sum(product.columns for product in _products(feed_forward, ColumnParallelLinear)),
         activated=feed_forward.down_proj.weight.shape[1],
-        residual=sum(layer.weight.shape[0] for layer in layers if not isinstance(layer, ColumnParallelLinear)),
+        residual=sum(layer.weight.shape[0] for layer in residual),
         norm_statistics=norm.STATISTICS,
         norm_workspace=norm.WORKSPACE,
         shares_input=block.parallel_residual,

@@ -8,8 +8,9 @@ from transformers import PretrainedConfig
 
 CHOICES = {
     "norm": ("rms", "layer"),
-    "biases": ("none", "all"),
-    "hidden_act": ("silu", "gelu"),
+    "biases": ("none", "qkv", "all"),
+    "hidden_act": ("silu", "gelu", "gelu_pytorch_tanh"),
+    "rope_scaling_type": ("none", "linear", "llama3", "yarn"),
     "ponder_mode": ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"),
 }
 
@@ -24,11 +25,21 @@ class PonderLMConfig(PretrainedConfig):
         norm: `rms` or `layer`.
         rms_norm_eps, layer_norm_eps: added to the variance in norms, under the name that fits the norm.
         gated_ffn: the feed-forward layer multiplies what is activated by a second projection.
-        hidden_act: activation of the feed-forward layer, `silu` or `gelu`.
-        biases: linear layers that have one, `none` or `all` but the head and the router.
+        hidden_act: activation of the feed-forward layer, `silu`, `gelu` or `gelu_pytorch_tanh`.
+        biases: linear layers that have one, `none`, `qkv` (queries, keys and values), or `all` but the head and the
+            router.
+        qk_norm: every head's query and key are normed before they are rotated.
         num_key_value_heads: key and value heads; num_attention_heads unless given.
+        head_dim: channels of a head; hidden_size / num_attention_heads unless given.
         rotary_pct: share of each head's channels that are rotated.
         rope_theta: base of the rotary frequencies.
+        rope_scaling_type: which of them are slowed down, `none`, all (`linear`), or those that turn seldom within
+            rope_original_length, by a ramp over their turns (`llama3`) or over their channels (`yarn`).
+        rope_factor: how many times slower they get.
+        rope_original_length: longest sequence that the model knew before.
+        rope_low_turns, rope_high_turns: turns within it up to which a frequency is slowed down in full, and from which
+            not at all.
+        rope_attention_factor: factor on rotated queries and keys.
         use_parallel_residual: attention and feed-forward layer read the same input.
         ponder_mode: `vanilla` (no latent steps), `fixed` (ponder_max_steps for every token), `adaptive` (a router
             decides for each token), or `pause`, `loop` or `ponderlm`, with which these are compared.
@@ -65,8 +76,16 @@ class PonderLMConfig(PretrainedConfig):
         gated_ffn: bool = True,
         hidden_act: str = "silu",
         biases: str = "none",
+        qk_norm: bool = False,
+        head_dim: int | None = None,
         rotary_pct: float = 1.0,
         rope_theta: float = 10000.0,
+        rope_scaling_type: str = "none",
+        rope_factor: float | None = None,
+        rope_original_length: int | None = None,
+        rope_low_turns: float | None = None,
+        rope_high_turns: float | None = None,
+        rope_attention_factor: float | None = None,
         use_parallel_residual: bool = False,
         tie_word_embeddings: bool = False,
         bos_token_id: int | None = None,
@@ -89,6 +108,7 @@ class PonderLMConfig(PretrainedConfig):
                 "older versions lack: load those with the files that came with them, or export the model again"
             )
         self.norm, self.biases, self.hidden_act, self.ponder_mode = norm or "rms", biases, hidden_act, ponder_mode
+        self.rope_scaling_type = rope_scaling_type
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
@@ -108,8 +128,14 @@ class PonderLMConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.gated_ffn = gated_ffn
+        self.qk_norm = qk_norm
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         self.rotary_pct = rotary_pct
         self.rope_theta = rope_theta
+        self.rope_factor = rope_factor
+        self.rope_original_length = rope_original_length
+        self.rope_low_turns, self.rope_high_turns = rope_low_turns, rope_high_turns
+        self.rope_attention_factor = rope_attention_factor
         self.use_parallel_residual = use_parallel_residual
         self.ponder_max_steps = ponder_max_steps
         self.ponder_jacobi_iterations = ponder_jacobi_iterations
@@ -135,11 +161,11 @@ class PonderLMConfig(PretrainedConfig):
         return 0 if self.ponder_mode == "vanilla" else self.ponder_max_steps
 
     @property
-    def head_size(self) -> int:
-        """Channels of one head."""
-        return self.hidden_size // self.num_attention_heads
+    def norm_eps(self) -> float:
+        """What is added to the variance in every norm."""
+        return self.rms_norm_eps if self.norm == "rms" else self.layer_norm_eps
 
     @property
     def rotated_channels(self) -> int:
         """Channels of each head that are rotated."""
-        return int(self.head_size * self.rotary_pct)
+        return int(self.head_dim * self.rotary_pct)

@@ -63,6 +63,10 @@ class Fields:
         """Whatever the field holds; None if it is absent."""
         return self._value(name, None)
 
+    def missing(self, name: str) -> bool:
+        """Whether the file does not mention a field at all, as null either."""
+        return name not in self._content
+
     def part(self, name: str) -> "Fields":
         """The fields of an object inside the file; none if it is absent."""
         value = self._value(name, {})

@@ -34,8 +34,8 @@ class PonderLMRMSNorm(nn.Module):
 def make_norm(config: PonderLMConfig) -> nn.Module:
     """The norm over the residual stream."""
     if config.norm == "rms":
-        return PonderLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        return PonderLMRMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
 
 def rotation(positions: Tensor, config: PonderLMConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,8 +43,32 @@ def rotation(positions: Tensor, config: PonderLMConfig, dtype: torch.dtype) -> t
     wide = torch.promote_types(dtype, torch.float32)
     rotated = config.rotated_channels
     exponents = torch.arange(0, rotated, 2, device=positions.device, dtype=wide) / rotated
-    angles = (positions.to(wide).unsqueeze(-1) * config.rope_theta**-exponents).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    frequencies = scaled(config.rope_theta**-exponents, config)
+    angles = (positions.to(wide).unsqueeze(-1) * frequencies).unsqueeze(1)
+    factor = config.rope_attention_factor or 1.0
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def scaled(frequencies: Tensor, config: PonderLMConfig) -> Tensor:
+    """Rotary frequencies (rotated / 2,), with those slowed down that the model's scaling of them says."""
+    if config.rope_scaling_type == "none":
+        return frequencies
+    slowed, rotated = frequencies / config.rope_factor, config.rotated_channels
+    if config.rope_scaling_type == "linear":
+        return slowed
+    low, high = config.rope_low_turns, config.rope_high_turns
+    if config.rope_scaling_type == "llama3":
+        turns = config.rope_original_length / (2 * math.pi) * frequencies
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    else:
+        # The pair of channels, as a real number, that makes so many turns within the original length.
+        pair = lambda turns: (
+            rotated * math.log(config.rope_original_length / turns / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+        )
+        first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), rotated - 1)
+        pairs = torch.arange(len(frequencies), device=frequencies.device, dtype=frequencies.dtype)
+        kept = 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return slowed + kept * (frequencies - slowed)
 
 
 def rotate(x_BNTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -101,17 +125,19 @@ class ResidualLinear(nn.Linear):
 
 
 class PonderLMAttention(nn.Module):
-    """Multi-head attention with rotary positions, optional grouped-query heads and optional key weights."""
+    """Multi-head attention with rotary positions; optional are grouped-query heads, norms of heads, and key weights."""
 
     def __init__(self, config: PonderLMConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.head_size = config, layer_idx, config.head_size
-        hidden, bias = config.hidden_size, config.biases == "all"
+        self.config, self.layer_idx, self.head_size = config, layer_idx, config.head_dim
+        hidden, bias = config.hidden_size, config.biases in ("qkv", "all")
         q_size, kv_size = config.num_attention_heads * self.head_size, config.num_key_value_heads * self.head_size
         self.q_proj = nn.Linear(hidden, q_size, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
-        self.o_proj = ResidualLinear(q_size, hidden, bias=bias)
+        self.o_proj = ResidualLinear(q_size, hidden, bias=config.biases == "all")
+        norm = lambda: PonderLMRMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(
         self,
@@ -126,6 +152,8 @@ class PonderLMAttention(nn.Module):
             proj(x_BTH).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
         if log_w_BT is not None:
             q, k, v = fold(q, k, v, log_w_BT)

@@ -41,12 +41,14 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
     own = settings(theirs)
     config = read_config([*own, *overrides])
     files = weight_files(model_dir)
-    renamed, num_heads = READERS[theirs["model_type"]].weights, config.model.num_heads
-    described = renamed(describe(files), num_heads)
+    given, num_heads = read_config(own), config.model.num_heads
+    parted = given.model.tie_embeddings and not config.model.tie_embeddings
+    renamed = lambda tensors: _named(READERS[theirs["model_type"]].weights(tensors, num_heads), parted)
+    described = renamed(describe(files))
     # An export whose steps are as it says has every part that it says.
-    whole = theirs["model_type"] == "ponderlm" and config.ponder == read_config(own).ponder
+    whole = theirs["model_type"] == "ponderlm" and config.ponder == given.ponder
     _require_fit(described, config, whole)
-    weights = renamed(read(files), num_heads)
+    weights = renamed(read(files))
     if config.model.tie_embeddings and not torch.equal(
         weights.pop("head.weight", weights["embedding.weight"]), weights["embedding.weight"]
     ):
@@ -76,6 +78,13 @@ def tokenizer_of(model_dir: Path, config: Config) -> Path | None:
             "model's own tokenizer there, or move this one away to convert without"
         )
     return model_dir
+
+
+def _named(weights: dict[str, Tensor], parted: bool) -> dict[str, Tensor]:
+    """The weights; of a tied model that is `parted` from its embedding, with a head that begins as a copy of it."""
+    if not parted or "embedding.weight" not in weights:
+        return weights
+    return {"head.weight": weights["embedding.weight"].clone()} | weights
 
 
 def _require_fit(described: dict[str, Tensor], config: Config, whole: bool) -> None:

@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.families import FAMILIES
+from megatron_ponder.config.model import ROPE_SCALINGS
 from megatron_ponder.config.ponder import Mode
 from megatron_ponder.hf.fields import Fields
-from megatron_ponder.hf.weights import Weights, from_export, from_gpt_neox, from_llama
+from megatron_ponder.hf.foreign_families import ACTIVATIONS, FAMILY_READERS, FamilyReader, require_no_window, residual
+from megatron_ponder.hf.weights import from_export
 
 # Files of an export that define the model, and what in them transformers is to use.
 AUTO_MAP = {
@@ -50,8 +51,7 @@ def settings(theirs: dict) -> list[str]:
     """`--section.key value ...` that describe a model.
 
     Args:
-        theirs: the content of config.json, of a `LlamaForCausalLM`, a `GPTNeoXForCausalLM`, a PonderLM-2 checkpoint of
-            either, or an export.
+        theirs: the content of config.json, of a model of a kind in `READERS`.
 
     Raises:
         UserError: for another model, a feature that PonderLM does not have, or a field that is not known or holds what
@@ -61,10 +61,12 @@ def settings(theirs: dict) -> list[str]:
     kind = fields.anything("model_type")
     if kind not in list(READERS):
         raise UserError(
-            f"model_type {kind} in config.json cannot be converted; give a LlamaForCausalLM, a GPTNeoXForCausalLM or "
-            "an export of this package"
+            f"model_type {kind} in config.json cannot be converted; give an export of this package, or a model of "
+            f"{', '.join(FAMILY_READERS)}"
         )
     values = _common(fields) | READERS[kind].settings(fields)
+    if kind in FAMILY_READERS:
+        values |= _plain(fields, FAMILY_READERS[kind].architecture)
     fields.harmless(_HARMLESS)
     fields.end()
     values["data.sequence_length"] = min(2048, values["model.max_position_embeddings"])
@@ -73,9 +75,9 @@ def settings(theirs: dict) -> list[str]:
 
 def _common(fields: Fields) -> dict[str, object]:
     """What every kind of model has, after a look for what none of ours has."""
-    for name in ("quantization_config", "sliding_window", "compression_config", "cross_attention_hidden_size"):
+    for name in ("quantization_config", "compression_config", "cross_attention_hidden_size"):
         fields.only(name, None)
-    for name in ("add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder", "use_sliding_window"):
+    for name in ("add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"):
         fields.only(name, False)
     fields.only("pruned_heads", {})
     for name in _DROPOUTS:
@@ -93,46 +95,8 @@ def _common(fields: Fields) -> dict[str, object]:
     }
 
 
-def _llama(fields: Fields) -> dict[str, object]:
-    fields.only("rope_interleaved", False)
-    fields.only("is_llama_config", True)
-    fields.only("partial_rotary_factor", 1.0, 1)
-    biases, in_feed_forward = fields.flag("attention_bias", False), fields.flag("mlp_bias", False)
-    if biases != in_feed_forward:
-        raise fields.foreign("attention_bias" if biases else "mlp_bias")
-    theta, fraction = _rope(fields, fields.number("rope_theta", 10000.0), 1.0)
-    if fraction != 1:
-        raise UserError(
-            f"partial_rotary_factor {fraction} in config.json is something that this kind of model does not have; "
-            "convert another model"
-        )
-    return _plain(fields, "LlamaForCausalLM") | {
-        "model.family": "llama",
-        "model.num_kv_heads": fields.whole("num_key_value_heads", fields.whole("num_attention_heads")),
-        "model.norm_epsilon": fields.number("rms_norm_eps", 1e-6),
-        "model.activation": fields.only("hidden_act", "silu", "gelu"),
-        "model.biases": "all" if biases else "none",
-        "model.rope_theta": theta,
-    }
-
-
-def _gpt_neox(fields: Fields) -> dict[str, object]:
-    fields.only("attention_bias", True)
-    # The newest name of each is the one that counts, as in transformers.
-    theta = fields.number("rotary_emb_base", fields.number("rope_theta", 10000.0))
-    fraction = fields.number("rotary_pct", fields.number("partial_rotary_factor", 0.25))
-    theta, fraction = _rope(fields, theta, fraction)
-    return _plain(fields, "GPTNeoXForCausalLM") | {
-        "model.family": "gpt_neox",
-        "model.norm_epsilon": fields.number("layer_norm_eps", 1e-5),
-        "model.activation": fields.only("hidden_act", "gelu", "silu"),
-        "model.residual": _residual(fields),
-        "model.rope_theta": theta,
-        "model.rotary_fraction": fraction,
-    }
-
-
 def _ponderlm(fields: Fields) -> dict[str, object]:
+    require_no_window(fields)
     fields.only("architectures", ["PonderLMForCausalLM"])
     auto_map = fields.part("auto_map")
     for name, code in AUTO_MAP.items():
@@ -141,7 +105,7 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
             raise auto_map.foreign(name)
     auto_map.end()
     family = fields.choice("base_family", *FAMILIES)
-    features = _features if fields.anything("norm") is not None else FORMER_EXPORTS[family]
+    features = _features if fields.anything("norm") is not None else FORMER_EXPORTS.get(family, _features)
     fields.harmless(["ponder_pieces"])  # which is the tokenizer's
     return {
         "model.family": family,
@@ -164,13 +128,24 @@ def _features(fields: Fields) -> dict[str, object]:
         "model.norm": norm,
         "model.norm_epsilon": fields.number(f"{norm}_norm_eps"),
         "model.gated_ffn": fields.flag("gated_ffn"),
-        "model.activation": fields.choice("hidden_act", "silu", "gelu"),
-        "model.biases": fields.choice("biases", "none", "all"),
+        "model.activation": ACTIVATIONS[fields.choice("hidden_act", "silu", "gelu", "gelu_pytorch_tanh")],
+        "model.biases": fields.choice("biases", "none", "qkv", "all"),
+        "model.qk_norm": fields.flag("qk_norm", False),
         "model.num_kv_heads": fields.whole("num_key_value_heads"),
         "model.rotary_fraction": fields.number("rotary_pct"),
         "model.rope_theta": fields.number("rope_theta"),
-        "model.residual": _residual(fields),
-    }
+        "model.residual": residual(fields),
+        "model.rope_scaling": fields.only("rope_scaling_type", *ROPE_SCALINGS),
+    } | _optional_features(fields)
+
+
+def _optional_features(fields: Fields) -> dict[str, object]:
+    """Features that an export says if it has them, and that no older one has."""
+    sizes = {"head_dim": "model.head_size", "rope_original_length": "model.rope_original_length"}
+    numbers = ROPE_SCALINGS["yarn"].keys() - sizes.keys()
+    given = lambda names: [name for name in names if fields.anything(name) is not None]
+    values = {f"model.{name}": fields.number(name) for name in given(numbers)}
+    return values | {sizes[name]: fields.whole(name) for name in given(sizes)}
 
 
 def _former_llama(fields: Fields) -> dict[str, object]:
@@ -188,7 +163,7 @@ def _former_gpt_neox(fields: Fields) -> dict[str, object]:
     fields.only("hidden_act", "gelu")
     return {
         "model.norm_epsilon": fields.number("layer_norm_eps"),
-        "model.residual": _residual(fields),
+        "model.residual": residual(fields),
         "model.rope_theta": fields.number("rotary_emb_base"),
         "model.rotary_fraction": fields.number("rotary_pct"),
     }
@@ -196,12 +171,8 @@ def _former_gpt_neox(fields: Fields) -> dict[str, object]:
 
 def _plain(fields: Fields, architecture: str) -> dict[str, object]:
     """What a model of another package says of pondering: nothing, or what PonderLM-2 does."""
-    heads, size = fields.whole("num_attention_heads"), fields.whole("hidden_size")
-    fields.only("head_dim", size // heads)
-    if set(fields.texts("layer_types")) - {"full_attention"}:
-        raise fields.foreign("layer_types")
     if fields.flag("recurrent_model", False):
-        return _ponderlm_2(fields, size)
+        return _ponderlm_2(fields, fields.whole("hidden_size"))
     # Without `recurrent_model` that project's code computes what the plain model does, whatever these say.
     fields.harmless(["interpolation", "num_jacobi_iterations", "num_latent_thoughts", "scale_embeds"])
     fields.harmless(_PONDERLM_2_HARMLESS)
@@ -234,46 +205,13 @@ def _ponderlm_2(fields: Fields, hidden_size: int) -> dict[str, object]:
     return values | ({"ponder.latent_steps": steps} if steps else {})
 
 
-def _residual(fields: Fields) -> str:
-    return "parallel" if fields.flag("use_parallel_residual", True) else "sequential"
-
-
-def _rope(fields: Fields, theta: float, fraction: float) -> tuple[float, float]:
-    """Base of the rotary frequencies and rotated share of a head, which are as given unless an object of them differs.
-
-    That object is `rope_parameters` since transformers 5, and was `rope_scaling` before.
-    """
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.part(name)
-        rope.only("rope_type", "default")
-        rope.only("type", "default")
-        theta = rope.number("rope_theta", theta)
-        fraction = rope.number("partial_rotary_factor", fraction)
-        rope.end()
-    return theta, fraction
-
-
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class Reader(NamedTuple):
-    """How one kind of model is read.
-
-    Attributes:
-        settings: configuration keys and their values, from config.json.
-        weights: weights by PonderLM's names, from theirs and the number of query heads.
-    """
-
-    settings: Callable[[Fields], dict[str, object]]
-    weights: Callable[[Weights, int], Weights]
-
-
 # By `model_type`.
-READERS = {
-    "llama": Reader(_llama, lambda weights, _: from_llama(weights)),
-    "gpt_neox": Reader(_gpt_neox, from_gpt_neox),
-    "ponderlm": Reader(_ponderlm, lambda weights, _: from_export(weights)),
+READERS = FAMILY_READERS | {
+    "ponderlm": FamilyReader("PonderLMForCausalLM", _ponderlm, lambda weights, _: from_export(weights))
 }
 # By the family of exports that do not say their features.
 FORMER_EXPORTS = {"llama": _former_llama, "gpt_neox": _former_gpt_neox}

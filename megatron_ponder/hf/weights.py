@@ -21,6 +21,8 @@ _EXPORT = {
     "transformer.blocks.#.attention.k_proj": "model.layers.#.self_attn.k_proj",
     "transformer.blocks.#.attention.v_proj": "model.layers.#.self_attn.v_proj",
     "transformer.blocks.#.attention.o_proj": "model.layers.#.self_attn.o_proj",
+    "transformer.blocks.#.attention.q_norm": "model.layers.#.self_attn.q_norm",
+    "transformer.blocks.#.attention.k_norm": "model.layers.#.self_attn.k_norm",
     "transformer.blocks.#.mlp_norm": "model.layers.#.post_attention_layernorm",
     "transformer.blocks.#.mlp.gate_proj": "model.layers.#.mlp.gate_proj",
     "transformer.blocks.#.mlp.up_proj": "model.layers.#.mlp.up_proj",
@@ -58,7 +60,7 @@ def from_export(weights: Weights) -> Weights:
 
 
 def from_llama(weights: Weights) -> Weights:
-    """Weights of `LlamaForCausalLM` under PonderLM's names."""
+    """Weights of `LlamaForCausalLM`, and of models with its names, under PonderLM's names."""
     return _rename(weights, _inverse(_LLAMA))
 
 

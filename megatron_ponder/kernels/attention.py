@@ -246,7 +246,7 @@ _KERNELS = (
         lambda call: _unless(
             (call.device == "cuda", "a GPU"),
             (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
-            (call.head_size <= 128, "heads of at most 128 channels, model.hidden_size / model.num_heads"),
+            (call.head_size <= 128, "heads of at most 128 channels, model.head_size"),
             (call.whole, _WHOLE),
         ),
         carried="apart",

@@ -1,6 +1,7 @@
 """The product of a gated feed-forward layer, act(gate) · up."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ class Activation(NamedTuple):
 ACTIVATIONS = {
     "silu": Activation(F.silu, torch.ops.aten.silu_backward),
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")
+    ),
 }
 
 

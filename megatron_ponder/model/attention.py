@@ -10,6 +10,7 @@ from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.kernels.attention import attend
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segments import Segments
+from megatron_ponder.model.norms import RMSNorm
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import enter
@@ -61,7 +62,7 @@ class Slots(NamedTuple):
 
 
 class Attention(ShardedModule):
-    """Multi-head attention with rotary positions, optional grouped-query heads and optional key weights."""
+    """Multi-head attention with rotary positions; optional are grouped-query heads, norms of heads, and key weights."""
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__(axis)
@@ -71,6 +72,8 @@ class Attention(ShardedModule):
         self.q_proj = ColumnParallelLinear(hidden, q_size, axis, initial, bias)
         self.k_proj = ColumnParallelLinear(hidden, kv_size, axis, initial, bias)
         self.v_proj = ColumnParallelLinear(hidden, kv_size, axis, initial, bias)
+        norm = lambda: RMSNorm(config.head_size, config.norm_epsilon, axis, of_heads=True) if config.qk_norm else None
+        self.q_norm, self.k_norm = norm(), norm()
         self.o_proj = RowParallelLinear(q_size, hidden, axis, normal(config.residual_std), config.other_biases)
 
     def project(self, x_BTH: Tensor) -> Sequence[Tensor]:
@@ -90,6 +93,8 @@ class Attention(ShardedModule):
         """
         x_BTH = enter(x_BTH, self.axis, slots.tokens)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.project(x_BTH))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         scale = self.head_size**-0.5
         if cache is None:
             y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles, slots.kernel)

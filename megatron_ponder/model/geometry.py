@@ -50,8 +50,7 @@ class Geometry:
     def angles(self, slots: int, config: ModelConfig, dtype: torch.dtype) -> Rotation:
         """Rotations of the L · slots positions."""
         if slots not in self._angles:
-            base = rotation(self.positions_BL, config.rotated_channels, config.rope_theta, dtype)
-            self._angles[slots] = base.repeat(slots)
+            self._angles[slots] = rotation(self.positions_BL, config, dtype).repeat(slots)
         return self._angles[slots]
 
     def segments(self, slots: int) -> Segments | None:

@@ -1,4 +1,4 @@
-"""Norms over the residual stream, replicated on the tensor ranks."""
+"""Norms over the residual stream and over heads, replicated on the tensor ranks."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,11 @@ class RMSNorm(ShardedModule):
     # it makes of a narrower one.
     STATISTICS, WORKSPACE = 1, 4
 
-    def __init__(self, hidden_size: int, epsilon: float, axis: Axis) -> None:
+    def __init__(self, hidden_size: int, epsilon: float, axis: Axis, of_heads: bool = False) -> None:
+        """Declare the weight; `of_heads` as in `ParameterSpec`."""
         super().__init__(axis)
         self.epsilon = epsilon
-        self.declare("weight", ParameterSpec((hidden_size,), constant(1.0)))
+        self.declare("weight", ParameterSpec((hidden_size,), constant(1.0), of_heads=of_heads))
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of x, (..., hidden), in the same shape and type."""

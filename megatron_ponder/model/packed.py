@@ -249,13 +249,13 @@ class PackedPasses:
 
     def _slots(self, stream: PackedStream, batch: Batch, index: int) -> Slots:
         """What the slots of a pass are, for its blocks."""
-        model, config, (packing, _, log_w_1NS, x_1TH) = self.model, self.model.model_config, stream
+        model, (packing, _, log_w_1NS, x_1TH) = self.model, stream
         geometry, log_w_1T = batch.geometry, None
         if log_w_1NS is not None:
             log_w_1T = enter(log_w_1NS, model.axis, len(packing.ran_N))[:, packing.token_T, packing.step_T]
         rows = len(packing.ran_N) // geometry.tokens
         positions_1T = geometry.positions_BL.expand(rows, -1).flatten()[packing.token_T].unsqueeze(0)
-        angles = rotation(positions_1T, config.rotated_channels, config.rope_theta, x_1TH.dtype)
+        angles = rotation(positions_1T, model.model_config, x_1TH.dtype)
         segments = _segments(batch, packing, rows, geometry.tokens * self.plan[index])
         return Slots(len(packing.token_T), angles, log_w_1T, segments, kernel=model.attention_kernel, packed=True)
 

@@ -307,8 +307,7 @@ class PonderLM(nn.Module):
         Returns:
             (T, H), the residual stream that leaves; in the last part the hidden states of the slots.
         """
-        config = self.model_config
-        angles = rotation(positions_T.unsqueeze(0), config.rotated_channels, config.rope_theta, x_TH.dtype)
+        angles = rotation(positions_T.unsqueeze(0), self.model_config, x_TH.dtype)
         return self.transformer(x_TH.unsqueeze(0), Slots(len(x_TH), angles), caches=caches).squeeze(0)
 
 

@@ -1,8 +1,9 @@
-"""Gradients of parameters that every tensor rank holds whole, where each rank has seen its share of the tokens.
+"""Gradients of parameters that every tensor rank holds whole, where each rank has seen its share of tokens or heads.
 
 With sequence parallelism these parameters are applied in the residual stream, of which a rank has its tokens, so that
-its gradient is one summand. Sums are taken of whole gradients, after all passes: once a step in one message, or, where
-the gradient does not stay with its parameter until the step, when a backward pass has added it up.
+its gradient is one summand; with or without it, so is that of a norm of heads, of which a rank has its own. Sums are
+taken of whole gradients, after all passes: once a step in one message, or, where the gradient does not stay with its
+parameter until the step, when a backward pass has added it up.
 """
 
 from collections.abc import Iterable
@@ -16,8 +17,12 @@ from megatron_ponder.parallel.sharding import declarations
 
 
 def replicated_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Those of which each rank has a summand of the gradient; none without sequence parallelism."""
-    return [p for _, p, spec, axis in declarations(module) if spec.shard_dim is None and axis.sequence_parallel]
+    """Those of which each rank has a summand of the gradient; none in a single process."""
+    return [
+        p
+        for _, p, spec, axis in declarations(module)
+        if spec.shard_dim is None and axis.size > 1 and (axis.sequence_parallel or spec.of_heads)
+    ]
 
 
 def sum_gradients(gradients: Iterable[Tensor], axis: Axis) -> None:

@@ -26,12 +26,14 @@ class ParameterSpec:
         shard_dim: dimension that is split evenly over the tensor ranks; None if each rank holds a copy.
         multiple: each rank's part of that dimension is padded with zeros to a multiple of this; 0 if it must not be
             padded, because it divides evenly.
+        of_heads: each rank applies its copy to its own heads, so that its gradient is one summand.
     """
 
     shape: tuple[int, ...]
     initialize: Initializer
     shard_dim: int | None = None
     multiple: int = 0
+    of_heads: bool = False
 
     def part_shape(self, axis: Axis) -> tuple[int, ...]:
         """Shape of what each tensor rank holds."""

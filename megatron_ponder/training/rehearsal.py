@@ -120,6 +120,7 @@ def miniature(config: Config, data: int) -> Config:
     small = replace(
         model,
         hidden_size=channels * model.num_heads,
+        head_size=channels,
         ffn_hidden_size=2 * parallel.tensor,
         vocab_size=max(128, parallel.tensor),
         max_position_embeddings=length,

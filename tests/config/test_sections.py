@@ -299,7 +299,7 @@ def test_wrong_types(key, value, got):
         ({"parallel__pipeline": 2, "parallel__zero_stage": 3}, "parallel.zero_stage 3 cannot be used with parallel.pi"),
         (
             {"parallel__pipeline": 2, "model__tie_embeddings": "true"},
-            "embedding and head are on different ranks; set model.tie_embeddings to false, or parallel.pipeline to 1",
+            "embedding and head are on different ranks; set parallel.pipeline to 1, or model.tie_embeddings to false",
         ),
         (
             {"parallel__pipeline": 2, "ponder_training__gradient_passes": 2},

@@ -110,6 +110,7 @@ ACTIVATIONS = [
     {"model__family": "gpt_neox", "model__ffn_hidden_size": 512},
     {"model__family": "gpt_neox", "model__residual": "sequential"},
     {"model__num_kv_heads": 2},
+    {"model__qk_norm": "true", "model__head_size": 48},
     {"ponder__mode": "fixed"},
     {"ponder__mode": "vanilla"},
     {"ponder__mode": "pause"},

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
@@ -110,6 +111,18 @@ def test_a_tied_head_that_was_saved_all_the_same(tmp_path):
     assert "head.weight" not in weights
 
 
+def test_a_tied_model_may_get_a_head_of_its_own(tmp_path):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tied, _ = import_pretrained(tmp_path, VANILLA)
+    weights, config = import_pretrained(tmp_path, [*VANILLA, "--model.tie_embeddings", "false"])
+    assert weights.keys() - tied.keys() == {"head.weight"}
+    assert torch.equal(weights["head.weight"], weights["embedding.weight"])
+    ours = built(weights, config)
+    assert ours.head.weight is not ours.embedding.weight
+    with pytest.raises(UserError, match=r"is a Hugging Face model and no checkpoint; make one of it with ponder"):
+        resolve_checkpoint(tmp_path)
+
+
 def test_a_plain_model_gets_a_fresh_router(tmp_path):
     llama().save_pretrained(tmp_path)
     weights, config = import_pretrained(tmp_path, ["--ponder.latent_steps", "4", "--ponder.router_hidden_size", "8"])
@@ -167,16 +180,16 @@ def test_an_export_in_another_mode(tmp_path, sentencepiece_model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type mistral in config.json cannot be converted"),
+        ({"model_type": "gemma2"}, "model_type gemma2 in config.json cannot be converted"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
-        ({"hidden_act": "gelu_new"}, "hidden_act gelu_new"),
-        ({"head_dim": 16}, "head_dim 16"),
+        ({"hidden_act": "relu"}, "hidden_act relu"),
+        ({"head_dim": 16}, "q_proj.weight has shape (32, 32), but the configuration says (64, 32)"),
         ({"sliding_window": 128}, "sliding_window 128"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "type linear in rope_scaling"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type longrope"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2.0}}, "type su in rope_scaling"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"hidden_size": None}, "config.json lacks hidden_size"),
         ({"intermediate_size": 61}, "but the configuration says"),
@@ -195,8 +208,8 @@ def test_what_ponderlm_does_not_have_is_refused(tmp_path, changes, message):
 
 
 def test_other_gpt_neox_models_are_refused(tmp_path):
-    GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, hidden_act="gelu_new")).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="hidden_act gelu_new"):
+    GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, hidden_act="relu")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="hidden_act relu"):
         import_pretrained(tmp_path)
     GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, attention_bias=False)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="attention_bias False"):

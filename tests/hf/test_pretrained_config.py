@@ -115,11 +115,14 @@ def test_what_is_no_ponderlm_2_is_refused(changes, message):
         ({"is_encoder_decoder": True}, "is_encoder_decoder True"),
         ({"use_sliding_window": True}, "use_sliding_window True"),
         ({"rope_interleaved": True}, "rope_interleaved True"),
-        ({"rope_scaling": {"factor": 2.0}}, "factor 2.0 in rope_scaling in config.json is not known here"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type llama3 in rope_scaling"),
-        ({"rope_scaling": ["linear"]}, "rope_scaling in config.json is ['linear'], which is not an object"),
+        ({"rope_parameters": {"factor": 2.0}}, "factor 2.0 in rope_parameters in config.json is not known here"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters in config.json lacks factor"),
+        (
+            {"rope_scaling": ["linear"], "rope_parameters": None},
+            "rope_scaling in config.json is ['linear'], which is not an object",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"model_type": ["llama"]}, "model_type ['llama'] in config.json cannot be converted; give a LlamaForCausalLM"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] in config.json cannot be converted; give an export of"),
         ({"model_type": None}, "model_type None in config.json cannot be converted"),
         ({"mup_scale": "x" * 500}, f"mup_scale {'x' * 57}... in config.json"),
     ],
@@ -152,6 +155,7 @@ FORMER = {
 def test_exports_that_do_not_say_every_feature(family):
     today = exported()
     names = {"norm", "gated_ffn", "biases", *FORMER["llama"], "rotary_pct", "use_parallel_residual"}
+    names |= {"qk_norm", "head_dim", "rope_scaling_type"}
     theirs = {name: today[name] for name in today.keys() - names} | {"base_family": family} | FORMER[family]
     model = read_config(settings(theirs)).model
     usual = read_config([f"--model.family={family}"]).model

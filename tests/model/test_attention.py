@@ -34,13 +34,13 @@ def build(heads: int = 4, kv_heads: int = 4, head_size: int = 8, family: str = "
     )
     model = resolve(Config(given)).model
     layer = Attention(model, Axis()).double()
-    layer.rotated = model.rotated_channels
+    layer.config, layer.rotated = model, model.rotated_channels
     initialize(layer, seed=1)
     return layer
 
 
 def slots_for(layer: Attention, dtype: torch.dtype, log_w: Tensor | None, segments: Segments | None = None) -> Slots:
-    angles = rotation(torch.arange(LENGTH).unsqueeze(0), layer.rotated, 10000.0, dtype)
+    angles = rotation(torch.arange(LENGTH).unsqueeze(0), layer.config, dtype)
     return Slots(LENGTH, angles, log_w, segments)
 
 

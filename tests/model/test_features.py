@@ -20,12 +20,23 @@ CHOICES = {
     "norm": ("rms", "layer"),
     "gated_ffn": (True, False),
     "activation": ("silu", "gelu"),
-    "biases": ("none", "all"),
+    "biases": ("none", "qkv", "all"),
     "rotary_fraction": (1.0, 0.5),
     "residual": ("sequential", "parallel"),
     "num_kv_heads": (4, 2),
 }
-COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+# Further ones, of which each combination has one set, in turns that no other feature takes.
+FURTHER = (
+    {"qk_norm": True},
+    {"head_size": 12},
+    {"activation": "gelu_tanh"},
+    {"qk_norm": True, "head_size": 4},
+    {"rope_scaling": "linear", "rope_factor": 4.0},
+)
+COMBINATIONS = [
+    dict(zip(CHOICES, values, strict=True)) | FURTHER[index % len(FURTHER)]
+    for index, values in enumerate(itertools.product(*CHOICES.values()))
+]
 
 
 def linear(layer, x: Tensor) -> Tensor:
@@ -38,28 +49,36 @@ def normed(config: ModelConfig, norm, x: Tensor) -> Tensor:
     return y + norm.bias if config.norm == "layer" else y
 
 
-def turned(x: Tensor, channels: int) -> Tensor:
+def turned(config: ModelConfig, x: Tensor) -> Tensor:
     """Of (T, heads, head size) the first channels rotated by position."""
+    channels = int(x.shape[-1] * config.rotary_fraction)
     half = channels // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=x.dtype) / half)
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=x.dtype) / half) / (config.rope_factor or 1)
     phase = torch.polar(torch.ones(LENGTH, half, dtype=x.dtype), torch.arange(LENGTH)[:, None] * frequencies)
     y = torch.complex(x[..., :half], x[..., half:channels]) * phase[:, None]
     return torch.cat([y.real, y.imag, x[..., channels:]], -1)
 
 
 def attended(config: ModelConfig, layer, x: Tensor) -> Tensor:
-    q, k, v = (linear(part, x).view(LENGTH, -1, HIDDEN // HEADS) for part in (layer.q_proj, layer.k_proj, layer.v_proj))
-    q, k = (turned(y, int(HIDDEN // HEADS * config.rotary_fraction)) for y in (q, k))
+    size = config.head_size
+    q, k, v = (linear(part, x).view(LENGTH, -1, size) for part in (layer.q_proj, layer.k_proj, layer.v_proj))
+    if config.qk_norm:
+        norm = lambda y, g: y / (y.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * g
+        q, k = norm(q, layer.q_norm.weight), norm(k, layer.k_norm.weight)
+    q, k = turned(config, q), turned(config, k)
     k, v = (y.repeat_interleave(HEADS // config.num_kv_heads, 1) for y in (k, v))
-    logits = torch.einsum("tnd,snd->nts", q, k) / math.sqrt(HIDDEN // HEADS)
+    logits = torch.einsum("tnd,snd->nts", q, k) / math.sqrt(size)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     y = torch.einsum("nts,snd->tnd", logits.masked_fill(hidden, -torch.inf).softmax(-1), v)
     return linear(layer.o_proj, y.flatten(1))
 
 
 def fed(config: ModelConfig, layer, x: Tensor) -> Tensor:
-    silu, gelu = (lambda y: y * y.sigmoid()), (lambda y: y * 0.5 * (1 + torch.erf(y / 2**0.5)))
-    act = {"silu": silu, "gelu": gelu}[config.activation]
+    act = {
+        "silu": lambda y: y * y.sigmoid(),
+        "gelu": lambda y: y * 0.5 * (1 + torch.erf(y / 2**0.5)),
+        "gelu_tanh": lambda y: y * 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (y + 0.044715 * y**3))),
+    }[config.activation]
     up = linear(layer.up_proj, x)
     return linear(layer.down_proj, act(linear(layer.gate_proj, x)) * up if config.gated_ffn else act(up))
 
@@ -77,14 +96,14 @@ def test_every_combination_is_its_formula(norm, residual):
         for index, parameter in enumerate(block.parameters()):
             generator = torch.Generator().manual_seed(index)
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
-        angles = rotation(torch.arange(LENGTH).unsqueeze(0), config.rotated_channels, config.rope_theta, x.dtype)
+        angles = rotation(torch.arange(LENGTH).unsqueeze(0), config, x.dtype)
         got = block(x.unsqueeze(0), Slots(LENGTH, angles))[0]
         changed = x + attended(config, block.attention, normed(config, block.attention_norm, x))
         read = x if residual == "parallel" else changed
         expected = changed + fed(config, block.mlp, normed(config, block.mlp_norm, read))
         assert (got - expected).abs().max() < 1e-12, features
         biases = {name for name, _ in block.named_parameters() if name.endswith("proj.bias")}
-        assert len(biases) == (0 if config.biases == "none" else 7 if config.gated_ffn else 6)
+        assert len(biases) == {"none": 0, "qkv": 3, "all": 7 if config.gated_ffn else 6}[config.biases]
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])

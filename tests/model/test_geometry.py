@@ -50,11 +50,11 @@ def test_positions_and_segments_of_documents(batch, slots):
 @pytest.mark.parametrize("slots", [1, 2, 4])
 @pytest.mark.parametrize("rotary_fraction", [1.0, 0.25])
 def test_all_slots_of_a_token_have_its_position(slots, rotary_fraction):
-    config = ModelConfig(hidden_size=32, num_heads=2, rotary_fraction=rotary_fraction)
+    config = ModelConfig(hidden_size=32, num_heads=2, head_size=16, rotary_fraction=rotary_fraction)
     geometry = Geometry.of(torch.tensor([[1, EOD, 1, 2], [1, 1, 1, 1]]), EOD)
     expected = geometry.positions_BL.repeat_interleave(slots, 1)
     got = geometry.angles(slots, config, torch.float64)
-    want = rotation(expected, int(16 * rotary_fraction), config.rope_theta, torch.float64)
+    want = rotation(expected, config, torch.float64)
     assert torch.equal(got.cos, want.cos)
     assert torch.equal(got.sin, want.sin)
     assert geometry.angles(slots, config, torch.float64) is got

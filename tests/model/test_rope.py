@@ -4,12 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ponder.kernels.rotary import rotate
-from megatron_ponder.model.rope import rotation
+from megatron_ponder.config import Config, ModelConfig, resolve
+from megatron_ponder.kernels.rotary import Rotation, rotate
+from megatron_ponder.model import rope
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotation(positions: Tensor, rotated: int, theta: float, dtype: torch.dtype, **scaling) -> Rotation:
+    """The angles of a model whose heads have so many rotated channels and no others."""
+    model = ModelConfig(hidden_size=rotated, num_heads=1, rope_theta=theta, **scaling)
+    return rope.rotation(positions, resolve(Config(model)).model, dtype)
 
 
 def reference(x: Tensor, positions: Tensor, rotated: int, theta: float) -> Tensor:
@@ -32,6 +39,49 @@ def test_equals_transformers(head_size, rotated, theta):
     torch.testing.assert_close(got, reference(x, positions, rotated, theta), rtol=1e-12, atol=1e-12)
     assert torch.equal(got[..., rotated:], x[..., rotated:])
     assert not torch.equal(got[:, 1:, :, :rotated], x[:, 1:, :, :rotated])
+
+
+LLAMA3 = {"factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALINGS = [
+    ({"rope_factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ({"rope_factor": 8.0, "rope_original_length": 64}, {"rope_type": "llama3"} | LLAMA3),
+    (
+        {"rope_factor": 32.0, "rope_original_length": 500, "rope_low_turns": 2.0, "rope_high_turns": 9.0},
+        {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 500}
+        | {"low_freq_factor": 2.0, "high_freq_factor": 9.0},
+    ),
+    (
+        {"rope_factor": 4.0, "rope_original_length": 256},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+    ),
+    (
+        {"rope_factor": 40.0, "rope_original_length": 4096, "rope_low_turns": 0.5, "rope_high_turns": 60.0}
+        | {"rope_attention_factor": 1.5},
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "attention_factor": 1.5}
+        | {"beta_slow": 0.5, "beta_fast": 60.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), SCALINGS)
+@pytest.mark.parametrize(("channels", "theta"), [(16, 1e4), (64, 5e5)])
+def test_scaled_frequencies_equal_transformers(channels, theta, ours, theirs):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=channels,
+        num_attention_heads=1,
+        max_position_embeddings=10**5,
+        rope_parameters=theirs | {"rope_theta": theta},
+    )
+    positions = torch.tensor([[0, 1, 2, 30, 500]])
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    got = rotation(positions, channels, theta, torch.float32, rope_scaling=theirs["rope_type"], **ours)
+    torch.testing.assert_close(got.cos[0, :, 0], cos[0, :, : channels // 2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.sin[0, :, 0], sin[0, :, : channels // 2], rtol=0, atol=1e-4)
+    plain = rotation(positions, channels, theta, torch.float32)
+    assert (plain.cos - got.cos).abs().max() > 0.1
 
 
 def test_scores_depend_on_the_distance_alone():
