@@ -21,6 +21,7 @@ from megatron_ponder.model.ponder import Batch, PonderLM, PonderOutput
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Routing, Rule, key_log_weights
 from megatron_ponder.model.spans import span
+from megatron_ponder.parallel.collectives import least_of_ranks
 from megatron_ponder.parallel.regions import all_tokens, enter, gather_parts, own_part
 
 
@@ -219,9 +220,10 @@ class PackedPasses:
         """What pass `index` hands to the next, in the last part."""
         packing, slots_PB, kept, h_1TH, routing = result
         axis, slots = self.model.axis, self.plan[index + 1]
-        executed_N = all_tokens(routing.executed, axis, len(packing.ran_N)).squeeze(0)
+        # All tensor ranks must run the same slots, even where one of them has numbers that are none.
+        executed_N = least_of_ranks(all_tokens(routing.executed, axis, len(packing.ran_N)), axis).squeeze(0)
         following = Packing.of(torch.minimum(executed_N, packing.ran_N + 1).clamp(max=slots - 1))
-        pruned = routing.at_most(own_part(following.ran_N.unsqueeze(0), axis))
+        pruned = routing._replace(executed=own_part(following.ran_N.unsqueeze(0), axis))
         log_w_1NS = key_log_weights(pruned, self.rule)[..., :slots]
         return PackedState(following, slots_PB, log_w_1NS, h_1TH.index_select(1, kept.sources(following)))
 

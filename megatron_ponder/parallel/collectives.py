@@ -69,6 +69,15 @@ def gather_from_ranks(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _Gather.apply(x, axis)
 
 
+def least_of_ranks(x: Tensor, axis: Axis) -> Tensor:
+    """The smallest of what the ranks have, number by number, without a gradient."""
+    if axis.size == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MIN, group=axis.group)
+    return x
+
+
 def together(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
     """Run `action` on every rank; if it fails for the user's reason on any, it fails on all.
 
