@@ -40,10 +40,9 @@ def overlaps_reduction(config: Config, device: str) -> bool:
 def keeps_gradients(config: Config) -> bool:
     """Whether gradients stay with their parameters, in fp32 and as one rank has them, until all micro-batches are done.
 
-    Else ZeRO takes them away, or adds them up elsewhere, while a backward pass runs.
+    Else ZeRO takes them away while a backward pass runs. Of a pipeline it knows no backward pass.
     """
-    stage, pipelined = zero_stage(config), config.parallel.pipeline > 1
-    return stage == 0 or (stage == 1 and pipelined and config.training.precision == "fp32")
+    return zero_stage(config) == 0 or config.parallel.pipeline > 1
 
 
 def deepspeed_config(config: Config, data_size: int, device: str) -> dict:

@@ -102,10 +102,9 @@ class Formula:
             return
         reason = "gradients of parameters on all ranks"
         if keeps_gradients(rank.config):
-            yield Term("tensor", "all-reduce", reason, 1, sum(shared) * rank.width)
-        else:  # a pipeline has a backward pass for each pass
-            backwards = len(self._slots) if rank.axes["pipeline"] > 1 else 1
-            yield self._each("tensor", "all-reduce", reason, shared, backwards)
+            yield Term("tensor", "all-reduce", reason, 1, sum(shared) * FP32)
+        else:
+            yield self._each("tensor", "all-reduce", reason, shared, 1)
 
     def _prediction_terms(self) -> Iterator[Term]:
         """Of predictions ranks gather the likeliest tokens, whose embeddings the next pass reads."""

@@ -153,7 +153,9 @@ class Engine:
 
     def _sum_at_end(self) -> None:
         if self._summed_at_end:
-            sum_gradients([parameter.grad for parameter in self._summed_at_end], self.mesh.tensor)
+            # Where ZeRO adds them up beside the parameter, in bf16, the name is another.
+            own = "grad" if self._stage == 0 or not self.low_precision else "grad_accum"
+            sum_gradients([getattr(parameter, own) for parameter in self._summed_at_end], self.mesh.tensor)
 
     @torch.no_grad()
     def evaluate(

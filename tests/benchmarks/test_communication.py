@@ -4,9 +4,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.communication import LAYOUTS, MICRO_BATCHES, Count, Traffic, Volume, configuration, count_step
+from benchmarks.communication import (
+    LAYOUTS,
+    MICRO_BATCHES,
+    Count,
+    Layout,
+    Traffic,
+    Volume,
+    configuration,
+    count_step,
+)
+from megatron_ponder.base.launch import Launch
 from megatron_ponder.parallel.collectives import copy_to_ranks
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
+from megatron_ponder.parallel.pretence import pretended_group
 from tests.distributed import run_distributed
 
 LENGTH = 7  # odd, so that sequence parallelism pads
@@ -59,6 +70,18 @@ def test_counts_what_is_called(two_ranks):
 def test_tensor_ranks_move_what_the_formula_says(two_ranks, index):
     for _, counts in two_ranks:
         assert counts[index].measured == counts[index].expected()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pipeline_sums_replicated_gradients_once_a_step(precision):
+    """The first of four ranks, without the others."""
+    layout = Layout(tensor=2, pipeline=2, sequence_parallel=True, zero_stage=1)
+    config = configuration(layout, "adaptive", LENGTH, model__num_layers=2, training__precision=precision)
+    with pretended_group(Launch(world_size=4, local_size=4), 0) as device:
+        count = count_step(build_mesh(device, config.parallel), config)
+    (shared,) = [term for term in count.terms if term.reason == "gradients of parameters on all ranks"]
+    assert (shared.calls, shared.bytes) == (1, 2 * 64 * 4)  # the norms of one block, in fp32
+    assert count.measured["tensor", "all-reduce"] == count.expected()["tensor", "all-reduce"]
 
 
 def test_formula_by_hand(two_ranks):
