@@ -40,10 +40,19 @@ def test_no_register_spills_where_most_are_needed():
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("head_size", "dtype", "group"),
-    [(64, torch.bfloat16, 1), (128, torch.bfloat16, 1), (80, torch.bfloat16, 4)],
+    [(64, torch.bfloat16, 1), (128, torch.bfloat16, 1), (80, torch.bfloat16, 4), (64, torch.float32, 1)],
 )
 def test_no_register_spills(kernel, capability, head_size, dtype, group):
     check_machine_code(kernel, head_size, capability, dtype, group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", Layout._fields)
+@pytest.mark.parametrize(("head_size", "group"), [(128, 1), (80, 4)])
+def test_wide_heads_in_fp32_fit_though_they_spill(kernel, head_size, group):
+    from benchmarks.triton_kernels import LARGEST_SHARED, compiled
+
+    assert compiled(kernel, head_size, torch.float32, 80, group=group).shared <= LARGEST_SHARED[80]
 
 
 def test_every_head_size_has_blocks():
@@ -52,3 +61,9 @@ def test_every_head_size_has_blocks():
             for capability in (80, 89, 90, 100):
                 for blocks in layout(head_size, dtype, capability):
                     assert blocks.queries % 16 == blocks.keys % 16 == 0
+
+
+def test_gpus_with_little_shared_memory_have_the_blocks_that_are_compiled_for_it():
+    for head_size in (64, 80, 128):
+        small = layout(head_size, torch.bfloat16, 80)
+        assert all(layout(head_size, torch.bfloat16, capability) == small for capability in (86, 89, 120))
