@@ -58,12 +58,14 @@ class Placed(NamedTuple):
         decoding: how many slots decode, before those of prompts.
         owned: what they see; None where tables say it.
         prompts: those that are iterated.
+        unused: slots behind them, of no sequence.
     """
 
     slots: SlotNumbers
     decoding: int
     owned: Owned | None
     prompts: list[Reading]
+    unused: int = 0
 
 
 class BlockCache:
@@ -125,6 +127,12 @@ class BlockCache:
         """Slots of the blocks that sequences hold."""
         return self.pool.used * BLOCK
 
+    @property
+    def unused_slot(self) -> SlotNumbers:
+        """Numbers of a slot of no sequence, in a pool of a fixed size."""
+        assert self.fixed
+        return SlotNumbers(0, 0, 0, 0, 0, len(self.tables_rW) - 1, self.pool.capacity, 0, 1)
+
     def prepare(self, forward: Forward) -> SlotNumbers | None:
         """Store, free and load what a forward says, and make room for its slots.
 
@@ -155,7 +163,7 @@ class BlockCache:
         return numbers
 
     def place(self, slots: SlotNumbers, forward: Forward) -> None:
-        """Take the log weights of slots whose numbers have arrived, and note what they see."""
+        """Take the log weights of slots whose numbers have arrived, and what they see; further ones see nothing."""
         decoding = len(forward.steps)
         self.place_decoding(slots)
         prompts, at = [], decoding
@@ -166,7 +174,7 @@ class BlockCache:
             prompts.append(Reading(slice(at, at + count), table, length, log_w))
             at += count
         owned = self._owned(forward, decoding) if decoding and not self.fixed else None
-        self.placed = Placed(slots, decoding, owned, prompts)
+        self.placed = Placed(slots, decoding, owned, prompts, len(slots.rows) - len(forward))
 
     def place_decoding(self, slots: SlotNumbers) -> None:
         """The same of slots that all decode, with nothing that depends on which they are."""
@@ -243,7 +251,7 @@ class _Layer:
         self._cache, self._layer = cache, layer
 
     def attend(self, q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float) -> Tensor:
-        slots, decoding, owned, prompts = self._cache.placed
+        slots, decoding, owned, prompts, unused = self._cache.placed
         keys, values = self._cache.keys[self._layer], self._cache.values[self._layer]
         keys[slots.blocks, :, slots.places] = k_BTMD[0]
         values[slots.blocks, :, slots.places] = v_BTMD[0]
@@ -258,4 +266,6 @@ class _Layer:
         for at, table, length, log_w_1S in prompts:
             k, v = (x[table].transpose(1, 2).flatten(0, 1)[:length].unsqueeze(0) for x in (keys, values))
             parts.append(attend(q_BTND[:, at], k, v, scale, log_w_1S)[0])
+        if unused:
+            parts.append(q_BTND.new_zeros(unused, *q_BTND.shape[2:]))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.errors import UserError, warn
 from megatron_ponder.generation.block_pool import BLOCK, blocks_of
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.model.ponder import PonderLM
@@ -45,7 +45,7 @@ def free_blocks(model: PonderLM, mesh: Mesh, groups: int) -> int:
 
 
 def fitted(model: PonderLM, batching: Batching, free: int) -> tuple[Batching, int]:
-    """Limits that memory allows, and the blocks of a pool that never runs out under them.
+    """Limits that memory allows, and the blocks of a pool that never runs out under them; says so if they are lower.
 
     Args:
         model: this rank's part.
@@ -64,6 +64,11 @@ def fitted(model: PonderLM, batching: Batching, free: int) -> tuple[Batching, in
         raise UserError(
             f"beside the model, the GPU has room for {free} blocks of {BLOCK} keys and values, too few for "
             f"{batching.max_sequences} sequences; lower max_sequences, or share the model over more GPUs with --tensor"
+        )
+    if room < wanted:
+        warn(
+            f"beside the model, the GPU has room for keys and values of {room:,} slots, fewer than max_slots "
+            f"{wanted:,}; requests wait while they are full"
         )
     slots = min(wanted, room)
     return replace(batching, max_slots=slots), blocks_for(slots, rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ponder.generation.block_cache import BlockCache
 from megatron_ponder.generation.forward import Forward, Outcome, PromptEnd
-from megatron_ponder.generation.slot_numbers import SlotNumbers, upload
+from megatron_ponder.generation.slot_numbers import SlotNumbers, bucket, upload
 from megatron_ponder.model.modes.pondering import LatentReads
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule, fusion_weights
@@ -89,7 +89,8 @@ class Runner:
             received_TH: the residual stream from the part before; None in the first part.
 
         Returns:
-            The residual stream, (T, H); in the last part the hidden states.
+            The residual stream, (T, H); in the last part the hidden states. On a GPU, where prompts are read, with rows
+            of no sequence up to the next of few sizes, so that few kinds of products and of allocations are made.
         """
         numbers = self.cache.prepare(forward)
         if numbers is None:
@@ -129,6 +130,8 @@ class Runner:
         latents = np.flatnonzero(numbers.steps)
         unfinished = np.flatnonzero(numbers.steps < self._steps) if self._passes.predicts else latents[:0]
         routed = [*range(decoding), *forward.routed[forward.steps.count(0) :]] if forward.prompts else []
+        if forward.prompts and self.cache.fixed:
+            numbers = numbers.padded(bucket(len(forward)), self.cache.unused_slot)
         arrays = [np.stack(numbers), latents, unfinished, np.array(routed, np.int64), rows]
         slots, latents, unfinished, routed, rows = upload(arrays, self.read_TX.device)
         return Arrived(

@@ -57,9 +57,20 @@ class SlotNumbers(NamedTuple):
             slots + 1,
         )
 
+    def padded(self, size: int, slot: "SlotNumbers") -> "SlotNumbers":
+        """On the host, the numbers of so many slots, those that are missing like the given one."""
+        missing = size - len(self.tokens)
+        return SlotNumbers(*[np.append(own, np.full(missing, other)) for own, other in zip(self, slot, strict=True)])
+
     def log_weights(self, dtype: torch.dtype) -> Tensor:
         """On the device, the log weights as numbers."""
         return self.log_w.view(torch.float64).to(dtype)
+
+
+def bucket(slots: int) -> int:
+    """The next of few sizes: multiples of 8, and from 128 on of an eighth of the power of two below."""
+    step = max(8, 1 << slots.bit_length() - 4) if slots >= 8 else 8
+    return -(-slots // step) * step
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Decoding forwards of few sizes, with inputs and outputs at fixed addresses: what a GPU replays as a captured graph.
 
 A forward is padded to the next size by slots of no sequence, which have a row and a block of their own. What reads
-prompts runs as in `Runner`.
+prompts runs as in `Runner`, padded likewise to fewer sizes.
 """
 
 from typing import NamedTuple
@@ -101,8 +101,7 @@ class StaticRunner(Runner):
 
     def padding(self) -> np.ndarray:
         """The numbers of a slot of no sequence, int64 (10, 1)."""
-        slots = SlotNumbers(0, 0, 0, 0, 0, len(self.cache.tables_rW) - 1, self.cache.pool.capacity, 0, 1)
-        return np.array([*slots, len(self._fused_rH) - 1])[:, None]
+        return np.array([*self.cache.unused_slot, len(self._fused_rH) - 1])[:, None]
 
     def rows_of(self, numbers: SlotNumbers) -> np.ndarray:
         """The sequence that each slot belongs to."""

@@ -14,6 +14,7 @@ from megatron_ponder.generation.pool_size import fitted
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.sequences import Batching
+from megatron_ponder.generation.slot_numbers import bucket
 from megatron_ponder.generation.static_runner import StaticRunner, padded_size
 from tests.generation.sequential import continue_greedily
 from tests.models import random_tokens, small_model
@@ -53,6 +54,14 @@ class Watched(StaticRunner):
         assert blocks is None
         super().__init__(model, rule, rows, fitted(model, BATCHING, 10**6)[1])
         self.forwards = 0
+        self.sizes = set()
+
+    def run(self, forward, received_TH=None):
+        hidden_TH = super().run(forward, received_TH)
+        if forward.prompts:
+            assert len(forward) <= len(hidden_TH) == bucket(len(forward))
+            self.sizes.add(len(forward))
+        return hidden_TH
 
     def decode(self, *arguments):
         self.forwards += 1
@@ -76,6 +85,7 @@ def test_replayed_forwards_equal_the_definition(mode, family, monkeypatch):
         generator.keep_alive()
     (runner,) = generator._runners
     assert runner.forwards > 0
+    assert mode == "vanilla" or any(size < bucket(size) for size in runner.sizes)
     assert runner.cache.reserved == 0
     assert runner.cache.capacity == 32 * (5 + 3 * model.passes.lanes)
     for prompt, sequence in zip(PROMPTS, sequences, strict=True):
@@ -92,14 +102,29 @@ def test_what_waits_is_noticed():
             waits()
 
 
-def test_a_pool_is_as_large_as_memory_allows():
+def test_a_pool_is_as_large_as_memory_allows(capsys):
     model = small_model()
     assert fitted(model, Batching(4, prefix_slots=0), 10**6) == (Batching(4, 4 * 64 * 3, prefix_slots=0), 24 + 4)
     assert fitted(model, Batching(4, 100, prefix_slots=0), 10**6) == (Batching(4, 100, prefix_slots=0), 4 + 4)
+    assert capsys.readouterr().err == ""
     assert fitted(model, Batching(4, prefix_slots=320), 20) == (Batching(4, 6 * 32, prefix_slots=320), 6 + 4)
+    assert "room for keys and values of 192 slots, fewer than max_slots 768; requests wait" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"room for 3 blocks of 32 .*; lower max_sequences, or share the model over"):
         fitted(model, Batching(4, prefix_slots=0), 3)
 
 
 def test_sizes_are_few():
     assert [padded_size(slots) for slots in (1, 2, 3, 4, 5, 8, 9, 17)] == [1, 2, 4, 4, 8, 8, 16, 24]
+    assert [bucket(slots) for slots in (1, 7, 8, 9, 128, 129, 255, 257, 1000)] == [
+        8,
+        8,
+        8,
+        16,
+        128,
+        144,
+        256,
+        288,
+        1024,
+    ]
+    assert all(slots <= bucket(slots) <= 1.125 * slots + 8 for slots in range(1, 5000))
+    assert len({bucket(slots) for slots in range(1024, 2048)}) == 9
