@@ -3,7 +3,7 @@
 On a GPU a rank computes on one stream, and every communicator has a stream of its own. A message starts when both ranks
 have come to it: each has done what it had computed before it asked for the message, and the messages that it had asked
 for before on the same stream are through. So a send waits for the receive and the receive for the send, and what
-follows them on either stream waits with them. Messages themselves take no time here.
+follows them on either stream waits with them.
 
 With one communicator for the whole pipeline, as NCCL has it for unbatched sends of a group that is bound to a device,
 all messages of a rank are on one stream. With one for every edge and direction, a rank has four.
@@ -81,8 +81,14 @@ class Simulation:
         if node in self._needs:
             yield node
 
-    def busy_share(self, duration: Callable[[Action], float]) -> float:
+    def busy_share(
+        self, duration: Callable[[Action], float], under_way: Callable[[int], float] = lambda edge: 0.0
+    ) -> float:
         """Share of all ranks' time, from the first action to the last, in which they compute.
+
+        Args:
+            duration: of an action.
+            under_way: how long a message is between a stage and the next, by the first of the two.
 
         Raises:
             ValueError: if the ranks wait for each other for ever.
@@ -96,8 +102,10 @@ class Simulation:
         ready, end, busy, done = [node for node, count in waiting.items() if not count], 0.0, 0.0, 0
         while ready:
             node = ready.pop()
-            took = duration(Action(*node[1:])) if node[0] == "compute" else 0.0
-            busy, done, end = busy + took, done + 1, max(end, start[node] + took)
+            computes = node[0] == "compute"
+            _, carried, stage, _ = node
+            took = duration(Action(*node[1:])) if computes else under_way(stage - 1 if carried == "F" else stage)
+            busy, done, end = busy + took * computes, done + 1, max(end, start[node] + took)
             for follower in followers[node]:
                 start[follower] = max(start[follower], start[node] + took)
                 waiting[follower] -= 1
@@ -108,12 +116,29 @@ class Simulation:
         return busy / (self._ranks * end)
 
 
-def busy_share(kind: ScheduleKind, ranks: int, micro_batches: int, plan: Sequence[int], streams: Streams) -> float:
-    """Busy share of a training step whose passes take time in proportion to their slots.
+def busy_share(
+    kind: ScheduleKind,
+    ranks: int,
+    micro_batches: int,
+    plan: Sequence[int],
+    streams: Streams,
+    message: float = 0.0,
+) -> float:
+    """Busy share of a training step whose passes, and messages between them, take time in proportion to their slots.
+
+    Args:
+        kind: of schedule.
+        ranks: P.
+        micro_batches: M.
+        plan: slots of every pass.
+        streams: one for a rank, or one for an edge and direction.
+        message: how long one is under way for each slot of its pass, where a forward pass over a slot takes 1.
 
     Raises:
         ValueError: as `Simulation.busy_share`.
     """
     actions = orders_with_messages(kind, ranks, micro_batches, len(plan))
     simulation = Simulation(actions, streams, outbox_limit(ranks))
-    return simulation.busy_share(lambda action: COSTS[action.kind] * plan[action.stage // ranks])
+    return simulation.busy_share(
+        lambda action: COSTS[action.kind] * plan[action.stage // ranks], lambda stage: message * plan[stage // ranks]
+    )

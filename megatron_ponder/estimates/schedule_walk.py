@@ -46,6 +46,7 @@ def stages_on_paper(pipeline: int, passes: int) -> list[SimpleNamespace]:
     ]
 
 
+@cache
 def orders(kind: ScheduleKind, pipeline: int, micro_batches: int, passes: int) -> dict[int, list[Action]]:
     """What every rank computes, in the order of the schedule that training builds."""
     schedule = _computations(schedule_class(kind))(stages_on_paper(pipeline, passes), micro_batches, loss_fn=max)
@@ -61,8 +62,16 @@ def _computations(base: type[PipelineScheduleMulti]) -> type[PipelineScheduleMul
     return type(f"{base.__name__}OnPaper", (base,), {"_prepare_schedule_with_comms": lambda *args, **kwargs: None})
 
 
-def step_length(actions: Mapping[int, Sequence[Action]], duration: Callable[[Action], float]) -> float:
-    """Time from the first action to the last: each starts when its rank is free and what it needs has finished.
+def step_length(
+    actions: Mapping[int, Sequence[Action]], duration: Callable[[Action], float], messages: Sequence[float] = ()
+) -> float:
+    """Time from the first action to the last: each starts when its rank is free and what it needs has arrived.
+
+    Args:
+        actions: of every rank, in order.
+        duration: of an action.
+        messages: how long one from each stage to the next, and back, is under way; no time unless given. Ranks compute
+            while they send.
 
     Raises:
         ValueError: if the ranks wait for each other for ever.
@@ -74,16 +83,21 @@ def step_length(actions: Mapping[int, Sequence[Action]], duration: Callable[[Act
         before = len(finished)
         for rank, own in list(waiting.items()):
             while own:
-                needs = [finished.get(need) for need in _needs(own[-1], last_stage)]
-                if None in needs:
+                needs = _needs(own[-1], last_stage)
+                if not finished.keys() >= set(needs):
                     break
                 action = own.pop()
-                free[rank] = finished[_result(action)] = max(free[rank], *needs, 0.0) + duration(action)
+                arrived = [finished[need] + _under_way(need[1], action.stage, messages) for need in needs]
+                free[rank] = finished[_result(action)] = max(free[rank], *arrived, 0.0) + duration(action)
             if not own:
                 del waiting[rank]
         if len(finished) == before:
             raise ValueError(f"nothing can start of {[own[-1] for own in waiting.values()]}")
     return max(free.values())
+
+
+def _under_way(sender: int, receiver: int, messages: Sequence[float]) -> float:
+    return messages[min(sender, receiver)] if messages and sender != receiver else 0.0
 
 
 def _result(action: Action) -> tuple[str, int, int]:
@@ -100,30 +114,36 @@ def _needs(action: Action, last_stage: int) -> list[tuple[str, int, int]]:
     return [("F", stage, micro_batch)] + ([("I", stage + 1, micro_batch)] if stage < last_stage else [])
 
 
-def idle_share(kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...]) -> float:
+def idle_share(
+    kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...], messages: tuple[float, ...] = ()
+) -> float:
     """Share of a step in which ranks wait for each other, if passes take time in proportion to their slots.
 
     Micro-batches run in max(1, M // P) rounds. They are played through; of rounds of P only the first, because the
-    others repeat the last of these. Messages take no time here, and hold nothing up but what reads them.
+    others repeat the last of these. What is under way holds nothing up but what reads it.
 
     Args:
         kind: of schedule.
         pipeline: P.
         micro_batches: M.
         plan: slots of every pass.
+        messages: how long one from each stage to the next is under way, where a forward pass over one slot takes 1; no
+            time unless given.
     """
     if pipeline == 1:
         return 0.0
     rounds = max(1, micro_batches // pipeline)
     size = micro_batches // rounds
-    walked = WALKED_ROUNDS[kind] if size == pipeline else rounds
-    whole = _length(kind, pipeline, min(rounds, walked) * size, plan)
+    walked = WALKED_ROUNDS[kind] + bool(messages) if size == pipeline else rounds
+    whole = _length(kind, pipeline, min(rounds, walked) * size, plan, messages)
     if rounds > walked:
-        whole += (rounds - walked) * (whole - _length(kind, pipeline, (walked - 1) * size, plan))
+        whole += (rounds - walked) * (whole - _length(kind, pipeline, (walked - 1) * size, plan, messages))
     return 1 - (COSTS["F"] + COSTS["B"]) * sum(plan) * micro_batches / whole
 
 
 @cache
-def _length(kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...]) -> float:
+def _length(
+    kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...], messages: tuple[float, ...]
+) -> float:
     every = orders(kind, pipeline, micro_batches, len(plan))
-    return step_length(every, lambda action: COSTS[action.kind] * plan[action.stage // pipeline])
+    return step_length(every, lambda action: COSTS[action.kind] * plan[action.stage // pipeline], messages)

@@ -16,6 +16,7 @@ from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD, training_flops
 from megatron_ponder.estimates.links import Links, collective_seconds
 from megatron_ponder.estimates.rank import Rank, places
 from megatron_ponder.estimates.schedule_walk import idle_share
+from megatron_ponder.model.stages import PassShapes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StepTime:
 def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
     """The step of one place in the pipeline, if it waits for others in the bubble alone.
 
-    Tensor ranks wait for every collective, and pipeline ranks for what they receive.
+    Tensor ranks wait for every collective; what pipeline ranks send is under way while they compute.
     """
     config, count = rank.config, rank.micro_batches
     computation, links = Computation(rank, cluster, refinements), Links(rank, cluster)
@@ -64,10 +65,11 @@ def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
     for term in Formula(rank, refinements).terms():
         seconds = collective_seconds(term, *links.of(term.axis))
         collectives[term.axis, term.operation] += seconds
-        during["waited" if term.axis in ("tensor", "pipeline") else term.during] += seconds
+        if term.operation != "send":  # a part of the bubble
+            during["waited" if term.axis in ("tensor", "pipeline") else term.during] += seconds
     hidden = _hidden(rank, during, work, first_backward)
     sums, waited = computation.gradient_sums(), during.pop("waited", 0.0)
-    share = idle_share(config.parallel.pipeline_schedule, rank.axes["pipeline"], count, rank.chain.plan(refinements))
+    share = _bubble(rank, links, refinements, work.total + waited / count)
     parts = {
         "matrices": count * work.matrices,
         "attention": count * work.attention,
@@ -81,6 +83,25 @@ def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
     tokens = config.training.global_batch_size * config.data.sequence_length
     flops = training_flops(config, refinements, mean_steps=rank.mean_steps)
     return StepTime(parts, dict(collectives), hidden, flops, tokens)
+
+
+def _bubble(rank: Rank, links: Links, refinements: int, micro_batch: float) -> float:
+    """The share of the step in which this rank waits for others of its pipeline.
+
+    Args:
+        rank: the place.
+        links: of its messages.
+        refinements: R.
+        micro_batch: seconds of one, forward and backward.
+    """
+    if rank.axes["pipeline"] == 1:
+        return 0.0
+    ranks, bandwidth, latency = links.of("pipeline")
+    plan, kind = rank.chain.plan(refinements), rank.config.parallel.pipeline_schedule
+    slot = micro_batch / (FORWARD_AND_BACKWARD * sum(plan))  # seconds of a forward pass over one
+    carried = PassShapes(rank.config.ponder, refinements, rank.sizes).carried(ranks, rank.dtype)
+    messages = tuple((latency + numbers * rank.width / bandwidth) / slot for numbers in carried)
+    return idle_share(kind, ranks, rank.micro_batches, plan, messages)
 
 
 def _hidden(rank: Rank, during: Mapping[str | None, float], work: Work, first_backward: float) -> float:

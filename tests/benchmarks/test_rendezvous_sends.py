@@ -63,6 +63,16 @@ def test_what_one_stream_for_all_messages_costs(ranks, count, one, each):
     assert busy_share("1f1b", ranks, count, plan, "edge") == pytest.approx(each, abs=5e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_that_take_time_cost_what_estimates_say(kind):
+    ranks, count, plan, message = 4, 8, pass_slots(3, 2), 0.125
+    messages = tuple(message * plan[stage // ranks] for stage in range(len(plan) * ranks - 1))
+    walked = 1 - idle_share(kind, ranks, count, plan, messages)
+    busy = [busy_share(kind, ranks, count, plan, "edge", time) for time in (0.0, message)]
+    assert busy[1] == pytest.approx(walked, rel=0.02)
+    assert busy[1] < busy[0]
+
+
 def test_every_message_has_both_ends():
     for kind in KINDS:
         actions = orders_with_messages(kind, 3, 3, 2)
