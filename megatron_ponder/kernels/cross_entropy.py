@@ -85,9 +85,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if wanted:
                 grad = _logit_gradients(softmax, torch.ones_like(losses_N[rows])).to(hidden.dtype)
                 torch.mm(grad, weight_VH, out=grad_hidden[rows])
-                _add_product(grad_weight, grad.T, hidden)
+                add_product(grad_weight, grad.T, hidden)
 
-        for rows in _chunks(len(labels_N), chunk_rows(len(weight_VH), weight_VH.dtype)):
+        for rows in chunks(len(labels_N), chunk_rows(len(weight_VH), weight_VH.dtype)):
             compute(rows)
         ctx.mark_non_differentiable(losses_N)
         return losses_N.sum(), losses_N
@@ -98,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return _scaled(grad_hidden, grad, ctx.dtype), _scaled(grad_weight, grad, ctx.dtype), None, None, None, None
 
 
-def _chunks(count: int, most: int) -> Iterator[slice]:
+def chunks(count: int, most: int) -> Iterator[slice]:
     """Slices of at most so many of `count` rows, as even as can be."""
     size = -(-count // -(-count // most))
     return (slice(start, start + size) for start in range(0, count, size))
@@ -109,7 +109,7 @@ def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(tensor, factor.view(1), out=torch.empty_like(tensor, dtype=dtype))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b; each product may be rounded to the type of its factors, their sum is not."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
+from megatron_ponder.kernels.chunked_candidates import chunked_likeliest
 from megatron_ponder.kernels.cross_entropy import chunk_rows, chunked_cross_entropy, vocab_parallel_cross_entropy
 from megatron_ponder.parallel.candidates import likeliest
 from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
@@ -42,20 +43,29 @@ class Head(ColumnParallelLinear):
         super().__init__(config.hidden_size, config.vocab_size, axis, normal(config.init_std), multiple=multiple)
         self.vocab_size = config.vocab_size
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, count: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict; losses are a result of this module, because ZeRO 3 has its weight here only while it runs.
 
         Args:
             x: hidden states (..., H).
             labels: int64 (...), what they should predict; None for logits.
+            count: of the likeliest tokens, if they are wanted.
 
         Returns:
             Logits (..., V / ranks). With labels the sum of their losses in nats, with its gradient, and the losses
-            (...), without; of logits that are large only a chunk is there at a time.
+            (...), without. With a count the largest logits and their ids, as `likeliest` finds them. In both cases only
+            a chunk is there at a time of logits that are large.
         """
+        in_chunks = x[..., 0].numel() > chunk_rows(self.weight.shape[0], self.weight.dtype)
+        if count is not None and in_chunks:
+            return chunked_likeliest(x, self.weight, count, self.axis, self.vocab_size)
+        if count is not None:
+            return likeliest(super().forward(x), count, self.axis, self.vocab_size)
         if labels is None:
             return super().forward(x)
-        if labels.numel() > chunk_rows(self.weight.shape[0], self.weight.dtype):
+        if in_chunks:
             return chunked_cross_entropy(x, self.weight, labels, self.axis, self.vocab_size)
         losses = vocab_parallel_cross_entropy(super().forward(x), labels, self.axis, self.vocab_size, overwrite=True)
         return losses.sum(), losses.detach()
@@ -76,4 +86,4 @@ class Back(NamedTuple):
 
     def likeliest(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The largest logits and their ids, (..., n) each, from hidden states (..., H) on all tensor ranks."""
-        return likeliest(self.head(hidden), count, self.axis, self.vocab_size)
+        return self.head(hidden, count=count)

@@ -1,8 +1,12 @@
 """The likeliest tokens of a split vocabulary, and their mixture, equal those of one process in values and gradients."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
+from megatron_ponder.kernels import cross_entropy
+from megatron_ponder.kernels.chunked_candidates import chunked_likeliest
 from megatron_ponder.parallel.candidates import likeliest
 from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Axis, Mesh
@@ -14,8 +18,15 @@ from tests.parallel.gathered import Part, assert_equal_to_one_process, gradients
 HIDDEN, VOCABULARY = 6, 23
 
 
-def mix(axis: Axis, count: int, multiple: int) -> dict[str, Part]:
-    """Read a prediction through its likeliest tokens, under a loss that weighs every number differently."""
+def mix(axis: Axis, count: int, multiple: int, chunk: int | None = None) -> dict[str, Part]:
+    """Read a prediction through its likeliest tokens, under a loss that weighs every number differently.
+
+    Args:
+        axis: the tensor ranks.
+        count: likeliest tokens.
+        multiple: that pads the vocabulary.
+        chunk: tokens whose logits are there at a time; None for those of all.
+    """
     head = ColumnParallelLinear(HIDDEN, VOCABULARY, axis, normal(1.0), multiple=multiple).double()
     embedding = VocabParallelEmbedding(VOCABULARY, HIDDEN, axis, normal(1.0), multiple).double()
     for seed, module in enumerate((head, embedding)):
@@ -23,7 +34,11 @@ def mix(axis: Axis, count: int, multiple: int) -> dict[str, Part]:
     generator = torch.Generator().manual_seed(0)
     x, weights = torch.randn(2, 2, 5, HIDDEN, generator=generator, dtype=torch.float64).unbind(0)
     x.requires_grad_()
-    logits, ids = likeliest(head(enter(x, axis, 5)), count, axis, VOCABULARY)
+    if chunk is None:
+        logits, ids = likeliest(head(enter(x, axis, 5)), count, axis, VOCABULARY)
+    else:
+        with patch.object(cross_entropy, "CHUNK_BYTES", chunk * 8 * head.weight.shape[0]):
+            logits, ids = chunked_likeliest(enter(x, axis, 5), head.weight, count, axis, VOCABULARY)
     mixture = embedding(ids, logits.softmax(-1))
     (mixture * weights).sum().backward()
     result = {"logits": logits.detach(), "ids": ids, "mixture": mixture.detach(), "grad x": x.grad}
@@ -36,6 +51,7 @@ def mix(axis: Axis, count: int, multiple: int) -> dict[str, Part]:
 
 
 CASES = [(count, multiple) for count in (1, 5, 15, 23, 100) for multiple in (1, 8)]
+CASES += [(count, multiple, chunk) for count, multiple in ((5, 8), (100, 1)) for chunk in (1, 3)]
 
 
 def mix_all(mesh: Mesh) -> list[dict[str, Part]]:
