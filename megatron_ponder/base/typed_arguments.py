@@ -109,8 +109,9 @@ def wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if get_origin(kind) in (Union, types.UnionType):
-        some = " or ".join(wanted(part) for part in parts if part is not type(None))
-        return f"{some}, or null" if type(None) in parts else some
+        *some, last = [wanted(part) for part in parts if part is not type(None)]
+        either = f"{', '.join(some)} or {last}" if some else last
+        return f"{either}, or null" if type(None) in parts else either
     if get_origin(kind) is tuple:
         return f"a list of {len(parts)} {_NAMES[parts[0]]}s"
     if get_origin(kind) is list:
@@ -129,7 +130,8 @@ def _in_words(kind: type, message: str) -> str:
         return message.replace("Parser key", "configuration key")
     value = {"None": "null", "True": "true", "False": "false"}.get(values[-1], values[-1])
     quotes = "; put it in quotes" if str in (type_, *get_args(type_)) else ""
-    return f"{found[1]} is {_shortened(value)}; write {wanted(type_)}{quotes}"
+    spaces = "; put a space behind every colon" if re.search(r"\w:\w+': None", value) else ""
+    return f"{found[1]} is {_shortened(value)}; write {wanted(type_)}{quotes}{spaces}"
 
 
 def _shortened(text: str) -> str:

@@ -62,10 +62,12 @@ class Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor):
-        """Compose as PyYAML does, refusing a key that is there already."""
+        """Compose as PyYAML does, refusing keys that are there already, or true or false, which count as 1 and 0."""
         node = super().compose_mapping_node(anchor)
         lines = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag == "tag:yaml.org,2002:bool":
+                _refuse(f"`{key.value}` is true or false, which is no key; put it in quotes", key.start_mark)
             if key.value in lines:
                 _refuse(
                     f"`{key.value}` is there already, in line {lines[key.value] + 1}; keep one of them", key.start_mark

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import get_args
 
 from megatron_ponder.base.errors import UserError, warn
 from megatron_ponder.base.paths import user_path
-from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of
+from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of, type_of, wanted
 from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
 from megatron_ponder.config.blends import read_blend, read_phases, read_split
 from megatron_ponder.config.checks import validate
@@ -164,7 +165,10 @@ def _check_section(name: str, where: str) -> None:
 
 
 def _check_value(key: str, value: object) -> None:
-    """Refuse a value that has another name here or a reason not to be here, and a number that none can be."""
+    """Refuse a value that has another name here or a reason not to be here, nothing, and a number that none can be."""
+    kind = type_of(Config, key)
+    if value is None and type(None) not in get_args(kind):  # a key of a file with nothing behind it
+        raise UserError(f"{key} is null; write {wanted(kind)}, or leave it out")
     reason = VALUES.get(key, {}).get(str(value))
     if reason is not None:
         raise UserError(f"{key} is {value}: {reason}")

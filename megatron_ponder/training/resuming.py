@@ -9,7 +9,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import check_state
 from megatron_ponder.checkpoint.folders import checkpoints_in, latest_checkpoint, latest_problem, resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import Manifest, read_manifest
-from megatron_ponder.checkpoint.reader import verify
+from megatron_ponder.checkpoint.reader import read_config_of, verify
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config
 from megatron_ponder.data.mixture import same_past
@@ -25,13 +25,13 @@ class Start:
         state: of the run.
         resumed: the checkpoint that it goes on from, verified; None for a new run.
         weights: the checkpoint whose weights it begins with, verified; None for initial ones from the seed.
-        damage: what is wrong with each checkpoint that has been passed over.
+        doubts: what is to be said before it goes on, such as what is wrong with each checkpoint that is passed over.
     """
 
     state: RunState
     resumed: Path | None
     weights: Path | None
-    damage: list[str]
+    doubts: list[str]
 
 
 def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
@@ -46,14 +46,36 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
         UserError: on every rank, if there is no such checkpoint, or it is not one that this run can go on from.
     """
     resumed, damage = find_resume(config)
+    doubts = [f"{problem}; it is passed over" for problem in damage]
     if resumed is None:
         given = config.checkpoint.initialize_from
         weights = None if given is None else together(lambda: resolve_checkpoint(Path(given)))
         if weights is not None:
             verify_together(weights)
-        return Start(RunState(), None, weights, damage)
+        return Start(RunState(), None, weights, doubts)
     manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
-    return Start(manifest.state, resumed, resumed, damage)
+    doubts += together(lambda: latents_taken_away(resumed, manifest.state.step, config))
+    return Start(manifest.state, resumed, resumed, doubts)
+
+
+def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:
+    """Say that latent steps, which a checkpoint was trained with, are to be taken away and to begin once more.
+
+    Args:
+        folder: of the checkpoint.
+        step: optimiser steps that it has done.
+        config: to go on with.
+
+    Returns:
+        One line, or none where it is not so.
+    """
+    before, now = read_config_of(folder).ponder_training.latent_start, config.ponder_training.latent_start
+    if not (config.ponder.steps and before < step < now):
+        return []
+    return [
+        f"ponder_training.latent_start is {now}, so that tokens have no latent steps again until then, though {folder} "
+        f"was trained with them from step {before} on; set it to {before} to go on with them"
+    ]
 
 
 def find_resume(config: Config) -> tuple[Path | None, list[str]]:

@@ -70,8 +70,8 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         output = stack.enter_context(together(lambda: _output(folder, config, start.state.step)))
         if doubt is not None:
             output.note(f"warning: {doubt}")
-        for problem in start.damage:
-            output.say(f"warning: {problem}; it is passed over")
+        for problem in start.doubts:
+            output.say(f"warning: {problem}")
         output.say(_headline(config, mesh, parts, start.state.step))
         output.say(describe_layout(config, mesh.data.size, mesh.device.type))
         output.note(engine.description)

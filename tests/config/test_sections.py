@@ -205,6 +205,9 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         ("ponder.mode", "slow", "slow"),
         ("ponder_training.jacobi_iterations", "[1, x]", "x"),
         ("ponder_training.jacobi_iterations", "{1: 0.5, 2: 0.5}", "keys with a whole number each"),
+        ("ponder_training.jacobi_iterations", "{1:3, 2:1}", "each; put a space behind every colon"),
+        ("ponder_training.jacobi_iterations", "true", "is true; write a whole number, a list of whole numbers or keys"),
+        ("ponder_training.jacobi_iterations", "'3'", "is '3'; write a whole number"),
         ("optimizer.betas", "[0.9]", "0.9"),
         ("optimizer.learning_rate", "fast", "fast"),
         ("training.precision", "fp16", "fp16"),
@@ -215,6 +218,21 @@ def test_wrong_types(key, value, got):
     said = refusal([f"--{key}", value])
     assert key in said
     assert got in said
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("training.steps", "is null; write a whole number, or leave it out"),
+        ("ponder_training.jacobi_iterations", "is null; write a whole number, a list of whole numbers or keys"),
+        ("optimizer.betas", "is null; write a list of 2 numbers"),
+    ],
+)
+def test_a_key_with_nothing_behind_it_is_refused(key, said, tmp_path):
+    section, _, name = key.partition(".")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{section}:\n  {name}:\n", encoding="utf-8")
+    assert f"{key} {said}" in refusal(["--config", str(path)])
 
 
 # Validation -------------------------------------------------------------------------------------------------------

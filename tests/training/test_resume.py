@@ -12,9 +12,12 @@ import torch
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.reader import open_tensors
+from megatron_ponder.config import to_yaml
 from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.training.resuming import latents_taken_away
 from megatron_ponder.training.step_watch import MEASURED
 from tests import REPOSITORY
+from tests.models import small_config
 from tests.processes import SMALL, Forked
 from tests.training.kills import reap, start_ranks
 
@@ -149,3 +152,15 @@ def test_metrics_and_pictures_of_a_run(run_arguments, tmp_path):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000030", "step-00000040"]
     assert "step 40/40" in output
     assert "tokens/s" in output
+
+
+def test_latent_steps_that_would_be_taken_away_again_are_said(tmp_path):
+    def later(start: int, **overrides):
+        return small_config(ponder_training__latent_start=start, **overrides)
+
+    (tmp_path / "config.yaml").write_text(to_yaml(later(3)), encoding="utf-8")
+    (said,) = latents_taken_away(tmp_path, 5, later(9))
+    assert said.startswith("ponder_training.latent_start is 9, so that tokens have no latent steps again until then, ")
+    assert said.endswith("was trained with them from step 3 on; set it to 3 to go on with them")
+    for step, config in ((3, later(9)), (9, later(9)), (5, later(3)), (5, later(9, ponder__mode="vanilla"))):
+        assert latents_taken_away(tmp_path, step, config) == []
