@@ -4,12 +4,14 @@
     ponder estimate --config FILE.yaml --gpu H100-SXM --gpus 64 --search
     ponder estimate --config FILE.yaml --cluster examples/clusters/h100.yaml --search
     ponder estimate --config FILE.yaml --dry-run 1024 --parallel.tensor 8 --parallel.pipeline 4
+    ponder estimate --config FILE.yaml --gpu H100-SXM --decoding
     ponder estimate --config FILE.yaml --nodes 4 --gpus-per-node 8 --memory-gib 80 --tflops 312 \\
         --memory-bandwidth 2039 --intra-bandwidth 300 --inter-bandwidth 25 --parallel.tensor 4
 
 Keys of the configuration can be overridden as in training. What does not fit ends with exit code 2 and the nearest
 layout that does. --dry-run starts ranks of a run one after another, here and without the others, in a narrow model, and
-takes a step, so that what would fail on so many ranks fails before a job waits for them.
+takes a step, so that what would fail on so many ranks fails before a job waits for them. --decoding says what a forward
+of generation on one GPU cannot be faster than.
 """
 
 import argparse
@@ -46,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         "--mean-latent-steps", type=float, metavar="K", help="of a token once training prunes; its budget, or K / 2"
     )
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
+    parser.add_argument("--decoding", action="store_true", help="the least time of generation's forwards on one GPU")
     parser.add_argument("--top", type=int, default=10, help="layouts to show (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
     parser.add_argument(
@@ -65,6 +68,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("the size of the vocabulary is the tokenizer's, which is not read here; add --model.vocab_size")
     if arguments.dry_run is not None:
         _dry_run(config, arguments)
+        return
+    if arguments.decoding:
+        _show_decoding(config, arguments)
         return
     show = _show_search if arguments.search else _show_plan
     show(config, _hardware(arguments, config), _budget(arguments, config), arguments)
@@ -115,13 +121,28 @@ def _show_search(config: Config, hardware: Hardware, budget: Budget, arguments: 
         print(f"{number}: {changed or 'the layout of the configuration'}")
 
 
+def _show_decoding(config: Config, arguments: argparse.Namespace) -> None:
+    """Print what forwards of generation cannot be faster than.
+
+    Raises:
+        UserError: something else is asked for, too.
+    """
+    for name in ("search", "json", "tokens", "mean_latent_steps"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} and --decoding are two questions; leave one out")
+    from megatron_ponder.estimates import decoding_floor
+
+    hardware = _hardware(arguments, config)
+    _console().print(decoding_floor.decoding_table(decoding_floor.decoding_floors(config, hardware), hardware))
+
+
 def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
     """Print what ranks of a run find at their start.
 
     Raises:
         UserError: the layout cannot work on so many ranks, or the fullest does not fit into a GPU that is named.
     """
-    for name in ("search", "json", "tokens", "mean_latent_steps", "gpus", "nodes"):
+    for name in ("search", "decoding", "json", "tokens", "mean_latent_steps", "gpus", "nodes"):
         if getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} and --dry-run are two questions; leave one out")
     if arguments.dry_run < 1:

@@ -79,6 +79,15 @@ def test_what_does_not_fit_and_the_nearest_layout_that_does(estimate):
     assert estimate(*CONFIG, "--gpu", "A100-40GB", "--nodes", 1, *proposed).code == 0
 
 
+def test_decoding(estimate):
+    done = estimate(*CONFIG, "--gpu", "H100-SXM", "--decoding", "--memory-bandwidth-share", 1)
+    assert done.code == 0, done.err
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if "│" in line]
+    assert [row[0] for row in rows] == ["1", "16", "256"]
+    assert [row[3] for row in rows] == ["0.23", "0.68", "7.89"]
+    assert "two questions" in estimate(*CONFIG, "--gpu", "H100-SXM", "--decoding", "--search").err
+
+
 def test_the_search(estimate):
     done = estimate(*CONFIG, "--gpu", "L40S", "--gpus", 16, "--search", "--top", 5)
     assert done.code == 0, done.err
