@@ -115,7 +115,7 @@ def _needs(action: Action, last_stage: int) -> list[tuple[str, int, int]]:
 
 
 def idle_share(
-    kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...], messages: tuple[float, ...] = ()
+    kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...], message: float = 0.0
 ) -> float:
     """Share of a step in which ranks wait for each other, if passes take time in proportion to their slots.
 
@@ -127,23 +127,21 @@ def idle_share(
         pipeline: P.
         micro_batches: M.
         plan: slots of every pass.
-        messages: how long one from each stage to the next is under way, where a forward pass over one slot takes 1; no
-            time unless given.
+        message: how long one is under way for each slot of its pass, where a forward pass over a slot takes 1.
     """
     if pipeline == 1:
         return 0.0
     rounds = max(1, micro_batches // pipeline)
     size = micro_batches // rounds
-    walked = WALKED_ROUNDS[kind] + bool(messages) if size == pipeline else rounds
-    whole = _length(kind, pipeline, min(rounds, walked) * size, plan, messages)
+    walked = WALKED_ROUNDS[kind] + (message > 0) if size == pipeline else rounds
+    whole = _length(kind, pipeline, min(rounds, walked) * size, plan, message)
     if rounds > walked:
-        whole += (rounds - walked) * (whole - _length(kind, pipeline, (walked - 1) * size, plan, messages))
+        whole += (rounds - walked) * (whole - _length(kind, pipeline, (walked - 1) * size, plan, message))
     return 1 - (COSTS["F"] + COSTS["B"]) * sum(plan) * micro_batches / whole
 
 
 @cache
-def _length(
-    kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...], messages: tuple[float, ...]
-) -> float:
+def _length(kind: ScheduleKind, pipeline: int, micro_batches: int, plan: tuple[int, ...], message: float) -> float:
     every = orders(kind, pipeline, micro_batches, len(plan))
+    messages = [message * plan[stage // pipeline] for stage in range(len(plan) * pipeline - 1)]
     return step_length(every, lambda action: COSTS[action.kind] * plan[action.stage // pipeline], messages)

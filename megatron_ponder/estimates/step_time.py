@@ -3,6 +3,7 @@
 Nothing is measured. Symbols: P pipeline ranks, D data-parallel ranks, M micro-batches.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from megatron_ponder.estimates.links import Links, collective_seconds
 from megatron_ponder.estimates.rank import Rank, places
 from megatron_ponder.estimates.schedule_walk import idle_share
 from megatron_ponder.model.stages import PassShapes
+
+# Of a forward pass; what is shorter costs less than what else is left out.
+MESSAGE_THAT_COUNTS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,11 @@ def _bubble(rank: Rank, links: Links, refinements: int, micro_batch: float) -> f
     plan, kind = rank.chain.plan(refinements), rank.config.parallel.pipeline_schedule
     slot = micro_batch / (FORWARD_AND_BACKWARD * sum(plan))  # seconds of a forward pass over one
     carried = PassShapes(rank.config.ponder, refinements, rank.sizes).carried(ranks, rank.dtype)
-    messages = tuple((latency + numbers * rank.width / bandwidth) / slot for numbers in carried)
-    return idle_share(kind, ranks, rank.micro_batches, plan, messages)
+    seconds = len(carried) * latency + sum(carried) * rank.width / bandwidth
+    message = seconds / slot / sum(plan[stage // ranks] for stage in range(len(carried)))
+    # Of few values, four in each power of two, so that a search plays few schedules through.
+    message = 2 ** (round(4 * math.log2(message)) / 4) if message > MESSAGE_THAT_COUNTS else 0.0
+    return idle_share(kind, ranks, rank.micro_batches, plan, message)
 
 
 def _hidden(rank: Rank, during: Mapping[str | None, float], work: Work, first_backward: float) -> float:

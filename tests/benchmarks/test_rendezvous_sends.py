@@ -66,8 +66,7 @@ def test_what_one_stream_for_all_messages_costs(ranks, count, one, each):
 @pytest.mark.parametrize("kind", KINDS)
 def test_messages_that_take_time_cost_what_estimates_say(kind):
     ranks, count, plan, message = 4, 8, pass_slots(3, 2), 0.125
-    messages = tuple(message * plan[stage // ranks] for stage in range(len(plan) * ranks - 1))
-    walked = 1 - idle_share(kind, ranks, count, plan, messages)
+    walked = 1 - idle_share(kind, ranks, count, plan, message)
     busy = [busy_share(kind, ranks, count, plan, "edge", time) for time in (0.0, message)]
     assert busy[1] == pytest.approx(walked, rel=0.02)
     assert busy[1] < busy[0]

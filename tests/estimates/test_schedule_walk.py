@@ -26,7 +26,7 @@ def test_messages_hold_up_what_reads_them():
     # rank 0: F 0-1, and B when the gradient has come; rank 1: F 1.5-2.5, B 2.5-4.5, whose gradient is there at 5
     ranks = {rank: [Action(rank, kind, 0) for kind in "FB"] for rank in (0, 1)}
     assert step_length(ranks, lambda action: COSTS[action.kind], (0.5,)) == 7
-    assert idle_share("1f1b", 2, 1, (1,), (0.5,)) == pytest.approx(1 - 3 / 7)
+    assert idle_share("1f1b", 2, 1, (1,), 0.5) == pytest.approx(1 - 3 / 7)
     # a rank that has other work computes while a message is under way
     first = [Action(0, "F", 0), Action(0, "F", 1), Action(0, "B", 0), Action(0, "B", 1)]
     second = [Action(1, "F", 0), Action(1, "B", 0), Action(1, "F", 1), Action(1, "B", 1)]
@@ -80,11 +80,11 @@ def test_a_single_rank_waits_for_nobody():
 @pytest.mark.parametrize("message", [0.0, 0.125])
 def test_further_rounds_take_as_long_as_the_last_that_is_played(kind, ranks, message):
     for plan in (pass_slots(0, 0), pass_slots(3, 2)):
-        messages = tuple(message * plan[stage // ranks] for stage in range(len(plan) * ranks - 1)) if message else ()
+        messages = [message * plan[stage // ranks] for stage in range(len(plan) * ranks - 1)]
         for micro_batches in filter(lambda count: fits_schedule(count, ranks), range(1, 5 * ranks + 1)):
             actions = orders(kind, ranks, micro_batches, len(plan))
             length = step_length(
                 actions, lambda action, plan=plan: COSTS[action.kind] * plan[action.stage // ranks], messages
             )
             idle = 1 - 3 * sum(plan) * micro_batches / length
-            assert idle_share(kind, ranks, micro_batches, plan, messages) == pytest.approx(idle, abs=1e-12)
+            assert idle_share(kind, ranks, micro_batches, plan, message) == pytest.approx(idle, abs=1e-12)
