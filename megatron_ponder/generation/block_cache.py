@@ -15,7 +15,7 @@ from megatron_ponder.generation.block_pool import BLOCK, BlockPool, blocks_of
 from megatron_ponder.generation.forward import NOTHING, Finished, Forward, PromptSlots, Segment
 from megatron_ponder.generation.slot_numbers import SlotNumbers, upload
 from megatron_ponder.kernels.attention import DEAD
-from megatron_ponder.kernels.cached_attention import Seen, attend_seen
+from megatron_ponder.kernels.cached_attention import VisibleKeys, attend_seen
 from megatron_ponder.kernels.decoding import StoredBlocks, attend_owned, for_heads
 from megatron_ponder.kernels.paged_attention import Pages, attend_pages
 from megatron_ponder.parallel.mesh import Axis
@@ -46,7 +46,7 @@ class Reading(NamedTuple):
 
     at: slice
     table_n: Tensor
-    sees: Seen
+    sees: VisibleKeys
 
 
 class Placed(NamedTuple):
@@ -191,7 +191,7 @@ class BlockCache:
             orders = np.array(window.orders)[window.places]
         table_n, every_S, orders_T = upload([table, every, orders], self.log_w.device)
         log_w_S = self.log_w[table_n].flatten() if self._weighted else None
-        sees = Seen.of(every_S <= orders_T[:, None], log_w_S, self.keys)
+        sees = VisibleKeys.of(every_S <= orders_T[:, None], log_w_S, self.keys)
         return Reading(slice(prompt.at, prompt.at + prompt.count), table_n, sees)
 
     def _move(self, finished: Finished) -> None:

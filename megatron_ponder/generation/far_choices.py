@@ -1,8 +1,7 @@
 """Tokens that the last rank of a pipeline chooses, where the logits are, for the first one, which schedules.
 
-What comes back of a forward is one tensor whose size both know beforehand. Whether a choice counts, the scheduler says:
-a prompt that is iterated once more gets another of the same number. So nothing is drawn or noted for good before the
-sequence goes on to its next token.
+What comes back of a forward is one tensor whose size both know beforehand. Whether a choice counts, the scheduler says.
+So nothing is drawn or noted for good before the sequence goes on to its next token.
 """
 
 from itertools import count, islice

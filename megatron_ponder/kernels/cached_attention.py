@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ponder.kernels.attention import FOLDED_CHANNELS, folded_channels
 
 
-class Seen(NamedTuple):
+class VisibleKeys(NamedTuple):
     """Which of S keys each of T queries sees, and what they weigh; the same for all layers.
 
     Attributes:
@@ -21,7 +21,7 @@ class Seen(NamedTuple):
     log_w_1S: Tensor | None
 
     @classmethod
-    def of(cls, seen_TS: Tensor, log_w_S: Tensor | None, like: Tensor) -> "Seen":
+    def of(cls, seen_TS: Tensor, log_w_S: Tensor | None, like: Tensor) -> "VisibleKeys":
         """For keys of the type of `like`; log weights have theirs, in fp32 or better."""
         if log_w_S is None:
             return cls(seen_TS, None)
@@ -30,7 +30,7 @@ class Seen(NamedTuple):
         return cls(torch.where(seen_TS, log_w_S, -torch.inf), None)
 
 
-def attend_seen(q_TND: Tensor, k_MSD: Tensor, v_MSD: Tensor, scale: float, seen: Seen) -> Tensor:
+def attend_seen(q_TND: Tensor, k_MSD: Tensor, v_MSD: Tensor, scale: float, seen: VisibleKeys) -> Tensor:
     """Attention of queries over the keys that they see.
 
     Args:
