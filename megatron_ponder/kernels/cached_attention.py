@@ -13,7 +13,7 @@ class VisibleKeys(NamedTuple):
     """Which of S keys each of T queries sees, and what they weigh; the same for all layers.
 
     Attributes:
-        mask_TS: which, or numbers to add to the logits.
+        mask_TS: what is added to the logits, in the type of the keys.
         log_w_1S: log weights that are not in the mask; None for none.
     """
 
@@ -23,11 +23,10 @@ class VisibleKeys(NamedTuple):
     @classmethod
     def of(cls, seen_TS: Tensor, log_w_S: Tensor | None, like: Tensor) -> "VisibleKeys":
         """For keys of the type of `like`; log weights have theirs, in fp32 or better."""
-        if log_w_S is None:
-            return cls(seen_TS, None)
-        if log_w_S.dtype != like.dtype:  # masks have the type of queries, in which log w would be rounded
-            return cls(seen_TS, log_w_S.unsqueeze(0))
-        return cls(torch.where(seen_TS, log_w_S, -torch.inf), None)
+        zero = like.new_zeros(())
+        if log_w_S is not None and log_w_S.dtype != like.dtype:  # in a mask they would be rounded
+            return cls(torch.where(seen_TS, zero, -torch.inf), log_w_S.unsqueeze(0))
+        return cls(torch.where(seen_TS, zero if log_w_S is None else log_w_S, -torch.inf), None)
 
 
 def attend_seen(q_TND: Tensor, k_MSD: Tensor, v_MSD: Tensor, scale: float, seen: VisibleKeys) -> Tensor:
