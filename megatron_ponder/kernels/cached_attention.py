@@ -22,7 +22,7 @@ class VisibleKeys(NamedTuple):
 
     @classmethod
     def of(cls, seen_TS: Tensor, log_w_S: Tensor | None, like: Tensor) -> "VisibleKeys":
-        """For keys of the type of `like`; log weights have theirs, in fp32 or better."""
+        """Make the mask for keys of the type of `like`; log weights have theirs, in fp32 or better."""
         zero = like.new_zeros(())
         if log_w_S is not None and log_w_S.dtype != like.dtype:  # in a mask they would be rounded
             return cls(torch.where(seen_TS, zero, -torch.inf), log_w_S.unsqueeze(0))
