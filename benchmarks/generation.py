@@ -14,8 +14,8 @@ that is compared takes turns in one process; ratios are medians over rounds.
                    reading memory. Then, of requests of all lengths, the share of rows in use while some wait.
     transformers   our time for the same prompts and tokens in theirs: `generate` of the export in fixed mode, and of
                    LlamaForCausalLM in vanilla mode.
-    prompts        reading 1,000 tokens slot by slot over Jacobi iteration, to the fixed point and with the three
-                   refinements of training.
+    prompts        reading 1,000 tokens slot by slot over sweeps of windows, to the fixed point and with three sweeps
+                   after the first.
 """
 
 import argparse
@@ -265,14 +265,14 @@ class Reader:
 def measure_prompts(device: torch.device, rounds: int, length: int) -> None:
     """Part `prompts`."""
     table = Table(title=f"one prompt of {length} tokens")
-    headings = ("mode", "iterated", "slot by slot [s]", "Jacobi [s]", "gain", "its forwards", "largest difference")
+    headings = ("mode", "iterated", "slot by slot [s]", "sweeps [s]", "gain", "its forwards", "largest difference")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in headings[:2] else "right")
     prompt = tuple(prompts(1, length)[0])
     for mode in ("vanilla", "fixed", "adaptive"):
         model = build(mode, device)[0]
         rule = calibrated(model, 1.5) if mode == "adaptive" else None
-        ways = {"slots": None, "to the fixed point": Prefill(), "R = 3": Prefill(refinements=3)}
+        ways = {"slots": None, "to the fixed point": Prefill(), "three more": Prefill(refinements=3)}
         if mode == "vanilla":  # nothing is iterated
             ways = {"slots": None, "once": Prefill()}
         readers = {name: Reader(model, prompt, rule, prefill) for name, prefill in ways.items()}

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.generation.block_pool import BLOCK, BlockPool, blocks_of
-from megatron_ponder.generation.forward import Forward
+from megatron_ponder.generation.forward import NOTHING, Finished, Forward, PromptSlots, Segment
 from megatron_ponder.generation.slot_numbers import SlotNumbers, upload
-from megatron_ponder.kernels.attention import DEAD, attend
+from megatron_ponder.kernels.attention import DEAD
+from megatron_ponder.kernels.cached_attention import VisibleKeys, attend_seen
 from megatron_ponder.kernels.decoding import StoredBlocks, attend_owned, for_heads
 from megatron_ponder.kernels.paged_attention import Pages, attend_pages
 from megatron_ponder.parallel.mesh import Axis
@@ -35,19 +36,17 @@ class Owned(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """An iterate of a prompt.
+    """Slots of a prompt.
 
     Attributes:
-        at: its slots in the forward.
+        at: in the forward.
         table_n: int64, blocks of its sequence.
-        length: slots of the sequence up to its last.
-        log_w_1S: log weights of these; None where every weight is 1.
+        sees: which of their places each slot sees, and what they weigh.
     """
 
     at: slice
     table_n: Tensor
-    length: int
-    log_w_1S: Tensor | None
+    sees: VisibleKeys
 
 
 class Placed(NamedTuple):
@@ -57,7 +56,7 @@ class Placed(NamedTuple):
         slots: their numbers on the device.
         decoding: how many slots decode, before those of prompts.
         owned: what they see; None where tables say it.
-        prompts: those that are iterated.
+        prompts: those that are read.
         unused: slots behind them, of no sequence.
     """
 
@@ -139,6 +138,8 @@ class BlockCache:
         Returns:
             Numbers of the slots, for `place`; None if there are none.
         """
+        for finished in forward.finished:
+            self._move(finished)
         for key, row, slots in forward.stored:
             self._prefixes[key] = self._read(row, slots)
         for key in forward.dropped:
@@ -154,7 +155,11 @@ class BlockCache:
         numbers = None
         if forward:
             rows, starts, counts = np.array(forward.segments).T
-            self._hold(rows, starts + counts)
+            lengths = starts + counts
+            for index, prompt in enumerate(forward.prompts, len(forward.steps)):
+                if prompt.window is not None:
+                    lengths[index] = len(prompt.window.orders)
+            self._hold(rows, lengths)
             numbers = SlotNumbers.of(forward, self.pool)
         places, blocks = self.pool.changes()
         if len(places) and self.tables_rW.is_cuda:
@@ -166,13 +171,10 @@ class BlockCache:
         """Take the log weights of slots whose numbers have arrived, and what they see; further ones see nothing."""
         decoding = len(forward.steps)
         self.place_decoding(slots)
-        prompts, at = [], decoding
-        for row, start, count in forward.segments[decoding:]:
-            length = start + count
-            table = self.tables_rW[row, : blocks_of(length)]
-            log_w = self.log_w[table].view(1, -1)[:, :length] if self._weighted else None
-            prompts.append(Reading(slice(at, at + count), table, length, log_w))
-            at += count
+        prompts = [
+            self._reading(prompt, segment)
+            for prompt, segment in zip(forward.prompts, forward.segments[decoding:], strict=True)
+        ]
         owned = self._owned(forward, decoding) if decoding and not self.fixed else None
         self.placed = Placed(slots, decoding, owned, prompts, len(slots.rows) - len(forward))
 
@@ -180,6 +182,37 @@ class BlockCache:
         """The same of slots that all decode, with nothing that depends on which they are."""
         self.log_w[slots.blocks, slots.places] = slots.log_weights(self.log_w.dtype)
         self.placed = Placed(slots, len(slots.rows), None, [])
+
+    def _reading(self, prompt: PromptSlots, segment: Segment) -> Reading:
+        row, start, count = segment
+        if prompt.window is None:
+            table, orders = self.pool.tables[row, : blocks_of(start + count)], np.arange(start, start + count)
+            every = np.arange(len(table) * BLOCK)
+        else:
+            window, blocks = prompt.window, blocks_of(prompt.window.final)
+            table = np.append(
+                self.pool.tables[window.row, :blocks], self.pool.tables[row, : blocks_of(len(window.orders))]
+            )
+            every = np.full(len(table) * BLOCK, NOTHING)
+            every[: window.final] = -1
+            every[blocks * BLOCK :][: len(window.orders)] = window.orders
+            orders = np.array(window.orders)[window.places]
+        table_n, every_S, orders_T = upload([table, every, orders], self.log_w.device)
+        log_w_S = self.log_w[table_n].flatten() if self._weighted else None
+        sees = VisibleKeys.of(every_S <= orders_T[:, None], log_w_S, self.keys)
+        return Reading(slice(prompt.at, prompt.at + prompt.count), table_n, sees)
+
+    def _move(self, finished: Finished) -> None:
+        """Put slots of a window behind those of its sequence that were final before."""
+        window, places, row, start = finished
+        places, behind = np.array(places), np.arange(start, start + len(places))
+        self._hold(np.array([row]), np.array([start + len(places)]))
+        tables = self.pool.tables
+        numbers = [tables[window, places // BLOCK], places % BLOCK, tables[row, behind // BLOCK], behind % BLOCK]
+        from_blocks, from_places, blocks, places = upload(numbers, self.log_w.device)
+        for tensor in (self.keys, self.values):
+            tensor[:, blocks, :, places] = tensor[:, from_blocks, :, from_places]
+        self.log_w[blocks, places] = self.log_w[from_blocks, from_places]
 
     def _owned(self, forward: Forward, decoding: int) -> Owned:
         queries = np.full(len(self.pool.tables), -1)
@@ -195,7 +228,6 @@ class BlockCache:
 
     def _hold(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         """Give rows the blocks that so many slots need, and no more."""
-        # An iterate of a prompt may be shorter than the one before; what that left behind must not be seen.
         shorter = lengths < self._written[rows]
         if shorter.any():
             sources, targets = self.pool.release(rows[shorter], lengths[shorter])
@@ -203,16 +235,13 @@ class BlockCache:
                 sources, targets = upload([sources, targets], self.keys.device)
                 for tensor in (self.keys.transpose(0, 1), self.values.transpose(0, 1), self.log_w):
                     tensor[targets] = tensor[sources]
-            for row, length in zip(rows[shorter], lengths[shorter], strict=True):
-                if length % BLOCK and not self.fixed:
-                    self.log_w[self.pool.tables[row, length // BLOCK], length % BLOCK :] = DEAD
         missing = self.pool.missing(rows, lengths)
         if not self.fixed:
             self._fit(self.pool.used + missing)
         if missing:
             new = self.pool.take(rows, lengths)
-            if not self.fixed:  # what is read as it lies, and was never written, must weigh nothing
-                self.keys[:, new], self.values[:, new], self.log_w[new] = 0, 0, DEAD
+            # What is read as it lies, and was never written, must be numbers and weigh nothing.
+            self.keys[:, new], self.values[:, new], self.log_w[new] = 0, 0, DEAD
         self._written[rows] = lengths
 
     def _read(self, row: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,9 +292,9 @@ class _Layer:
         elif decoding:
             blocks = StoredBlocks(keys[owned.read], values[owned.read], owned.log_w_x1b)
             parts.append(attend_owned(q_BTND[0, :decoding], blocks, owned.owners_n, scale))
-        for at, table, length, log_w_1S in prompts:
-            k, v = (x[table].transpose(1, 2).flatten(0, 1)[:length].unsqueeze(0) for x in (keys, values))
-            parts.append(attend(q_BTND[:, at], k, v, scale, log_w_1S)[0])
+        for at, table_n, sees in prompts:
+            k_MSD, v_MSD = (x.transpose(0, 1).index_select(1, table_n).flatten(1, 2) for x in (keys, values))
+            parts.append(attend_seen(q_BTND[0, at], k_MSD, v_MSD, scale, sees))
         if unused:
             parts.append(q_BTND.new_zeros(unused, *q_BTND.shape[2:]))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)

@@ -1,16 +1,15 @@
 """Tokens that the last rank of a pipeline chooses, where the logits are, for the first one, which schedules.
 
-What comes back of a forward is one tensor whose size both know beforehand. Whether a choice counts, the scheduler says:
-a prompt that is iterated once more gets another of the same number. So nothing is drawn or noted for good before the
-sequence goes on to its next token.
+What comes back of a forward is one tensor whose size both know beforehand. Whether a choice counts, the scheduler says.
+So nothing is drawn or noted for good before the sequence goes on to its next token.
 """
 
-from itertools import count
+from itertools import count, islice
 
 import torch
 from torch import Tensor
 
-from megatron_ponder.generation.forward import Begun, Choices, Forward, Outcome, Wish
+from megatron_ponder.generation.forward import Begun, Choices, Forward, Outcome, PromptSlots, Wish
 from megatron_ponder.generation.predictions import Prediction, predict
 from megatron_ponder.generation.sampling import Chooser, Sampling
 from megatron_ponder.generation.sequences import Sequence
@@ -105,7 +104,8 @@ def due_wishes(forward: Forward, executed: list[int]) -> list[int]:
 def packed_size(forward: Forward, steps: int) -> int:
     """Numbers of the tensor that `pack` makes for a forward of a model of K = `steps`."""
     choices = forward.choices
-    return len(forward.routed) * (steps + 2) + len(forward.prompts) + len(choices.wishes) * choices.columns
+    changes = sum(map(_changes, forward.prompts))
+    return len(forward.routed) * (steps + 2) + changes + len(choices.wishes) * choices.columns
 
 
 def pack(forward: Forward, outcome: Outcome, predictions: list[Prediction | None]) -> Tensor:
@@ -118,7 +118,7 @@ def pack(forward: Forward, outcome: Outcome, predictions: list[Prediction | None
         values = [CHOSEN, prediction.token, prediction.log_probability]
         values += [number for pair in prediction.top for number in pair]
         rows[index][: len(values)] = values
-    numbers = [*outcome.executed, *_flat(outcome.log_w), *outcome.changes, *_flat(rows)]
+    numbers = [*outcome.executed, *_flat(outcome.log_w), *_flat(outcome.changes), *_flat(rows)]
     return torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -126,16 +126,21 @@ def unpack(forward: Forward, numbers: Tensor, steps: int) -> Outcome:
     """The outcome of a forward from the tensor that `pack` has made."""
     values, routed, wishes = numbers.tolist(), len(forward.routed), forward.choices.wishes
     executed, log_w = values[:routed], _rows(values[routed:], routed, steps + 1)
-    rest = values[routed * (steps + 2) :]
-    changes, rows = rest[: len(forward.prompts)], rest[len(forward.prompts) :]
+    rest = iter(values[routed * (steps + 2) :])
+    changes = [list(islice(rest, _changes(prompt))) for prompt in forward.prompts]
     predictions = []
-    for wish, row in zip(wishes, _rows(rows, len(wishes), forward.choices.columns), strict=True):
+    for wish, row in zip(wishes, _rows(list(rest), len(wishes), forward.choices.columns), strict=True):
         if row[0] == CHOSEN:
             top = [(int(token), value) for token, value in _rows(row[3:], wish.top, 2)]
             predictions.append(Prediction(int(row[1]), row[2], top))
         elif row[0] == FAILED:
             predictions.append(None)
     return Outcome([int(count) for count in executed], log_w, None, changes, predictions)
+
+
+def _changes(prompt: PromptSlots) -> int:
+    """Changes that an outcome has of a prompt."""
+    return 0 if prompt.window is None else prompt.count
 
 
 def _flat(rows: list[list[float]]) -> list[float]:

@@ -8,6 +8,9 @@ from torch import Tensor
 from megatron_ponder.generation.predictions import Prediction
 from megatron_ponder.generation.sampling import Sampling
 
+# The order of a place whose slot nobody sees.
+NOTHING = 1 << 40
+
 
 def latent(step: int) -> int:
     """What stands in place of a token id in the slot of a latent step, whose input comes from the model."""
@@ -28,20 +31,52 @@ class Segment(NamedTuple):
     count: int
 
 
-class PromptEnd(NamedTuple):
-    """What a segment that is an iterate of a piece of prompt says of its end.
+class Window(NamedTuple):
+    """Slots of a prompt that are not final yet, in a row of the cache of their own.
+
+    Attributes:
+        row: of the cache, which holds those that are final.
+        final: how many these are; all slots of the window see them.
+        places: of the slots that run, in the window's row.
+        orders: of every place of that row, where its slot stands among those of the window; `NOTHING` where there is
+            none that may be seen. A slot sees those that stand before it, and itself.
+    """
+
+    row: int
+    final: int
+    places: list[int]
+    orders: list[int]
+
+
+class Finished(NamedTuple):
+    """Slots of a window that have become final, which are to be moved behind those that were.
+
+    Attributes:
+        window: row of the cache that holds the window.
+        places: of the slots in it.
+        row, start: where to.
+    """
+
+    window: int
+    places: list[int]
+    row: int
+    start: int
+
+
+class PromptSlots(NamedTuple):
+    """What a segment is, if it is of a prompt that is read.
 
     Attributes:
         at: index of the segment's first slot in this forward.
         count: how many slots.
-        before: index of the same slots in the forward before, if it ran exactly these; else None.
         last_token: index of the first slot of the last token if its logits are wanted, else None.
+        window: where the slots are, if they are iterated; else they are final, and see each other and all before them.
     """
 
     at: int
     count: int
-    before: int | None
-    last_token: int | None
+    last_token: int | None = None
+    window: Window | None = None
 
 
 class Begun(NamedTuple):
@@ -99,8 +134,9 @@ class Forward:
         steps: R, which step of its token each decoding sequence runs; 0 is the token itself.
         wanted: R, whether the logits are wanted if this slot is the last of its token, which it may be.
         routed: indices of token slots, whose routing decides K̂; of the decoding sequences' first.
-        prompts: the segments that are iterates of prompts.
-        stored: prompts to keep, before all else: a key, the row of the cache and the slots from its first on.
+        prompts: the segments that are of prompts.
+        finished: slots of windows to move, before all else.
+        stored: prompts to keep, after that: a key, the row of the cache and the slots from its first on.
         dropped: keys of prompts to keep no longer.
         cleared: rows of the cache to empty before this forward.
         loaded: prompts to copy into rows after that: key, row, slots.
@@ -115,7 +151,8 @@ class Forward:
     steps: list[int] = field(default_factory=list)
     wanted: list[bool] = field(default_factory=list)
     routed: list[int] = field(default_factory=list)
-    prompts: list[PromptEnd] = field(default_factory=list)
+    prompts: list[PromptSlots] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
     stored: list[tuple[int, int, int]] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     cleared: list[int] = field(default_factory=list)
@@ -142,13 +179,13 @@ class Outcome:
         log_w: log weights (K + 1) as keys of each routed slot's token; empty likewise.
         logits: (n, V) of the next token: of the wanted sequences that completed their token, in their order, then of
             the prompts that wanted them. None where the last rank of a pipeline has chosen by them.
-        changes: of each prompt segment, the largest change of a hidden state since the forward before relative to the
-            largest hidden state; infinite where that ran other slots.
+        changes: of each prompt's segment, by how much the hidden state of each slot has changed since its place in the
+            window was last filled, relative to the largest of the segment; nothing where there is no window.
         predictions: what was chosen by the logits, of each None if they name no token; None for the scheduler to do.
     """
 
     executed: list[int]
     log_w: list[list[float]]
     logits: Tensor | None
-    changes: list[float]
+    changes: list[list[float]]
     predictions: list[Prediction | None] | None = None

@@ -4,7 +4,6 @@ All that the host decides goes to the device before a forward, in one copy, and 
 back after it, in one; between the two nothing waits, and no shape depends on a number that the device has computed.
 """
 
-import math
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.generation.block_cache import BlockCache
-from megatron_ponder.generation.forward import Forward, Outcome, PromptEnd
+from megatron_ponder.generation.forward import Forward, Outcome, PromptSlots, Window
 from megatron_ponder.generation.slot_numbers import SlotNumbers, bucket, upload
 from megatron_ponder.model.modes.pondering import LatentReads
 from megatron_ponder.model.ponder import PonderLM
@@ -70,11 +69,14 @@ class Runner:
         weight = next(model.parameters())
         config, self._steps = model.model_config, model.ponder_config.steps
         row_slots = config.max_position_embeddings * (self._steps + 1) // self._lanes
-        sizes = len(model.part.layers), model.axis, rows * self._lanes, row_slots
+        windows = rows if self._passes.iterated else 0
+        sizes = len(model.part.layers), model.axis, rows * self._lanes + windows, row_slots
         self.cache = BlockCache(config, *sizes, self._passes.routed, weight, blocks)
         wide = torch.promote_types(weight.dtype, torch.float32)
         # Of the forward before: hidden states in the last part, inputs in the first.
         self._hidden_TH = self._inputs_TH = self.read_TX = weight.new_empty(0, config.hidden_size)
+        # By row of a prompt, hidden states of the places of its window.
+        self._in_windows: dict[int, Tensor] = {}
         # Of the token that each row is at: weights of its steps in the output, the output so far, K̂. A row is of none.
         self._weights_rK = torch.zeros(rows + 1, self._steps + 1, dtype=wide, device=weight.device)
         self._fused_rH = weight.new_zeros(rows + 1, config.hidden_size)
@@ -117,7 +119,11 @@ class Runner:
         routed = self.route(hidden_TH if arrived.routed_F is None else hidden_TH[arrived.routed_F])
         decoded_RH = self.fuse(arrived, hidden_TH, routed) if forward.steps else hidden_TH[:0]
         read = [self._last_output(forward, prompt, hidden_TH, routed) for prompt in forward.prompts]
-        changes = [self._change(prompt, hidden_TH) for prompt in forward.prompts if prompt.before is not None]
+        changes = [
+            self._changes(prompt.window, hidden_TH[prompt.at : prompt.at + prompt.count])
+            for prompt in forward.prompts
+            if prompt.window is not None
+        ]
         self._hidden_TH = hidden_TH
         self.read_TX = self._passes.read_by_latents(self.model.back, hidden_TH, arrived.unfinished_n)
         slots = len(hidden_TH if arrived.routed_F is None else arrived.routed_F)
@@ -174,7 +180,7 @@ class Runner:
         return fused_RH
 
     def _last_output(
-        self, forward: Forward, prompt: PromptEnd, hidden_TH: Tensor, routed: Routed | None
+        self, forward: Forward, prompt: PromptSlots, hidden_TH: Tensor, routed: Routed | None
     ) -> Tensor | None:
         """What the head reads of the last token of a prompt, (1, H), from its slots; None where it is not wanted."""
         if prompt.last_token is None:
@@ -186,10 +192,15 @@ class Runner:
         weights_K = routed.weights_FK[index].to(token_SH.dtype)
         return weights_K[: len(token_SH)].unsqueeze(0) @ token_SH
 
-    def _change(self, prompt: PromptEnd, hidden_TH: Tensor) -> Tensor:
-        now = hidden_TH[prompt.at : prompt.at + prompt.count]
-        before = self._hidden_TH[prompt.before : prompt.before + prompt.count]
-        return ((now - before).abs().max() / now.abs().max()).unsqueeze(0)
+    def _changes(self, window: Window, now_SH: Tensor) -> Tensor:
+        """Largest change of each slot's hidden state relative to the largest of all; what is there now is noted."""
+        known_PH = self._in_windows.get(window.row)
+        if known_PH is None or len(known_PH) < len(window.orders):
+            known_PH = self._in_windows[window.row] = now_SH.new_zeros(len(window.orders), now_SH.shape[1])
+        places_S = upload([np.array(window.places, np.int64)], now_SH.device)[0]
+        changes_S = (now_SH - known_PH[places_S]).abs().amax(1) / now_SH.abs().max()
+        known_PH[places_S] = now_SH
+        return changes_S
 
     def _outcome(self, forward: Forward, known: "Known", decoded_RH: Tensor, read: list[Tensor]) -> Outcome:
         """What the scheduler needs to know, with logits of the sequences that have completed their token."""
@@ -207,11 +218,12 @@ class Runner:
         output_nH = torch.cat([decoded_RH, *read]) if read else decoded_RH
         routed = [*begun, *range(len(rows), len(known.executed))]
         changes = iter(known.changes)
+        counts = [0 if prompt.window is None else prompt.count for prompt in forward.prompts]
         return Outcome(
             [known.executed[index] for index in routed],
             [known.log_w[index] for index in routed],
             self._logits(output_nH),
-            [math.inf if prompt.before is None else next(changes) for prompt in forward.prompts],
+            [list(islice(changes, count)) for count in counts],
         )
 
     def _logits(self, output_nH: Tensor) -> Tensor:
@@ -228,7 +240,7 @@ class Runner:
 
 
 class Known(NamedTuple):
-    """What the host has to know of a forward: K̂ and log weights of F slots, changes of iterates of prompts."""
+    """What the host has to know of a forward: K̂ and log weights of F slots, changes of slots in windows."""
 
     executed: list[int]
     log_w: list[list[float]]
@@ -241,7 +253,7 @@ def known_of(routed: Routed | None, changes: list[Tensor], slots: int, steps: in
     if routed is not None:
         parts += [routed.executed_F.double(), routed.log_w_FK.double().flatten()]
     numbers = iter(torch.cat(parts).tolist() if parts else [])
-    changes = list(islice(numbers, len(changes)))
+    changes = list(islice(numbers, sum(map(len, changes))))
     if routed is None:
         return Known([steps] * slots, [[0.0] * (steps + 1)] * slots, changes)
     executed = [int(number) for number in islice(numbers, len(routed.executed_F))]

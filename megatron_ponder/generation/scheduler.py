@@ -16,10 +16,10 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.data.tokenizer import Tokenizer
 from megatron_ponder.generation.far_choices import Wishes
-from megatron_ponder.generation.forward import Forward, Outcome, Segment, latent
+from megatron_ponder.generation.forward import Finished, Forward, Outcome, Segment, latent
 from megatron_ponder.generation.predictions import Prediction, pieces_of, predict
-from megatron_ponder.generation.prefill import IteratedPiece, LanePiece, PromptPiece
 from megatron_ponder.generation.prefixes import Prefixes, shared_tokens
+from megatron_ponder.generation.prompt_reading import PromptReading
 from megatron_ponder.generation.request import FinishReason, Generation, Request
 from megatron_ponder.generation.sampling import Chooser
 from megatron_ponder.generation.sequences import Batching, OnToken, Sequence, Usage
@@ -63,13 +63,16 @@ class Scheduler:
         self._tokenizer, self._eod_id = tokenizer, eod_id
         self._pieces = pieces_of(model, tokenizer)
         tolerance = None if self.batching.prefill is None else self.batching.prefill.tolerance
-        self._tolerance = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
+        tolerance = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
+        self._reading = PromptReading(self._passes, self.batching, tolerance, eod_id)
         self._prefixes = Prefixes(self.batching.prefix_slots, shortest=16)
         self.usage = Usage()
         self.live: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self._free_rows = list(range(self.batching.max_sequences))[::-1]
         self._cleared: list[int] = []
+        self._windows: list[int] = []  # that are over
+        self._finished: list[Finished] = []
         self._decoding: list[Sequence] = []
         self._iterating: list[Sequence] = []
         self._stored: list[tuple[int, int, int]] = []
@@ -79,7 +82,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to run."""
-        return not (self.live or self.waiting or self._cleared)
+        return not (self.live or self.waiting or self._cleared or self._windows)
 
     @property
     def slots(self) -> int:
@@ -149,13 +152,14 @@ class Scheduler:
         loaded = self._admit()
         lanes = range(self._passes.lanes)
         forward = Forward(
-            cleared=[self._lane(row, lane) for row in self._cleared for lane in lanes],
+            cleared=[self._lane(row, lane) for row in self._cleared for lane in lanes] + self._windows,
+            finished=self._finished,
             stored=self._in_lanes(self._stored),
             dropped=[self._lane(key, lane) for key in self._dropped for lane in lanes],
             loaded=self._in_lanes(loaded),
         )
-        self._cleared, self._stored, self._dropped = [], [], []
-        self._begin_pieces()
+        self._cleared, self._windows, self._finished, self._stored, self._dropped = [], [], [], [], []
+        self._reading.begin(self.live)
         self._decoding = [sequence for sequence in self.live if sequence.piece is None]
         self._iterating = [sequence for sequence in self.live if sequence.piece is not None]
         for sequence in self._decoding:
@@ -170,9 +174,8 @@ class Scheduler:
             forward.steps.append(sequence.step)
             forward.wanted.append(not sequence.reading and sequence.step in (0, sequence.executed))
         for sequence in self._iterating:
-            last = sequence.fed + len(sequence.piece.tokens) == len(sequence.ids)
             start = sequence.length // self._passes.lanes
-            sequence.piece.add_to(forward, self._lane(sequence.row, 0), start, wanted=last)
+            sequence.piece.add_to(forward, self._lane(sequence.row, 0), start)
         if not self._chooses:
             forward.choices = self._wishes.of(forward, self._decoding, self._iterating)
         self.usage.forwards += bool(forward)
@@ -204,15 +207,10 @@ class Scheduler:
             if complete:
                 self._complete(sequence, [sequence.executed], read)
         for index, sequence in enumerate(self._iterating):
-            piece = sequence.piece
-            settled = piece.settle(outcome, index)
-            settled &= sequence.generation.finish_reason is None
             if forward.prompts[index].last_token is not None:
-                predicted.append(sequence if settled else None)
-            if settled:
-                sequence.piece = None
-                sequence.length += len(piece.executed) + sum(piece.executed)
-                self._complete(sequence, piece.executed, read)
+                predicted.append(sequence)
+            if sequence.generation.finish_reason is None:
+                self._advance(sequence, sequence.piece.settle(outcome, index), read)
         self._predict(predicted, outcome)
         for sequence in read:
             if sequence.generation.finish_reason != "failed":  # whose keys may be no numbers
@@ -221,7 +219,7 @@ class Scheduler:
     def _admit(self) -> list[tuple[int, int, int]]:
         """Let waiting sequences enter while there is room; what they share with stored prompts is to be loaded."""
         loaded, staying = [], []
-        used = sum(sequence.length + self._next_slots(sequence) for sequence in self.live)
+        used = sum(sequence.length + sequence.next_slots for sequence in self.live)
         while self.waiting and self._free_rows:
             sequence = self.waiting[0]
             tokens = np.array(sequence.ids)
@@ -264,44 +262,27 @@ class Scheduler:
         """Whether a document ends in these tokens, so that what follows does not depend on what comes before."""
         return self._eod_id is not None and bool((tokens == self._eod_id).any())
 
-    def _next_slots(self, sequence: Sequence) -> int:
-        return 1 if sequence.piece is None else sequence.piece.slots
+    def _advance(self, sequence: Sequence, executed: list[int], read: list[Sequence]) -> None:
+        """Note that tokens of a piece are final, with K̂ of each."""
+        piece = sequence.piece
+        if piece.done:
+            sequence.piece = None
+            self._windows += self._reading.windows([sequence.row])
+        if executed:
+            self._finished += [piece.finished] if piece.finished is not None else []
+            sequence.length += len(executed) + sum(executed)
+            self._complete(sequence, executed, read)
 
     def _make_room(self) -> None:
         """Send the newest sequences back to waiting until the slots of the next forward fit; the oldest always can."""
-        used = sum(sequence.length + self._next_slots(sequence) for sequence in self.live)
+        used = sum(sequence.length + sequence.next_slots for sequence in self.live)
         while used > self.batching.max_slots and len(self.live) > 1:
             sequence = self.live.pop()
-            used -= sequence.length + self._next_slots(sequence)
+            used -= sequence.length + sequence.next_slots
             self._release(sequence)
             sequence.rewind()
             self.waiting.appendleft(sequence)
             self.usage.preempted += 1
-
-    def _begin_pieces(self) -> None:
-        prefill = self.batching.prefill
-        if prefill is None:
-            return
-        room = self.batching.prompt_slots - sum(
-            sequence.piece.slots for sequence in self.live if sequence.piece is not None
-        )
-        # Where nothing is iterated, reading takes one forward a pass. Elsewhere slot by slot costs the less the more
-        # sequences take part in every forward.
-        shortest = prefill.shortest * len(self.live) if self._passes.iterated else 2
-        for sequence in self.live:
-            if sequence.piece is None and sequence.step == 0 and len(sequence.ids) - sequence.fed >= shortest:
-                tokens = sequence.ids[sequence.fed : sequence.fed + prefill.chunk]
-                if self._eod_id in tokens:  # a piece lies within one document
-                    tokens = tokens[: tokens.index(self._eod_id) + 1]
-                most = len(tokens) * (self._steps + 1)
-                if most <= room or room == self.batching.prompt_slots:
-                    room -= most
-                    sequence.piece = self._piece(tokens, sequence.position)
-
-    def _piece(self, tokens: list[int], position: int) -> PromptPiece:
-        if self._passes.interleaved:
-            return IteratedPiece(tokens, position, self._passes, self.batching.prefill, self._tolerance)
-        return LanePiece(tokens, position, self._passes)
 
     def _lane(self, number: int, lane: int) -> int:
         """The row of one of a sequence's lines of keys in the cache, or its key among the stored prompts."""
@@ -377,4 +358,5 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._cleared.append(sequence.row)
+        self._windows += self._reading.windows([sequence.row])
         self._free_rows.append(sequence.row)

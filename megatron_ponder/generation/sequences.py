@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from megatron_ponder.config.declarations import check_ranges, number_field
 from megatron_ponder.generation.predictions import Prediction
-from megatron_ponder.generation.prefill import Prefill, PromptPiece
+from megatron_ponder.generation.prefill import Prefill
+from megatron_ponder.generation.prompt_pieces import PromptPiece
 from megatron_ponder.generation.request import FinishReason, Generation, Request
 from megatron_ponder.generation.sampling import Chooser
 from megatron_ponder.generation.text_stream import TextStream
@@ -21,7 +22,7 @@ class Batching:
     Attributes:
         max_sequences: sequences that run at a time; others wait.
         max_slots: slots in the cache at a time; others wait, and the newest sequence goes back to waiting when it must.
-        prompt_slots: of prompts that are iterated in one forward, beyond which further prompts begin slot by slot.
+        prompt_slots: of prompts that are read in one forward, beyond which further prompts begin slot by slot.
         prefix_slots: kept of prompts that were read, for others that begin alike.
         prefill: how prompts are read; None for slot by slot, as in the definition of the model.
     """
@@ -51,7 +52,7 @@ class Sequence:
         step: that runs next of the token being run; 0 for its first slot.
         source: index of its newest slot in the newest forward.
         executed, log_w: routing of the token being run.
-        piece: of the prompt, being iterated.
+        piece: of the prompt, being read.
         key: by which the rank that chooses knows it, from its first wish on.
     """
 
@@ -77,6 +78,11 @@ class Sequence:
     def reading(self) -> bool:
         """Whether some token before the last is still to run."""
         return self.fed < len(self.ids) - 1
+
+    @property
+    def next_slots(self) -> int:
+        """Places of the cache that the next forward may take, beside those that are taken."""
+        return 1 if self.piece is None else self.piece.slots
 
     def extend(self, prediction: Prediction) -> FinishReason | None:
         """Append what comes next; how the sequence ends with it, if it does."""

@@ -23,7 +23,7 @@ class SlotNumbers(NamedTuple):
         rows: of the cache.
         blocks: of the pool, where keys and values go.
         places: in these.
-        lengths: slots of the sequence up to this one.
+        lengths: slots of the sequence up to this one; of no meaning in a window.
     """
 
     tokens: np.ndarray | Tensor
@@ -45,6 +45,9 @@ class SlotNumbers(NamedTuple):
         if forward.prompts:
             rows = np.repeat(segment_rows, counts)
             slots = np.repeat(starts - counts.cumsum() + counts, counts) + np.arange(len(tokens))
+        for prompt in forward.prompts:
+            if prompt.window is not None:
+                slots[prompt.at : prompt.at + prompt.count] = prompt.window.places
         return cls(
             np.maximum(tokens, 0),
             np.maximum(-tokens, 0),

@@ -127,6 +127,30 @@ def test_positions_restart_after_a_document():
     assert generate(model, [[3, 7, 5, 6]], 5)[0].tokens == generate(model, [[5, 6]], 5)[0].tokens
 
 
+@pytest.mark.parametrize(
+    ("family", "steps", "dtype"), [("llama", 1, "fp64"), ("gpt_neox", 3, "fp64"), ("llama", 2, "fp32")]
+)
+def test_documents_of_prompts_are_read_in_windows_of_their_own(family, steps, dtype):
+    model = small_model(
+        seed=steps,
+        eod_id=7,
+        router_scale=3.0,
+        model__family=family,
+        ponder__latent_steps=steps,
+        inference__threshold=0.3,
+    )
+    model = model.float() if dtype == "fp32" else model
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (31, 18)]
+    for place in (0, 9, 10, 17):
+        prompts[0][place] = prompts[1][-1 - place] = 7
+    want = generate(model, prompts, 4, batching=Batching(prefill=None))
+    got = generate(model, prompts, 4, batching=Batching(prefill=Prefill(chunk=4, shortest=1)))
+    for slots, windows in zip(want, got, strict=True):
+        assert (windows.tokens, windows.executed_steps) == (slots.tokens, slots.executed_steps)
+        tolerance = 1e-4 if dtype == "fp32" else 1e-9
+        assert windows.log_probabilities == pytest.approx(slots.log_probabilities, abs=tolerance)
+
+
 def test_texts_and_stop_strings(corpus):
     model, tokenizer = small_model(**TEXT_MODEL), load_tokenizer(corpus.tokenizer)
     free = generate(model, TEXTS, 20, tokenizer=tokenizer)

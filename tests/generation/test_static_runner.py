@@ -87,7 +87,7 @@ def test_replayed_forwards_equal_the_definition(mode, family, monkeypatch):
     assert runner.forwards > 0
     assert mode == "vanilla" or any(size < bucket(size) for size in runner.sizes)
     assert runner.cache.reserved == 0
-    assert runner.cache.capacity == 32 * (5 + 3 * model.passes.lanes)
+    assert runner.cache.capacity == 32 * (5 + 3 * (model.passes.lanes + model.passes.iterated))
     for prompt, sequence in zip(PROMPTS, sequences, strict=True):
         tokens, values, executed = continue_greedily(model, model.rule("hard"), prompt, NEW)
         assert sequence.generation.tokens == tokens
@@ -104,10 +104,10 @@ def test_what_waits_is_noticed():
 
 def test_a_pool_is_as_large_as_memory_allows(capsys):
     model = small_model()
-    assert fitted(model, Batching(4, prefix_slots=0), 10**6) == (Batching(4, 4 * 64 * 3, prefix_slots=0), 24 + 4)
-    assert fitted(model, Batching(4, 100, prefix_slots=0), 10**6) == (Batching(4, 100, prefix_slots=0), 4 + 4)
+    assert fitted(model, Batching(4, prefix_slots=0), 10**6) == (Batching(4, 4 * 64 * 3, prefix_slots=0), 24 + 8)
+    assert fitted(model, Batching(4, 100, prefix_slots=0), 10**6) == (Batching(4, 100, prefix_slots=0), 4 + 8)
     assert capsys.readouterr().err == ""
-    assert fitted(model, Batching(4, prefix_slots=320), 20) == (Batching(4, 6 * 32, prefix_slots=320), 6 + 4)
+    assert fitted(model, Batching(4, prefix_slots=320), 24) == (Batching(4, 6 * 32, prefix_slots=320), 6 + 8)
     assert "room for keys and values of 192 slots, fewer than max_slots 768; requests wait" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"room for 3 blocks of 32 .*; lower max_sequences, or share the model over"):
         fitted(model, Batching(4, prefix_slots=0), 3)
