@@ -198,7 +198,7 @@ def _check_mean(mean: float, config: Config) -> None:
     if not packs(config):
         raise UserError(
             "--mean-latent-steps is for runs that come to leave out slots, and this one runs all; set "
-            "ponder_training.prune_start, without training.compile"
+            "ponder_training.prune_start, and leave ponder_training.packed true"
         )
     if not 0 <= mean <= config.ponder.steps:
         raise UserError(f"--mean-latent-steps is {mean:g}; give a number from 0 to latent_steps, {config.ponder.steps}")

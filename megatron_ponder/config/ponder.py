@@ -74,8 +74,7 @@ class PonderTrainingConfig:
     """Optimiser step from which training [prunes](training.md#how-many-steps) by τ, as inference does; never unless
     given."""
     packed: bool = True
-    """Do not run what is pruned; otherwise, and in pipelines that compile, it is run and masked, with the same
-    result."""
+    """Do not run what is pruned; otherwise it is run and masked, with the same result."""
 
     @property
     def router_decides(self) -> int:

@@ -72,9 +72,9 @@ def phases_of(config: Config, data: int, cluster: Hardware, mean_steps: float | 
 
 
 def packs(config: Config) -> bool:
-    """Whether a run comes to leave out slots; blocks that compile run what they prune."""
+    """Whether a run comes to leave out slots."""
     prunes = passes_of(config.ponder).routed and config.ponder_training.prune_start is not None
-    return prunes and config.ponder_training.packed and not config.training.compile
+    return prunes and config.ponder_training.packed
 
 
 def assumed_steps(config: Config) -> float:

@@ -123,9 +123,8 @@ class PackedResult(NamedTuple):
 
 
 def packable(model: PonderLM, rule: Rule) -> bool:
-    """Whether `PackedPasses` can evaluate a model by a rule; compiled blocks of pipeline ranks are not proved."""
-    known = rule.kind == "hard" and rule.executed is None and model.passes.routed
-    return known and (model.part.is_whole or model.transformer.compiled is None)
+    """Whether `PackedPasses` can evaluate a model by a rule."""
+    return rule.kind == "hard" and rule.executed is None and model.passes.routed
 
 
 def packed_jacobi(

@@ -47,6 +47,12 @@ def test_pipelines_leave_slots_out_too():
     assert pruned.phase.time.total < latents.phase.time.total
 
 
+@pytest.mark.parametrize("pipeline", [1, 4])
+def test_compiled_blocks_leave_slots_out_too(pipeline):
+    plain = parts(mean_steps=1.0, parallel__pipeline=pipeline, **PRUNED)
+    assert parts(mean_steps=1.0, parallel__pipeline=pipeline, training__compile="true", **PRUNED) == plain
+
+
 def test_more_steps_cost_more_up_to_all_of_them():
     costs = [parts(mean_steps=mean, **PRUNED)[-1] for mean in (0.0, 0.3, 1.0, 2.2, 3.0)]
     for cheaper, dearer in itertools.pairwise(costs):
@@ -58,7 +64,6 @@ def test_more_steps_cost_more_up_to_all_of_them():
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"training__compile": "true"},
         {"ponder_training__packed": "false"},
         {"ponder__mode": "fixed"},
     ],

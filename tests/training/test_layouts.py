@@ -107,6 +107,7 @@ VARIANTS = {
     "tp2 sequence pp2": {
         "pruned, zero bubble": PRUNED["pruned llama"] | {"parallel__pipeline_schedule": "zero_bubble"},
         "pruned, recompute block": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "block"},
+        "compiled, pruned": COMPILED["compiled, pruned"],
     },
 }
 LOW_PRECISION = {
