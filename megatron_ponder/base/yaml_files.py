@@ -23,7 +23,8 @@ _NUMBER = re.compile(
     r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
 # PyYAML's own have base-60 numbers, dates that are not text, and no exponent without a point.
-_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+_NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float")}
+_REPLACED = _NUMBERS | {"tag:yaml.org,2002:timestamp"}
 
 
 class Loader(yaml.SafeLoader):
@@ -68,11 +69,13 @@ class Loader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.tag == "tag:yaml.org,2002:bool":
                 _refuse(f"`{key.value}` is true or false, which is no key; put it in quotes", key.start_mark)
-            if key.value in lines:
-                _refuse(
-                    f"`{key.value}` is there already, in line {lines[key.value] + 1}; keep one of them", key.start_mark
-                )
-            lines[key.value] = key.start_mark.line
+            # as it is written, and as the number that it is: `1` and `01` are one key
+            for name in {key.value, self.construct_object(key) if key.tag in _NUMBERS else key.value}:
+                if name in lines:
+                    _refuse(
+                        f"`{key.value}` is there already, in line {lines[name] + 1}; keep one of them", key.start_mark
+                    )
+                lines[name] = key.start_mark.line
         return node
 
     def construct_whole(self, node: yaml.ScalarNode) -> int:

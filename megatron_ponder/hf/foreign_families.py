@@ -69,11 +69,12 @@ def _smollm3(fields: Fields) -> Settings:
     _window_if_used(fields)
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
-    layers = fields.whole("num_hidden_layers")
+    layers, rotated = fields.whole("num_hidden_layers"), fields.anything("no_rope_layers")
     every = fields.whole("no_rope_layer_interval", 4)
-    rotated = [int((layer + 1) % every != 0) for layer in range(layers)]  # unless the file says them one by one
-    if fields.only("no_rope_layers", rotated, [1] * layers) != [1] * layers:
-        raise fields.foreign("no_rope_layers" if fields.anything("no_rope_layers") else "no_rope_layer_interval")
+    if rotated is None and every <= layers:
+        raise fields.foreign("no_rope_layer_interval")
+    if rotated is not None and not (isinstance(rotated, list) and len(rotated) == layers == rotated.count(1)):
+        raise fields.foreign("no_rope_layers")
     return _like_llama(fields, "llama", theta=2e6) | {
         "model.tie_embeddings": fields.flag("tie_word_embeddings", True),
     }
@@ -215,6 +216,8 @@ def _yarn(rope: Fields, length: int) -> Settings:
     factor = rope.number("factor", length / original)
     grown = lambda share: 0.1 * share * math.log(max(factor, 1.0)) + 1
     above, below = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    if below < 0:  # may divide by zero
+        raise rope.foreign("mscale_all_dim")
     usual = grown(above) / grown(below) if above and below else grown(1.0)
     return {
         "model.rope_scaling": "yarn",

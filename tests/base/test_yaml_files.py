@@ -60,6 +60,7 @@ REFUSED = {
     "a section twice": ("training:\n  steps: 1\nmodel:\n  num_layers: 2\ntraining:\n  seed: 1\n", "line 5: `training`"),
     "a key twice in braces": ("model: {hidden_size: 1, hidden_size: 2}", "line 1: `hidden_size` is there already"),
     "a quoted key twice": ("model: {hidden_size: 1, 'hidden_size': 2}", "line 1: `hidden_size` is there already"),
+    "a number twice as a key": ("a: {1: 2, 01: 3}", "line 1: `01` is there already, in line 1; keep one of them"),
     "true as a key": ("a:\n  true: 3", "line 2: `true` is true or false, which is no key; put it in quotes"),
     "a long number": (f"model:\n  hidden_size: {'9' * 5000}", "line 2: a number of 5,000 characters is too long"),
     "deep lists": ("[" * 3000, "line 1: this is nested more than 32 levels deep"),
