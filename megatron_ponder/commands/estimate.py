@@ -16,6 +16,7 @@ of generation on one GPU cannot be faster than.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -128,7 +129,7 @@ def _show_decoding(config: Config, arguments: argparse.Namespace) -> None:
         UserError: something else is asked for, too.
     """
     for name in ("search", "json", "tokens", "mean_latent_steps"):
-        if getattr(arguments, name):
+        if _given(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} and --decoding are two questions; leave one out")
     from megatron_ponder.estimates import decoding_floor
 
@@ -143,7 +144,7 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
         UserError: the layout cannot work on so many ranks, or the fullest does not fit into a GPU that is named.
     """
     for name in ("search", "decoding", "json", "tokens", "mean_latent_steps", "gpus", "nodes"):
-        if getattr(arguments, name):
+        if _given(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} and --dry-run are two questions; leave one out")
     if arguments.dry_run < 1:
         raise UserError(f"--dry-run is {arguments.dry_run}; give the number of ranks of the run")
@@ -156,6 +157,12 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
     console.print(rehearsal.rehearsal_table(config, launch.world_size, list(rehearsal.rehearse(config, launch))))
     if cluster.gpu is not None or cluster.memory_gib is not None:
         _show_plan(config, hardware_of(cluster, config.training.precision), _budget(arguments, config), arguments)
+
+
+def _given(arguments: argparse.Namespace, name: str) -> bool:
+    """Whether an option is there; 0 is a value like any other."""
+    value = getattr(arguments, name)
+    return value is not None and value is not False
 
 
 def _console() -> Console:
@@ -184,7 +191,7 @@ def _budget(arguments: argparse.Namespace, config: Config) -> Budget:
     """What the run is given."""
     per_step = config.training.global_batch_size * config.data.sequence_length
     tokens = config.training.steps * per_step if arguments.tokens is None else arguments.tokens
-    if tokens <= 0:
+    if not 0 < tokens < math.inf:
         raise UserError(f"--tokens is {tokens:g}; give a positive number, such as 30e9")
     if arguments.mean_latent_steps is not None:
         _check_mean(arguments.mean_latent_steps, config)

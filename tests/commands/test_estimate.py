@@ -116,6 +116,8 @@ def test_a_number_of_gpus(estimate):
         (["--gpu", "H100"], "no GPU is known as H100"),
         (["--nodes", "2"], "--memory-gib is not known"),
         (["--gpu", "H200", "--tokens", "-1"], "give a positive number"),
+        (["--gpu", "H200", "--tokens", "nan"], "give a positive number"),
+        (["--gpu", "H200", "--decoding", "--mean-latent-steps", "0"], "two questions"),
         (["--gpu", "H200", "--parallel.tensr", "2"], "did you mean parallel.tensor?"),
         (["--gpu", "H200", "--nodes", "1250"], "set training.global_batch_size to"),
         (["--gpu", "H200", "--nodes", "1250", "--search"], "set training.global_batch_size to"),
