@@ -31,7 +31,10 @@ def test_parameters_of_every_rank(family, mode, router):
         )
         for place in range(pipeline):
             model = build_part(config, Mesh(tensor=Axis(tensor), pipeline=Axis(pipeline, place)))
-            built = [(one.dim(), one.numel(), spec.shard_dim is None) for _, one, spec, _ in declarations(model)]
+            built = [
+                (one.dim(), one.numel(), spec.shard_dim is None, spec.of_heads)
+                for _, one, spec, _ in declarations(model)
+            ]
             held = Rank(config, pipeline_rank=place).part
             assert list(held.parameters) == built
             assert held.count == sum(parameter.numel() for parameter in model.parameters())
