@@ -107,6 +107,8 @@ def encode_in_order(
         while under_way:
             yield _result(*under_way.popleft())
     except BrokenProcessPool:
+        # Before Python 3.11.5 the thread that feeds the workers may wait for ever for one to read.
+        pool._call_queue._reader.close()
         raise UserError("a worker process died, perhaps for want of memory; set --workers lower") from None
     finally:
         pool.shutdown(cancel_futures=True)
