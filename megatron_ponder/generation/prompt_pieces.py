@@ -183,8 +183,8 @@ class IteratedPiece:
         return orders
 
 
-class WholePiece:
-    """Passes that are not iterated and share their keys: one forward runs all slots."""
+class _RunOnce:
+    """Tokens that are not iterated."""
 
     finished = None
 
@@ -198,12 +198,20 @@ class WholePiece:
             wanted: whether the logits after the last token are.
         """
         self._tokens, self._position, self._steps, self._wanted = tokens, position, passes.steps, wanted
-        self.width = len(tokens) * (passes.steps + 1)
-        self.done = False
 
     @property
     def slots(self) -> int:
         return self.width
+
+
+class WholePiece(_RunOnce):
+    """Passes that are not iterated and share their keys: one forward runs all slots."""
+
+    done = False
+
+    @property
+    def width(self) -> int:
+        return len(self._tokens) * (self._steps + 1)
 
     def add_to(self, forward: Forward, row: int, start: int) -> None:
         at = len(forward)
@@ -220,27 +228,14 @@ class WholePiece:
         return [self._steps] * len(self._tokens)
 
 
-class LanePiece:
+class LanePiece(_RunOnce):
     """Passes with keys of their own: every forward runs one step of all tokens."""
 
-    finished = None
-
-    def __init__(self, tokens: list[int], position: int, passes: Passes, wanted: bool) -> None:
-        """Begin.
-
-        Args:
-            tokens: at least one.
-            position: of the first.
-            passes: of the model.
-            wanted: whether the logits after the last token are.
-        """
-        self._tokens, self._position, self._steps, self._wanted = tokens, position, passes.steps, wanted
-        self._step = self._at = 0
-        self.width = len(tokens)
+    _step = _at = 0
 
     @property
-    def slots(self) -> int:
-        return self.width
+    def width(self) -> int:
+        return len(self._tokens)
 
     @property
     def done(self) -> bool:
