@@ -22,6 +22,7 @@ import argparse
 import random
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -122,22 +123,38 @@ class Stream:
         return flops, 4 * (blocks + read_head * head + cached)
 
 
-def calibrated(model: PonderLM, target: float) -> Rule:
-    """The rule whose α gives about this mean K̂ to sequences that the model generates."""
-    low, high = -30.0, 30.0
-    for _ in range(9):
+def calibrated(target: float, mean_of: Callable[[Rule], float]) -> Rule:
+    """The rule whose α comes nearest to a mean K̂, which rises with it, in jumps where tokens follow each other."""
+    low, high, found = -30.0, 30.0, {}
+    for _ in range(12):
         rule = Rule("hard", THRESHOLD, (low + high) / 2)
-        results = generate(model, prompts(BATCH, PROMPT), 16, rule)
-        mean = statistics.fmean(step for result in results for step in result.executed_steps[PROMPT:])
+        mean = mean_of(rule)
+        found[abs(mean - target)] = rule
         low, high = (rule.bias, high) if mean < target else (low, rule.bias)
-    return rule
+    return found[min(found)]
+
+
+def of_generated(model: PonderLM, rule: Rule) -> float:
+    """Mean K̂ of sequences that the model generates."""
+    results = generate(model, prompts(BATCH, PROMPT), 16, rule)
+    return statistics.fmean(step for result in results for step in result.executed_steps[PROMPT:])
+
+
+def of_prompt(model: PonderLM, prompt: tuple[int, ...], rule: Rule) -> float:
+    """Mean K̂ of the tokens of a prompt."""
+    reader = Reader(model, prompt, rule, Prefill())
+    reader()
+    return statistics.fmean(reader.generation.executed_steps)
 
 
 def measure_adaptive(device: torch.device, rounds: int) -> None:
     """Part `adaptive`."""
     model = build("adaptive", device)[0]
     streams = {"fixed": Stream(build("fixed", device)[0], BATCH)}
-    streams |= {f"about {target}": Stream(model, BATCH, calibrated(model, target)) for target in MEAN_STEPS}
+    streams |= {
+        f"about {target}": Stream(model, BATCH, calibrated(target, partial(of_generated, model)))
+        for target in MEAN_STEPS
+    }
     in_turn(streams, rounds)
     table = Table(title=f"adaptive over fixed, {BATCH} sequences")
     for heading in ("steps", "mean K̂", "tokens/s", "over fixed", "of what slots alone would give"):
@@ -153,7 +170,7 @@ def measure_adaptive(device: torch.device, rounds: int) -> None:
 def measure_batch(device: torch.device, rounds: int) -> None:
     """Part `batch`."""
     models = {mode: build(mode, device)[0] for mode in ("vanilla", "fixed", "adaptive")}
-    rules = {"adaptive": calibrated(models["adaptive"], 1.5)}
+    rules = {"adaptive": calibrated(1.5, partial(of_generated, models["adaptive"]))}
     streams = {
         (mode, count): Stream(model, count, rules.get(mode)) for mode, model in models.items() for count in (1, BATCH)
     }
@@ -265,13 +282,22 @@ class Reader:
 def measure_prompts(device: torch.device, rounds: int, length: int) -> None:
     """Part `prompts`."""
     table = Table(title=f"one prompt of {length} tokens")
-    headings = ("mode", "iterated", "slot by slot [s]", "sweeps [s]", "gain", "its forwards", "largest difference")
+    headings = (
+        "mode",
+        "iterated",
+        "mean K̂",
+        "slot by slot [s]",
+        "sweeps [s]",
+        "gain",
+        "its forwards",
+        "largest difference",
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading in headings[:2] else "right")
     prompt = tuple(prompts(1, length)[0])
     for mode in ("vanilla", "fixed", "adaptive"):
         model = build(mode, device)[0]
-        rule = calibrated(model, 1.5) if mode == "adaptive" else None
+        rule = calibrated(1.5, partial(of_prompt, model, prompt)) if mode == "adaptive" else None
         ways = {"slots": None, "to the fixed point": Prefill(), "three more": Prefill(refinements=3)}
         if mode == "vanilla":  # nothing is iterated
             ways = {"slots": None, "once": Prefill()}
@@ -285,6 +311,7 @@ def measure_prompts(device: torch.device, rounds: int, length: int) -> None:
             table.add_row(
                 mode,
                 name,
+                f"{statistics.fmean(slots.executed_steps):.2f}",
                 *(f"{statistics.median(times[way]):.2f}" for way in ("slots", name)),
                 f"{ratio(times['slots'], times[name]):.1f}",
                 str(reader.forwards),

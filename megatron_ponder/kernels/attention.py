@@ -41,7 +41,6 @@ class Call(NamedTuple):
         dtype: of queries, keys and values.
         grouped: fewer heads of keys and values than of queries.
         segmented: rows are of several segments.
-        whole: as many queries as keys.
         head_size: channels of a head.
     """
 
@@ -49,7 +48,6 @@ class Call(NamedTuple):
     dtype: torch.dtype
     grouped: bool = False
     segmented: bool = False
-    whole: bool = True
     head_size: int = 64
 
 
@@ -96,10 +94,10 @@ class Kernel(NamedTuple):
 
 def attend(
     q_BTND: Tensor,
-    k_BSMD: Tensor,
-    v_BSMD: Tensor,
+    k_BTMD: Tensor,
+    v_BTMD: Tensor,
     scale: float,
-    log_w_BS: Tensor | None = None,
+    log_w_BT: Tensor | None = None,
     segments: Segments | None = None,
     angles: Rotation | None = None,
     kernel: AttentionKernel = "auto",
@@ -107,12 +105,12 @@ def attend(
     """Causal attention; every call of it goes through here and is given the kernel that suits it.
 
     Args:
-        q_BTND: queries of N heads, of the last T slots.
-        k_BSMD, v_BSMD: keys and values of all S slots, of M heads; M divides N.
+        q_BTND: queries of N heads.
+        k_BTMD, v_BTMD: keys and values of M heads; M divides N.
         scale: factor on the logits; 1/√D where keys have weights.
-        log_w_BS: log weight of each key, in fp32 or better; None where every weight is 1.
-        segments: of the B · T slots, with T = S; None if every row is one.
-        angles: by which queries and keys are rotated first, with T = S; None if they are already.
+        log_w_BT: log weight of each key, in fp32 or better; None where every weight is 1.
+        segments: of the B · T slots; None if every row is one.
+        angles: by which queries and keys are rotated first; None if they are already.
         kernel: the one to take.
 
     Returns:
@@ -121,16 +119,15 @@ def attend(
     Raises:
         UserError: if that cannot compute the call.
     """
-    head_size, grouped = v_BSMD.shape[-1], q_BTND.shape[2] != k_BSMD.shape[2]
-    whole = q_BTND.shape[1] == k_BSMD.shape[1]
-    chosen = choose(Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None, whole, head_size), kernel)
-    if log_w_BS is None or chosen.carried != "channels":
-        q_BTND, k_BSMD = (_turned(x, angles, None) for x in (q_BTND, k_BSMD))
-        return chosen.compute(q_BTND, k_BSMD, v_BSMD, scale, log_w_BS, segments)
+    head_size, grouped = v_BTMD.shape[-1], q_BTND.shape[2] != k_BTMD.shape[2]
+    chosen = choose(Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None, head_size), kernel)
+    if log_w_BT is None or chosen.carried != "channels":
+        q_BTND, k_BTMD = (_turned(x, angles, None) for x in (q_BTND, k_BTMD))
+        return chosen.compute(q_BTND, k_BTMD, v_BTMD, scale, log_w_BT, segments)
     assert scale == head_size**-0.5  # for which channels are folded
-    of_q, of_k = folded_channels(log_w_BS, head_size, k_BSMD)
-    q_BTNE, k_BSME = _turned(q_BTND, angles, of_q), _turned(k_BSMD, angles, of_k)
-    return chosen.compute(q_BTNE, k_BSME, F.pad(v_BSMD, (0, FOLDED_CHANNELS)), scale, None, segments)[..., :head_size]
+    of_q, of_k = folded_channels(log_w_BT, head_size, k_BTMD)
+    q_BTNE, k_BTME = _turned(q_BTND, angles, of_q), _turned(k_BTMD, angles, of_k)
+    return chosen.compute(q_BTNE, k_BTME, F.pad(v_BTMD, (0, FOLDED_CHANNELS)), scale, None, segments)[..., :head_size]
 
 
 def choose(call: Call, name: AttentionKernel = "auto") -> Kernel:
@@ -159,39 +156,33 @@ def _turned(x: Tensor, angles: Rotation | None, channels: Tensor | None) -> Tens
 
 
 def _sdpa(
-    q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, _: Tensor | None, segments: Segments | None
+    q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float, _: Tensor | None, segments: Segments | None
 ) -> Tensor:
     """PyTorch's own kernels."""
     if segments is not None:
-        flat = (x.flatten(0, 1) for x in (q_BTND, k_BSMD, v_BSMD))
+        flat = (x.flatten(0, 1) for x in (q_BTND, k_BTMD, v_BTMD))
         return segmented_attention(*flat, scale, segments).unflatten(0, q_BTND.shape[:2])
-    last, every = q_BTND.shape[1], k_BSMD.shape[1]
-    mask = None
-    if last < every:
-        places = torch.arange(every, device=q_BTND.device)
-        mask = places <= places[-last:, None]
     out = F.scaled_dot_product_attention(
         q_BTND.transpose(1, 2),
-        k_BSMD.transpose(1, 2),
-        v_BSMD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
+        k_BTMD.transpose(1, 2),
+        v_BTMD.transpose(1, 2),
+        is_causal=True,
         scale=scale,
-        enable_gqa=q_BTND.shape[2] != k_BSMD.shape[2],
+        enable_gqa=q_BTND.shape[2] != k_BTMD.shape[2],
     )
     return out.transpose(1, 2)
 
 
 def _varlen(
-    q_BTND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, scale: float, _: Tensor | None, segments: Segments | None
+    q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float, _: Tensor | None, segments: Segments | None
 ) -> Tensor:
     """PyTorch's flash kernel for sequences of several lengths."""
-    (batch, length, heads, _), flat = q_BTND.shape, [x.flatten(0, 1) for x in (q_BTND, k_BSMD, v_BSMD)]
+    (batch, length, heads, _), flat = q_BTND.shape, [x.flatten(0, 1) for x in (q_BTND, k_BTMD, v_BTMD)]
     if segments is None:
         bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q_BTND.device)
     else:
         bounds, length = segments.bounds, segments.longest
-    grouped = {"enable_gqa": True} if heads != k_BSMD.shape[2] else {}
+    grouped = {"enable_gqa": True} if heads != k_BTMD.shape[2] else {}
     out = varlen.varlen_attn(*flat, bounds, bounds, length, length, scale=scale, window_size=(-1, 0), **grouped)
     return out.unflatten(0, q_BTND.shape[:2])
 
@@ -222,7 +213,6 @@ def _unless(*needs: tuple[bool, str]) -> str | None:
 
 
 _HALF = (torch.bfloat16, torch.float16)
-_WHOLE = "as many queries as keys, which cached prompts have not"
 # In the order in which calls look for one. What no GPU has timed comes after what PyTorch has.
 _KERNELS = (
     Kernel("sdpa", _sdpa, lambda call: _unless((call.device == "cpu", "a CPU")), block=512),
@@ -235,9 +225,7 @@ _KERNELS = (
     Kernel(
         "varlen",
         _varlen,
-        lambda call: _unless(
-            (call.device == "cuda", "a GPU"), (call.dtype in _HALF, "training.precision bf16"), (call.whole, _WHOLE)
-        ),
+        lambda call: _unless((call.device == "cuda", "a GPU"), (call.dtype in _HALF, "training.precision bf16")),
         width=_flash_width,
     ),
     Kernel(
@@ -247,7 +235,6 @@ _KERNELS = (
             (call.device == "cuda", "a GPU"),
             (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
             (call.head_size <= 128, "heads of at most 128 channels, model.head_size"),
-            (call.whole, _WHOLE),
         ),
         carried="apart",
         block=64,
@@ -257,7 +244,7 @@ _KERNELS = (
     Kernel(
         "value_side",
         _value_side,
-        lambda call: _unless((not call.segmented, "data.reset_at_eod false"), (call.whole, _WHOLE)),
+        lambda call: _unless((not call.segmented, "data.reset_at_eod false")),
         carried="values",
         width=_flash_width,
     ),

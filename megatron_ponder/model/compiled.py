@@ -35,7 +35,7 @@ class CompiledBlock:
         """
         from torch._dynamo import lookup_backend  # which takes seconds that others need not wait
 
-        self.graphs, self.seconds, self._told = 0, 0.0, 0
+        self.graphs, self.seconds, self._told = 0, 0.0, (0, 0.0)
         self._backend = lookup_backend(backend)
         # Beyond its limit PyTorch refuses to compile, because it takes a function of so many graphs for a mistake.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, most)
@@ -86,10 +86,11 @@ class CompiledBlock:
 
     def news(self) -> str | None:
         """What has been compiled since this was last asked; None for nothing."""
-        if self.graphs == self._told:
+        (graphs, seconds), self._told = self._told, (self.graphs, self.seconds)
+        if self.graphs == graphs:
             return None
-        self._told = self.graphs
-        return f"{self.graphs} graphs of blocks compiled in {self.seconds:.1f} s"
+        further = "further " if graphs else ""
+        return f"{self.graphs - graphs} {further}graphs of blocks compiled in {self.seconds - seconds:.1f} s"
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
         self.graphs += 1

@@ -485,7 +485,6 @@ def test_ranks_that_do_not_divide_are_refused_with_the_nearest_layout(config, wo
     sequence=st.booleans(),
     zero_bubble=st.booleans(),
 )
-@settings(deadline=None)
 def test_following_what_is_said_leads_to_a_layout_that_works(tensor, pipeline, batch, ranks, sequence, zero_bubble):
     nodes, local_size = ranks
     launch = Launch(world_size=nodes * local_size, local_size=local_size)
@@ -566,7 +565,7 @@ def test_micro_batches_that_make_no_rounds_are_refused(batch, rounds, fits):
 
 
 @given(pipeline=st.integers(2, 5), count=st.integers(1, 14), passes=st.integers(1, 5), zero_bubble=st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_rule_for_micro_batches_is_that_of_the_schedules(pipeline, count, passes, zero_bubble):
     stages = stages_on_paper(pipeline, passes)
     schedule = ScheduleInterleavedZeroBubble if zero_bubble else ScheduleInterleaved1F1B
@@ -605,7 +604,7 @@ def configurations(draw) -> Config:
     return replace(config, optimizer=replace(config.optimizer, betas=betas))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(config=configurations())
 def test_resolved_form_survives_the_disk(config, tmp_path_factory):
     config = validate(resolve(config))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.data import interleave
@@ -51,7 +51,6 @@ def phase_lists(draw):
     return phases
 
 
-@settings(deadline=None)
 @given(phase_lists())
 def test_every_dataset_is_read_in_its_own_order_without_a_gap(phases):
     blend = BlendedDataset(numbered(5), phases)
@@ -64,7 +63,6 @@ def test_every_dataset_is_read_in_its_own_order_without_a_gap(phases):
     assert [drawn for _, drawn in blend.streams(220)] == counts
 
 
-@settings(deadline=None)
 @given(phase_lists(), st.integers(0, 2))
 def test_a_phase_does_not_disturb_what_comes_before(phases, kept):
     kept = min(kept, len(phases) - 1)
@@ -74,7 +72,6 @@ def test_a_phase_does_not_disturb_what_comes_before(phases, kept):
         assert whole.locate(position) == part.locate(position)
 
 
-@settings(deadline=None)
 @given(phase_lists())
 def test_counts_are_near_the_ideal_of_each_phase(phases):
     blend = BlendedDataset(numbered(5), phases)
@@ -86,7 +83,6 @@ def test_counts_are_near_the_ideal_of_each_phase(phases):
                 assert abs(counts[dataset] - n * weight / sum(phase.weights)) < 1 + 1e-9
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.1, 0.3, 1.0, 2.0])), min_size=1, max_size=5))
 def test_an_epoch_ends_before_anything_is_read_again(given_datasets):
     datasets = [Numbered(name, size) for name, (size, _) in enumerate(given_datasets)]

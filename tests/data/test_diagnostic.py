@@ -101,7 +101,7 @@ def test_examples():
     assert solve("match ( [ { } =") == (["]"], 1)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 6), st.integers(0, 99))
 def test_passages(documents, questions, max_depth, seed):
     made = list(passages(documents, questions, max_depth, seed))

@@ -18,7 +18,7 @@ OBJECTS = st.dictionaries(st.sampled_from(["text", "", "}", "a\nb", "é"]), VALU
 ASCII = st.booleans()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     objects=st.lists(OBJECTS, max_size=5),
     end=st.sampled_from(["\n", "\r\n", "\n\n", "\n  \n"]),
@@ -36,7 +36,7 @@ def test_objects_on_lines_are_lines(objects, end, ascii, mark, cut):
         assert json_layout(content[: first + cut]) == "lines"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     objects=st.lists(OBJECTS, max_size=5),
     indent=st.sampled_from([None, 0, 1, 4, "\t"]),
@@ -48,14 +48,14 @@ def test_an_array_is_never_taken_for_lines(objects, indent, ascii, before):
     assert json_layout(content.encode()) == "array"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=OBJECTS.filter(bool), indent=st.sampled_from([0, 1, 4, "\t"]), ascii=ASCII)
 def test_an_object_over_several_lines_is_never_taken_for_lines(value, indent, ascii):
     content = json.dumps(value, indent=indent, ensure_ascii=ascii)
     assert json_layout(content.encode()) == "one value"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=200) | st.text(alphabet='{}[]":, \n\\a1', max_size=60).map(str.encode))
 def test_any_bytes_have_a_layout(content):
     assert json_layout(content) in ("lines", "array", "one value", "none")

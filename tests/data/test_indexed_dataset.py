@@ -55,7 +55,7 @@ def test_dtype_follows_the_vocabulary(tmp_path, vocab_size, dtype, code):
     assert IndexedDataset(tmp_path / "data").read(0).tolist() == [0, vocab_size - 1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     vocab_size=st.sampled_from([2, 65499, 65500, 65536, 1 << 20]),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any),

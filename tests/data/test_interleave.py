@@ -29,7 +29,7 @@ def first_draws(turns: Interleave, draws: int) -> list[int]:
     return [turns.locate(draw)[0] for draw in range(draws)]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(WEIGHTS)
 @example([0.5] + [0.01] * 50)  # one large share among many small ones: largest deficit first is too early there
 @example([1.0] * 12)
@@ -50,14 +50,12 @@ def test_counts_are_less_than_one_from_the_ideal_at_every_prefix(weights):
         assert all(abs(count * period - share) < period for count, share in zip(counts, ideal, strict=True))
 
 
-@settings(deadline=None)
 @given(WEIGHTS, st.lists(st.integers(0, 500), min_size=1, max_size=20))
 def test_a_draw_does_not_depend_on_what_was_asked_before(weights, draws):
     turns = Interleave(weights)
     assert [turns.locate(draw) for draw in draws] == [Interleave(weights).locate(draw) for draw in draws]
 
 
-@settings(deadline=None)
 @given(WEIGHTS, st.integers(0, 700))
 def test_counts_are_those_of_the_draws(weights, draws):
     turns = Interleave(weights)

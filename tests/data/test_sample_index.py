@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.base.errors import UserError
@@ -33,7 +33,6 @@ def test_without_shuffling_samples_are_those_of_the_joined_documents(lengths, da
     assert epoch(index, 0) == epoch(index, 3) == expected
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 2**40), st.integers(0, 3), st.data())
 def test_an_epoch_is_a_shuffle_of_a_shuffled_stream(lengths, seed, number, data):
     size = data.draw(st.integers(1, sum(lengths) - 1))
@@ -166,7 +165,6 @@ def earlier_pieces(lengths, size, seed, position):
     return pieces
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 2**40), st.data())
 def test_the_order_is_that_of_runs_made_before(lengths, seed, data):
     size = data.draw(st.integers(1, sum(lengths) - 1))
@@ -213,7 +211,6 @@ ORDERED = LENGTHS.flatmap(
 )
 
 
-@settings(deadline=None)
 @given(ORDERED, st.sampled_from([(1 << 15, 1 << 16), (3, 4), (1, 1), (7, 2)]), st.data())
 def test_where_samples_begin(ordered, blocks, data):
     lengths, order = ordered

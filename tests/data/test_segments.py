@@ -14,7 +14,7 @@ def whole(text):
     return [TextPart(text, ends_document=True)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text("a  \n", max_size=120),
     cuts=st.lists(st.integers(0, 120), max_size=6),

@@ -71,7 +71,7 @@ def encoders(source_files, tmp_path_factory) -> dict[str, CachedEncoder]:
 
 
 @pytest.mark.parametrize("name", RULED)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXT)
 @example(text="a\u2581 \u2581b  c\n   d ")
 @example(text="§§ §\u2581§ 数a数 b")

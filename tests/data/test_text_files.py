@@ -100,7 +100,7 @@ def test_files_that_were_joined(tmp_path, compression):
     assert lines_of(path)[0] == ["part 0", "part 1", "part 2"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lines=st.lists(st.sampled_from([b"", b"  ", b'{"text": "a"}', b'{"text": "longer \\n"}\r', b"bad", b"{}"])),
     last_newline=st.booleans(),

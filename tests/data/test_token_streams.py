@@ -26,7 +26,7 @@ def contents(folder):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(0, 12), max_size=12),
     cuts=st.lists(st.integers(0, 60), max_size=8),

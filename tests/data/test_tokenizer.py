@@ -36,7 +36,7 @@ def byte_level_tokenizer(hugging_face_folder):
     return load_tokenizer(hugging_face_folder)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXT)
 @example(" leading, trailing ")
 @example("\n\n    \n")
@@ -46,7 +46,7 @@ def test_sentencepiece_gives_back_any_text(sentencepiece_tokenizer, text):
     assert all(3 <= token < sentencepiece_tokenizer.vocab_size for token in ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXT)
 def test_hugging_face_gives_back_any_text(byte_level_tokenizer, text):
     ids = byte_level_tokenizer.encode(text)

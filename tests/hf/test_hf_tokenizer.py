@@ -37,7 +37,7 @@ def test_source_text(pair, sources):
         assert theirs.decode(ids) == text
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(TEXT)
 @example(" leading, trailing ")
 @example("\n\n    \n")

@@ -33,15 +33,6 @@ def test_another_kernel_is_a_row(monkeypatch):
     assert choose(Call("cuda", torch.float64, grouped=True)) is not row
 
 
-def test_queries_of_the_last_slots():
-    """They see what they see among the queries of all slots."""
-    q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    log_w = torch.randn(2, 9, dtype=torch.float64)
-    for weights in (None, log_w):
-        every = attend(q, k, v, 8**-0.5, weights)
-        torch.testing.assert_close(attend(q[:, 5:], k, v, 8**-0.5, weights), every[:, 5:])
-
-
 @pytest.mark.parametrize(("block", "pairs"), [(1, 36), (4, 48), (512, 64)])
 def test_pairs_of_whole_blocks(block, pairs):
     """8 queries see 36 keys in all; those of two blocks of 4 read 16 + 32, and one block is the whole square."""
@@ -108,7 +99,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
         (Call("cpu", FP32), "sdpa"),
         (Call("cpu", BF16, segmented=True), "sdpa"),
         (Call("cuda", BF16), "sdpa"),
-        (Call("cuda", BF16, whole=False), "sdpa"),
         (Call("cuda", BF16, segmented=True), "varlen"),
         (Call("cuda", FP32, segmented=True), "triton"),
     ],

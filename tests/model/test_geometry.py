@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.config import ModelConfig
@@ -12,7 +12,6 @@ from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.rope import rotation
 
 EOD = 7
-unhurried = settings(deadline=None)  # first calls of torch are slow
 token_batches = st.integers(1, 9).flatmap(
     lambda length: st.lists(
         st.lists(st.sampled_from([1, 2, EOD]), min_size=length, max_size=length), min_size=1, max_size=3
@@ -26,7 +25,6 @@ def test_positions_without_documents():
     assert geometry.segments(3) is None
 
 
-@unhurried
 @given(batch=token_batches, slots=st.integers(1, 3))
 def test_positions_and_segments_of_documents(batch, slots):
     geometry = Geometry.of(torch.tensor(batch), EOD)

@@ -4,15 +4,12 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ponder.model.passes import PassState, enter_pass, leave_pass, pass_slots
 
-unhurried = settings(deadline=None)  # first calls of torch are slow
 
-
-@unhurried
 @given(steps=st.integers(1, 8), refinements=st.integers(0, 8))
 def test_cost_of_the_passes(steps, refinements):
     slots = pass_slots(steps, refinements)
@@ -23,7 +20,6 @@ def test_cost_of_the_passes(steps, refinements):
     assert all(after - before in (0, 1) for before, after in itertools.pairwise(slots))
 
 
-@unhurried
 @given(refinements=st.integers(0, 8))
 def test_no_steps_take_one_pass(refinements):
     assert pass_slots(0, refinements) == (1,)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from megatron_ponder.model.router import Router, Rule, fusion_weights, key_log_w
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import initialize
 
-unhurried = settings(deadline=None)  # first calls of torch are slow
 thresholds = st.sampled_from([0.0, 1e-30, 1e-4, 0.3, 0.999, 1.0]) | st.floats(0, 1)
 
 
@@ -29,7 +28,6 @@ def soft(threshold: float = 1e-4, bias: float = 0.0) -> Rule:
     return Rule("soft", threshold=threshold, bias=bias)
 
 
-@unhurried
 @given(logits=logit_tensors())
 def test_s_is_a_distribution_and_w_its_tails(logits):
     routing = route(logits, soft())
@@ -43,7 +41,6 @@ def test_s_is_a_distribution_and_w_its_tails(logits):
     assert routing.log_w.isfinite().all()
 
 
-@unhurried
 @given(logits=logit_tensors(), threshold=thresholds)
 def test_executed_steps_by_their_definition(logits, threshold):
     routing = route(logits, soft(threshold))
@@ -63,7 +60,6 @@ def test_logits_that_are_not_finite_execute_no_step_that_there_is_not(bad, thres
         assert F.one_hot(executed, 4).sum() == 3
 
 
-@unhurried
 @given(logits=logit_tensors(), threshold=thresholds, data=st.data())
 def test_executed_steps_that_are_given(logits, threshold, data):
     last = logits.shape[1] - 1
@@ -79,7 +75,6 @@ def test_executed_steps_that_are_given(logits, threshold, data):
         assert (keys[token, steps + 1 :] == DEAD).all()
 
 
-@unhurried
 @given(logits=logit_tensors(), threshold=thresholds, kind=st.sampled_from(["soft", "hard"]))
 def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, kind):
     rule = Rule(kind, threshold)
@@ -97,7 +92,6 @@ def test_fusion_weights_sum_to_one_for_every_threshold(logits, threshold, kind):
         assert not weights[token, last + 1 :].any()
 
 
-@unhurried
 @given(logits=logit_tensors(), threshold=thresholds)
 def test_steps_that_do_not_run_are_dead_as_keys(logits, threshold):
     routing = route(logits, soft(threshold))
@@ -108,7 +102,6 @@ def test_steps_that_do_not_run_are_dead_as_keys(logits, threshold):
         assert (hard[token, last + 1 :] == DEAD).all()
 
 
-@unhurried
 @given(logits=logit_tensors(), bias=st.floats(-5, 5))
 def test_bias_is_added_once_for_each_step(logits, bias):
     shifted = logits + bias * torch.arange(logits.shape[1])
