@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ponder.base.launch import Launch, discover
-from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
+from megatron_ponder.checkpoint.optimizer_state import ADAMW, WEIGHT
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.model.ponder import PonderLM
@@ -63,7 +63,7 @@ class State:
         self._items = [
             StateTensor(kind, name, weight if kind == WEIGHT else torch.randn_like(weight))
             for name, weight in weights.items()
-            for kind in KINDS
+            for kind in (WEIGHT, *ADAMW)
         ]
 
     def state(self) -> Iterator[StateTensor]:

@@ -21,21 +21,19 @@ def expected_tensors(manifest: Manifest, config: Config) -> dict[str, tuple[int,
 
     One that was converted has weights alone, one that a run has written moments as well.
     """
-    held = kinds_of(manifest, kinds(config.optimizer))
     with torch.device("meta"):  # shapes alone, without memory for the values
-        shapes = [(name, spec.shape) for name, _, spec, _ in declarations(PonderLM(config.model, config.ponder))]
-    return {f"{kind}/{name}": shape for name, shape in shapes for kind in held}
+        specs = [(name, spec) for name, _, spec, _ in declarations(PonderLM(config.model, config.ponder))]
+    alone = holds_weights_alone(manifest)
+    return {
+        f"{kind}/{name}": spec.shape
+        for name, spec in specs
+        for kind in ((WEIGHT,) if alone else kinds(config.optimizer, spec.matrix))
+    }
 
 
-def kinds_of(manifest: Manifest, in_training: tuple[str, ...]) -> tuple[str, ...]:
-    """The kinds of tensors that a checkpoint should hold of every parameter.
-
-    Args:
-        manifest: of the checkpoint.
-        in_training: those that a run has.
-    """
-    weights_only = manifest.state.step == 0 and all(key.startswith(f"{WEIGHT}/") for key in manifest.tensors)
-    return (WEIGHT,) if weights_only else in_training
+def holds_weights_alone(manifest: Manifest) -> bool:
+    """Whether a checkpoint is to hold nothing that an optimiser remembers, because it was converted."""
+    return manifest.state.step == 0 and all(key.startswith(f"{WEIGHT}/") for key in manifest.tensors)
 
 
 def check_state(folder: Path, manifest: Manifest, files: Iterable[str]) -> None:

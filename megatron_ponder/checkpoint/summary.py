@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.completeness import expected_tensors, kinds_of
+from megatron_ponder.checkpoint.completeness import expected_tensors, holds_weights_alone
 from megatron_ponder.checkpoint.finite import not_finite
 from megatron_ponder.checkpoint.folders import CONFIG, checkpoints_in, latest_checkpoint, partial_folders_in
 from megatron_ponder.checkpoint.manifest import Manifest, read_manifest
-from megatron_ponder.checkpoint.optimizer_state import KINDS, WEIGHT
+from megatron_ponder.checkpoint.optimizer_state import ADAMW, MUON, WEIGHT
 from megatron_ponder.checkpoint.reader import damaged, read_config_of
 from megatron_ponder.checkpoint.tensor_files import problem_of, tensors_problem
 from megatron_ponder.config import Config
@@ -55,7 +55,7 @@ class TensorReport:
     """One tensor of a checkpoint.
 
     Attributes:
-        kind: the weight or one of the two moments.
+        kind: the weight, or what the optimiser remembers.
         name: of the parameter.
         file: that holds it.
         dtype: as safetensors calls it.
@@ -176,4 +176,11 @@ def _wanted(manifest: Manifest, config: Config | None) -> list[str]:
     if config is not None:
         return list(expected_tensors(manifest, config))
     weights = [key.partition("/")[2] for key in manifest.tensors if key.startswith(f"{WEIGHT}/")]
-    return [f"{kind}/{name}" for name in weights for kind in kinds_of(manifest, KINDS)]
+    return [f"{kind}/{name}" for name in weights for kind in (WEIGHT, *_moments_shown(manifest, name))]
+
+
+def _moments_shown(manifest: Manifest, name: str) -> tuple[str, ...]:
+    """What an optimiser remembers of a parameter, as far as the other tensors of a checkpoint tell."""
+    if holds_weights_alone(manifest):
+        return ()
+    return tuple(MUON if any(f"{kind}/{name}" in manifest.tensors for kind in MUON) else ADAMW)

@@ -10,7 +10,7 @@ from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.layout import even_layers, largest_tensor
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
-from megatron_ponder.config.run import TrainingConfig
+from megatron_ponder.config.run import OptimizerConfig, TrainingConfig
 from megatron_ponder.config.sections import Config
 
 
@@ -28,6 +28,7 @@ def validate(config: Config) -> Config:
     if config.parallel.pipeline > 1:
         _validate_pipeline(config)
     _validate_offload(config.parallel)
+    _validate_optimizer(config)
     _validate_recompute(config.training)
     _validate_compile(config)
     _validate_data(config.data)
@@ -216,6 +217,29 @@ def _validate_offload(parallel: ParallelConfig) -> None:
         where == "nvme" or parallel.offload_nvme_path is None,
         f"parallel.offload_nvme_path is not used with parallel.offload_optimizer {where}; "
         "leave it out, or set parallel.offload_optimizer to nvme",
+    )
+
+
+def _validate_optimizer(config: Config) -> None:
+    optimizer, stage = config.optimizer, config.parallel.zero_stage
+    if optimizer.name != "muon":
+        for item in fields(OptimizerConfig):
+            value = getattr(optimizer, item.name)
+            _require(
+                not item.name.startswith("muon_") or value == item.default,
+                f"optimizer.{item.name} {value} has no meaning with optimizer.name {optimizer.name}; leave it out, or "
+                "set optimizer.name to muon",
+            )
+        return
+    _require(
+        stage < 3,
+        f"optimizer.name muon cannot be used with parallel.zero_stage {stage}, which cuts every matrix over all data "
+        "ranks; set parallel.zero_stage to 1 or 2, or optimizer.name to adamw",
+    )
+    _require(
+        optimizer.muon_scaling != "original" or optimizer.muon_learning_rate is not None,
+        "optimizer.muon_scaling original needs a learning rate of its own, because its updates are far smaller than "
+        "those of AdamW at the same one; set optimizer.muon_learning_rate, for example to 0.02",
     )
 
 

@@ -78,6 +78,9 @@ NAMES = {
     "data.cache_path": ("data_cache_path", "index_mapping_dir", "cache_dir"),
     "data.reset_at_eod": ("reset_position_ids", "reset_attention_mask", "document_mask"),
     "tokenizer.path": ("tokenizer_model", "tokenizer_name", "vocab_file", "tokenizer_name_or_path", "tokenizer"),
+    "optimizer.name": ("optimizer", "optim", "optimizer_type", "optimizer_name", "opt"),
+    "optimizer.muon_scaling": ("adjust_lr_fn", "muon_scale_mode"),
+    "optimizer.muon_learning_rate": ("muon_lr", "matrix_lr"),
     "optimizer.learning_rate": ("lr", "max_lr", "peak_lr", "base_lr"),
     "optimizer.min_learning_rate_fraction": ("min_lr", "min_lr_ratio", "min_lr_rate", "cos_min_ratio"),
     "optimizer.warmup_fraction": (

@@ -6,13 +6,19 @@ from typing import Literal
 from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
 
 RecomputeKind = Literal["none", "block", "attention"]
+OptimizerName = Literal["adamw", "muon"]
+MuonScaling = Literal["match_rms_adamw", "original"]
 AttentionKernel = Literal["auto", "sdpa", "varlen", "triton", "value_side"]
+# Of Muon, after which the singular values of an update are about 1: as many as PyTorch takes.
+MUON_ITERATIONS = 5
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """What updates the weights, and its schedule."""
 
+    name: OptimizerName = "adamw"
+    """`muon` updates the matrices of blocks by [Muon](training.md#optimisers), and everything else by AdamW."""
     learning_rate: float = number_field(3e-4, 1e-30, 1e30)
     """Peak of the learning rate."""
     min_learning_rate_fraction: float = number_field(0.1, 0, 1)
@@ -25,6 +31,13 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = number_field(0.1, 0, 1e3)
     """Decoupled decay of matrices and embeddings; norms and biases have none."""
+    muon_momentum: float = number_field(0.95, 0, 1, below=True)
+    """Decay rate of Muon's average of gradients."""
+    muon_scaling: MuonScaling = "match_rms_adamw"
+    """Factor on Muon's updates. `match_rms_adamw`: 0.2 √max(rows, columns), with which their numbers are as large as
+    those of AdamW, whose learning rate and weight decay then fit; `original`: √max(1, rows / columns)."""
+    muon_learning_rate: float | None = number_field(None, 1e-30, 1e30)
+    """Peak of the learning rate of Muon's matrices, on the same schedule; `learning_rate` unless given."""
     gradient_clipping: float = number_field(1.0, 1e-6, 1e9, or_zero=True)
     """Largest global gradient norm; 0 turns clipping off."""
 

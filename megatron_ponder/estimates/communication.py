@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_ponder.checkpoint.optimizer_state import is_decayed
 from megatron_ponder.config.deepspeed import LIVE_PARAMETERS, SMALL_PARAMETER, keeps_gradients, zero_stage
 from megatron_ponder.estimates.rank import FP32, Rank
 from megatron_ponder.model.modes.ponderlm import candidates
@@ -93,6 +92,7 @@ class Formula:
             options, sentences = rank.part.router[-1].columns, self._batch * self._tokens
             yield self._step("tensor", "all-gather", "routing: log s, log w", 2, sentences * options * FP32)
             yield self._step("tensor", "all-gather", "routing: steps", 1, sentences * INT64)
+        yield from self._update_terms()
 
     def _gradient_terms(self) -> Iterator[Term]:
         """Gradients of what each rank applies to its tokens of the residual stream, or to its heads."""
@@ -105,6 +105,25 @@ class Formula:
             yield Term("tensor", "all-reduce", reason, 1, sum(shared) * FP32)
         else:
             yield self._each("tensor", "all-reduce", reason, shared, 1)
+
+    def _update_terms(self) -> Iterator[Term]:
+        """What Muon needs to have a matrix whole on each data rank that updates some of it; the mean of these ranks.
+
+        Data ranks that share one send each other their parts, tensor ranks gather theirs.
+        """
+        rank = self._rank
+        ranks = rank.copies if zero_stage(rank.config) > 0 else 1
+        share = _padded(sum(matrix.count for matrix in rank.taken_whole), 2 * ranks) // ranks
+        begin = gathers = gathered = sends = sent = 0
+        for matrix in rank.taken_whole:
+            end = begin + matrix.count
+            sharers = (end - 1) // share - begin // share + 1
+            gathers, gathered = gathers + sharers, gathered + sharers * math.prod(matrix.shape)
+            sends, sent = sends + sharers * (sharers - 1), sent + matrix.count * (sharers - 1)
+            begin = end
+        width = rank.width
+        yield Term("tensor", "all-gather", "matrices of Muon", -(-gathers // ranks), gathered * width // ranks)
+        yield Term("copies", "send", "parts of matrices of Muon", -(-sends // ranks), sent * width // ranks)
 
     def _prediction_terms(self) -> Iterator[Term]:
         """Of predictions ranks gather the likeliest tokens, whose embeddings the next pass reads."""
@@ -167,8 +186,7 @@ class Formula:
             repeats = rank.micro_batches if stage == 2 else 1
             gradients = Term("copies", "all-reduce", "gradients", repeats, repeats * sum(numbers) * FP32)
         yield replace(gradients, during="backward" if stage > 0 else None)
-        parameters = rank.part.parameters
-        groups = [sum(p.count for p in parameters if is_decayed(p.dims) is decayed) for decayed in (True, False)]
+        groups = rank.optimizer_groups
         if stage in (1, 2):
             gathered = sum(_padded(count, 2 * size) for count in groups)
             yield Term("copies", "all-gather", "updated weights", len(groups), gathered * rank.width)

@@ -7,9 +7,10 @@ parameters of a rank, D copies of each, b bytes of an activation.
 
 from dataclasses import dataclass
 
-from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES, moment_bytes
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config.deepspeed import zero_stage
+from megatron_ponder.config.run import MUON_ITERATIONS
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD
 from megatron_ponder.estimates.part import Product
 from megatron_ponder.estimates.rank import FP32, Rank
@@ -133,8 +134,15 @@ class Computation:
     def optimizer(self) -> float:
         """Weight and moments are read and written, the gradient read thrice and, for clipping, written, all in fp32.
 
-        Of AdamW 40 bytes for each of N / D parameters; N without ZeRO.
+        Of AdamW 40 bytes for each of N / D parameters; N without ZeRO. Muon has 32 for its matrices, and the products
+        that make each m × n with m ≤ n orthogonal, five times 4 m² n + 2 m³ operations: of N / D, at least of one.
         """
-        shared = zero_stage(self.rank.config) > 0
-        size = 2 * (WEIGHT_BYTES + moment_bytes(self.rank.config.optimizer)) + 4 * FP32
-        return self.moved(size * self.rank.part.count / (self.rank.copies if shared else 1))
+        rank = self.rank
+        ranks = rank.copies if zero_stage(rank.config) > 0 else 1
+        size = (2 * WEIGHT_BYTES + 4 * FP32) * rank.part.count + 2 * rank.moments
+        sides = [sorted(matrix.shape) for matrix in rank.taken_whole]
+        operations = [MUON_ITERATIONS * (4 * short**2 * long + 2 * short**3) for short, long in sides]
+        products = max(sum(operations) / ranks, max(operations, default=0)) / (
+            self.cluster.peak * self.cluster.matrix_share
+        )
+        return self.moved(size / ranks) + products

@@ -7,7 +7,7 @@ H hidden size, F feed-forward width, t tensor ranks, D copies of a parameter, b 
 
 from dataclasses import dataclass, fields
 
-from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES, moment_bytes
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES
 from megatron_ponder.config.deepspeed import BUCKET, overlaps_reduction, zero_stage
 from megatron_ponder.estimates.activations import (
     Pass,
@@ -62,13 +62,15 @@ def weight_bytes(rank: Rank) -> float:
 def optimizer_bytes(rank: Rank) -> float:
     """Two moments and the master weights, 12 N / D; in fp32 without ZeRO the weights are the master, and 8 N.
 
+    Of the matrices that Muon takes one moment, 4 N less.
     Nothing where they are offloaded away from the device's memory.
     """
     where = rank.config.parallel.offload_optimizer
     if where == "nvme" or (where == "cpu" and rank.device != "cpu"):
         return 0.0
-    count, moments = rank.part.count, moment_bytes(rank.config.optimizer)
-    return moments * count if zero_stage(rank.config) == 0 else (WEIGHT_BYTES + moments) * count / rank.copies
+    if zero_stage(rank.config) == 0:
+        return float(rank.moments)
+    return (WEIGHT_BYTES * rank.part.count + rank.moments) / rank.copies
 
 
 # What is there for a moment ---------------------------------------------------------------------------------------
@@ -192,14 +194,29 @@ def reduction_bytes(rank: Rank) -> float:
     return b * count + share + (FP32 + rounded) * copied + buffers + (held_gradient_bytes(rank) if not rounded else 0.0)
 
 
+def update_bytes(rank: Rank) -> float:
+    """What Muon needs for the largest matrix, m × n with m ≤ n: 4 m n b and 2 m² b; 2 m n b more on tensor ranks.
+
+    The momentum, the same normed, one iteration and the next, and two products of m × m; on tensor ranks parts and what
+    is made of them. 2 m n b more for the matrices that ZeRO cuts.
+    """
+    sizes, cut = [0.0], zero_stage(rank.config) > 0 and rank.copies > 1
+    for matrix in rank.taken_whole:
+        short, long = sorted(matrix.shape)
+        tensors = 4 + 2 * (rank.tensor.size > 1) + 2 * cut
+        sizes.append(rank.width * (tensors * short * long + 2 * short**2))
+    return max(sizes)
+
+
 def memory_estimate(rank: Rank) -> RankMemory:
     """Expected peak of one rank: the largest moment of a step.
 
     Without a pipeline: the loss, when all activations are there; the backward pass of each pass, when activations of
-    later passes are gone and gradients of weights are there instead; the reduction. With one: the fullest moment of the
-    schedule, or the reduction.
+    later passes are gone and gradients of weights are there instead; the reduction; the update. With one: the fullest
+    moment of the schedule, the reduction, or the update.
     """
-    moments = [*running_moments(rank), (reduction_bytes(rank), 0.0, 0.0)]
+    updated = FP32 * rank.part.count / (rank.copies if zero_stage(rank.config) else 1)
+    moments = [*running_moments(rank), (reduction_bytes(rank), 0.0, 0.0), (updated, 0.0, update_bytes(rank))]
     gradients, activations, other = max(moments, key=sum)
     return RankMemory(weight_bytes(rank), gradients, optimizer_bytes(rank), activations, other)
 

@@ -3,6 +3,7 @@
 Nothing about the shape of a layer is said here; it is asked of the layer.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -26,13 +27,16 @@ class ParameterSize(NamedTuple):
         dims: its dimensions.
         count: numbers, padding of the vocabulary included.
         replicated: every tensor rank holds all of it.
-        of_heads: as its layer declares.
+        of_heads, matrix: as its layer declares.
+        shape: of the whole.
     """
 
     dims: int
     count: int
     replicated: bool
     of_heads: bool
+    matrix: bool
+    shape: tuple[int, ...]
 
 
 class Product(NamedTuple):
@@ -116,6 +120,19 @@ class PartSizes:
         """N."""
         return sum(parameter.count for parameter in self.parameters)
 
+    @cached_property
+    def counts(self) -> Counter[tuple[int, bool]]:
+        """Numbers of parameters with so many dimensions that are matrices of blocks, or are not."""
+        counts: Counter[tuple[int, bool]] = Counter()
+        for parameter in self.parameters:
+            counts[parameter.dims, parameter.matrix] += parameter.count
+        return counts
+
+    @cached_property
+    def matrices(self) -> tuple[ParameterSize, ...]:
+        """Those of blocks."""
+        return tuple(parameter for parameter in self.parameters if parameter.matrix)
+
 
 @cache
 def part_sizes(
@@ -135,10 +152,15 @@ def part_sizes(
     """
     with torch.device("meta"):
         built = PonderLM(model, ponder, Mesh(tensor=Axis(tensor)), part=part, vocab_multiple=vocab_multiple)
-    declared = [(parameter, spec.shard_dim is None, spec.of_heads) for _, parameter, spec, _ in declarations(built)]
+    parameters = tuple(
+        ParameterSize(
+            parameter.dim(), parameter.numel(), spec.shard_dim is None, spec.of_heads, spec.matrix, spec.shape
+        )
+        for _, parameter, spec, _ in declarations(built)
+    )
     table = built.head or built.embedding
     return PartSizes(
-        tuple(ParameterSize(parameter.dim(), parameter.numel(), *kind) for parameter, *kind in declared),
+        parameters,
         _block_sizes(next(iter(built.transformer.blocks.values()))),
         () if built.router is None else tuple(_products(built.router)),
         0 if built.head is None else built.head.weight.shape[0],

@@ -123,7 +123,8 @@ def nothing_fits(hardware: Hardware) -> str:
     """One line for a model that is too large."""
     return (
         f"no layout of this model fits into {hardware.usable_memory / GIB:.1f} GiB on each of {hardware.ranks} ranks; "
-        "use more nodes, or offload the optimiser with --parallel.zero_stage 3 --parallel.offload_optimizer cpu"
+        "use more nodes, or offload the optimiser with --parallel.zero_stage 3 (of Muon 2) "
+        "--parallel.offload_optimizer cpu"
     )
 
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_ponder.checkpoint.optimizer_state import group_of, moment_bytes, takes_whole
 from megatron_ponder.config import Config, micro_batches, stage_layers
 from megatron_ponder.config.layout import group_sizes
-from megatron_ponder.estimates.part import PartSizes, part_sizes
+from megatron_ponder.estimates.part import ParameterSize, PartSizes, part_sizes
 from megatron_ponder.kernels.attention import Call, Kernel, choose
 from megatron_ponder.model.build import model_part
 from megatron_ponder.model.modes import passes_of
@@ -92,6 +93,25 @@ class Rank:
         """What it holds of the model."""
         model, ponder, multiple = self.config.model, self.config.ponder, self.config.parallel.vocab_multiple
         return part_sizes(model, ponder, self.tensor.size, self._model_part, multiple)
+
+    @cached_property
+    def moments(self) -> int:
+        """Bytes of what the optimiser remembers of all that it holds, wherever that is."""
+        optimizer, counts = self.config.optimizer, self.part.counts
+        return sum(count * moment_bytes(optimizer, matrix) for (_, matrix), count in counts.items())
+
+    @cached_property
+    def optimizer_groups(self) -> list[int]:
+        """Numbers in each group of the optimiser."""
+        groups = [0, 0]
+        for (dims, matrix), count in self.part.counts.items():
+            groups[group_of(self.config.optimizer, dims, matrix)] += count
+        return groups
+
+    @property
+    def taken_whole(self) -> tuple[ParameterSize, ...]:
+        """Matrices that the optimiser makes orthogonal."""
+        return self.part.matrices if takes_whole(self.config.optimizer, matrix=True) else ()
 
     @cached_property
     def _model_part(self) -> ModelPart:

@@ -69,7 +69,7 @@ def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
     for term in Formula(rank, refinements).terms():
         seconds = collective_seconds(term, *links.of(term.axis))
         collectives[term.axis, term.operation] += seconds
-        if term.operation != "send":  # a part of the bubble
+        if (term.axis, term.operation) != ("pipeline", "send"):  # a part of the bubble
             during["waited" if term.axis in ("tensor", "pipeline") else term.during] += seconds
     hidden = _hidden(rank, during, work, first_backward)
     sums, waited = computation.gradient_sums(), during.pop("waited", 0.0)

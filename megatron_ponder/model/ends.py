@@ -4,6 +4,7 @@ The first pipeline rank has the front, the last one the back.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class Head(ColumnParallelLinear):
     def __init__(self, config: ModelConfig, axis: Axis, multiple: int) -> None:
         """Declare the weight; `multiple` pads this rank's part of the vocabulary."""
         super().__init__(config.hidden_size, config.vocab_size, axis, normal(config.init_std), multiple=multiple)
+        self.specs["weight"] = replace(self.specs["weight"], matrix=False)  # a row for each token, as of an embedding
         self.vocab_size = config.vocab_size
 
     def forward(

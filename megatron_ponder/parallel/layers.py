@@ -33,7 +33,7 @@ class ColumnParallelLinear(ParallelLinear):
     ) -> None:
         """Declare the parameters; `multiple` pads this rank's output features, as in `ParameterSpec`."""
         super().__init__(axis)
-        spec = ParameterSpec((out_features, in_features), initialize, shard_dim=0, multiple=multiple)
+        spec = ParameterSpec((out_features, in_features), initialize, shard_dim=0, multiple=multiple, matrix=True)
         self.declare("weight", spec)
         if bias:
             self.declare("bias", ParameterSpec((out_features,), constant(0.0), shard_dim=0))
@@ -52,7 +52,7 @@ class RowParallelLinear(ParallelLinear):
         self, in_features: int, out_features: int, axis: Axis, initialize: Initializer, bias: bool = False
     ) -> None:
         super().__init__(axis)
-        self.declare("weight", ParameterSpec((out_features, in_features), initialize, shard_dim=1))
+        self.declare("weight", ParameterSpec((out_features, in_features), initialize, shard_dim=1, matrix=True))
         if bias:
             self.declare("bias", ParameterSpec((out_features,), constant(0.0)))
         else:

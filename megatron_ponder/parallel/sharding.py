@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class ParameterSpec:
         multiple: each rank's part of that dimension is padded with zeros to a multiple of this; 0 if it must not be
             padded, because it divides evenly.
         of_heads: each rank applies its copy to its own heads, so that its gradient is one summand.
+        matrix: it maps what one layer of a block hands to the next, so that an optimiser may take it as one matrix.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +36,7 @@ class ParameterSpec:
     shard_dim: int | None = None
     multiple: int = 0
     of_heads: bool = False
+    matrix: bool = False
 
     def part_shape(self, axis: Axis) -> tuple[int, ...]:
         """Shape of what each tensor rank holds."""
@@ -59,6 +62,15 @@ class ParameterSpec:
         if self.shard_dim is None:
             return parts[0]
         return torch.cat(list(parts), self.shard_dim).narrow(self.shard_dim, 0, self.shape[self.shard_dim])
+
+
+def gathered(part: Tensor, spec: ParameterSpec, axis: Axis) -> Tensor:
+    """The whole of what each tensor rank has a part of, such as a parameter or its gradient; a collective of them."""
+    if spec.shard_dim is None or axis.size == 1:
+        return spec.unshard([part])
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+    dist.all_gather(parts, part.contiguous(), group=axis.group)
+    return spec.unshard(parts)
 
 
 def normal(std: float) -> Initializer:

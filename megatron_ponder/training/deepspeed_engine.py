@@ -45,7 +45,6 @@ class Engine:
     Attributes:
         model: the language model, or this rank's part of it.
         mesh: the ranks.
-        kinds: of tensors that there are of every parameter.
         low_precision: the module computes in bf16, and its fp32 weights are kept beside it.
         description: how DeepSpeed takes a step, in words.
     """
@@ -60,12 +59,13 @@ class Engine:
         """
         self._objective, self.model, self.mesh = objective, objective.model, mesh
         self._micro_batches = micro_batches(config, mesh.data.size)
-        self.kinds = kinds(config.optimizer)
         self._clipping = config.optimizer.gradient_clipping
         self.low_precision = config.training.precision == "bf16"
         self._stage = zero_stage(config)
         self._pipelined = None
+        self._kinds = {}
         for _, parameter, spec, _ in declarations(self.model):
+            self._kinds[parameter] = kinds(config.optimizer, spec.matrix)
             # These count in the gradient norm on every model-parallel rank, others on the first alone.
             parameter.model_parallel = spec.shard_dim is not None or mesh.tensor.rank == 0
         deepspeed = _import_deepspeed(mesh)
@@ -75,7 +75,7 @@ class Engine:
         with _zero_at_every_stage(deepspeed.DeepSpeedEngine):
             self._engine, *_ = deepspeed.initialize(
                 model=objective,
-                optimizer=build_optimizer(self.model, config.optimizer),
+                optimizer=build_optimizer(self.model, config, mesh),
                 config=deepspeed_config(config, mesh.data.size, mesh.device.type),
                 mpu=_model_parallel_unit(mesh),
                 dist_init_required=False,
@@ -189,18 +189,22 @@ class Engine:
             skipped on all of them: weights, moments and their count of steps are as before.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_factor", 1.0)
         with span("optimizer"):
             norm = self._clip() if self._stage == 0 else None
             self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def kinds(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The kinds of tensors that there are of a parameter that the model declares."""
+        return self._kinds[parameter]
 
     def master(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """The fp32 weight or moment of a parameter, whole over the data-parallel ranks; a collective of them.
 
         Args:
             parameter: that the model declares.
-            kind: one of `kinds`.
+            kind: one of its `kinds`.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -7,21 +7,31 @@ What it remembers of every parameter, which checkpoints hold and estimates count
 import torch
 from torch import nn
 
-from megatron_ponder.checkpoint.optimizer_state import is_decayed
-from megatron_ponder.config import OptimizerConfig
+from megatron_ponder.checkpoint.optimizer_state import group_of
+from megatron_ponder.config import Config
+from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations
+from megatron_ponder.training.muon import MuonWithAdamW
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that a model declares; its learning rate is set before every step."""
-    groups = _parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.epsilon, fused=True)
+def build_optimizer(model: nn.Module, config: Config, mesh: Mesh) -> torch.optim.Optimizer:
+    """The optimiser of the parameters that a model declares.
 
+    The learning rate is set before every step, of a group that has a `rate_factor` to so many times that of others.
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What is decayed, and what is not."""
-    parameters = [parameter for _, parameter, *_ in declarations(model)]
-    return [
-        {"params": [p for p in parameters if is_decayed(p.dim())], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if not is_decayed(p.dim())], "weight_decay": 0.0},
+    Args:
+        model: on this rank.
+        config: resolved.
+        mesh: the ranks.
+    """
+    settings, groups = config.optimizer, ([], [])
+    for _, parameter, spec, _ in declarations(model):
+        groups[group_of(settings, parameter.dim(), spec.matrix)].append((parameter, spec))
+    if settings.name == "muon":
+        return MuonWithAdamW(*groups, config, mesh)
+    decays = (settings.weight_decay, 0.0)
+    decayed = [
+        {"params": [parameter for parameter, _ in group], "weight_decay": decay}
+        for group, decay in zip(groups, decays, strict=True)
     ]
+    return torch.optim.AdamW(decayed, lr=0.0, betas=settings.betas, eps=settings.epsilon, fused=True)

@@ -126,7 +126,7 @@ def _take_first(engine: Engine, name: str, differing: Sequence[Named]) -> None:
     for _, parameter in differing:
         dist.broadcast(engine.held(parameter), group=axis.group, group_src=0)
         # Copies hold the optimiser's state in shares unless each has all of it.
-        for kind in engine.kinds if name == "tensor" or engine.keeps_state_whole else ():
+        for kind in engine.kinds(parameter) if name == "tensor" or engine.keeps_state_whole else ():
             whole = engine.master(parameter, kind).clone()
             dist.broadcast(whole, group=axis.group, group_src=0)
             engine.set_master(parameter, kind, whole)

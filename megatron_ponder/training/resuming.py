@@ -156,6 +156,12 @@ def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokeniz
             f"the tokenizer {config.tokenizer.path} is not the one that {folder} was trained with; "
             "set tokenizer.path to the tokenizer of that run"
         )
+    before = read_config_of(folder).optimizer.name
+    if before != config.optimizer.name:
+        raise UserError(
+            f"{folder} was trained with optimizer.name {before}, and {config.optimizer.name} cannot go on with what "
+            f"that remembers; set it to {before}, or start a new run from its weights by --checkpoint.initialize_from"
+        )
     if manifest.state.step > config.training.steps:
         raise UserError(
             f"{folder} has done {manifest.state.step} steps already; set training.steps to more than that to go on"

@@ -4,14 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.reader import open_tensors
-from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.sharding import ParameterSpec, declarations
+from megatron_ponder.parallel.sharding import declarations, gathered
 from megatron_ponder.training.deepspeed_engine import Engine
 
 
@@ -36,14 +33,14 @@ def state_of(engine: Engine) -> Iterator[StateTensor]:
     The same on all ranks of a pipeline stage, and a collective of them: every rank must take every item.
     """
     for name, parameter, spec, axis in declarations(engine.model):
-        for kind in engine.kinds:
-            yield StateTensor(kind, name, _whole(engine.master(parameter, kind), spec, axis))
+        for kind in engine.kinds(parameter):
+            yield StateTensor(kind, name, gathered(engine.master(parameter, kind), spec, axis))
 
 
 def gradients_of(engine: Engine) -> dict[str, Tensor]:
     """Whole gradients of this rank's part by parameter name, between `forward_backward` and `step`; a collective."""
     return {
-        name: _whole(engine.gradient(parameter), spec, axis).clone()
+        name: gathered(engine.gradient(parameter), spec, axis).clone()
         for name, parameter, spec, axis in declarations(engine.model)
     }
 
@@ -56,18 +53,10 @@ def restore(engine: Engine, checkpoint: Path, step: int) -> None:
         checkpoint: its folder, verified.
         step: optimiser steps that it has done, without skipped ones, for AdamW's bias correction.
     """
-    own = [kind for kind in engine.kinds if kind != WEIGHT or engine.low_precision]
     with open_tensors(checkpoint, verified=True) as tensors:
         for name, parameter, spec, axis in declarations(engine.model):
-            for kind in own:
+            for kind in engine.kinds(parameter):
+                if kind == WEIGHT and not engine.low_precision:
+                    continue
                 engine.set_master(parameter, kind, spec.shard(tensors.get(kind, name), axis))
     engine.set_steps(step)
-
-
-def _whole(part: Tensor, spec: ParameterSpec, axis: Axis) -> Tensor:
-    """A logical tensor from the parts of all tensor ranks."""
-    if spec.shard_dim is None or axis.size == 1:
-        return spec.unshard([part])
-    parts = [torch.empty_like(part) for _ in range(axis.size)]
-    dist.all_gather(parts, part.contiguous(), group=axis.group)
-    return spec.unshard(parts)

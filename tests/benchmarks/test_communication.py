@@ -25,6 +25,7 @@ CASES = [(layout, mode, {}) for layout in ("tp2", "tp2+sp") for mode in ("vanill
 CASES += [("tp2", "ponderlm", {}), ("tp2+sp", "ponderlm", {}), ("tp2+sp", "pause", {}), ("tp2", "loop", {})]
 CASES += [(layout, "adaptive", {}) for layout in ("tp2 block", "tp2+sp block", "tp2+sp attention")]
 CASES += [("tp2+sp zero1", "adaptive", {})]
+CASES += [(layout, "adaptive", {"optimizer__name": "muon"}) for layout in ("tp2", "tp2+sp zero1")]
 CASES += [("tp2+sp", "adaptive", {"model__family": "gpt_neox", "ponder__router_hidden_size": 8})]
 
 

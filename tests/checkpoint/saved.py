@@ -9,7 +9,7 @@ import torch
 from megatron_ponder.base.files import checksum
 from megatron_ponder.checkpoint.folders import MANIFEST
 from megatron_ponder.checkpoint.manifest import Manifest
-from megatron_ponder.checkpoint.optimizer_state import KINDS
+from megatron_ponder.checkpoint.optimizer_state import kinds
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.checkpoint.writer import staged, write_description
@@ -24,9 +24,11 @@ LAYOUT = {"tensor": 2, "pipeline": 1, "data": 3, "zero_stage": 1, "precision": "
 
 def tensors_of_a_run(**overrides) -> dict[str, torch.Tensor]:
     """Weights and moments of a small model."""
-    model = small_model(**overrides).float()
+    model, config = small_model(**overrides).float(), small_config(**overrides)
     return {
-        f"{kind}/{name}": parameter.detach().clone() for name, parameter, *_ in declarations(model) for kind in KINDS
+        f"{kind}/{name}": parameter.detach().clone()
+        for name, parameter, spec, _ in declarations(model)
+        for kind in kinds(config.optimizer, spec.matrix)
     }
 
 

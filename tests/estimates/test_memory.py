@@ -13,7 +13,14 @@ from torch.utils._pytree import tree_iter
 from megatron_ponder.config import Config
 from megatron_ponder.config.deepspeed import BUCKET
 from megatron_ponder.estimates.activations import most_in_flight, pass_bytes, passes
-from megatron_ponder.estimates.memory import held_gradient_bytes, loss_bytes, memory_estimate, running_moments
+from megatron_ponder.estimates.memory import (
+    held_gradient_bytes,
+    loss_bytes,
+    memory_estimate,
+    optimizer_bytes,
+    running_moments,
+    update_bytes,
+)
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.estimates.schedule_walk import stages_on_paper
 from megatron_ponder.kernels import cross_entropy
@@ -225,6 +232,18 @@ def test_the_peak_of_a_micro_batch(overrides, precision):
     _, most = forward_and_backward(config, Mesh())
     held = held_gradient_bytes(Rank(config))  # by DeepSpeed, which is not there
     assert max(map(sum, running_moments(Rank(config)))) - held == pytest.approx(most, rel=0.12)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_muon_remembers_one_number_of_each_of_a_matrix(stage):
+    config = config_for(optimizer__name="muon", parallel__zero_stage=stage)
+    rank = Rank(config, data=2)
+    matrices = 3 * (4 * 128 * 128 + 3 * 128 * 352)
+    others = rank.part.count - matrices
+    expected = 4 * matrices + 8 * others if stage == 0 else (8 * matrices + 12 * others) / 2
+    assert optimizer_bytes(rank) == expected
+    assert update_bytes(rank) == 4 * ((4 + 2 * stage) * 128 * 352 + 2 * 128**2)
+    assert update_bytes(Rank(config_for())) == 0
 
 
 def measure_engines(mesh: Mesh, cases: list[dict]) -> list[int]:

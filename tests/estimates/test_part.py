@@ -32,7 +32,7 @@ def test_parameters_of_every_rank(family, mode, router):
         for place in range(pipeline):
             model = build_part(config, Mesh(tensor=Axis(tensor), pipeline=Axis(pipeline, place)))
             built = [
-                (one.dim(), one.numel(), spec.shard_dim is None, spec.of_heads)
+                (one.dim(), one.numel(), spec.shard_dim is None, spec.of_heads, spec.matrix, spec.shape)
                 for _, one, spec, _ in declarations(model)
             ]
             held = Rank(config, pipeline_rank=place).part

@@ -58,6 +58,18 @@ def test_tensor_ranks_divide_the_work():
     assert step_time(config_for(parallel__tensor=2), 16, CLUSTER).parts["collectives"] > 0
 
 
+def test_muon_multiplies_matrices_once_a_step_and_data_ranks_divide_them():
+    adamw, muon, alone = (
+        step_time(config_for(**overrides), ranks, IDEAL).parts["optimiser"] * IDEAL.peak
+        for ranks, overrides in ((32, {}), (32, {"optimizer__name": "muon"}), (1, {"optimizer__name": "muon"}))
+    )
+    square, wide = 6 * 1024**3, 4 * 1024**2 * 2736 + 2 * 1024**3
+    operations = 24 * 5 * (4 * square + 3 * wide)
+    assert adamw < 1e-6 * operations
+    assert muon == pytest.approx(operations / 32, rel=1e-6)
+    assert alone == pytest.approx(operations, rel=1e-6)
+
+
 def test_a_pipeline_waits_as_long_as_its_schedule_says():
     # 128 micro-batches on each of 2 copies; passes of equal length wait as the formula says, growth passes longer
     shares = {}

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ponder.config import Config
 from megatron_ponder.model.build import build_part
@@ -42,6 +43,9 @@ MODELS = {
     "llama ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301},
 }
 
+
+# Matrices of unlike shapes, biases beside them, and a learning rate that is not that of the others.
+MUON = {"optimizer__name": "muon", "optimizer__muon_learning_rate": 6e-4}
 
 # Number of samples, how a routing is applied, whether every step is measured by itself
 Evaluation = tuple[int, RuleKind, bool]
@@ -195,7 +199,13 @@ def batch_of(config: Config, step: int) -> Tensor:
 def alone(layout: Layout, case: dict, wanted: tuple[Evaluation, ...] = ()) -> Run:
     """The reference for a case: one process."""
     config = layout.config(case)
-    computes = ("model__", "ponder__", "ponder_training__", "data__")  # the other settings must not matter
+    computes = (
+        "model__",
+        "ponder__",
+        "ponder_training__",
+        "data__",
+        "optimizer__",
+    )  # the other settings must not matter
     items = {key: value for key, value in case.items() if key.startswith(computes)} | {
         "model__num_layers": config.model.num_layers,
         "training__global_batch_size": config.training.global_batch_size,
@@ -210,11 +220,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     objective = Objective(model_for(config))
     model, rule = objective.model, training_rule(0, config)
     parameters = dict(model.named_parameters())
-    groups = [
-        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=config.optimizer.betas, eps=config.optimizer.epsilon)
+    optimizers = optimizers_of_pytorch(parameters, config)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     steps, evaluations = [], []
     for step in range(STEPS):
@@ -233,13 +239,35 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         clipping = config.optimizer.gradient_clipping
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), clipping))
-        optimizer.step()
-        optimizer.zero_grad()
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.double):  # in which Muon iterates
+            for optimizer in optimizers:
+                optimizer.step()
+        model.zero_grad()
         steps.append(Step(Tally.of(sums.sum(0)), gradients, norm))
         assert norm > clipping, "nothing is clipped"
         assert all(gradient.norm() > 0 for gradient in gradients.values()), "a gradient is 0"
         assert model.router is None or sum(count > 0 for count in steps[-1].tally.steps) > 1, "all tokens decide alike"
     return Run(before, steps, {name: parameter.detach() for name, parameter in parameters.items()}, evaluations, [])
+
+
+def optimizers_of_pytorch(parameters: dict[str, nn.Parameter], config: Config) -> list[torch.optim.Optimizer]:
+    """PyTorch's own optimisers of a whole model, which know matrices of blocks by their names."""
+    settings, rate, matrices = config.optimizer, RATE, {}
+    if settings.name == "muon":
+        rate *= (settings.muon_learning_rate or settings.learning_rate) / settings.learning_rate
+        matrices = {
+            name: p for name, p in parameters.items() if name.startswith("transformer.blocks.") and p.dim() == 2
+        }
+    others = [parameter for name, parameter in parameters.items() if name not in matrices]
+    groups = [
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, RATE, settings.betas, settings.epsilon)]
+    if matrices:
+        usual = {"momentum": settings.muon_momentum, "adjust_lr_fn": settings.muon_scaling}
+        made.append(torch.optim.Muon(matrices.values(), rate, settings.weight_decay, **usual))
+    return made
 
 
 def assert_equal_to_one_process(layout: Layout, case: dict, runs: list[Run]) -> None:

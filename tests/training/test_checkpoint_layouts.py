@@ -21,7 +21,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint import tensor_files
 from megatron_ponder.checkpoint.folders import CONFIG, MANIFEST, checkpoints_in, resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.checkpoint.optimizer_state import KINDS
+from megatron_ponder.checkpoint.optimizer_state import ADAMW, WEIGHT
 from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config
@@ -52,7 +52,7 @@ class StandIn:
         self.tensors = {
             (kind, name): torch.randn(shape, generator=generator)
             for name, shape in SHAPES[stage].items()
-            for kind in KINDS
+            for kind in (WEIGHT, *ADAMW)
         }
 
     def state(self) -> Iterator[StateTensor]:

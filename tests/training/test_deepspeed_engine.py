@@ -18,6 +18,7 @@ from megatron_ponder.training.schedules import training_rule
 from tests.training.layouts import (
     LENGTH,
     MODELS,
+    MUON,
     REFINEMENTS,
     Layout,
     Run,
@@ -34,12 +35,15 @@ CASES = {name: LLAMA | stage for name, stage in STAGES.items()} | {
     "zero2 recompute": LLAMA | STAGES["zero2"] | {"training__recompute": "block"},
     "zero3 gpt_neox": NEOX | STAGES["zero3"],
     "zero1 fixed": MODELS["llama fixed"] | STAGES["zero1"],
+    "zero2 muon": NEOX | STAGES["zero2"] | MUON,
 }
-LOW_PRECISION = {f"{name} bf16": LLAMA | stage | {"training__precision": "bf16"} for name, stage in STAGES.items()}
+LOW_PRECISION = {f"{name} bf16": LLAMA | stage | {"training__precision": "bf16"} for name, stage in STAGES.items()} | {
+    "zero1 muon bf16": LLAMA | STAGES["zero1"] | MUON | {"training__precision": "bf16"},
+}
 OFFLOADED = {
     f"{name} offload": LLAMA | STAGES[name] | {"parallel__offload_optimizer": "cpu"}
     for name in ("zero1", "zero2", "zero3")
-}
+} | {"zero1 muon offload": LLAMA | STAGES["zero1"] | MUON | {"parallel__offload_optimizer": "cpu"}}
 TWO_RANKS = Layout(data=2)
 WRAPPERS = {  # DeepSpeed's class around the optimiser, of a precision and a stage
     ("fp32", 0): "AdamW",
@@ -82,11 +86,12 @@ def see_all(mesh: Mesh, layout: Layout) -> Seen:
             overlapped = train_all(mesh, layout, {name: LOW_PRECISION[name] for name in ("zero1 bf16", "zero2 bf16")})
         wrappers = {case: wrapper_of(mesh, *case) for case in WRAPPERS}
         counts = {case: count(mesh, *case) for case in COUNTED}
-    return Seen(runs=runs, overlapped=overlapped, wrappers=wrappers, counts=counts)
+        muon = count(mesh, "bf16", 1, optimizer__name="muon")
+    return Seen(runs=runs, overlapped=overlapped, wrappers=wrappers, counts=counts, muon=muon)
 
 
-def count(mesh: Mesh, precision: str, stage: int) -> Count:
-    config = configuration(LAYOUTS[f"dp2 zero{stage}"], "adaptive", LENGTH, training__precision=precision)
+def count(mesh: Mesh, precision: str, stage: int, **overrides) -> Count:
+    config = configuration(LAYOUTS[f"dp2 zero{stage}"], "adaptive", LENGTH, training__precision=precision, **overrides)
     return count_step(mesh, config)
 
 
@@ -147,6 +152,21 @@ def test_the_class_around_the_optimiser_is_known(two_ranks, case):
 def test_messages_of_data_ranks_are_those_of_estimates(two_ranks, case):
     for seen in two_ranks:
         assert seen.counts[case].measured == seen.counts[case].expected()
+
+
+def test_data_ranks_send_each_other_what_muon_lacks_of_a_matrix(two_ranks):
+    """The matrix through which ZeRO's cut goes; estimates have the mean of the ranks."""
+    send, sent = ("copies", "send"), []
+    for seen in two_ranks:
+        measured, expected = seen.muon.measured, seen.muon.expected()
+        assert measured.keys() == expected.keys()
+        assert {key: value for key, value in measured.items() if key != send} == {
+            key: value for key, value in expected.items() if key != send
+        }
+        assert measured[send].calls == expected[send].calls == 1
+        sent.append(measured[send].bytes)
+    assert sum(sent) in (64 * 64 * 2, 64 * 176 * 2)  # all of one matrix, in bf16
+    assert sum(sent) == 2 * expected[send].bytes
 
 
 def test_one_rank_equals_one_process():

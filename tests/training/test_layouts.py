@@ -15,6 +15,7 @@ from megatron_ponder.training.schedules import refinements
 from tests.training.layouts import (
     LENGTH,
     MODELS,
+    MUON,
     STEPS,
     Layout,
     alone,
@@ -56,7 +57,7 @@ QUICK = {
         "llama ponderlm",
         "pruned llama",
     ),
-    "tp2 pp2": ("llama adaptive",),
+    "tp2 pp2": ("llama adaptive", "muon"),
     "pp2 dp2 zero1": ("gpt_neox adaptive",),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
@@ -66,7 +67,11 @@ PRUNED = {
     "pruned gpt_neox, documents": NEOX
     | {"ponder_training__prune_start": 0, "ponder__latent_steps": 3, "data__reset_at_eod": True},
 }
-CASES = MODELS | PRUNED
+OF_MUON = {
+    "muon": LLAMA | MUON,
+    "muon, mixed features": MODELS["mixed features"] | MUON | {"optimizer__muon_scaling": "original"},
+}
+CASES = MODELS | PRUNED | OF_MUON
 RECOMPUTE = {
     "recompute block": LLAMA | {"training__recompute": "block"},
     "recompute attention": NEOX | {"training__recompute": "attention"},
@@ -115,11 +120,19 @@ LOW_PRECISION = {
     for name, case in (MODELS | COMPILED).items()
     if "adaptive" in name or name == "compiled"
 }
+
+
+def slow_cases(name: str) -> dict[str, dict]:
+    """All that a layout allows and is not among its quick cases."""
+    refused = OF_MUON if LAYOUTS[name].zero_stage == 3 else {}
+    return {case: CASES[case] for case in CASES if case not in (*QUICK.get(name, ()), *refused)}
+
+
 # What is run in one start of a layout's ranks, because importing DeepSpeed takes seconds: the quick cases of a layout,
 # the others, the variants.
 GROUPS = {
     **{(name, "quick"): {case: CASES[case] for case in cases} for name, cases in QUICK.items()},
-    **{(name, "slow"): {case: CASES[case] for case in CASES if case not in QUICK.get(name, ())} for name in LAYOUTS},
+    **{(name, "slow"): slow_cases(name) for name in LAYOUTS},
     **{(name, "variants"): cases for name, cases in VARIANTS.items()},
 }
 

@@ -11,6 +11,7 @@ import torch
 
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.optimizer_state import KINDS
 from megatron_ponder.checkpoint.reader import open_tensors
 from megatron_ponder.config import to_yaml
 from megatron_ponder.runs.metrics import read_metrics
@@ -59,11 +60,7 @@ def essentials(run_dir):
 def final_state(run_dir):
     folder = resolve_checkpoint(run_dir)
     with open_tensors(folder) as tensors:
-        return {
-            (kind, name): tensors.get(kind, name)
-            for kind in ("weight", "exp_avg", "exp_avg_sq")
-            for name in tensors.names(kind)
-        }
+        return {(kind, name): tensors.get(kind, name) for kind in KINDS for name in tensors.names(kind)}
 
 
 def assert_same_run(broken, whole):
@@ -86,11 +83,14 @@ STEERED = [
     "--inference.threshold=0.35",
 ]
 AROUND_SWITCHES = tuple(step for switch in (6, 12, 18) for step in (switch - 1, switch, switch + 1))
+MUON = ["--optimizer.name=muon", "--optimizer.muon_learning_rate=2e-3"]
 CASES = [
     pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=0"], 1, id="zero0-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=1", "--training.precision=bf16"], 1, id="zero1-bf16", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=2", "--training.precision=bf16"], 2, id="zero2-bf16", marks=pytest.mark.slow),
+    pytest.param(["--parallel.zero_stage=2", *MUON], 2, id="zero2-muon", marks=pytest.mark.slow),
+    pytest.param(["--training.precision=bf16", *MUON], 2, id="zero1-bf16-muon", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=3"], 2, id="zero3-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=3", "--training.precision=bf16"], 2, id="zero3-bf16", marks=pytest.mark.slow),
 ]  # fmt: skip

@@ -27,7 +27,8 @@ def test_every_rank_copies_its_share_alone(monkeypatch, tmp_path, asynchronous):
         for tensor in range(TENSOR):
             mesh = Mesh(data=Axis(DATA, data), copies=Axis(DATA, data), tensor=Axis(TENSOR, tensor))
             model = PonderLM(config.model, config.ponder, mesh)
-            engine = SimpleNamespace(model=model, kinds=KINDS, master=lambda parameter, kind: parameter.detach())
+            engine = SimpleNamespace(model=model, kinds=lambda parameter: KINDS)
+            engine.master = lambda parameter, kind: parameter.detach()
             size = len(KINDS) * 4 * sum(math.prod(spec.shape) for _, _, spec, _ in declarations(model))
             checkpointer = Checkpointer(config, None, (None, None), mesh)
             checkpointer._thread = object() if asynchronous else None
