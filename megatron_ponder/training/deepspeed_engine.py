@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds
+from megatron_ponder.checkpoint.optimizer_state import WEIGHT, kinds, takes_whole
 from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.config.deepspeed import (
     BUCKET,
@@ -81,7 +81,7 @@ class Engine:
                 dist_init_required=False,
             )
         self._check_wrapper(config)
-        self.description = _description(config, mesh)
+        self.description = _description(config, mesh) + _taken_whole(config, self.model)
         if mesh.pipeline.size > 1:
             self._engine.pipeline_parallelism = True
             dtype = torch.bfloat16 if self.low_precision else torch.float32
@@ -336,6 +336,12 @@ def _description(config: Config, mesh: Mesh) -> str:
         f"DeepSpeed's {wrapper} at stage {zero_stage(config)}: gradients are summed in fp32, and reduced {when} the "
         f"backward pass in buckets of {BUCKET / 1e6:.0f} million"
     )
+
+
+def _taken_whole(config: Config, model: nn.Module) -> str:
+    """Return what the log says besides where not everything is AdamW's."""
+    matrices = sum(takes_whole(config.optimizer, spec.matrix) for *_, spec, _ in declarations(model))
+    return f"; Muon moves {matrices} matrices of this rank's blocks, AdamW everything else" if matrices else ""
 
 
 def _model_parallel_unit(mesh: Mesh) -> SimpleNamespace:

@@ -165,6 +165,9 @@ def test_a_run_moves_matrices_by_muon_and_everything_else_by_adamw(runs):
             values = torch.linalg.svdvals(second[optimizer][name] - first[optimizer][name])
             found.append(float(values.square().mean() / values.max().square()))
     assert max(shares["adamw"]) < 0.45 < 0.5 < min(shares["muon"]), shares
+    said = "; Muon moves 14 matrices of this rank's blocks, AdamW everything else\n"
+    assert said in (runs / "muon" / "train.log").read_text()
+    assert "Muon" not in (runs / "adamw" / "train.log").read_text()
     config = read_config_of(runs / "muon" / "checkpoints" / "step-00000001")
     for name, _, spec, _ in declarations(PonderLM(config.model, config.ponder)):
         same = torch.equal(first["muon"][f"weight/{name}"], first["adamw"][f"weight/{name}"])

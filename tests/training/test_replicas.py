@@ -18,7 +18,7 @@ from megatron_ponder.training.state import state_of
 from tests.distributed import run_distributed
 from tests.finished_runs import tiny_arguments
 from tests.models import small_config
-from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
+from tests.training.layouts import LENGTH, MODELS, MUON, RATE, Layout, batch_of, model_for
 from tests.training.test_faults import Attempt, attempt
 
 # Factors on a number of the last rank alone.
@@ -93,6 +93,13 @@ def test_drift_between_data_ranks():
 
 def test_drift_between_tensor_ranks():
     check(Layout(tensor=2).run(drift, CASES), CASES, "tensor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), [("copies", Layout(data=2)), ("tensor", Layout(tensor=2))])
+def test_drift_of_what_muon_and_adamw_move(name, layout):
+    cases = {case: CASES[case] | MUON for case in ("zero0 fp32", "zero2 bf16")}
+    check(layout.run(drift, cases), cases, name)
 
 
 @pytest.mark.slow

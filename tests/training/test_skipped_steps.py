@@ -23,7 +23,7 @@ from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.skipped_steps import SkippedSteps
 from megatron_ponder.training.state import state_of
 from tests.models import random_tokens, small_model
-from tests.training.layouts import LENGTH, MODELS, RATE, Layout, batch_of, model_for
+from tests.training.layouts import LENGTH, MODELS, MUON, RATE, Layout, batch_of, model_for
 
 LLAMA = MODELS["llama adaptive"]
 # Modules whose activations, and weights, go wrong.
@@ -41,14 +41,18 @@ STAGES = {
     for precision in ("fp32", "bf16")
     if (stage, precision) != (0, "bf16")  # which is stage 1
 }
+OF_MUON = {
+    f"zero{stage} muon {precision}": LLAMA | MUON | {"parallel__zero_stage": stage, "training__precision": precision}
+    for stage, precision in ((0, "fp32"), (1, "bf16"))
+}
 REST = ("zero2 fp32", "zero3 fp32")  # whose optimisers are those of stage 1 in fp32, and of stage 3 in bf16
 LAYOUTS = {
-    "tensor": (Layout(tensor=2), {"fp32": LLAMA} | OTHERS),
+    "tensor": (Layout(tensor=2), {"fp32": LLAMA} | OTHERS | OF_MUON),
     "pipeline": (
         Layout(tensor=1, pipeline=2, data=2),
-        {name: LLAMA | {"training__precision": name} for name in ("fp32", "bf16")} | OTHERS,
+        {name: LLAMA | {"training__precision": name} for name in ("fp32", "bf16")} | OTHERS | OF_MUON,
     ),
-    "data": (Layout(data=2), {name: STAGES[name] for name in REST}),
+    "data": (Layout(data=2), {name: STAGES[name] for name in REST} | OF_MUON),
     "all": (
         Layout(tensor=2, pipeline=2, sequence_parallel=True),
         {f"zero{stage}": LLAMA | {"parallel__zero_stage": stage} for stage in (0, 1)},
