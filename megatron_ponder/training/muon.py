@@ -17,7 +17,7 @@ from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.config.run import MUON_ITERATIONS, MuonScaling
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import ParameterSpec, gathered
-from megatron_ponder.training.pieces import Piece, exchange, partitioned_pieces, whole_pieces
+from megatron_ponder.training.pieces import ParameterPiece, exchange, partitioned_pieces, whole_pieces
 
 Declared = Sequence[tuple[nn.Parameter, ParameterSpec]]
 (MOMENTUM,) = MUON
@@ -88,14 +88,14 @@ class MuonWithAdamW(torch.optim.AdamW):
             super().step()
         self.param_groups = groups
 
-    def _pieces(self, group: dict) -> list[Piece]:
+    def _pieces(self, group: dict) -> list[ParameterPiece]:
         """What this rank updates of the parameters of a group."""
         parameters, specs, mesh = group["params"], group["specs"], self._mesh
         if self._partitioned:
             return list(partitioned_pieces(*parameters, specs, mesh.tensor, mesh.copies))
         return list(whole_pieces(parameters, specs, mesh.copies))
 
-    def _move_matrices(self, pieces: Sequence[Piece], rate: float) -> None:
+    def _move_matrices(self, pieces: Sequence[ParameterPiece], rate: float) -> None:
         shared = {index: self._direction(piece) for index, piece in enumerate(pieces) if len(piece.shares) > 1}
         exchange([(pieces[index], part) for index, part in shared.items()], self._mesh.copies)
         for index, piece in enumerate(pieces):
@@ -107,7 +107,7 @@ class MuonWithAdamW(torch.optim.AdamW):
             weights.mul_(1 - rate * self._settings.weight_decay)
             weights.add_(own.to(weights.device), alpha=-rate * scale)
 
-    def _direction(self, piece: Piece) -> Tensor:
+    def _direction(self, piece: ParameterPiece) -> Tensor:
         """Momentum and gradient of a matrix with this rank's numbers set, and its momentum moved on; (numbers,)."""
         state, momentum = self.state[piece.holder], self._settings.muon_momentum
         if MOMENTUM not in state:

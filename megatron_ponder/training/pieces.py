@@ -11,7 +11,7 @@ from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import ParameterSpec
 
 
-class Piece(NamedTuple):
+class ParameterPiece(NamedTuple):
     """What one data rank updates of a parameter.
 
     Attributes:
@@ -33,7 +33,9 @@ class Piece(NamedTuple):
         return tensor.detach().view(-1)[self.place]
 
 
-def whole_pieces(parameters: Sequence[Tensor], specs: Sequence[ParameterSpec], copies: Axis) -> Iterator[Piece]:
+def whole_pieces(
+    parameters: Sequence[Tensor], specs: Sequence[ParameterSpec], copies: Axis
+) -> Iterator[ParameterPiece]:
     """The pieces of parameters that every data rank updates whole.
 
     Args:
@@ -43,10 +45,12 @@ def whole_pieces(parameters: Sequence[Tensor], specs: Sequence[ParameterSpec], c
     """
     for parameter, spec in zip(parameters, specs, strict=True):
         everything = slice(0, parameter.numel())
-        yield Piece(spec, tuple(parameter.shape), parameter, everything, {copies.rank: everything})
+        yield ParameterPiece(spec, tuple(parameter.shape), parameter, everything, {copies.rank: everything})
 
 
-def partitioned_pieces(flat: Tensor, specs: Sequence[ParameterSpec], tensor: Axis, copies: Axis) -> Iterator[Piece]:
+def partitioned_pieces(
+    flat: Tensor, specs: Sequence[ParameterSpec], tensor: Axis, copies: Axis
+) -> Iterator[ParameterPiece]:
     """The pieces of parameters that lie one behind the other, of which each data rank updates an equal share.
 
     Args:
@@ -65,11 +69,11 @@ def partitioned_pieces(flat: Tensor, specs: Sequence[ParameterSpec], tensor: Axi
         if copies.rank in shares:
             start = max(0, begin - copies.rank * size)
             own = shares[copies.rank]
-            yield Piece(spec, shape, flat, slice(start, start + own.stop - own.start), shares)
+            yield ParameterPiece(spec, shape, flat, slice(start, start + own.stop - own.start), shares)
         begin = end
 
 
-def exchange(parts: Sequence[tuple[Piece, Tensor]], copies: Axis) -> None:
+def exchange(parts: Sequence[tuple[ParameterPiece, Tensor]], copies: Axis) -> None:
     """Fill tensors, of which each rank has set its share, with the shares of the others; a collective of data ranks.
 
     Args:
