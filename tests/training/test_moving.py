@@ -32,18 +32,15 @@ LAYOUTS = {
     "data": Layout(2, overrides=(("parallel__zero_stage", "3"),)),
     "all": Layout(8, tensor=2, pipeline=2, overrides=(("checkpoint__asynchronous", "true"),)),
 }
-# Of Muon, which knows no ZeRO 3.
+PAIRS = list(itertools.permutations(LAYOUTS, 2))
+# A ring of the same layouts with Muon, which knows no ZeRO 3.
 MUON = (("optimizer__name", "muon"), ("optimizer__muon_learning_rate", "2e-2"))
-LAYOUTS |= {
+OF_MUON = {
     f"muon {name}": layout._replace(overrides=(*layout.overrides, *MUON))
-    for name, layout in LAYOUTS.items()
-    if name != "data"
-} | {"muon data": Layout(2, overrides=(("parallel__zero_stage", "2"), *MUON))}
-PAIRS = [
-    (source, target)
-    for source, target in itertools.permutations(LAYOUTS, 2)
-    if source.startswith("muon") == target.startswith("muon")
-]
+    for name, layout in (LAYOUTS | {"data": Layout(2, overrides=(("parallel__zero_stage", "2"),))}).items()
+}
+MUON_PAIRS = list(zip(OF_MUON, [*list(OF_MUON)[1:], "muon alone"], strict=True))
+LAYOUTS |= OF_MUON
 QUICK = [("pipeline", "tensor"), ("tensor", "data"), ("data", "pipeline")]
 
 
@@ -115,6 +112,17 @@ def every(corpus, tmp_path_factory) -> Path:
     return run_pairs(corpus, tmp_path_factory.mktemp("every"), PAIRS)
 
 
+@pytest.fixture(scope="module")
+def of_muon(corpus, tmp_path_factory) -> Path:
+    return run_pairs(corpus, tmp_path_factory.mktemp("muon"), MUON_PAIRS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), MUON_PAIRS)
+def test_a_run_by_muon_moves(of_muon, source, target):
+    check(of_muon, source, target)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_a_run_moves_from_every_layout_to_every_other(every, source, target):
@@ -122,9 +130,9 @@ def test_a_run_moves_from_every_layout_to_every_other(every, source, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.endswith("alone")])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "alone" and name not in OF_MUON])
 def test_every_layout_trains_the_same_run(every, name):
-    alone, spread = read_metrics(every / ("muon alone" if "muon" in name else "alone")), read_metrics(every / name)
+    alone, spread = read_metrics(every / "alone"), read_metrics(every / name)
     for expected, got in zip(alone, spread, strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
