@@ -9,20 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_ponder.checkpoint import optimizer_state
-from megatron_ponder.checkpoint.optimizer_state import is_decayed
+from megatron_ponder.checkpoint.optimizer_state import MUON, is_decayed
 from megatron_ponder.config import Config
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.config.run import MUON_ITERATIONS, MuonScaling
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.parallel.sharding import gathered
+from megatron_ponder.parallel.sharding import ParameterSpec, gathered
 from megatron_ponder.training.pieces import ParameterPiece, exchange, partitioned_pieces, whole_pieces
 
-# In a group of parameters: Muon takes them.
-MUON = "muon"
-(MOMENTUM,) = optimizer_state.MUON
+Declared = Sequence[tuple[nn.Parameter, ParameterSpec]]
+(MOMENTUM,) = MUON
 # Keller Jordan's, which PyTorch has too: again and again x ← a x + (b x xᵀ + c (x xᵀ)²) x.
 A, B, C = 3.4445, -4.7750, 2.0315
 SMALLEST_NORM = 1e-7
@@ -47,24 +45,31 @@ def update_scale(scaling: MuonScaling, rows: int, columns: int) -> float:
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """Muon for some groups of parameters, AdamW for others.
+    """Muon for one group of parameters, AdamW for another.
 
     ZeRO puts a share of all parameters of a group, one behind the other in one tensor, in their place.
     """
 
-    def __init__(self, groups: list[dict], config: Config, mesh: Mesh) -> None:
+    def __init__(self, matrices: Declared, others: Declared, config: Config, mesh: Mesh) -> None:
         """Take the parameters; the learning rate is set before every step.
 
         Args:
-            groups: of parameters, with their declarations (`specs`) and whether Muon takes them (`MUON`).
+            matrices: what Muon takes, with its declarations.
+            others: what AdamW takes.
             config: of the run. Matrices are made orthogonal in the training precision.
             mesh: the ranks.
         """
         self._settings, self._mesh = config.optimizer, mesh
         self._partitioned = zero_stage(config) > 0
         self._dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-        usual = {"betas": config.optimizer.betas, "eps": config.optimizer.epsilon}
-        super().__init__(groups, lr=0.0, weight_decay=0.0, fused=True, **usual)
+        groups = [
+            {"params": [parameter for parameter, _ in declared], "specs": [spec for _, spec in declared], "muon": muon}
+            for declared, muon in ((matrices, True), (others, False))
+        ]
+        settings = self._settings
+        if settings.muon_learning_rate is not None:
+            groups[0]["rate_factor"] = settings.muon_learning_rate / settings.learning_rate
+        super().__init__(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -73,7 +78,7 @@ class MuonWithAdamW(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             pieces = [piece for piece in self._pieces(group) if piece.holder.grad is not None]
-            if group[MUON]:
+            if group["muon"]:
                 self._move_matrices(pieces, group["lr"])
                 continue
             for piece in pieces:

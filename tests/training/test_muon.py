@@ -14,14 +14,14 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Axis, Mesh
 from megatron_ponder.parallel.sharding import declarations
 from megatron_ponder.training.muon import orthogonalised
-from megatron_ponder.training.optimizer import FACTOR, build_optimizer
+from megatron_ponder.training.optimizer import build_optimizer
 from megatron_ponder.training.pieces import partitioned_pieces
 from tests.distributed import run_distributed
 from tests.finished_runs import refused, tiny_arguments, train_in_turn
 from tests.models import small_config, small_model
 from tests.training.layouts import RATE, STEPS, optimizers_of_pytorch
 
-SETTINGS = {"optimizer__name": "muon", "optimizer__weight_decay": 0.2}
+MUON = {"optimizer__name": "muon", "optimizer__weight_decay": 0.2}
 
 
 def gradients(model: nn.Module, step: int) -> list[Tensor]:
@@ -56,7 +56,7 @@ def stepped(config: Config, partitioned: bool) -> nn.Module:
         for parameter, gradient in zip(model.parameters(), gradients(model, step), strict=True):
             parameter.grad = gradient
         for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = RATE * group[FACTOR]
+            group["lr"] = RATE * group.get("rate_factor", 1.0)
             if partitioned:
                 group["params"][0].grad = flattened([p.grad for p in parameters], padding=3)
         optimizer.step()
@@ -81,7 +81,7 @@ def stepped(config: Config, partitioned: bool) -> nn.Module:
     ids=["usual", "original"],
 )
 def test_in_bf16_it_is_that_of_pytorch_bit_for_bit(overrides):
-    config = small_config(**SETTINGS, **overrides, training__precision="bf16")
+    config = small_config(**MUON, **overrides, training__precision="bf16")
     expected = dict(stepped_by_pytorch(config).named_parameters())
     for name, parameter in stepped(config, partitioned=True).named_parameters():
         if name.startswith("transformer.blocks.") and parameter.dim() == 2:
@@ -92,7 +92,7 @@ def test_in_bf16_it_is_that_of_pytorch_bit_for_bit(overrides):
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_in_fp32_it_is_what_pytorch_would_compute_in_fp64(stage):
-    config = small_config(**SETTINGS, training__precision="fp32", parallel__zero_stage=stage)
+    config = small_config(**MUON, training__precision="fp32", parallel__zero_stage=stage)
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.double):
         expected = dict(stepped_by_pytorch(config).named_parameters())
     for name, parameter in stepped(config, partitioned=stage > 0).named_parameters():
