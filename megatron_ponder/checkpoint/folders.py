@@ -12,7 +12,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import did_you_mean, write_atomically
 
 # In a checkpoint's folder; and, beside them, the file that names the latest.
-MANIFEST, CONFIG, TOKENIZER = "manifest.json", "config.yaml", "tokenizer"
+MANIFEST, CONFIG, TOKENIZER, EXPORT = "manifest.json", "config.yaml", "tokenizer", "hf"
 LATEST = "latest"
 logger = logging.getLogger(__name__)
 
@@ -86,15 +86,31 @@ def point_latest(folder: Path, name: str) -> None:
     write_atomically(pointer, name + "\n")
 
 
-def retain(folder: Path, keep: int) -> None:
-    """Remove all but `keep` checkpoints of a folder of checkpoints: the latest, and of the others the newest.
+def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove checkpoints of a folder of checkpoints; one that cannot be removed is named in a warning.
 
     The latest is not the newest by number in a run that has gone back to an older checkpoint and on from there.
+
+    Args:
+        folder: of checkpoints.
+        keep: how many stay: the latest, and of the others the newest.
+        keep_every: those of steps that are multiples of this stay as well; 0 for none.
     """
     latest = latest_checkpoint(folder)
     others = [path for path in checkpoints_in(folder) if path != latest]
     for path in others[: max(0, len(others) - (keep - 1))]:
-        remove(path)
+        if is_kept_for_ever(path, keep_every):
+            continue
+        try:
+            remove(path)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s; remove it yourself", path, error.strerror)
+
+
+def is_kept_for_ever(path: Path, keep_every: int) -> bool:
+    """Whether a checkpoint is of a step that is a multiple of `keep_every`, which is 0 for none."""
+    number = path.name.partition("-")[2]
+    return keep_every > 0 and number.isdecimal() and int(number) > 0 and int(number) % keep_every == 0
 
 
 def partial_folder(folder: Path, state: str = "") -> Path:
@@ -103,11 +119,34 @@ def partial_folder(folder: Path, state: str = "") -> Path:
 
 
 def partial_folders_in(folder: Path) -> list[Path]:
-    """Folders that failed or killed saves have left in a folder of checkpoints."""
+    """Folders that failed or killed saves, and removals that were cut off, have left in a folder of checkpoints."""
     return sorted(folder.glob(".step-*.partial"))
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; its manifest goes first, so that half a checkpoint is never taken for a whole one."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    """Remove a checkpoint: it loses its name at once, so that it is whole or gone, and then its files.
+
+    What a kill leaves of them is removed by the next save.
+
+    Raises:
+        OSError: it keeps its name, and is whole.
+    """
+    aside = partial_folder(folder, "removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def export_of(checkpoint: Path) -> Path:
+    """The folder inside a checkpoint for its export, which is whole where it exists, and goes with the checkpoint."""
+    return checkpoint / EXPORT
+
+
+def note_export(checkpoint: Path) -> None:
+    """Note in a checkpoint that its export is due, by the folder that becomes the export."""
+    partial_folder(export_of(checkpoint)).mkdir()
+
+
+def exports_due(folder: Path) -> list[Path]:
+    """Checkpoints of a folder of checkpoints whose export is due, oldest first."""
+    return [path for path in checkpoints_in(folder) if partial_folder(export_of(path)).is_dir()]

@@ -11,8 +11,7 @@ from typing import get_args
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
-from megatron_ponder.checkpoint.reader import read_config_of, read_weights, tokenizer_path
-from megatron_ponder.hf.export import DataType, export
+from megatron_ponder.hf.export import DataType, export_checkpoint
 from megatron_ponder.hf.measured import measured_section
 
 
@@ -27,10 +26,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
     arguments = parser.parse_args(argv)
     folder = resolve_checkpoint(arguments.checkpoint)
-    export(
-        read_weights(folder),
-        read_config_of(folder),
-        tokenizer_path(folder),
+    export_checkpoint(
+        folder,
         arguments.output,
         arguments.dtype,
         measured_section(arguments.metrics, folder.name) if arguments.metrics else None,

@@ -127,7 +127,9 @@ def _saved(status: RunStatus) -> dict[str, str]:
     lines = {"checkpoint": "none"}
     if status.checkpoint is not None:
         whole = "complete" if status.checkpoint.complete else "damaged: files are missing or cut off"
-        lines["checkpoint"] = f"{status.checkpoint.name}, {format_duration(status.checkpoint.age)} ago, {whole}"
+        whole += ", exported" * status.checkpoint.exported
+        kept = f"; {status.checkpoint.kept} are kept" if status.checkpoint.kept > 1 else ""
+        lines["checkpoint"] = f"{status.checkpoint.name}, {format_duration(status.checkpoint.age)} ago, {whole}{kept}"
     if status.saving is not None:
         lines["unfinished save"] = status.saving
     if status.starts is not None:

@@ -132,6 +132,7 @@ NAMES = {
     "training.skipped_steps_budget": ("rerun_mode",),
     "checkpoint.interval": ("save_interval", "save_steps", "save_every", "checkpoint_interval"),
     "checkpoint.keep": ("save_total_limit", "keep_last_n_checkpoints", "most_recent_k"),
+    "checkpoint.keep_every": ("save_retain_interval", "keep_period", "keep_every_n_steps"),
     "checkpoint.resume": ("load", "resume_from_checkpoint", "resume_from", "ckpt_step"),
     "checkpoint.initialize_from": (
         "pretrained_checkpoint",
@@ -165,6 +166,9 @@ VALUES = {
     "ponder.mode": dict.fromkeys(("none", "off", "baseline"), "write vanilla")
     | dict.fromkeys(("router", "ponderlm3", "ponderlm-3"), "write adaptive")
     | dict.fromkeys(("ponderlm2", "ponderlm-2"), "write fixed"),
+    "checkpoint.export_hf": dict.fromkeys(("true", "True", "fp32"), "write float32 or bfloat16")
+    | dict.fromkeys(("false", "False"), "write none")
+    | dict.fromkeys(("bf16",), "write bfloat16"),
     "training.recompute": dict.fromkeys(("full", "true", "True", "uniform"), "write block")
     | dict.fromkeys(("selective", "core_attn"), "write attention"),
 }

@@ -104,6 +104,9 @@ class CheckpointConfig:
     """Optimiser steps between checkpoints; one is always written at the end."""
     keep: int = number_field(2, 1, 10**6)
     """Newest checkpoints that are kept."""
+    keep_every: int = number_field(0, 0, STEPS)
+    """Checkpoints of steps that are multiples of this are kept for ever, beside the newest; a multiple of `interval`, 0
+    for none."""
     resume: str = path_field("none")
     """`none` starts anew, `auto` goes on from the run folder's latest checkpoint if there is one, anything else is the
     folder of a checkpoint to go on from."""
@@ -111,6 +114,9 @@ class CheckpointConfig:
     """Run or checkpoint folder whose weights a new run starts from, with a fresh optimiser at step 0."""
     allow_data_change: bool = False
     """Resume although dataset, split, sequence length or seed are not the checkpoint's."""
+    export_hf: Literal["none", "float32", "bfloat16"] = "none"
+    """Export every checkpoint for Hugging Face too, into its folder `hf/`, with weights of this type; see
+    [training.md](training.md#checkpoints)."""
     asynchronous: bool = False
     """Write while training goes on, at the cost of host memory for one copy of this rank's share."""
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import write_atomically
 from megatron_ponder.checkpoint.finite import require_finite
+from megatron_ponder.checkpoint.reader import read_config_of, read_weights, tokenizer_path
 from megatron_ponder.checkpoint.writer import staged
 from megatron_ponder.config import Config
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
@@ -26,6 +27,28 @@ from megatron_ponder.hf.weights import to_export
 # The files that define the model for transformers; they import each other and nothing else of ours.
 MODEL_FILES = tuple(f"{part}_ponderlm.py" for part in ("configuration", "cache", "layers", "methods", "modeling"))
 DataType = Literal["float32", "bfloat16"]
+
+
+def export_checkpoint(
+    folder: Path,
+    output: Path,
+    dtype: DataType = "float32",
+    measured: str | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write the model of a checkpoint as a Hugging Face folder.
+
+    Its weights are in memory in fp32, and in `dtype` if that is another.
+
+    Args:
+        folder: of the checkpoint.
+        output, dtype, measured, max_shard_size: as `export` takes them.
+
+    Raises:
+        UserError: as `export` does, or if a file of the checkpoint is missing or damaged.
+    """
+    weights, config = read_weights(folder), read_config_of(folder)
+    export(weights, config, tokenizer_path(folder), output, dtype, measured, max_shard_size)
 
 
 def export(

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import did_you_mean
 from megatron_ponder.base.yaml_files import read_mapping
-from megatron_ponder.checkpoint.folders import MANIFEST, latest_checkpoint
+from megatron_ponder.checkpoint.folders import MANIFEST, checkpoints_in, export_of, latest_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.runs.metrics import METRICS, metrics_in
 from megatron_ponder.runs.starts import read_end, read_starts
@@ -26,12 +26,16 @@ class SavedState:
         step: optimiser steps done.
         age: seconds since it was written.
         complete: every file that its manifest names is there with the size that was written.
+        exported: its export is there too.
+        kept: complete checkpoints that there are, this one among them.
     """
 
     name: str
     step: int
     age: float
     complete: bool
+    exported: bool = False
+    kept: int = 1
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,12 @@ def _newest_checkpoint(folder: Path, now: float) -> SavedState | None:
     path = latest_checkpoint(folder)
     if path is None:
         return None
-    age = max(0.0, now - (path / MANIFEST).stat().st_mtime)
+    age, kept = max(0.0, now - (path / MANIFEST).stat().st_mtime), len(checkpoints_in(folder))
     try:
         manifest = read_manifest(path)
     except UserError:
         number = path.name.rpartition("-")[2]
-        return SavedState(path.name, int(number) if number.isdecimal() else 0, age, complete=False)
+        return SavedState(path.name, int(number) if number.isdecimal() else 0, age, complete=False, kept=kept)
     files = [(path / name, size) for name, (size, _) in manifest.files.items()]
     whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
-    return SavedState(path.name, manifest.state.step, age, whole)
+    return SavedState(path.name, manifest.state.step, age, whole, export_of(path).is_dir(), kept)

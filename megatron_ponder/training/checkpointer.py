@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.folders import checkpoint_name, partial_folder, partial_folders_in, point_latest, retain
+from megatron_ponder.checkpoint.folders import (
+    checkpoint_name,
+    note_export,
+    partial_folder,
+    partial_folders_in,
+    point_latest,
+    retain,
+)
 from megatron_ponder.checkpoint.manifest import Manifest
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.tensor_files import write_tensors
@@ -25,6 +32,7 @@ from megatron_ponder.config.parallel import AXES
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.groups import host_group
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.training.exporter import Exporter
 from megatron_ponder.training.shares import shared_out
 from megatron_ponder.training.state import StateTensor
 
@@ -88,16 +96,21 @@ class Checkpointer:
         if config.checkpoint.asynchronous:
             self._group = host_group()
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._exporter = together(self._new_exporter)
         self._under_way: Future | None = None
         self._copy = _Share()
         self.seconds: float | None = None
 
     def __enter__(self) -> "Checkpointer":
+        if self._exporter is not None:
+            self._exporter.begin_all_due(self.folder)
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         if self._thread is not None:
             self._thread.shutdown()  # waits: the checkpoint is worth having, whatever has ended the training
+        if self._exporter is not None:
+            self._exporter.cut_off()  # what is left of it where the run has not waited
         if exception is None:
             self.finish()  # else a failure of the save would hide the reason
 
@@ -140,6 +153,28 @@ class Checkpointer:
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
+
+    def end_exports(self, at_once: bool) -> None:
+        """Wait for exports that are under way; a collective.
+
+        Args:
+            at_once: cut them off in place of that; the run makes them when it goes on.
+        """
+        if self._config.checkpoint.export_hf == "none":
+            return
+        if self._exporter is not None:
+            self._exporter.cut_off() if at_once else self._exporter.finish()
+        together(lambda: None)
+
+    def news(self) -> list[str]:
+        """What has come of exports since the last call, a line for each."""
+        return [] if self._exporter is None else list(self._exporter.news())
+
+    def _new_exporter(self) -> Exporter | None:
+        dtype, longest = self._config.checkpoint.export_hf, self._config.model.max_position_embeddings
+        if dtype == "none" or (dist.is_initialized() and dist.get_rank() > 0):
+            return None
+        return Exporter(dtype, self._tokenizer, longest)
 
     def _layout(self) -> dict[str, int | str]:
         mesh, config = self._mesh, self._config
@@ -205,8 +240,13 @@ class Checkpointer:
 
         def describe() -> None:
             write_description(aside, replace(manifest, tensors=tensors, files=files), self._config, self._tokenizer)
+            if self._exporter is not None:
+                note_export(aside)
+                self._exporter.finish()  # before what it reads is replaced or removed
             publish(aside, final)
             point_latest(self.folder, final.name)
-            retain(self.folder, self._config.checkpoint.keep)
+            retain(self.folder, self._config.checkpoint.keep, self._config.checkpoint.keep_every)
+            if self._exporter is not None:
+                self._exporter.begin(final)
 
         together(lambda: describe() if rank == 0 else None, self._group)

@@ -168,7 +168,7 @@ class TrainingLoop:
         flops = self._costs.flops(plan, tally)
         state.advance(self._config.training.global_batch_size, flops)
         self._watchdog.beat()
-        self._tell_of_graphs()
+        self._tell_news()
         drift = self._mend_replicas()
         return {
             "step": state.step,
@@ -239,9 +239,11 @@ class TrainingLoop:
             return "nothing is saved yet, start again"
         return f"resume from {self._checkpointer.folder / checkpoint_name(self._saved_step)}"
 
-    def _tell_of_graphs(self) -> None:
+    def _tell_news(self) -> None:
+        """Tell what has happened beside the steps: of compiled graphs, and of exports."""
         compiled = self._engine.model.transformer.compiled
-        if compiled is not None and (news := compiled.news()):
+        graphs = None if compiled is None else compiled.news()
+        for news in (*[graphs] * bool(graphs), *self._checkpointer.news()):
             self._output.say(f"step {self._state.step}  {news}")
 
     def _end_watch(self, flops: float, tally: Tally) -> dict[str, Value]:
@@ -311,6 +313,8 @@ class TrainingLoop:
         self._watch.close()
         with self._watchdog.paused():
             self._checkpointer.finish()
+            self._checkpointer.end_exports(at_once=stop is not None)
+        self._tell_news()
         if self._unsaved is not None:
             raise self._unsaved
         folder = self._checkpointer.folder / checkpoint_name(step)

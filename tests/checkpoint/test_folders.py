@@ -1,15 +1,18 @@
 """Which folder of checkpoints is meant, which checkpoint counts, and which go."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint import folders
 from megatron_ponder.checkpoint.folders import (
     MANIFEST,
     checkpoint_name,
     checkpoints_in,
     latest_checkpoint,
+    partial_folders_in,
     point_latest,
     resolve_checkpoint,
     retain,
@@ -80,3 +83,42 @@ def test_retention_never_removes_the_latest(tmp_path):
     assert checkpoints_in(tmp_path) == [new, paths[2]]
     retain(tmp_path, 1)
     assert checkpoints_in(tmp_path) == [new]
+
+
+def test_multiples_are_kept_beside_the_newest(tmp_path):
+    paths = complete(tmp_path, 0, 5, 10, 15, 20, 25)
+    retain(tmp_path, keep=2, keep_every=10)
+    assert checkpoints_in(tmp_path) == [paths[step // 5] for step in (10, 20, 25)]
+    complete(tmp_path, 30, 35)
+    point_latest(tmp_path, "step-00000020")  # gone back to
+    retain(tmp_path, keep=1, keep_every=10)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [checkpoint_name(step) for step in (10, 20, 30)]
+
+
+def test_a_removal_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    old, new = complete(tmp_path, 5, 10)
+
+    def killed(folder: Path, **_) -> None:
+        if folder.exists():
+            (folder / "weights-00000.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retain(tmp_path, 1)
+    assert not old.exists()
+    assert checkpoints_in(tmp_path) == [new]
+    assert [path.name for path in partial_folders_in(tmp_path)] == [".step-00000005.removed.partial"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_whole_and_named(tmp_path, monkeypatch, caplog):
+    old, new = complete(tmp_path, 5, 10)
+
+    def refused(*_) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    retain(tmp_path, 1)
+    assert checkpoints_in(tmp_path) == [old, new]
+    assert f"{old} could not be removed: Permission denied; remove it yourself" in caplog.text

@@ -335,6 +335,7 @@ def test_a_key_with_nothing_behind_it_is_refused(key, said, tmp_path):
         ({"parallel__offload_nvme_path": "/scratch"}, "not used with parallel.offload_optimizer none; leave it out"),
         ({"training__recompute_passes": 2}, "recomputes nothing while training.recompute is none; set training.recom"),
         ({"training__eval_samples": 0}, "training.eval_samples must be at least 1"),
+        ({"checkpoint__interval": 20, "checkpoint__keep_every": 50}, "set it to a multiple, such as 60"),
         ({"model__max_position_embeddings": 1024}, "data.sequence_length 2048 is longer than model.max_position_embed"),
     ],
 )

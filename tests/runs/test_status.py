@@ -65,6 +65,8 @@ def test_a_real_run_that_has_finished(corpus):
     assert status.checkpoint.name == LATEST_NAME
     assert status.checkpoint.step == STEPS
     assert status.checkpoint.complete
+    assert status.checkpoint.kept == 2
+    assert "complete; 2 are kept" in lines_of(status)["checkpoint"]
     assert status.saving is None
 
 

@@ -20,6 +20,7 @@ from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.status import run_status
 from megatron_ponder.training import checkpointer as saving
 from megatron_ponder.training.checkpointer import Checkpointer
 from megatron_ponder.training.deepspeed_engine import Engine
@@ -30,7 +31,7 @@ from megatron_ponder.training.setup import open_parts
 from megatron_ponder.training.state import state_of
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.finished_runs import FinishedRuns, finished_runs, tiny_arguments
+from tests.finished_runs import FinishedRuns, contents, finished_runs, tiny_arguments
 from tests.models import random_tokens, small_config
 
 
@@ -149,6 +150,7 @@ def two_ranks(runs, corpus, tmp_path_factory) -> tuple[list, Path]:
         training__micro_batch_size=1,
         parallel__zero_stage=2,
         checkpoint__resume=runs.whole / "checkpoints" / "step-00000004",
+        checkpoint__export_hf="bfloat16",
     )
     return run_distributed(on_two_ranks, 2, folder, command), folder
 
@@ -217,6 +219,16 @@ def test_going_on_with_another_micro_batch_and_two_ranks(two_ranks, runs):
     for key in ("samples", "refinements", "latent_step_histogram"):
         assert [record[key] for record in got] == [record[key] for record in want]
     assert got[-1]["validation_loss"] == pytest.approx(want[-1]["validation_loss"], rel=1e-5)
+
+
+def test_a_run_exports_its_checkpoints_as_the_command_does(two_ranks, ponder, tmp_path):
+    _, folder = two_ranks
+    checkpoint = resolve_checkpoint(folder / "halves")
+    assert f"exported {checkpoint / 'hf'}" in (folder / "halves" / "train.log").read_text()
+    done = ponder("export-hf", "--checkpoint", checkpoint, "--output", tmp_path / "hf", "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    assert contents(checkpoint / "hf") == contents(tmp_path / "hf")
+    assert run_status(folder / "halves").checkpoint.exported
 
 
 def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
