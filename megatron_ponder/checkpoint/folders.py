@@ -76,6 +76,27 @@ def _newest_of(folder: Path) -> Path | None:
     return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder)
 
 
+def newest_checkpoints(path: Path, count: int) -> list[Path]:
+    """The latest checkpoint of a run folder or a folder of checkpoints, and those before it, oldest first.
+
+    Args:
+        path: a folder with a complete checkpoint.
+        count: of checkpoints.
+
+    Raises:
+        UserError: if there are fewer.
+    """
+    folder = next(below for below in (path / "checkpoints", path) if checkpoints_in(below))
+    latest = latest_checkpoint(folder)
+    found = [checkpoint for checkpoint in checkpoints_in(folder) if checkpoint.name <= latest.name]
+    if len(found) < count:
+        raise UserError(
+            f"{folder} has {len(found)} checkpoints up to the latest, not {count}; take so many, or let runs keep more "
+            "with checkpoint.keep or checkpoint.keep_every"
+        )
+    return found[-count:]
+
+
 def point_latest(folder: Path, name: str) -> None:
     """Let `latest` in a folder of checkpoints name one of them; a folder that has that name gets another one."""
     pointer = folder / LATEST

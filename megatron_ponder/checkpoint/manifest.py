@@ -33,6 +33,7 @@ class Manifest:
         tensors: file that holds each tensor, by `kind/parameter name`.
         files: size in bytes and sha256 of each other file, by its path within the folder.
         layout: of the ranks that wrote it, for people to read; loading does not look at it.
+        averaged: shares of the checkpoints of which it is the average, by their folders; empty if it is none.
     """
 
     state: RunState = field(default_factory=RunState)
@@ -41,6 +42,7 @@ class Manifest:
     tensors: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     layout: dict[str, int | str] = field(default_factory=dict)
+    averaged: dict[str, float] = field(default_factory=dict)
 
     def tensors_by_file(self) -> dict[str, list[str]]:
         """The `kind/parameter name` of the tensors that each file of tensors holds."""
@@ -53,6 +55,8 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a checkpoint durably, with its own checksum; last, because it makes the folder complete."""
     others = asdict(manifest)
+    if not manifest.averaged:
+        del others["averaged"]  # versions before this would not know it
     content = {"format": FORMAT, **others.pop("state"), **others}
     write_atomically(folder / MANIFEST, json.dumps(content | {"checksum": checksum(content)}, indent=1))
 
@@ -197,5 +201,6 @@ _VALID: dict[str, Callable[[object], bool]] = {
     "validated": lambda value: isinstance(value, bool),
     "penalty_factor": _is_number,
     "penalty_steps": lambda value: value is None or _is_number(value),
+    "averaged": _is_mapping(_is_text, _is_number),
     "layout": _is_mapping(_is_text, lambda value: _is_count(value) or _is_text(value)),
 }

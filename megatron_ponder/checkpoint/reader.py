@@ -96,6 +96,11 @@ class TensorReader:
         require_finite(tensor, f"{self._folder}: the {kind} of {name}", "use an older checkpoint")
         return tensor
 
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that the checkpoint has."""
+        key = f"{kind}/{name}"
+        return tuple(self._files[self.manifest.tensors[key]].get_slice(key).get_shape())
+
     def of_kind(self, kind: str) -> Mapping[str, Tensor]:
         """All tensors of this kind by parameter name, each read when it is asked for."""
         return _TensorsOfKind(self, kind)

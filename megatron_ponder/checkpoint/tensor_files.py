@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from megatron_ponder.base.errors import UserError
 CHUNK = 1 << 20
 
 
-def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def write_tensors(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]] | None = None
+) -> tuple[int, str]:
     """Write one safetensors file durably.
 
     The checksum is of what is given, and taken while it is written. With the library's writer the file would have to be
@@ -28,6 +31,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tup
         folder: an existing folder.
         name: of the file.
         tensors: fp32, on the CPU, by `kind/parameter name`.
+        shapes: of all of them, where each is made when it is taken, which then happens once; theirs unless given.
 
     Returns:
         Its size in bytes and sha256, for the manifest.
@@ -38,7 +42,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tup
     path, digest = folder / name, hashlib.sha256()
     try:
         with path.open("wb") as file:
-            for piece in _safetensors(tensors):
+            for piece in _safetensors(tensors, shapes or {key: tensor.shape for key, tensor in tensors.items()}):
                 file.write(piece)
                 digest.update(piece)
             file.flush()
@@ -49,17 +53,18 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> tup
     return path.stat().st_size, digest.hexdigest()
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | np.ndarray]:
+def _safetensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Iterator[bytes | np.ndarray]:
     """A safetensors file piece by piece: length of the header, header, and the tensors one behind the other."""
     header, end = {}, 0
-    for key, tensor in tensors.items():
-        assert tensor.dtype == torch.float32, f"{key} is {tensor.dtype}"
-        start, end = end, end + tensor.nbytes
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for key, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
+    for key, shape in shapes.items():
+        tensor = tensors[key]
+        assert tensor.dtype == torch.float32 and tensor.shape == tuple(shape), f"{key} is {tensor.dtype}"
         content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
         yield from (content[start : start + CHUNK] for start in range(0, content.size, CHUNK))
 

@@ -44,6 +44,16 @@ def publish(aside: Path, folder: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
+def require_free(folder: Path) -> None:
+    """Refuse to write a folder that is there already, unless it is empty.
+
+    Raises:
+        UserError: it is taken.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; choose another output folder or remove it")
+
+
 def write_description(folder: Path, manifest: Manifest, config: Config, tokenizer: Path | None) -> None:
     """Write what describes the tensors: configuration, a copy of the tokenizer, and last the manifest of all files."""
     write_atomically(folder / CONFIG, to_yaml(config))
@@ -79,8 +89,7 @@ def write_weights_checkpoint(folder: Path, weights: dict[str, Tensor], config: C
     Raises:
         UserError: if the folder is taken.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; choose another output folder or remove it")
+    require_free(folder)
     file = "weights-00000.safetensors"
     with staged(folder) as aside:
         entry = write_tensors(aside, file, {f"{WEIGHT}/{name}": tensor.float() for name, tensor in weights.items()})

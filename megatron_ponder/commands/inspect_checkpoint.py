@@ -84,6 +84,8 @@ def table_of_checkpoint(found: Inspection) -> Table:
     table = Table(show_header=False)
     table.add_row("step", f"{manifest.state.step:,}")
     table.add_row("samples", f"{manifest.state.samples:,}")
+    for folder, share in manifest.averaged.items():
+        table.add_row("average of", f"{share:.4f} × {folder}")
     if config is not None:
         table.add_row("tokens", f"{manifest.state.samples * config.data.sequence_length:,}")
         steps = f"{config.ponder.mode}, {config.ponder.steps} latent steps"

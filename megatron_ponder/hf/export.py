@@ -15,7 +15,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import write_atomically
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.reader import read_config_of, read_weights, tokenizer_path
-from megatron_ponder.checkpoint.writer import staged
+from megatron_ponder.checkpoint.writer import require_free, staged
 from megatron_ponder.config import Config
 from megatron_ponder.hf.configuration_ponderlm import PonderLMConfig
 from megatron_ponder.hf.exported_tokenizer import ExportedTokenizer, export_tokenizer
@@ -75,8 +75,7 @@ def export(
         UserError: if the folder is taken, the tokenizer cannot be converted, weights and configuration differ, or a
             weight is not finite.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists already; choose another output folder or remove it")
+    require_free(output)
     if config.data.reset_at_eod and tokenizer is None:
         raise UserError(
             "the model was trained with data.reset_at_eod, but the checkpoint has no tokenizer to say which token ends "
