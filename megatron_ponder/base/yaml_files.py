@@ -138,6 +138,11 @@ def dump_yaml(content: object) -> str:
     return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+def inline_yaml(value: object) -> str:
+    """A value as it may stand behind a key, on one line."""
+    return yaml.dump([value], Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=2**31).strip()[1:-1]
+
+
 def read_mapping(path: Path, holds: str, loader: type[Loader] = Loader) -> dict:
     """The keys and values of a YAML file.
 

@@ -19,22 +19,16 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
 
 from rich.console import Console
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.paths import expand_user
-from megatron_ponder.cluster.description import Cluster, Machines, read_cluster
-from megatron_ponder.cluster.gpus import GPUS
 from megatron_ponder.cluster.hardware import Hardware, hardware_of
+from megatron_ponder.cluster.machine_options import add_machine_options, chosen_cluster, described_cluster
 from megatron_ponder.config import Config, read_config
-from megatron_ponder.config.command_options import add_options
 from megatron_ponder.estimates.budget import Budget
-
-MACHINES = [item.name for item in fields(Machines)]
 
 
 @command
@@ -55,13 +49,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dry-run", type=int, metavar="RANKS", help="start those of so many ranks that differ, and take a step of each"
     )
-    where = parser.add_argument_group("cluster", f"GPUs that are known: {', '.join(GPUS)}")
-    where.add_argument(
-        "--cluster", type=Path, metavar="FILE", help="a description in YAML, which ponder submit reads too"
-    )
-    where.add_argument("--gpus", type=int, metavar="N", help="in all, on full nodes or a part of one, for --nodes")
-    add_options(where, Machines)
-    parser.set_defaults(**dict.fromkeys(MACHINES))  # what is not given is the file's
+    add_machine_options(parser)
     arguments, overrides = parser.parse_with_overrides(argv)
 
     config = read_config(["--config", arguments.config, *overrides])
@@ -151,7 +139,7 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
     from megatron_ponder.base.launch import Launch
     from megatron_ponder.training import rehearsal
 
-    cluster = _cluster(arguments).of_gpus(arguments.dry_run)
+    cluster = described_cluster(arguments).of_gpus(arguments.dry_run)
     launch = Launch(world_size=arguments.dry_run, local_size=cluster.ranks)
     console = _console()
     console.print(rehearsal.rehearsal_table(config, launch.world_size, list(rehearsal.rehearse(config, launch))))
@@ -171,20 +159,7 @@ def _console() -> Console:
 
 def _hardware(arguments: argparse.Namespace, config: Config) -> Hardware:
     """What the file and the options describe, in the precision of training."""
-    cluster = _cluster(arguments)
-    if arguments.gpus is not None:
-        if arguments.nodes is not None:
-            raise UserError("--gpus and --nodes both say how many GPUs there are; give one of them")
-        cluster = cluster.of_gpus(arguments.gpus)
-    return hardware_of(cluster, config.training.precision)
-
-
-def _cluster(arguments: argparse.Namespace) -> Cluster:
-    """What the file and the options describe."""
-    given = {name: getattr(arguments, name) for name in MACHINES if getattr(arguments, name) is not None}
-    if arguments.cluster is not None:
-        given = {"cluster": arguments.cluster} | given
-    return read_cluster([f"--{name}={value}" for name, value in given.items()])
+    return hardware_of(chosen_cluster(arguments), config.training.precision)
 
 
 def _budget(arguments: argparse.Namespace, config: Config) -> Budget:

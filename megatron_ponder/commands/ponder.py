@@ -16,7 +16,7 @@ from megatron_ponder.base.errors import UserError, command, command_line
 # Commands by what people do; a command `some-name` is the module `some_name`.
 GROUPS = {
     "data": ("train-tokenizer", "preprocess", "merge", "inspect-dataset", "build-index"),
-    "training": ("estimate", "train", "status", "inspect-checkpoint", "average"),
+    "training": ("new", "estimate", "train", "status", "inspect-checkpoint", "average"),
     "using a model": ("generate", "serve", "evaluate", "analyze", "import-hf", "export-hf"),
     "clusters": ("submit", "torchrun"),
 }

@@ -61,6 +61,11 @@ def entries(section: type) -> Iterator[Entry]:
         yield Entry(item.name, values, _default(item), "" if allowed is None else f"{allowed}", said[item.name])
 
 
+def plain(text: str) -> str:
+    """A text without Markdown's marks of links and code."""
+    return re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", text).replace("`", "")
+
+
 def key_table(section: type) -> str:
     """The keys of a section as a table in Markdown."""
     rows = ["| key | default | range | meaning |", "|---|---|---|---|"]
@@ -92,7 +97,7 @@ def help_text() -> str:
 
 def _add(group: argparse._ArgumentGroup, key: str, entry: Entry) -> None:
     notes = [entry.allowed, entry.default and f"default {entry.default}"]
-    text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", entry.meaning).replace("`", "")  # links and code of Markdown
+    text = plain(entry.meaning)
     in_brackets = "; ".join(filter(None, notes))
     text = f"{text} ({in_brackets})" if in_brackets else text
     group.add_argument(f"--{key}", metavar=entry.values, help=text.replace("%", "%%"))

@@ -1,0 +1,34 @@
+"""Sizes that are known by name are those of the examples."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.yaml_files import read_mapping
+from megatron_ponder.config.known_sizes import SIZES, size_of
+from tests import REPOSITORY
+
+EXAMPLES = [
+    *sorted((REPOSITORY / "examples" / "configs").glob("*.yaml")),
+    REPOSITORY / "examples/quickstart/adaptive.yaml",
+]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_is_a_known_size(file: Path):
+    content, name = read_mapping(file, "a configuration"), file.stem.partition("_")[::2]
+    size = size_of("tiny" if file.stem == "adaptive" else "-".join([name[0], name[1].partition("_")[0]]))
+    vocabulary = {"vocab_size": 2048} if file.stem == "adaptive" else {}  # that of the quickstart's tokenizer
+    assert size.model == content["model"] | vocabulary
+    assert size.learning_rate == content["optimizer"]["learning_rate"]
+    assert size.global_batch_size == content["training"]["global_batch_size"]
+    assert size.sequence_length == content["data"]["sequence_length"]
+
+
+def test_a_size_may_be_written_in_other_ways():
+    assert size_of("Pythia_70M") is SIZES["pythia-70m"]
+    with pytest.raises(UserError, match=r"no size is known as 1.4b; did you mean pythia-1.4b or llama-1.4b\?"):
+        size_of("1.4b")
+    with pytest.raises(UserError, match=r"no size is known as huge; there are tiny, pythia-70m"):
+        size_of("huge")
