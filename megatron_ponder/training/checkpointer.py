@@ -96,7 +96,7 @@ class Checkpointer:
         if config.checkpoint.asynchronous:
             self._group = host_group()
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._exporter = together(self._new_exporter)
+        self._exporter = None if config.checkpoint.export_hf == "none" else together(self._new_exporter)
         self._under_way: Future | None = None
         self._copy = _Share()
         self.seconds: float | None = None
@@ -171,10 +171,11 @@ class Checkpointer:
         return [] if self._exporter is None else list(self._exporter.news())
 
     def _new_exporter(self) -> Exporter | None:
-        dtype, longest = self._config.checkpoint.export_hf, self._config.model.max_position_embeddings
-        if dtype == "none" or (dist.is_initialized() and dist.get_rank() > 0):
+        """The one that the first rank has; none on the others."""
+        config = self._config
+        if dist.is_initialized() and dist.get_rank() > 0:
             return None
-        return Exporter(dtype, self._tokenizer, longest)
+        return Exporter(config.checkpoint.export_hf, self._tokenizer, config.model.max_position_embeddings)
 
     def _layout(self) -> dict[str, int | str]:
         mesh, config = self._mesh, self._config

@@ -82,15 +82,28 @@ class Exporter:
                 yield self._news.get_nowait()
 
     def _export(self, checkpoint: Path) -> None:
-        """Let a process export a checkpoint, in the thread."""
+        """Let a process export a checkpoint, in the thread, and note what has come of it."""
         output = export_of(checkpoint)
+        try:
+            problem = self._run_process(checkpoint, output)
+        except OSError as error:  # no process can be started
+            problem = describe(error)
+        if output.exists():
+            self._news.put(f"exported {output}")
+        elif problem is None:
+            self._news.put(f"the export {output} is not finished; it is made when the run goes on")
+        else:
+            self._news.put(f"warning: {checkpoint} is saved but not exported, training goes on: {problem}")
+            shutil.rmtree(partial_folder(output), ignore_errors=True)  # no longer due
+
+    def _run_process(self, checkpoint: Path, output: Path) -> str | None:
+        """The problem for which there is no export; None if there is one, or it was cut off."""
         context = multiprocessing.get_context(START_METHOD)
         answer, sender = context.Pipe(duplex=False)
         process = context.Process(target=_export_beside, args=(checkpoint, output, self._dtype, sender), daemon=True)
         with self._lock:
             if self._cut_off:
-                self._news.put(_cut_off(output))
-                return
+                return None
             process.start()
             self._process = process
         sender.close()
@@ -100,23 +113,14 @@ class Exporter:
         process.join()
         with self._lock:
             self._process = None
-        if output.exists():
-            self._news.put(f"exported {output}")
-        elif self._cut_off:
-            self._news.put(_cut_off(output))
-        else:
-            problem = problem or f"its process has ended with code {process.exitcode}"
-            self._news.put(f"warning: {checkpoint} is saved but not exported, training goes on: {problem}")
-            shutil.rmtree(partial_folder(output), ignore_errors=True)  # no longer due
-
-
-def _cut_off(output: Path) -> str:
-    return f"the export {output} is not finished; it is made when the run goes on"
+        if self._cut_off or -process.exitcode in SIGNALS:  # of which the launcher tells every process
+            return None
+        return problem or f"its process has ended with code {process.exitcode}"
 
 
 def _export_beside(checkpoint: Path, output: Path, dtype: str, answer: Connection) -> None:
     """Export in this process, which only training may end, and which ends with it."""
-    for number in SIGNALS:  # of which the launcher tells every process
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_training, daemon=True).start()
     from megatron_ponder.hf.export import export_checkpoint  # with all of transformers, which training does without

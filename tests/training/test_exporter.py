@@ -3,8 +3,10 @@
 What is exported is looked at in `test_checkpointer.py`, after a real run.
 """
 
+import errno
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,9 @@ def export_as_told(checkpoint: Path, output: Path, dtype: str) -> None:
         raise UserError("the disk is full")
     if told == "die":
         os._exit(9)
+    if told == "stop":
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # as before this process has come so far
+        os.kill(os.getpid(), signal.SIGUSR1)
     if told == "sleep":
         (checkpoint / "pid").write_text(f"{os.getpid()}")
         time.sleep(60)
@@ -80,21 +85,37 @@ def test_exports_follow_each_other_and_a_failure_is_a_line(tmp_path):
 
 
 def test_what_is_cut_off_is_made_by_the_next_start(tmp_path):
-    first, second = checkpoints(tmp_path, "sleep", "export")
+    first, second, third = checkpoints(tmp_path, "sleep", "export", "stop")
+    stopped = begun(third)
+    stopped.finish()
     running = begun(first, second)
     while not (first / "pid").exists():
         time.sleep(0.01)
     running.cut_off()
     ends = "is not finished; it is made when the run goes on"
+    assert list(stopped.news()) == [f"the export {third / 'hf'} {ends}"]
     assert list(running.news()) == [f"the export {path / 'hf'} {ends}" for path in (first, second)]
-    assert exports_due(tmp_path) == [first, second]
-    (first / "told").write_text("export")
+    assert exports_due(tmp_path) == [first, second, third]
+    for path in (first, third):
+        (path / "told").write_text("export")
     again = begun()
     again.begin_all_due(tmp_path)
     again.finish()
-    assert list(again.news()) == [f"exported {path / 'hf'}" for path in (first, second)]
+    assert list(again.news()) == [f"exported {path / 'hf'}" for path in (first, second, third)]
     assert exports_due(tmp_path) == []
     assert export_of(first).is_dir()
+
+
+def test_a_process_that_cannot_be_started_is_a_line(tmp_path, monkeypatch):
+    def refused(*_, **__) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    (checkpoint,) = checkpoints(tmp_path, "export")
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", refused)
+    running = begun(checkpoint)
+    running.finish()
+    (line,) = running.news()
+    assert line.endswith("is saved but not exported, training goes on: Cannot allocate memory")
 
 
 def test_an_export_ends_with_its_run(tmp_path):
