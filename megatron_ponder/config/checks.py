@@ -10,7 +10,8 @@ from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.layout import even_layers, largest_tensor
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
-from megatron_ponder.config.run import CheckpointConfig, OptimizerConfig, TrainingConfig
+from megatron_ponder.config.run import OptimizerConfig, TrainingConfig
+from megatron_ponder.config.saving_checks import validate_saving
 from megatron_ponder.config.sections import Config
 
 
@@ -34,9 +35,7 @@ def validate(config: Config) -> Config:
     _validate_data(config.data)
     _validate_profile(config.training)
     _validate_run(config)
-    _validate_retention(config.checkpoint)
-    if config.checkpoint.export_hf != "none":
-        _validate_export(config)
+    validate_saving(config)
     return config
 
 
@@ -329,25 +328,4 @@ def _validate_run(config: Config) -> None:
         config.model.max_position_embeddings >= data.sequence_length,
         f"data.sequence_length {data.sequence_length} is longer than model.max_position_embeddings "
         f"{config.model.max_position_embeddings}; lower the one or raise the other",
-    )
-
-
-def _validate_retention(checkpoint: CheckpointConfig) -> None:
-    every, interval = checkpoint.keep_every, checkpoint.interval
-    _require(
-        every % interval == 0,
-        f"checkpoint.keep_every {every} is no multiple of checkpoint.interval {interval}, so that steps to be kept "
-        f"would not be saved; set it to a multiple, such as {interval * math.ceil(every / interval)}",
-    )
-
-
-def _validate_export(config: Config) -> None:
-    _require(
-        not config.ponder.routes_by_token,
-        "checkpoint.export_hf cannot be used with ponder.router_input token, a control that cannot be exported; leave "
-        "checkpoint.export_hf out",
-    )
-    _require(
-        bool(config.tokenizer.path) or not config.data.reset_at_eod,
-        "checkpoint.export_hf with data.reset_at_eod needs to know the end-of-document token; set tokenizer.path",
     )
