@@ -22,9 +22,9 @@ TOKENIZER_FILES = {"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token
 LAYOUT = {"tensor": 2, "pipeline": 1, "data": 3, "zero_stage": 1, "precision": "bf16"}
 
 
-def tensors_of_a_run(**overrides) -> dict[str, torch.Tensor]:
+def tensors_of_a_run(seed: int = 0, **overrides) -> dict[str, torch.Tensor]:
     """Weights and moments of a small model."""
-    model, config = small_model(**overrides).float(), small_config(**overrides)
+    model, config = small_model(seed, **overrides).float(), small_config(**overrides)
     return {
         f"{kind}/{name}": parameter.detach().clone()
         for name, parameter, spec, _ in declarations(model)
