@@ -1,6 +1,6 @@
 """The checkpoint that a run goes on from: found, verified by all ranks together, of this run's data and tokenizer."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config
 from megatron_ponder.data.mixture import same_past
 from megatron_ponder.parallel.collectives import together
+from megatron_ponder.training.schedules import describe_learning_rate, learning_rate
 from megatron_ponder.training.shares import shared_out
 
 
@@ -26,12 +27,14 @@ class Start:
         resumed: the checkpoint that it goes on from, verified; None for a new run.
         weights: the checkpoint whose weights it begins with, verified; None for initial ones from the seed.
         doubts: what is to be said before it goes on, such as what is wrong with each checkpoint that is passed over.
+        changes: what is otherwise from here on, in lines to be said.
     """
 
     state: RunState
     resumed: Path | None
     weights: Path | None
     doubts: list[str]
+    changes: list[str] = field(default_factory=list)
 
 
 def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
@@ -55,7 +58,39 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
         return Start(RunState(), None, weights, doubts)
     manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
     doubts += together(lambda: latents_taken_away(resumed, manifest.state.step, config))
-    return Start(manifest.state, resumed, resumed, doubts)
+    changes = together(lambda: schedule_changed(resumed, manifest.state.step, config))
+    return Start(manifest.state, resumed, resumed, doubts, changes)
+
+
+def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
+    """Say that the learning rate goes on by another schedule than that of the checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        step: optimiser steps that it has done.
+        config: to go on with.
+
+    Returns:
+        One line, or none where it is not so.
+
+    Raises:
+        UserError: a decay is to have begun that the checkpoint knows nothing of.
+    """
+    stored, steps = read_config_of(folder), config.training.steps
+    (was, then), (now, here) = (
+        (describe_learning_rate(step, *each), learning_rate(step - 1, *each))
+        for each in ((stored.training.steps, stored.optimizer), (steps, config.optimizer))
+    )
+    begin = steps - (config.optimizer.decay_steps or 0)
+    if was == now or step == 0:
+        return []
+    if begin < step and then != here:
+        raise UserError(
+            f"the decay of optimizer.schedule wsd would begin at step {begin}, but {folder} has done {step} steps by "
+            f"another ({was}); set optimizer.decay_steps to at most {steps - step}, or training.steps to at least "
+            f"{step + config.optimizer.decay_steps}"
+        )
+    return [f"the schedule of the learning rate was {was}; from step {step:,} on it is {now}"]
 
 
 def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:
@@ -81,7 +116,8 @@ def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:
 def find_resume(config: Config) -> tuple[Path | None, list[str]]:
     """The verified checkpoint folder to go on from; None to start anew; a collective.
 
-    With `auto` it is the latest of the run folder, and where that is damaged the newest that is not.
+    With `auto` it is the latest of the run folder, and where that is damaged the newest that is not. A run folder
+    without any goes on from the checkpoint that it is to branch off from.
 
     Returns:
         The folder, and what is wrong with each that has been passed over.
@@ -107,7 +143,12 @@ def find_resume(config: Config) -> tuple[Path | None, list[str]]:
             "with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew",
             shared=True,
         )
-    return None, []
+    branch = config.checkpoint.branch_from
+    if branch is None:
+        return None, []
+    folder = together(lambda: resolve_checkpoint(Path(branch)))
+    verify_together(folder, resumable=True)
+    return folder, []
 
 
 def _candidates(config: Config) -> list[Path]:
