@@ -96,6 +96,7 @@ NAMES = {
     "optimizer.warmup_fraction": ("lr_warmup_fraction", "warmup_ratio"),
     "optimizer.decay_steps": ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "num_decay_steps", "decay_ratio"),
     "optimizer.decay_shape": ("lr_wsd_decay_style", "decay_type"),
+    "optimizer.router_learning_rate_factor": ("router_lr", "router_lr_mult", "lr_mult", "router_learning_rate"),
     "optimizer.betas": ("adam_beta1", "adam_beta2", "beta1", "beta2", "adam_betas"),
     "optimizer.epsilon": ("adam_eps", "adam_epsilon", "eps"),
     "optimizer.weight_decay": ("wd", "start_weight_decay", "end_weight_decay"),

@@ -43,6 +43,9 @@ class OptimizerConfig:
     decay_shape: DecayShape | None = None
     """With `wsd`, how it falls: `linear`, by `1-sqrt` of the share of the decay that is done, or as half a `cosine`;
     `linear` unless given."""
+    router_learning_rate_factor: float = number_field(1.0, 0, 1000)
+    """Factor on the learning rate of the router's weights; unused without a router, so that one configuration serves
+    every mode."""
     betas: tuple[float, float] = number_field((0.9, 0.95), 0, 1, below=True)
     """Decay rates of the two moments."""
     epsilon: float = number_field(1e-8, 1e-20, 1)

@@ -173,10 +173,10 @@ class TrainingLoop:
         return {
             "step": state.step,
             "samples": state.samples,
-            "steps_left": self._costs.left(state.step),
+            "steps_left": self._costs.left(state.step, state.samples, self._batch),
             "training_flops": state.training_flops,
             "grad_norm": norm,
-            "learning_rate": plan.learning_rate,
+            **records.rate_fields(plan.learning_rate, self._config, self._routed),
             "penalty_weight": plan.penalty_weight,
             "refinements": plan.refinements,
             **records.step_fields(tally, plan.penalty_weight),

@@ -258,12 +258,16 @@ def optimizers_of_pytorch(parameters: dict[str, nn.Parameter], config: Config) -
         matrices = {
             name: p for name, p in parameters.items() if name.startswith("transformer.blocks.") and p.dim() == 2
         }
-    others = [parameter for name, parameter in parameters.items() if name not in matrices]
+    others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
     groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [parameter],
+            "weight_decay": settings.weight_decay if parameter.dim() > 1 else 0.0,
+            "lr": RATE * (settings.router_learning_rate_factor if name.startswith("router") else 1.0),
+        }
+        for name, parameter in others.items()
     ]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, RATE, settings.betas, settings.epsilon)]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=settings.betas, eps=settings.epsilon)]
     if matrices:
         usual = {"momentum": settings.muon_momentum, "adjust_lr_fn": settings.muon_scaling}
         made.append(torch.optim.Muon(matrices.values(), rate, settings.weight_decay, **usual))

@@ -69,5 +69,7 @@ def test_another_schedule_is_said_and_one_that_lies_in_the_past_is_refused(tmp_p
     assert "linear from step 90 to 3e-05 at step 100; from step 50 on it is" in line
     (line,) = changed(tmp_path, 50, training__steps=100)
     assert line.endswith("on it is cosine from 0.0003 after 2 steps of warm-up to 3e-05 at step 100")
+    changes = changed(tmp_path, 95, training__steps=100, **decays, optimizer__router_learning_rate_factor=0.1)
+    assert changes == ["the factor on the router's learning rate was 1, and is 0.1"]
     with pytest.raises(UserError, match=r"begin at step 45, but .* has done 50 steps .*at most 5, or .* at least 60"):
         changed(tmp_path, 50, training__steps=55, **decays)

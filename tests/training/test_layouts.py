@@ -56,9 +56,10 @@ QUICK = {
         "gpt_neox loop",
         "llama ponderlm",
         "pruned llama",
+        "slow router",
     ),
     "tp2 pp2": ("llama adaptive", "muon"),
-    "pp2 dp2 zero1": ("gpt_neox adaptive",),
+    "pp2 dp2 zero1": ("gpt_neox adaptive", "growing batch"),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
 # Of every layout.
