@@ -113,6 +113,7 @@ NAMES = {
         "max_steps",
     ),
     "training.global_batch_size": ("train_batch_size", "batch_size", "gbs", "total_batch_size"),
+    "training.batch_size_ramp": ("rampup_batch_size", "batch_size_warmup", "batch_size_rampup", "batch_size_schedule"),
     "training.micro_batch_size": (
         "train_micro_batch_size_per_gpu",
         "per_device_train_batch_size",

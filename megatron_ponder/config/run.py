@@ -1,6 +1,6 @@
 """The sections about a run: its optimiser, its loop, what it saves and what it says."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
@@ -75,6 +75,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class BatchRampConfig:
+    """A global batch that grows until it has its size."""
+
+    start: int = number_field(MISSING, 1, 2**30)
+    """Sequences of the first optimiser steps."""
+    increment: int = number_field(MISSING, 1, 2**30)
+    """Sequences that are added each time."""
+    samples: int = number_field(MISSING, 1, STEPS)
+    """Samples of the run over which it grows; every size but the last has an equal part of them."""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The loop."""
 
@@ -84,6 +96,9 @@ class TrainingConfig:
     """Optimiser steps."""
     global_batch_size: int = number_field(256, 1, 2**30)
     """Sequences of one optimiser step, over all ranks."""
+    batch_size_ramp: BatchRampConfig | None = None
+    """`{start, increment, samples}`, by which the global batch [grows](training.md#a-batch-that-grows) to
+    `global_batch_size`; it has that from the beginning unless given."""
     micro_batch_size: int = number_field(8, 1, 2**20)
     """Sequences of one forward pass on one rank; the rest is gradient accumulation."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -1,7 +1,7 @@
 """Checks that the schedules of a run can be what they say."""
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.config.run import IN_PLACE, OptimizerConfig
+from megatron_ponder.config.run import IN_PLACE, OptimizerConfig, TrainingConfig
 from megatron_ponder.config.sections import Config
 
 
@@ -14,6 +14,7 @@ def validate_schedules(config: Config) -> None:
     _validate_numbers(config.optimizer)
     _validate_decay(config.optimizer)
     _validate_lengths(config)
+    _validate_ramp(config.training)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -71,4 +72,20 @@ def _validate_lengths(config: Config) -> None:
         optimizer.schedule != "inverse_sqrt" or warmup > 0,
         "optimizer.schedule inverse_sqrt falls by the length of its warm-up, and this one has none; set "
         "optimizer.warmup_steps",
+    )
+
+
+def _validate_ramp(training: TrainingConfig) -> None:
+    ramp, full = training.batch_size_ramp, training.global_batch_size
+    if ramp is None:
+        return
+    _require(
+        ramp.start < full,
+        f"training.batch_size_ramp starts with {ramp.start} sequences, and training.global_batch_size is {full}; start "
+        "with fewer, or leave training.batch_size_ramp out",
+    )
+    _require(
+        (full - ramp.start) % ramp.increment == 0,
+        f"training.batch_size_ramp goes from {ramp.start} to training.global_batch_size {full}, which is no whole "
+        f"number of increments of {ramp.increment}; choose a divisor of {full - ramp.start}",
     )

@@ -133,7 +133,9 @@ class Engine:
             self._engine.allreduce_gradients()
             return sums
         total = 0
-        for tokens in micro_batches:
+        for index, tokens in enumerate(micro_batches):
+            # DeepSpeed counts on its own to a number that never changes, and a growing batch has others.
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss, sums = self._engine(tokens, refinements, rule, penalty)
             with span("backward"):
                 self._engine.backward(loss * scale, scale_wrt_gas=False)

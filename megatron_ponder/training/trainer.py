@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
+from megatron_ponder.config.batch_sizes import batch_sizes
 from megatron_ponder.estimates.layout_table import describe_layout
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
@@ -89,6 +90,7 @@ def _output(folder: RunFolder | None, config: Config, first_step: int) -> Silenc
 
 def _headline(config: Config, mesh: Mesh, parts: RunParts, start: Start) -> str:
     ponder, training = config.ponder, config.training
+    sizes = batch_sizes(training)
     limit = "up to " if ponder.mode == "adaptive" else ""
     steps = f"{limit}{ponder.steps or 'no'} latent steps"
     step = start.state.step
@@ -98,5 +100,5 @@ def _headline(config: Config, mesh: Mesh, parts: RunParts, start: Start) -> str:
     return (
         f"{begins}: {config.model.description}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "
         f"{parts.datasets['train'].samples_per_epoch:,} samples of {config.data.sequence_length} tokens an epoch, "
-        f"{training.global_batch_size} a step"
+        f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} a step"
     )
