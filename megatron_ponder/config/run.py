@@ -167,6 +167,9 @@ class CheckpointConfig:
     export_hf: Literal["none", "float32", "bfloat16"] = "none"
     """Export every checkpoint for Hugging Face too, into its folder `hf/`, with weights of this type; see
     [training.md](training.md#checkpoints)."""
+    allow_rope_change: bool = False
+    """Go on from a checkpoint, or from its weights, although `rope_theta`, `rope_scaling` or what belongs to it is not
+    the checkpoint's, as models are [trained for longer sequences](training.md#longer-sequences)."""
     asynchronous: bool = False
     """Write while training goes on, at the cost of host memory for one copy of this rank's share."""
 

@@ -43,6 +43,22 @@ def architecture(config: Config) -> dict[str, Any]:
     }
 
 
+def architecture_changes(config: Config, stored: Config) -> dict[str, tuple[Any, Any]]:
+    """What of a checkpoint's model a configuration has otherwise, by dotted keys: the checkpoint's value, and its own.
+
+    Args:
+        config: resolved.
+        stored: that of the checkpoint.
+    """
+    ours, theirs = architecture(config), architecture(stored)
+    return {key: (value, ours[key]) for key, value in theirs.items() if ours[key] != value}
+
+
+def turns_positions(key: str) -> bool:
+    """Whether a dotted key is about how positions are rotated, which a model can be trained to do otherwise."""
+    return key.startswith("model.rope_")
+
+
 def resolve(config: Config) -> Config:
     """Fill in the fields that are derived from others. Idempotent."""
     model, ponder, optimizer = config.model, config.ponder, config.optimizer

@@ -13,9 +13,8 @@ from megatron_ponder.checkpoint.reader import read_config_of, verify
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config
 from megatron_ponder.data.mixture import same_past
-from megatron_ponder.model.modes import passes_of
 from megatron_ponder.parallel.collectives import together
-from megatron_ponder.training.schedules import describe_learning_rate, learning_rate
+from megatron_ponder.training.changes import all_changes, positions_changed
 from megatron_ponder.training.shares import shared_out
 
 
@@ -56,44 +55,12 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
         weights = None if given is None else together(lambda: resolve_checkpoint(Path(given)))
         if weights is not None:
             verify_together(weights)
-        return Start(RunState(), None, weights, doubts)
+        changes = [] if weights is None else together(lambda: positions_changed(weights, config))
+        return Start(RunState(), None, weights, doubts, changes)
     manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
     doubts += together(lambda: latents_taken_away(resumed, manifest.state.step, config))
-    changes = together(lambda: schedule_changed(resumed, manifest.state.step, config))
+    changes = together(lambda: all_changes(resumed, manifest, config, data_fingerprint))
     return Start(manifest.state, resumed, resumed, doubts, changes)
-
-
-def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
-    """Say that learning rates go on by another schedule than that of the checkpoint.
-
-    Args:
-        folder: of the checkpoint.
-        step: optimiser steps that it has done.
-        config: to go on with.
-
-    Returns:
-        A line for the schedule and one for the router's factor on it, or none where they are the same.
-
-    Raises:
-        UserError: a decay is to have begun that the checkpoint knows nothing of.
-    """
-    stored, steps = read_config_of(folder), config.training.steps
-    before, after = (stored.training.steps, stored.optimizer), (steps, config.optimizer)
-    was, now = (describe_learning_rate(step, *each) for each in (before, after))
-    factors = [each.optimizer.router_learning_rate_factor for each in (stored, config)]
-    lines = []
-    if was != now and step > 0:
-        begin = steps - (config.optimizer.decay_steps or 0)
-        if begin < step and learning_rate(step - 1, *before) != learning_rate(step - 1, *after):
-            raise UserError(
-                f"the decay of optimizer.schedule wsd would begin at step {begin}, but {folder} has done {step} steps "
-                f"by another ({was}); set optimizer.decay_steps to at most {steps - step}, or training.steps to at "
-                f"least {step + config.optimizer.decay_steps}"
-            )
-        lines.append(f"the schedule of the learning rate was {was}; from step {step:,} on it is {now}")
-    if factors[0] != factors[1] and passes_of(config.ponder).routed:
-        lines.append(f"the factor on the router's learning rate was {factors[0]:.12g}, and is {factors[1]:.12g}")
-    return lines
 
 
 def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:
