@@ -169,13 +169,14 @@ class TrainingLoop:
         if routes and math.isfinite(norm):
             self._penalty.observe(state.step, tally.mean_steps)
         flops = self._costs.flops(plan, tally)
-        state.advance(self._batch, flops)
+        state.advance(self._batch, tally.tokens, flops)
         self._watchdog.beat()
         self._tell_news()
         drift = self._mend_replicas()
         return {
             "step": state.step,
             "samples": state.samples,
+            "tokens": state.tokens,
             "steps_left": self._costs.left(state.step, state.samples, self._batch),
             "training_flops": state.training_flops,
             "grad_norm": norm,

@@ -58,6 +58,8 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
         changes = [] if weights is None else together(lambda: positions_changed(weights, config))
         return Start(RunState(), None, weights, doubts, changes)
     manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
+    if manifest.state.tokens is None:
+        manifest.state.tokens = manifest.state.samples * together(lambda: read_config_of(resumed)).data.sequence_length
     doubts += together(lambda: latents_taken_away(resumed, manifest.state.step, config))
     changes = together(lambda: all_changes(resumed, manifest, config, data_fingerprint))
     return Start(manifest.state, resumed, resumed, doubts, changes)

@@ -33,7 +33,7 @@ def test_a_run_that_is_resumed_while_its_batch_grows_is_the_one_that_was_not_sto
     run_distributed(train_in_turn, 2, commands, time_limit=300)
     records = read_metrics(whole)
     consumed = [sum(SIZES[:count]) for count in range(1, 9)]
-    assert [record["samples"] for record in records] == consumed
+    assert [(record["samples"], record["tokens"]) for record in records] == [(count, 16 * count) for count in consumed]
     assert [sum(record["latent_step_histogram"]) for record in records] == [16 * size for size in SIZES]
     left = [(consumed[-1] - samples) / size for samples, size in zip(consumed, SIZES, strict=True)]
     assert [record["steps_left"] for record in records] == left

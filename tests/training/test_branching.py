@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_longer_sequences_and_slower_positions(branches):
     config, parts = open_parts(load_config(branches.longer / CONFIG))
     stored = load_config(branches.stable / CONFIG)
     (record,) = read_metrics(branches.longer)
-    assert (record["step"], record["samples"]) == (6, 24)
+    assert (record["step"], record["samples"], record["tokens"]) == (6, 24, 20 * 16 + 4 * 32)
     tokens = torch.stack([torch.from_numpy(parts.datasets["train"][position]) for position in range(20, 24)])
     assert tokens.shape == (4, 33)
     checkpoint, losses = resolve_checkpoint(branches.stable), []
