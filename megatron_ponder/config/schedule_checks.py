@@ -4,6 +4,8 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.run import IN_PLACE, OptimizerConfig, TrainingConfig
 from megatron_ponder.config.sections import Config
 
+MOST_INCREMENTS = 1000  # of a ramp, each of whose sizes the ranks have to be able to share
+
 
 def validate_schedules(config: Config) -> None:
     """Refuse a schedule that contradicts itself or the length of the run, saying what to write instead.
@@ -88,4 +90,10 @@ def _validate_ramp(training: TrainingConfig) -> None:
         (full - ramp.start) % ramp.increment == 0,
         f"training.batch_size_ramp goes from {ramp.start} to training.global_batch_size {full}, which is no whole "
         f"number of increments of {ramp.increment}; choose a divisor of {full - ramp.start}",
+    )
+    increments = (full - ramp.start) // ramp.increment
+    _require(
+        increments <= MOST_INCREMENTS,
+        f"training.batch_size_ramp has {increments:,} increments, and at most {MOST_INCREMENTS:,} are looked at; "
+        "choose a larger one",
     )

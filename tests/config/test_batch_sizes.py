@@ -78,6 +78,11 @@ def test_ramps_that_cannot_be(written, said):
     assert "\n" not in str(caught.value)
 
 
+def test_sizes_of_a_ramp_are_few_enough_to_be_looked_at():
+    with pytest.raises(UserError, match=r"has 1,001 increments, and at most 1,000 are looked at; choose a larger one$"):
+        config("1 1 90", training__global_batch_size=1002)
+
+
 def test_every_size_has_to_be_shared_by_the_ranks():
     assert data_parallel_size(config("4 4 90"), 4) == 4
     with pytest.raises(
