@@ -20,6 +20,14 @@ def batch_size(training: TrainingConfig, samples: int) -> int:
     return sizes[samples * (len(sizes) - 1) // ramp.samples]
 
 
+def describe_batches(training: TrainingConfig, samples: int) -> str:
+    """The global batches in words that leave out nothing on which they depend, after so many samples."""
+    sizes, ramp = batch_sizes(training), training.batch_size_ramp
+    if ramp is None or samples >= ramp.samples:
+        return f"{sizes[-1]:,} sequences"
+    return f"{sizes[0]:,} sequences and {sizes.step:,} more at a time up to {sizes[-1]:,} at sample {ramp.samples:,}"
+
+
 def samples_of(training: TrainingConfig, steps: float, samples: int = 0) -> float:
     """How many samples optimiser steps consume, whole if they are.
 

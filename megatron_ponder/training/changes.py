@@ -6,6 +6,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import Manifest
 from megatron_ponder.checkpoint.reader import read_config_of
 from megatron_ponder.config import Config
+from megatron_ponder.config.batch_sizes import describe_batches
 from megatron_ponder.config.sections import architecture_changes, turns_positions
 from megatron_ponder.data.mixture import same_past
 from megatron_ponder.model.modes import passes_of
@@ -24,8 +25,9 @@ def all_changes(folder: Path, manifest: Manifest, config: Config, data_fingerpri
     Raises:
         UserError: as `schedule_changed`.
     """
-    lines = schedule_changed(folder, manifest.state.step, config) + positions_changed(folder, config)
-    return lines + data_changed(folder, manifest, data_fingerprint)
+    state = manifest.state
+    lines = schedule_changed(folder, state.step, config) + batches_changed(folder, state.samples, config)
+    return lines + positions_changed(folder, config) + data_changed(folder, manifest, config, data_fingerprint)
 
 
 def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
@@ -61,37 +63,52 @@ def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
     return lines
 
 
+def batches_changed(folder: Path, samples: int, config: Config) -> list[str]:
+    """Say that steps are of other global batches than they were to be.
+
+    Args:
+        folder: of the checkpoint.
+        samples: that it has consumed.
+        config: to go on with.
+
+    Returns:
+        One line, or none where they are the same.
+    """
+    was, now = (describe_batches(each.training, samples) for each in (read_config_of(folder), config))
+    return [] if was == now else [f"the global batch was {was}; from sample {samples:,} on it is {now}"]
+
+
 def positions_changed(folder: Path, config: Config) -> list[str]:
-    """Say that sequences are of another length than those of a checkpoint, or that positions are rotated otherwise.
+    """Say that positions are rotated otherwise than in a checkpoint.
 
     Args:
         folder: of the checkpoint.
         config: to go on with.
 
     Returns:
-        One line, or none where nothing is otherwise.
+        One line, or none where they are not.
     """
-    stored = read_config_of(folder)
-    changes = {key: pair for key, pair in architecture_changes(config, stored).items() if turns_positions(key)}
-    lengths = stored.data.sequence_length, config.data.sequence_length
-    if lengths[0] != lengths[1]:
-        changes["data.sequence_length"] = lengths
-    told = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changes.items())
+    changes = architecture_changes(config, read_config_of(folder)).items()
+    told = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changes if turns_positions(key))
     return [told] if told else []
 
 
-def data_changed(folder: Path, manifest: Manifest, data_fingerprint: str) -> list[str]:
+def data_changed(folder: Path, manifest: Manifest, config: Config, data_fingerprint: str) -> list[str]:
     """Say that other data follow than those that a checkpoint was trained on, which has been allowed.
 
     Args:
         folder: of the checkpoint.
         manifest: of the checkpoint.
+        config: to go on with.
         data_fingerprint: of the data that follow.
 
     Returns:
-        One line, or none where they are the same.
+        A line for the length of sequences and one for the data, or none where they are the same.
     """
-    samples = manifest.state.samples
-    if manifest.data_fingerprint is None or same_past(manifest.data_fingerprint, data_fingerprint, samples):
-        return []
-    return [f"the data are not those that {folder} was trained on; their sample {samples:,} comes next"]
+    samples, lines = manifest.state.samples, []
+    was, now = read_config_of(folder).data.sequence_length, config.data.sequence_length
+    if was != now:
+        lines.append(f"data.sequence_length was {was} and is {now}")
+    if manifest.data_fingerprint is not None and not same_past(manifest.data_fingerprint, data_fingerprint, samples):
+        lines.append(f"the data are not those that {folder} was trained on; their sample {samples:,} comes next")
+    return lines

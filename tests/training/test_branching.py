@@ -17,7 +17,7 @@ from megatron_ponder.model.build import build_part
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import read_metrics
-from megatron_ponder.training.changes import schedule_changed
+from megatron_ponder.training.changes import batches_changed, schedule_changed
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.resuming import find_resume
 from megatron_ponder.training.schedules import training_rule
@@ -146,6 +146,16 @@ def test_a_folder_that_has_checkpoints_goes_on_from_them(branches, tmp_path):
 
 def changed(folder: Path, step: int, **now) -> list[str]:
     return schedule_changed(folder, step, small_config(**BARE, **now))
+
+
+def test_other_batches_are_said(tmp_path):
+    full = {"training__global_batch_size": 8, "training__micro_batch_size": 1}
+    (tmp_path / CONFIG).write_text(to_yaml(small_config(**full, training__batch_size_ramp="2 2 90")), encoding="utf-8")
+    assert batches_changed(tmp_path, 40, small_config(**full, training__batch_size_ramp="2 2 90")) == []
+    (line,) = batches_changed(tmp_path, 40, small_config(**full))
+    was = "2 sequences and 2 more at a time up to 8 at sample 90"
+    assert line == f"the global batch was {was}; from sample 40 on it is 8 sequences"
+    assert batches_changed(tmp_path, 90, small_config(**full)) == []
 
 
 def test_another_schedule_is_said_and_one_that_lies_in_the_past_is_refused(tmp_path):
