@@ -27,7 +27,12 @@ from tests.finished_runs import alone, refused, tiny_arguments, train_in_turn
 from tests.models import small_config
 from tests.training.test_resume import essentials, final_state
 
-BARE = {"training__eval_interval": 0, "logging__own_losses_interval": 0, "optimizer__warmup_steps": 2}
+BARE = {
+    "training__eval_interval": 0,
+    "logging__own_losses_interval": 0,
+    "optimizer__warmup_steps": 2,
+    "model__init_std": 0.3,  # positions matter
+}
 DECAY = {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3, "optimizer__decay_shape": "1-sqrt"}
 
 
@@ -103,7 +108,7 @@ def test_a_run_goes_on_with_longer_sequences_and_slower_positions(branches):
         sums = objective(tokens, record["refinements"], training_rule(5, config))[1].sum(0)
         losses.append(Tally.of(sums).mean_loss)
     assert record["cross_entropy"] == pytest.approx(losses[0], rel=1e-6)
-    assert abs(losses[1] - losses[0]) > 1e-5  # by what the positions are turned
+    assert abs(losses[1] - losses[0]) > 1e-3  # by what the positions are turned
     log = (branches.longer / "train.log").read_text(encoding="utf-8")
     assert "model.rope_scaling was none and is yarn, model.rope_factor was None and is 2.0, " in log
     assert "data.sequence_length was 16 and is 32" in log
