@@ -25,9 +25,8 @@ def rate_fields(learning_rate: float, config: Config, routed: bool) -> dict[str,
         config: resolved.
         routed: whether there is a router.
     """
-    factor = config.optimizer.router_learning_rate_factor
-    own = {"router_learning_rate": learning_rate * factor} if routed and factor != 1 else {}
-    return {"learning_rate": learning_rate, **own}
+    routers = learning_rate * config.optimizer.router_learning_rate_factor
+    return {"learning_rate": learning_rate} | ({"router_learning_rate": routers} if routed else {})
 
 
 def router_fields(tally: Tally, most_steps: int) -> dict[str, Value]:
