@@ -19,7 +19,7 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
-from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.metrics import of_steps, read_metrics
 from megatron_ponder.runs.status import run_status
 from megatron_ponder.training import checkpointer as saving
 from megatron_ponder.training.checkpointer import Checkpointer
@@ -257,7 +257,7 @@ def test_a_grid_exports_and_keeps_what_it_is_told_to(ponder, corpus, tmp_path):
 
 def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     anew = runs.anew
-    records = read_metrics(anew)
+    records = of_steps(read_metrics(anew))
     assert [record["step"] for record in records] == [1, 2]
     assert [record["samples"] for record in records] == [4, 8]
     assert read_manifest(resolve_checkpoint(anew)).state.step == 2
