@@ -51,7 +51,7 @@ def by_passes(model: PonderLM, tokens_BL: Tensor, rule: Rule) -> tuple[Tensor, i
 
 def by_sweeps(model: PonderLM, tokens_BL: Tensor, rule: Rule, window: int | None) -> tuple[Tensor, int, int]:
     """The same of sweeps, and the slots of the sequential model."""
-    settled = settle(model, model.read(tokens_BL), rule, TOLERANCE, window)
+    settled = settle(model, *model.read(tokens_BL), rule, TOLERANCE, window)
     least = tokens_BL.numel() * (model.ponder_config.steps + 1)
     if settled.routing is not None and rule.kind == "hard":
         least = int((settled.routing.executed + 1).sum())

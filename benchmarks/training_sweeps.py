@@ -78,7 +78,7 @@ class Layer:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As `LayerCache`."""
+        """Attend as a `LayerCache`."""
         visits, head_size = self.visits, q.shape[-1]
         self.keys[visits.step], self.values[visits.step] = k, v
         if self.last and visits.keys_alone:

@@ -10,23 +10,40 @@ sequences share; here all slots of a batch lie in place, row after row.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.linalg import vector_norm
 
+from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.kernels.rotary import Rotation
 from megatron_ponder.model.attention import Slots
-from megatron_ponder.model.router import Routing, Rule, key_log_weights
+from megatron_ponder.model.geometry import Geometry
+from megatron_ponder.model.router import Router, Routing, Rule, key_log_weights
+from megatron_ponder.model.transformer import Transformer
 
-if TYPE_CHECKING:  # which has a method for it
-    from megatron_ponder.model.ponder import Batch, PonderLM
-
-# Tokens that are run together, by type of device: as few as keep it busy, since each is then the sooner final. Measured
-# on a CPU alone.
-_WINDOWS = {"cpu": 128}
+# Tokens that are run together on a GPU, which nobody has measured.
 _WINDOW = 2048
+
+
+class Swept(Protocol):
+    """What is asked of a model, which `PonderLM` has.
+
+    Attributes:
+        model_config, ponder_config: what it was built from.
+        transformer: all of its blocks.
+        router: None where every token takes all steps.
+    """
+
+    model_config: ModelConfig
+    ponder_config: PonderConfig
+    transformer: Transformer
+    router: Router | None
+
+    def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
+        """The routing from what the router reads, (..., H)."""
 
 
 class Settled(NamedTuple):
@@ -43,21 +60,46 @@ class Settled(NamedTuple):
     slots_PB: Tensor
 
 
-def settle(model: "PonderLM", batch: "Batch", rule: Rule, tolerance: float, window: int | None = None) -> Settled:
+def settle(
+    model: Swept, geometry: Geometry, embedded_BLH: Tensor, rule: Rule, tolerance: float, window: int | None = None
+) -> Settled:
     """Sweep until no slot changes.
 
     Args:
         model: whole, whose passes are iterated.
-        batch: with its embeddings.
+        geometry: positions and segments.
+        embedded_BLH: e of every token.
         rule: how a routing is applied; there are latent steps.
         tolerance: largest change of a hidden state, relative to the largest, at which it counts as unchanged.
         window: tokens that are run together; what suits the device unless given.
     """
-    sweeps = _Sweeps(model, batch, rule, tolerance)
-    window = window or _WINDOWS.get(batch.embedded_BLH.device.type, _WINDOW)
+    sweeps = _Sweeps(model, geometry, embedded_BLH, rule, tolerance)
+    window = window or _window(embedded_BLH)
     while len(tokens_n := sweeps.moving(window)):
         sweeps.run(tokens_n)
     return sweeps.settled()
+
+
+def _window(embedded_BLH: Tensor) -> int:
+    """Tokens to run together: few are the sooner final, and many keep a device busy.
+
+    On a CPU what a forward costs beside its products weighs the less the larger these are.
+    """
+    return _WINDOW if embedded_BLH.is_cuda else max(64, 2**23 // embedded_BLH.shape[2] ** 2)
+
+
+class _Row(NamedTuple):
+    """The slots of a forward that are of one row.
+
+    Attributes:
+        own: which they are in the forward.
+        keys: places of the slots that any of them may see.
+        bias_ms: what is added to their logits; −∞ for what one does not see.
+    """
+
+    own: slice
+    keys: slice
+    bias_ms: Tensor
 
 
 class _Sweeps:
@@ -71,14 +113,14 @@ class _Sweeps:
         final_N: whether it is run no more.
     """
 
-    def __init__(self, model: "PonderLM", batch: "Batch", rule: Rule, tolerance: float) -> None:
+    def __init__(self, model: Swept, geometry: Geometry, embedded_BLH: Tensor, rule: Rule, tolerance: float) -> None:
         """Begin without a slot; arguments as of `settle`."""
         self._model, self._rule, self._tolerance = model, rule, tolerance
-        self._embedded_NH = embedded_NH = batch.embedded_BLH.flatten(0, 1)
+        self._shape, self._embedded_NH = embedded_BLH.shape[:2], embedded_BLH.flatten(0, 1)
+        embedded_NH = self._embedded_NH
         (tokens, hidden), self.steps = embedded_NH.shape, model.ponder_config.steps
-        self._shape = batch.embedded_BLH.shape[:2]
-        self._first_N = _first_of_segments(batch)
-        angles = batch.geometry.angles(1, model.model_config, embedded_NH.dtype)
+        self._first_N = _first_of_segments(geometry, embedded_BLH)
+        angles = geometry.angles(1, model.model_config, embedded_NH.dtype)
         self._angles = [part.expand(self._shape[0], -1, -1, -1).flatten(0, 1) for part in angles]
         self.hidden_NSH = embedded_NH.new_zeros(tokens, self.steps + 1, hidden)
         self.weights_NS = embedded_NH.new_full((tokens, self.steps + 1), -math.inf)
@@ -88,8 +130,8 @@ class _Sweeps:
         self._changed_N, self._routing = torch.zeros_like(self.final_N), None
         self._layers = [_Layer(self) for _ in model.transformer.blocks]
         self._largest, self._slots_PB = 0.0, []
-        # Of the newest forward: its slots as places among all, the keys that any may see, and what each adds to logits.
-        self.places_n, self.keys, self.bias_ns = self.living_N[:0], slice(0), self.weights_NS[:0]
+        # Of the newest forward: its slots as places among all, and what those of each row see.
+        self.places_n, self.rows = self.living_N[:0], []
 
     def moving(self, window: int) -> Tensor:
         """The first tokens that are not final, int64 (n,)."""
@@ -133,17 +175,24 @@ class _Sweeps:
 
     def _place(self, tokens_n: Tensor, step: int) -> None:
         """Look where slots are and what they see."""
-        slots = self.steps + 1
+        slots, weights_P = self.steps + 1, self.weights_NS.flatten()
         self.places_n, first_n = tokens_n * slots + step, self._first_N[tokens_n] * slots
-        self.keys = slice(int(first_n[0]), int(self.places_n[-1]) + 1)
-        places_s = torch.arange(self.keys.start, self.keys.stop, device=first_n.device)
-        seen_ns = (places_s >= first_n.unsqueeze(1)) & (places_s <= self.places_n.unsqueeze(1))
-        self.bias_ns = self.weights_NS.flatten()[self.keys].where(seen_ns, -math.inf)
+        counts = (tokens_n // self._shape[1]).unique_consecutive(return_counts=True)[1].tolist()
+        self.rows, begin = [], 0
+        for count in counts:
+            own = slice(begin, begin + count)
+            firsts_m, places_m, begin = first_n[own], self.places_n[own], begin + count
+            keys = slice(int(firsts_m[0]), int(places_m[-1]) + 1)
+            places_s = torch.arange(keys.start, keys.stop, device=first_n.device)
+            seen_ms = (places_s >= firsts_m.unsqueeze(1)) & (places_s <= places_m.unsqueeze(1))
+            self.rows.append(_Row(own, keys, weights_P[keys].where(seen_ms, -math.inf)))
 
     def _take(self, tokens_n: Tensor, step: int, h_nH: Tensor) -> None:
         """Note hidden states, and which tokens they change."""
-        self._largest = max(self._largest, float(h_nH.nan_to_num(0, 0, 0).abs().max()))
-        change_n = (h_nH - self.hidden_NSH[tokens_n, step]).abs().amax(1)
+        largest = float(vector_norm(h_nH, math.inf))
+        if math.isfinite(largest):
+            self._largest = max(self._largest, largest)
+        change_n = vector_norm(h_nH - self.hidden_NSH[tokens_n, step], math.inf, 1)
         new_n = self.living_N[tokens_n] == step  # what is not a number stays so, however often it is run
         self._changed_N[tokens_n] |= new_n | (change_n > self._tolerance * self._largest)
         self.living_N[tokens_n] += new_n
@@ -181,27 +230,27 @@ class _Layer:
     values: Tensor | None = None
 
     def attend(self, q_1nND: Tensor, k_1nMD: Tensor, v_1nMD: Tensor, scale: float) -> Tensor:
-        """As `LayerCache`: to all slots of the segment that there are, up to itself."""
-        sweeps, seen = self.sweeps, self.sweeps.keys
+        """Attend as a `LayerCache`, to all slots of the segment that there are, up to itself."""
+        sweeps, grouped = self.sweeps, q_1nND.shape[2] != k_1nMD.shape[2]
         if self.keys is None:
             self.keys, self.values = (
                 x.new_zeros(x.shape[2], sweeps.weights_NS.numel(), x.shape[3]) for x in (k_1nMD, v_1nMD)
             )
         self.keys[:, sweeps.places_n] = k_1nMD[0].transpose(0, 1)
         self.values[:, sweeps.places_n] = v_1nMD[0].transpose(0, 1)
-        inputs = (q_1nND.transpose(1, 2), self.keys[None, :, seen], self.values[None, :, seen])
-        grouped = q_1nND.shape[2] != k_1nMD.shape[2]
-        out = F.scaled_dot_product_attention(*inputs, attn_mask=sweeps.bias_ns, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
+        out = []
+        for own, keys, bias_ms in sweeps.rows:
+            inputs = (q_1nND[:, own].transpose(1, 2), self.keys[None, :, keys], self.values[None, :, keys])
+            out.append(F.scaled_dot_product_attention(*inputs, attn_mask=bias_ms, scale=scale, enable_gqa=grouped))
+        return torch.cat(out, 2).transpose(1, 2)
 
 
-def _first_of_segments(batch: "Batch") -> Tensor:
+def _first_of_segments(geometry: Geometry, embedded_BLH: Tensor) -> Tensor:
     """Of every token, the first of its segment, int64 (N,)."""
-    rows, tokens = batch.embedded_BLH.shape[:2]
-    segments = batch.geometry.segments(1)
+    (rows, tokens, _), segments = embedded_BLH.shape, geometry.segments(1)
     if segments is not None:
         return segments.starts.long()
-    return (torch.arange(rows, device=batch.embedded_BLH.device) * tokens).repeat_interleave(tokens)
+    return (torch.arange(rows, device=embedded_BLH.device) * tokens).repeat_interleave(tokens)
 
 
 def _unmoved(changed_n: Tensor, first_n: Tensor) -> Tensor:

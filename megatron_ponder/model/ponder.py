@@ -182,7 +182,7 @@ class PonderLM(nn.Module):
             return self.jacobi(tokens_BL, 0, rule)
         batch = self.read(tokens_BL)
         tolerance = 16 * torch.finfo(batch.embedded_BLH.dtype).eps if tolerance is None else tolerance
-        hidden_BLSH, routing, slots_PB = settle(self, batch, rule, tolerance)
+        hidden_BLSH, routing, slots_PB = settle(self, *batch, rule, tolerance)
         return PonderOutput(
             self.fuse(hidden_BLSH, routing, rule), hidden_BLSH, routing, slots_PB, self.ponder_config.steps
         )

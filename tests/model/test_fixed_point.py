@@ -31,7 +31,7 @@ def test_sweeps_settle_where_passes_do(way, eod_id, window):
     model, tokens = model_and_tokens(mode, eod_id, model__num_kv_heads=2)
     rule = model.rule(kind, threshold=0.2)
     want = model.jacobi(tokens, 21, rule)  # as many passes as there are slots
-    got = settle(model, model.read(tokens), rule, TOLERANCE, window)
+    got = settle(model, *model.read(tokens), rule, TOLERANCE, window)
     assert (model.fuse(got.hidden_BLSH, got.routing, rule) - want.output_BLH).abs().max() < 1e-11
     slots_B = torch.full((2,), 21)
     if got.routing is not None:
