@@ -60,6 +60,7 @@ def folder(corpus, tmp_path_factory) -> Path:
             model__family="gpt_neox",
             model__max_position_embeddings=256,
             inference__threshold=0.3,
+            ponder_training__jacobi_iterations="[2,3]",  # else it is the export's own R
             optimizer__learning_rate=rate,
             training__steps=1,
             training__eval_interval=1,
