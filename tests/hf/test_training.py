@@ -160,7 +160,7 @@ def test_fine_tuning(material, tmp_path):
     assert len(fallen) == STEPS
     assert sum(fallen[-3:]) / 3 < fallen[0] - 1
     assert whole.evaluate()["eval_loss"] < before - 1
-    assert end_loss(whole) < end_before - 2
+    assert end_loss(whole) < end_before - 1
     predictions = whole.predict(whole.eval_dataset).predictions
     assert predictions.shape[0] == 8  # logits alone, no steps or caches
     assert predictions.shape[2] == 1024
