@@ -16,6 +16,9 @@ SMALL = {
     "ponder.latent_steps": 2,
 }
 
+# Latents of another size, by a factor that is trained.
+LEARNED = {"ponder__latent_scale": "learned", "ponder__initial_latent_scale": 0.3}
+
 # Features that no family has together.
 MIXED = {
     "model__norm": "layer",

@@ -95,6 +95,16 @@ def _validate_ponder(config: Config) -> None:
         f"ponder.mode {ponder.mode} needs ponder.latent_steps of at least 1, not {ponder.latent_steps}; "
         "for a model without latent steps set ponder.mode to vanilla",
     )
+    _require(
+        ponder.latent_scale == 1 or ponder.reads_hidden,
+        f"ponder.latent_scale {ponder.latent_scale} has no meaning with ponder.mode {ponder.mode}, where no hidden "
+        "state enters again; leave it out",
+    )
+    _require(
+        ponder.initial_latent_scale == 1 or ponder.latent_scale == "learned",
+        f"ponder.initial_latent_scale {ponder.initial_latent_scale} has no meaning with ponder.latent_scale "
+        f"{ponder.latent_scale}; leave it out, or set that to learned",
+    )
     weights = training.jacobi_iterations.values() if isinstance(training.jacobi_iterations, dict) else ()
     _require(
         len(training.refinement_choices) > 0 and 0 not in weights,

@@ -6,6 +6,8 @@ from typing import Literal
 from megatron_ponder.config.declarations import STEPS, changeable, number_field
 
 Mode = Literal["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
+# Modes whose latent steps read hidden states.
+READS_HIDDEN: tuple[Mode, ...] = ("fixed", "adaptive", "loop")
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,21 @@ class PonderConfig:
     """Initial bias of the router for latent step K, so that training starts near `fixed`."""
     embedding_scale: float | None = number_field(None, 1e-3, 1e5)
     """c, factor on token embeddings; √(2.5 H) unless given, and 1 for `vanilla`."""
+    latent_scale: float | Literal["auto", "learned"] = number_field(1.0, 1e-6, 1e6)
+    """Factor on hidden states that enter again as latents, in `fixed`, `adaptive` and `loop`: a number, `learned`, or
+    `auto`, which the [import](continued_pretraining.md#latents) of a model makes a number."""
+    initial_latent_scale: float | Literal["auto"] = changeable(number_field(1.0, 1e-6, 1e6))
+    """What a learned `latent_scale` begins with; `auto` as there."""
 
     @property
     def steps(self) -> int:
         """Most latent steps of a token in this mode: `latent_steps`, or 0 for vanilla."""
         return 0 if self.mode == "vanilla" else self.latent_steps
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether latent steps read hidden states, which `latent_scale` multiplies."""
+        return self.mode in READS_HIDDEN
 
     @property
     def routes_by_token(self) -> bool:

@@ -89,6 +89,10 @@ def resolve(config: Config) -> Config:
     if ponder.embedding_scale is None:
         scale = 1.0 if ponder.mode == "vanilla" else math.sqrt(2.5 * model.hidden_size)
         ponder = replace(ponder, embedding_scale=scale)
+    if ponder.latent_scale == "auto" and not ponder.reads_hidden:
+        ponder = replace(ponder, latent_scale=1.0)
+    if ponder.initial_latent_scale == "auto" and ponder.latent_scale != "learned":
+        ponder = replace(ponder, initial_latent_scale=1.0)
     replaced = [share for share, number in IN_PLACE.items() if getattr(optimizer, number) is not None]
     optimizer = replace(optimizer, **dict.fromkeys(replaced))
     return replace(config, model=model, ponder=ponder, optimizer=optimizer)

@@ -138,12 +138,18 @@ def pass_bytes(rank: Rank, p: Pass) -> float:
 
 
 def _end_bytes(rank: Rank, p: Pass) -> float:
-    """The final norm; the router's fp32 input, a view of the norm's output or a copy of the first slots; the head's."""
+    """The final norm; the router's fp32 input, a view of the norm's output or a copy of the first slots; the head's.
+
+    Where the latent scale is learned, its gradient needs the norm's output too, which pipelines count as received.
+    """
     b, hidden, kept = rank.width, rank.part.block.hidden, rank.residual(p.kept)
     size = kept * _norm_bytes(rank)
+    views = rank.part.router and b == FP32
+    scales = rank.config.ponder.latent_scale == "learned" and not p.final and rank.axes["pipeline"] == 1
     if rank.part.router:
-        size += kept * hidden * b if b == FP32 else rank.residual(rank.tokens) * hidden * FP32
+        size += 0 if views else rank.residual(rank.tokens) * hidden * FP32
         size += kept * hidden * b if p.final and b < FP32 else 0  # for the gradient of the fusion
+    size += kept * hidden * b if views or scales else 0
     return size + (rank.tokens * hidden * b if p.final or p.predicts else 0)
 
 

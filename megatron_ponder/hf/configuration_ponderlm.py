@@ -53,6 +53,8 @@ class PonderLMConfig(PretrainedConfig):
         ponder_pieces: ids from this on have no piece in the tokenizer, and `generate` never gives them; None if all
             have one. `resize_token_embeddings` sets it.
         embedding_scale: c, factor on token embeddings.
+        latent_scale: factor on hidden states that enter again as latents, a number, or `learned`, of which the
+            logarithm is a weight; 1 in exports of older versions.
     """
 
     model_type = "ponderlm"
@@ -100,6 +102,7 @@ class PonderLMConfig(PretrainedConfig):
         ponder_eod_id: int | None = None,
         ponder_pieces: int | None = None,
         embedding_scale: float = 1.0,
+        latent_scale: float | str = 1.0,
         **kwargs,
     ) -> None:
         if base_family is not None and norm is None:
@@ -114,6 +117,8 @@ class PonderLMConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
         if not 0 <= ponder_threshold <= 1:
             raise ValueError(f"ponder_threshold is {ponder_threshold}; it must lie between 0 (every step runs) and 1")
+        if isinstance(latent_scale, str) and latent_scale != "learned":
+            raise ValueError(f"latent_scale is {latent_scale}; it must be a number or learned")
         if self.norm == "rms":
             self.rms_norm_eps = rms_norm_eps
         else:
@@ -144,7 +149,7 @@ class PonderLMConfig(PretrainedConfig):
         self.ponder_router_hidden_size = ponder_router_hidden_size
         self.ponder_eod_id = ponder_eod_id
         self.ponder_pieces = ponder_pieces
-        self.embedding_scale = embedding_scale
+        self.embedding_scale, self.latent_scale = embedding_scale, latent_scale
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         super().__init__(

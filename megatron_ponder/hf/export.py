@@ -170,6 +170,7 @@ def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> Ponder
         ponder_eod_id=eod_id if config.data.reset_at_eod else None,
         ponder_pieces=None if tokenizer is None else tokenizer.pieces,
         embedding_scale=ponder.embedding_scale,
+        latent_scale=ponder.latent_scale,
     )
 
 

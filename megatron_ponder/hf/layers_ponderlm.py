@@ -243,6 +243,21 @@ class PonderLMModel(nn.Module):
         return self.norm(x_BTH)
 
 
+class PonderLMLatentScale(nn.Module):
+    """Factor on hidden states that enter again as latents: a number, or learned, by its logarithm."""
+
+    def __init__(self, config: PonderLMConfig) -> None:
+        super().__init__()
+        self.number = config.latent_scale
+        self.log = nn.Parameter(torch.zeros(1)) if config.latent_scale == "learned" else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.log is not None:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            return hidden * self.log.to(hidden.device, wide).exp().to(hidden.dtype)
+        return hidden if self.number == 1 else hidden * self.number
+
+
 class RouterOutput(WideLinear):
     """The layer that gives the router's logits; it starts without a preference among tokens."""
 

@@ -42,11 +42,11 @@ class Latents:
             hidden: hidden states (B, L, S, H) after it.
             slots: of the next pass.
         """
-        return torch.cat([before[:, :, :1], hidden[:, :, : slots - 1]], 2)
+        return torch.cat([before[:, :, :1], model.latent_scale(hidden[:, :, : slots - 1])], 2)
 
     def next_step(self, model: PreTrainedModel, step: int, x: Tensor, hidden: Tensor) -> Tensor:
         """The input of a step, from input and hidden state (..., H) of the step before."""
-        return hidden
+        return model.latent_scale(hidden)
 
 
 class Pauses(Latents):

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
-from .layers_ponderlm import PonderLMModel, PonderLMRouter, ResidualLinear, RouterOutput
+from .layers_ponderlm import PonderLMLatentScale, PonderLMModel, PonderLMRouter, ResidualLinear, RouterOutput
 from .methods_ponderlm import METHODS, Latents
 
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
@@ -89,6 +89,8 @@ class PonderLMPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * config.hidden_size)))
         elif isinstance(module, ResidualLinear):
             nn.init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
+        elif isinstance(module, PonderLMLatentScale) and module.log is not None:
+            nn.init.zeros_(module.log)
         elif isinstance(module, RouterOutput):
             nn.init.zeros_(module.weight)
             if not getattr(module.bias, "_is_hf_initialized", False):  # a slice loses this mark of a loaded weight
@@ -109,6 +111,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PonderLMModel(config)
         self.router = PonderLMRouter(config) if config.ponder_mode == "adaptive" else None
+        self.latent_scale = PonderLMLatentScale(config)
         pauses = config.ponder_mode == "pause"
         self.pauses = nn.Embedding(config.ponder_steps, config.hidden_size) if pauses else None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -8,22 +8,26 @@ from torch import Tensor
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ponder.hf.latent_scale import is_wanted, tokens_of, with_scale
 from megatron_ponder.hf.pretrained_config import settings
 from megatron_ponder.hf.pretrained_weights import PretrainedWeights
 from megatron_ponder.hf.weight_files import read_json
 
 
-def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Tensor], Config]:
+def import_pretrained(
+    model_dir: Path, overrides: Sequence[str] = (), text: Path | None = None
+) -> tuple[dict[str, Tensor], Config]:
     """A Hugging Face model as PonderLM's weights and configuration.
 
-    A plain model gets embedding scale 1, so that without latent steps it computes what it computed before; a
-    PonderLM-2 checkpoint the mode, K, R and scale that it was trained with. A router or pause embeddings that the
-    folder lacks, or has in other sizes, are initialised as for training. Sizes are compared with the files' headers
-    before anything is allocated.
+    A plain model gets embedding scale 1, so that without latent steps it computes what it computed before, and latents
+    of the size of its embeddings; a PonderLM-2 checkpoint the mode, K, R and scale that it was trained with. A router
+    or pause embeddings that the folder lacks, or has in other sizes, are initialised as for training. Sizes are
+    compared with the files' headers before anything is allocated.
 
     Args:
         model_dir: folder of a `LlamaForCausalLM`, a `GPTNeoXForCausalLM` or an export, with safetensors.
         overrides: `--section.key value ...` as on the command line, for instance `--ponder.mode fixed`.
+        text: on which `auto` of `ponder.latent_scale` is measured; None to take it from the weights.
 
     Returns:
         Whole fp32 tensors by PonderLM's parameter names, and the resolved configuration.
@@ -31,7 +35,7 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
     Raises:
         UserError: if the folder lacks something or the model has a feature that PonderLM does not have.
     """
-    config = read_config([*implied(model_dir), *overrides])
+    config = measured(model_dir, read_config([*implied(model_dir), *overrides]), text)
     found = PretrainedWeights(model_dir, config)
     found.require_tied()
     weights = {name: tensor.float().contiguous() for name, tensor in found.items()}
@@ -64,6 +68,36 @@ def tokenizer_of(model_dir: Path, config: Config) -> Path | None:
             "model's own tokenizer there, or move this one away to convert without"
         )
     return model_dir
+
+
+def measured(model_dir: Path, config: Config, text: Path | None = None) -> Config:
+    """The configuration with a number in place of `auto` of `ponder.latent_scale`.
+
+    Args:
+        model_dir: folder of a Hugging Face model.
+        config: resolved; of the model as it is to be.
+        text: to measure it on; None to take it from the weights.
+
+    Raises:
+        UserError: if there is nothing to measure on that text, or it cannot be read.
+    """
+    if is_wanted(config.ponder):
+        tokens_BL = None if text is None else _read_by(model_dir, config, text)
+        return with_scale(config, PretrainedWeights(model_dir, config), tokens_BL)
+    if text is not None:
+        raise UserError(
+            f"{text} is a text to measure ponder.latent_scale auto on, but that is {config.ponder.latent_scale}; leave "
+            "the text out, or set ponder.latent_scale to auto"
+        )
+    return config
+
+
+def _read_by(model_dir: Path, config: Config, text: Path) -> Tensor:
+    """A text as the model's own tokenizer reads it, int64 (B, L)."""
+    tokenizer = tokenizer_of(model_dir, config)
+    if tokenizer is None:
+        raise UserError(f"{model_dir} has no tokenizer that reads {text}; put the model's there, or leave the text out")
+    return tokens_of(text, tokenizer, config.model.max_position_embeddings)
 
 
 def require_own_tokenizer(model_dir: Path, tokenizer: Tokenizer) -> None:

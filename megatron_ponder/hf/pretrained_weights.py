@@ -16,7 +16,7 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.sharding import ParameterSpec, declarations, initial
 
 # Parts of a model that are initialised as for training where a folder lacks them or has them in other sizes.
-_FRESH = ("router.", "pauses.")
+_FRESH = ("router.", "pauses.", "latent_scale.")
 _EMBEDDING, _HEAD = "embedding.weight", "head.weight"
 
 

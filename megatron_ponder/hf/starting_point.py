@@ -45,8 +45,9 @@ def complete(arguments: Sequence[str]) -> list[str]:
         error.shared = True
         raise
     said = {key: value for key, value in says.items() if value is not None}
-    left_out = {key: f"--{key}={_text(value)}" for key, value in said.items() if written.get(key) is None}
-    behind = [option for key, option in left_out.items() if key in written]  # null, which would count
+    # `auto` of what has been measured, and null, are to be what the start says.
+    left_out = {key: f"--{key}={_text(value)}" for key, value in said.items() if written.get(key) in (None, "auto")}
+    behind = [option for key, option in left_out.items() if key in written]  # or what is written would count
     return [*(option for key, option in left_out.items() if key not in written), *arguments, *behind]
 
 

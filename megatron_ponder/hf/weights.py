@@ -28,12 +28,13 @@ _EXPORT = {
     "transformer.blocks.#.mlp.up_proj": "model.layers.#.mlp.up_proj",
     "transformer.blocks.#.mlp.down_proj": "model.layers.#.mlp.down_proj",
     "transformer.norm": "model.norm",
+    "latent_scale": "latent_scale",
     "pauses": "pauses",
     "router.hidden": "router.hidden",
     "router.output": "router.output",
     "head": "lm_head",
 }
-_LLAMA = {ours: theirs for ours, theirs in _EXPORT.items() if not ours.startswith(("pauses", "router"))}
+_LLAMA = {ours: theirs for ours, theirs in _EXPORT.items() if not ours.startswith(("latent_scale", "pauses", "router"))}
 _GPT_NEOX = {
     "embedding": "gpt_neox.embed_in",
     "transformer.blocks.#.attention_norm": "gpt_neox.layers.#.input_layernorm",

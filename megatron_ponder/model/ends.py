@@ -3,32 +3,60 @@
 The first pipeline rank has the front, the last one the back.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from megatron_ponder.config import ModelConfig
+from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.kernels.chunked_candidates import chunked_likeliest
 from megatron_ponder.kernels.cross_entropy import chunk_rows, chunked_cross_entropy, vocab_parallel_cross_entropy
 from megatron_ponder.parallel.candidates import likeliest
 from megatron_ponder.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Axis
-from megatron_ponder.parallel.sharding import ShardedModule, normal
+from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, normal
+
+
+class LatentScale(ShardedModule):
+    """Factor on hidden states that enter again as latents: a number, or learned.
+
+    What is learned is its logarithm, so that an optimiser whose steps have one size changes it by a share of itself.
+
+    Attributes:
+        learned: whether it is.
+    """
+
+    def __init__(self, ponder: PonderConfig, axis: Axis) -> None:
+        super().__init__(axis)
+        self.learned, self._number = ponder.latent_scale == "learned", ponder.latent_scale
+        if self.learned:
+            initial = ponder.initial_latent_scale
+            self.declare("log", ParameterSpec((1,), lambda tensor, _: tensor.fill_(math.log(initial))))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """z = scale · h, in the shape and type of h; h itself where the scale is 1."""
+        if self.learned:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            return hidden * self.log.to(wide).exp().to(hidden.dtype)
+        return hidden if self._number == 1 else hidden * self._number
 
 
 class Front(NamedTuple):
-    """Where tokens enter.
+    """Where tokens enter, and where hidden states enter again.
 
     Attributes:
         embedding: E.
         scale: c, factor on all that is learned of inputs.
+        latent_scale: makes latents of hidden states.
         learned: what the mode learns besides, by its name in the model.
     """
 
     embedding: VocabParallelEmbedding
     scale: float
+    latent_scale: LatentScale
     learned: Mapping[str, ShardedModule]
 
     def embed(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:

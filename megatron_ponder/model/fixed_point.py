@@ -20,6 +20,7 @@ from torch.linalg import vector_norm
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.kernels.rotary import Rotation
 from megatron_ponder.model.attention import Slots
+from megatron_ponder.model.ends import LatentScale
 from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.router import Router, Routing, Rule, key_log_weights
 from megatron_ponder.model.transformer import Transformer
@@ -34,12 +35,14 @@ class Swept(Protocol):
     Attributes:
         model_config, ponder_config: what it was built from.
         transformer: all of its blocks.
+        latent_scale: makes latents of hidden states.
         router: None where every token takes all steps.
     """
 
     model_config: ModelConfig
     ponder_config: PonderConfig
     transformer: Transformer
+    latent_scale: LatentScale
     router: Router | None
 
     def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
@@ -161,7 +164,9 @@ class _Sweeps:
 
     def _run_step(self, tokens_n: Tensor, step: int) -> None:
         """Slot `step` of some tokens."""
-        x_nH = self.hidden_NSH[tokens_n, step - 1] if step else self._embedded_NH[tokens_n]
+        x_nH = self._embedded_NH[tokens_n]
+        if step:
+            x_nH = self._model.latent_scale(self.hidden_NSH[tokens_n, step - 1])
         if step == 0 or self._routing is None:
             self.weights_NS[tokens_n, step] = 0
         else:

@@ -82,7 +82,8 @@ class PackedState(NamedTuple):
         packing: the slots that the next pass runs.
         slots_PB: int64, slots that the passes before it ran of each sequence.
         log_w_1NS: log weights of its slots as keys, of this rank's tokens; what is not run is dead. None for the first.
-        latents_1ZH: z of all slots but the tokens' first, on all tensor ranks; None for the first.
+        latents_1ZH: the hidden states that z of all slots but the tokens' first are made of, on all tensor ranks; None
+            for the first.
     """
 
     packing: Packing
@@ -179,7 +180,9 @@ class PackedPasses:
     def enter(self, embedded_1NH: Tensor, state: PackedState) -> PackedStream:
         """What enters the blocks, in the first part."""
         packing, slots_PB, log_w_1NS, latents_1ZH = state
-        x_1TH = embedded_1NH if latents_1ZH is None else packing.inputs(embedded_1NH, latents_1ZH)
+        x_1TH = embedded_1NH
+        if latents_1ZH is not None:
+            x_1TH = packing.inputs(embedded_1NH, self.model.front.latent_scale(latents_1ZH))
         return PackedStream(packing, slots_PB, log_w_1NS, own_part(x_1TH, self.model.axis))
 
     def run(self, stream: PackedStream, batch: Batch, index: int) -> tuple[PackedStream, Packing]:

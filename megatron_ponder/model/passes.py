@@ -1,9 +1,10 @@
 """The algorithm: one training forward is a fixed chain of passes of the same transformer.
 
 Growth pass i = 0..K-1 runs i + 1 slots a token and gives every token one latent more; R refinement passes run all K + 1
-slots and replace all latents at once (Jacobi iteration of z_{t,k} = h_{t,k-1}); the final pass gives the hidden states
-for the output. In `adaptive` mode every pass also routes from its own h_{t,0}, and the next pass uses that log w. Under
-the hard rule the next pass has min(K̂, n + 1) latent steps of a token that had n in this one; `packed.py` runs no other.
+slots and replace all latents at once (Jacobi iteration of z_{t,k} = scale · h_{t,k-1}); the final pass gives the hidden
+states for the output. In `adaptive` mode every pass also routes from its own h_{t,0}, and the next pass uses that
+log w. Under the hard rule the next pass has min(K̂, n + 1) latent steps of a token that had n in this one; `packed.py`
+runs no other.
 
 This file alone says so; plain training, pipelines and evaluation run it as the passes of `modes/pondering.py`. Their
 fixed point is `fixed_point.py`. What other modes do otherwise is said beside it.
@@ -19,7 +20,8 @@ class PassState(NamedTuple):
     """What one pass hands to the next.
 
     Attributes:
-        latents: (B, L, n, H), z_{t,1} .. z_{t,n}; None before the first pass.
+        latents: (B, L, n, H), h_{t,0} .. h_{t,n-1}, and times the latent scale z_{t,1} .. z_{t,n}; None before the
+            first pass.
         log_w: (B, L, n + 1), log weights of the next pass's slots as keys; None where every weight is 1.
     """
 
@@ -54,7 +56,7 @@ def enter_pass(embedded_BLH: Tensor, state: PassState) -> tuple[Tensor, Tensor |
 
 
 def leave_pass(h_BLSH: Tensor, log_w_BLK: Tensor | None, next_slots: int) -> PassState:
-    """Hand over to a pass of `next_slots` slots a token: z_{t,j+1} := h_{t,j}.
+    """Hand over to a pass of `next_slots` slots a token the h_{t,j} that its z_{t,j+1} are made of.
 
     Args:
         h_BLSH: hidden states of the slots that this pass kept, the first of each token among them.

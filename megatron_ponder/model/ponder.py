@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.model.attention import LayerCache, Slots
-from megatron_ponder.model.ends import Back, Front, Head
+from megatron_ponder.model.ends import Back, Front, Head, LatentScale
 from megatron_ponder.model.fixed_point import settle
 from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.modes import passes_of
@@ -110,10 +110,11 @@ class PonderLM(nn.Module):
         vocabulary = (model.vocab_size, model.hidden_size, axis)
         # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
         std = model.init_std if ponder.mode == "vanilla" else math.sqrt(2 / (5 * model.hidden_size))
-        self.embedding, self._learned = None, ()
+        self.embedding, self.latent_scale, self._learned = None, None, ()
         if part.first or (part.last and model.tie_embeddings):
             self.embedding = VocabParallelEmbedding(*vocabulary, normal(std), vocab_multiple)
         if part.first:
+            self.latent_scale = LatentScale(ponder, axis)
             learned = self.passes.learned_inputs(model.hidden_size, axis, normal(std))
             self._learned = tuple(learned)
             for name, module in learned.items():
@@ -141,7 +142,7 @@ class PonderLM(nn.Module):
     def front(self) -> Front:
         """Where tokens enter, in the first part."""
         learned = {name: self.get_submodule(name) for name in self._learned}
-        return Front(self.embedding, self.ponder_config.embedding_scale, learned)
+        return Front(self.embedding, self.ponder_config.embedding_scale, self.latent_scale, learned)
 
     @property
     def back(self) -> Back:
@@ -210,7 +211,10 @@ class PonderLM(nn.Module):
 
     def read(self, tokens_BL: Tensor, embedded: bool = True) -> Batch:
         """What passes read of a batch; without its embeddings where nobody wants them."""
-        return Batch(Geometry.of(tokens_BL, self.eod_id), self.embed(tokens_BL) if embedded else None)
+        e_BLH = self.embed(tokens_BL) if embedded else None
+        if embedded and self.latent_scale.learned and torch.is_grad_enabled():
+            e_BLH = e_BLH + 0 * self.latent_scale(e_BLH[..., :1])  # a step without latents gives it a gradient, of 0
+        return Batch(Geometry.of(tokens_BL, self.eod_id), e_BLH)
 
     def run_pass(
         self,

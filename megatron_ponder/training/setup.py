@@ -11,7 +11,8 @@ from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabul
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes, validation_sets
 from megatron_ponder.data.splits import split_text
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ponder.hf.pretrained import require_own_tokenizer
+from megatron_ponder.hf.latent_scale import is_wanted
+from megatron_ponder.hf.pretrained import measured, require_own_tokenizer
 
 
 @dataclass
@@ -49,13 +50,14 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     """Open tokenizer and data, fill in the vocabulary size, and refuse what does not fit together.
 
     Raises:
-        UserError: for a missing or damaged dataset, a tokenizer that is not the dataset's, ids beyond the vocabulary.
+        UserError: for a missing or damaged dataset, a tokenizer that is not the dataset's, ids beyond the vocabulary, a
+            latent scale to measure and nothing to measure it on.
     """
     if not config.data.path:
         raise UserError("data.path is empty; give the prefix that ponder preprocess wrote (without .bin)")
     tokenizer_source = Path(config.tokenizer.path) if config.tokenizer.path else None
     tokenizer = None if tokenizer_source is None else load_tokenizer(tokenizer_source)
-    config = _independent(config, tokenizer)
+    config = _with_latent_scale(_independent(config, tokenizer))
     tokenizer_path = Path(config.tokenizer.path) if config.tokenizer.path else None
     mixture = open_mixture(config.data, config.training.seed)
     if "train" not in mixture.samples:
@@ -101,6 +103,23 @@ def _independent(config: Config, tokenizer: Tokenizer | None) -> Config:
     if Path(folder) not in (given, given.parent):
         return config
     return replace(config, tokenizer=replace(config.tokenizer, path=str(Path(config.training.run_dir) / TOKENIZER)))
+
+
+def _with_latent_scale(config: Config) -> Config:
+    """The configuration with the factor on latents that `auto` stands for.
+
+    Raises:
+        UserError: there is no pretrained model to measure it on.
+    """
+    folder = config.checkpoint.initialize_from
+    if not is_wanted(config.ponder):
+        return config
+    if folder is None or not is_hugging_face(Path(folder)):
+        raise UserError(
+            "ponder.latent_scale auto is measured on a pretrained model; set checkpoint.initialize_from to the folder of "
+            "one, or give a number, such as 1"
+        )
+    return measured(Path(folder), config)
 
 
 def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetManifest | None:

@@ -31,7 +31,7 @@ from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from tests.distributed import run_distributed
-from tests.models import random_tokens, small_config
+from tests.models import LEARNED, random_tokens, small_config
 
 BATCH, LENGTH, VOCABULARY, R = 2, 48, 500, 1
 HALF_A_BUCKET = BUCKET  # bytes; of a whole one the system hands out the pages that are used
@@ -116,9 +116,9 @@ ACTIVATIONS = [
     {},
     {"model__family": "gpt_neox", "model__ffn_hidden_size": 512},
     {"model__family": "gpt_neox", "model__residual": "sequential"},
-    {"model__num_kv_heads": 2},
+    {"model__num_kv_heads": 2} | LEARNED,
     {"model__qk_norm": "true", "model__head_size": 48},
-    {"ponder__mode": "fixed"},
+    {"ponder__mode": "fixed"} | LEARNED,
     {"ponder__mode": "vanilla"},
     {"ponder__mode": "pause"},
     {"ponder__mode": "loop", "model__family": "gpt_neox"},

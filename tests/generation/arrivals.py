@@ -11,7 +11,7 @@ from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.model.ponder import PonderLM
 from tests.generation.sequential import continue_greedily
-from tests.models import random_tokens, small_model
+from tests.models import LEARNED, random_tokens, small_model
 
 LENGTHS = (1, 5, 40, 2, 33, 9, 70, 3, 17, 1)
 NEW = 8
@@ -20,6 +20,8 @@ MODELS = {
     for family in ("llama", "gpt_neox")
     for mode in ("adaptive", "fixed", "vanilla")
 } | {
+    "llama-fixed": {"ponder__mode": "fixed", "ponder__latent_scale": 0.3},
+    "gpt_neox-adaptive": {"model__family": "gpt_neox"} | LEARNED,
     "llama-pause": {"ponder__mode": "pause"},
     "gpt_neox-loop": {"model__family": "gpt_neox", "ponder__mode": "loop"},
     "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301, "model__tie_embeddings": True},

@@ -52,11 +52,17 @@ class Sequential:
         return model.run_slots(x, torch.tensor([self.position]), caches)
 
 
+def latent_scale(model) -> Tensor | float:
+    """The factor on hidden states that enter again."""
+    scale = model.ponder_config.latent_scale
+    return model.latent_scale.log.exp() if scale == "learned" else scale
+
+
 def fixed(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
     """Every latent slot reads the slot before it; no step for `vanilla`."""
     hidden, steps = state.run(model, embedded), model.ponder_config.steps
     for _ in range(steps):
-        hidden = state.run(model, hidden)
+        hidden = state.run(model, latent_scale(model) * hidden)
     return hidden, steps
 
 
@@ -67,7 +73,7 @@ def adaptive(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, 
     steps, weights = int(routing.executed), fusion_weights(routing, rule)[0]
     output = weights[0] * hidden
     for step in range(1, steps + 1):
-        hidden = state.run(model, hidden, routing.log_w[:, step])
+        hidden = state.run(model, latent_scale(model) * hidden, routing.log_w[:, step])
         output = output + weights[step] * hidden
     assert (routing.log_w[0, : steps + 1] > DEAD).all()
     return output, steps
@@ -83,9 +89,9 @@ def pause(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int
 
 def loop(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
     """Every pass reads the one before it, and sees what earlier tokens were in the same pass."""
-    hidden, steps = embedded, model.ponder_config.steps
-    for index in range(steps + 1):
-        hidden = state.run(model, hidden, of_pass=index)
+    hidden, steps = state.run(model, embedded, of_pass=0), model.ponder_config.steps
+    for index in range(1, steps + 1):
+        hidden = state.run(model, latent_scale(model) * hidden, of_pass=index)
     return hidden, steps
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.generation.sequential import decode
-from tests.models import random_tokens, small_model
+from tests.models import LEARNED, random_tokens, small_model
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -32,6 +32,16 @@ def test_fixed_equals_exact(family, steps):
     got = model.exact(tokens, model.rule("hard"))
     assert executed.tolist() == [steps] * 24
     assert (model.head(got.output_BLH[0]) - model.head(want)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["fixed", "adaptive", "loop"])
+@pytest.mark.parametrize("scale", [{"ponder__latent_scale": 0.3}, LEARNED])
+def test_scaled_latents_in_both_evaluations(mode, scale):
+    model = small_model(router_scale=4.0, ponder__mode=mode, **scale)
+    tokens, rule = random_tokens(1, 20), model.rule("hard", threshold=0.2)
+    want, executed = decode(model, rule, tokens[0])
+    assert (model.exact(tokens, rule).output_BLH[0] - want).abs().max() < 1e-9
+    assert executed.max() == 2
 
 
 def test_vanilla_and_grouped_query_heads_equal_one_pass():

@@ -17,7 +17,7 @@ from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.generation.slot_numbers import bucket
 from megatron_ponder.generation.static_runner import StaticRunner, padded_size
 from tests.generation.sequential import continue_greedily
-from tests.models import random_tokens, small_model
+from tests.models import LEARNED, random_tokens, small_model
 
 NEW = 5
 PROMPTS = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 37, 3)]
@@ -75,8 +75,14 @@ class Watched(StaticRunner):
     + [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("fixed", "llama"), ("vanilla", "gpt_neox"))],
 )
 def test_replayed_forwards_equal_the_definition(mode, family, monkeypatch):
+    scale = LEARNED if mode in ("adaptive", "loop") else {}
     model = small_model(
-        router_scale=3.0, ponder__mode=mode, model__family=family, inference__threshold=0.2, model__vocab_size=131
+        router_scale=3.0,
+        ponder__mode=mode,
+        model__family=family,
+        inference__threshold=0.2,
+        model__vocab_size=131,
+        **scale,
     ).eval()
     monkeypatch.setattr(generators, "Runner", Watched)
     with Generator(model, batching=BATCHING) as generator:

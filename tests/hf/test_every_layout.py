@@ -16,10 +16,10 @@ from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 from tests.distributed import run_distributed
 from tests.finished_runs import tiny_arguments, train_in_turn
 from tests.hf.exported import weights_of
-from tests.models import small_config, small_model
+from tests.models import LEARNED, small_config, small_model
 
 STEP = "checkpoints/step-00000001"
-MODEL = {"model__vocab_size": 512, "model__family": "gpt_neox", "inference__threshold": 0.3}
+MODEL = {"model__vocab_size": 512, "model__family": "gpt_neox", "inference__threshold": 0.3} | LEARNED
 LAYOUTS = {
     "tensor": {"parallel__tensor": 2, "parallel__sequence_parallel": "true", "parallel__vocab_multiple": 100},
     "pipeline": {"parallel__pipeline": 2},
@@ -61,6 +61,7 @@ def folder(corpus, tmp_path_factory) -> Path:
             model__max_position_embeddings=256,
             inference__threshold=0.3,
             ponder_training__jacobi_iterations="[2,3]",  # else it is the export's own R
+            ponder__latent_scale="learned",
             optimizer__learning_rate=rate,
             training__steps=1,
             training__eval_interval=1,

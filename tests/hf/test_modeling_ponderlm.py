@@ -14,7 +14,7 @@ from megatron_ponder.model.ponder import PonderLM
 from tests.grids import in_pairs
 from tests.hf.exported import hugging_face
 from tests.model.test_features import COMBINATIONS
-from tests.models import MIXED, random_tokens, small_config, small_model
+from tests.models import LEARNED, MIXED, random_tokens, small_config, small_model
 
 LLAMA = {"model__family": "llama", "model__num_kv_heads": 2}
 GPT_NEOX = {"model__family": "gpt_neox"}
@@ -24,8 +24,8 @@ MODES = [
     {"ponder__mode": "pause"},
     {"ponder__mode": "loop"},
     {"ponder__mode": "ponderlm", "model__vocab_size": 173},
-    {"inference__threshold": 0.1},
-    {"inference__threshold": 0.3, "ponder__latent_steps": 3, "inference__router_bias": 0.2},
+    {"inference__threshold": 0.1, "ponder__latent_scale": 0.3},
+    {"inference__threshold": 0.3, "ponder__latent_steps": 3, "inference__router_bias": 0.2} | LEARNED,
 ]
 
 

@@ -8,7 +8,7 @@ from megatron_ponder.kernels.attention import DEAD
 from megatron_ponder.model.packed import packed_jacobi
 from megatron_ponder.model.ponder import PonderLM
 from tests.grids import in_pairs
-from tests.models import random_tokens, small_model
+from tests.models import LEARNED, random_tokens, small_model
 
 TOKENS = random_tokens(3, 17)
 
@@ -19,7 +19,8 @@ TOKENS = random_tokens(3, 17)
 )
 def test_packed_equals_masked(family, threshold, depth, documents):
     steps, refinements = depth
-    model = small_model(model__family=family, ponder__latent_steps=steps, inference__threshold=threshold)
+    scale = LEARNED if family == "gpt_neox" else {}
+    model = small_model(model__family=family, ponder__latent_steps=steps, inference__threshold=threshold, **scale)
     model.eod_id = 7 if documents else None
     tokens = TOKENS.masked_fill(TOKENS % 5 == 0, 7)
     rule = model.rule("hard", threshold)

@@ -15,7 +15,7 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.transformer import Recompute
 from megatron_ponder.parallel.sharding import declarations
 from tests.grids import in_pairs
-from tests.models import random_tokens, small_model
+from tests.models import LEARNED, random_tokens, small_model
 
 FAMILIES = [{"model__family": "llama", "model__num_kv_heads": 2}, {"model__family": "gpt_neox"}]
 MODES = ["vanilla", "fixed", "adaptive"]
@@ -131,7 +131,8 @@ def test_early_positions_are_right_first(mode):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ALL_MODES)
 def test_gradient_through_all_passes_by_finite_differences(family, mode):
-    model = small_model(ponder__mode=mode, **TINY | family)
+    scale = LEARNED if mode in ("fixed", "adaptive", "loop") else {}
+    model = small_model(ponder__mode=mode, **TINY | family | scale)
     tokens = random_tokens(2, 5)
     exact = gradients(model, soft_loss(model, tokens))
     generator = torch.Generator().manual_seed(2)

@@ -8,7 +8,7 @@ from megatron_ponder.model.modes.pondering import Sizes
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.stages import PassShapes, PassStage
 from megatron_ponder.model.transformer import ModelPart
-from tests.models import random_tokens, small_model
+from tests.models import LEARNED, random_tokens, small_model
 
 BATCH, LENGTH, LAYERS, EOD = 2, 7, 4, 7
 MODES = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
@@ -18,9 +18,9 @@ CUTS = {2: (1, 3), 3: (1, 2, 1)}
 
 
 def whole_model(family: str, mode: str, eod_id: int | None = None) -> PonderLM:
-    return small_model(
-        router_scale=3.0, eod_id=eod_id, model__family=family, ponder__mode=mode, model__num_layers=LAYERS
-    )
+    options = {"model__family": family, "ponder__mode": mode, "model__num_layers": LAYERS}
+    scaled = family == "gpt_neox" and mode in ("fixed", "adaptive", "loop")
+    return small_model(router_scale=3.0, eod_id=eod_id, **options, **(LEARNED if scaled else {}))
 
 
 def cut(model: PonderLM, counts: tuple[int, ...]) -> list[PonderLM]:

@@ -8,7 +8,7 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import declarations
 from tests.distributed import run_distributed
-from tests.models import MIXED, random_tokens, small_model
+from tests.models import LEARNED, MIXED, random_tokens, small_model
 from tests.parallel.gathered import Part, assert_equal_to_one_process, gradients
 
 CASES = {
@@ -21,7 +21,8 @@ CASES = {
         "model__family": "gpt_neox",
         "ponder__mode": "fixed",
         "model__residual": "sequential",
-    },
+    }
+    | LEARNED,
 }
 
 

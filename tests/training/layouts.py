@@ -26,7 +26,7 @@ from megatron_ponder.training.replicas import differing_replicas
 from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.state import gradients_of, state_of
 from tests.distributed import run_distributed
-from tests.models import MIXED, random_tokens, small_config
+from tests.models import LEARNED, MIXED, random_tokens, small_config
 
 STEPS, REFINEMENTS, RATE = 3, (1, 2, 1), 1e-2
 LENGTH = 11  # which neither two nor four tensor ranks can share evenly, nor the vocabulary of 61
@@ -37,10 +37,12 @@ MODELS = {
     for family, heads in {"llama": {"model__num_kv_heads": 2}, "gpt_neox": {}}.items()
     for mode in ("vanilla", "fixed", "adaptive")
 } | {
+    "gpt_neox fixed": {"ponder__mode": "fixed", "model__family": "gpt_neox"} | LEARNED,
+    "gpt_neox adaptive": {"model__family": "gpt_neox"} | LEARNED,
     "mixed features": MIXED,
     "llama pause": {"ponder__mode": "pause"},
     "tied": {"model__tie_embeddings": True, "model__num_kv_heads": 2},
-    "gpt_neox loop": {"ponder__mode": "loop", "model__family": "gpt_neox"},
+    "gpt_neox loop": {"ponder__mode": "loop", "model__family": "gpt_neox", "ponder__latent_scale": 0.3},
     # more tokens than a prediction is read through, and tensor ranks with unequal parts of them
     "llama ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301},
 }

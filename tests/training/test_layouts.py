@@ -12,6 +12,7 @@ from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import refinements
+from tests.models import LEARNED
 from tests.training.layouts import (
     LENGTH,
     MODELS,
@@ -69,7 +70,7 @@ QUICK = {
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
 # Of every layout.
 PRUNED = {
-    "pruned llama": LLAMA | {"ponder_training__prune_start": 0},
+    "pruned llama": LLAMA | LEARNED | {"ponder_training__prune_start": 0},
     "pruned gpt_neox, documents": NEOX
     | {"ponder_training__prune_start": 0, "ponder__latent_steps": 3, "data__reset_at_eod": True},
 }
@@ -114,7 +115,9 @@ VARIANTS = {
         "tied ponderlm": MODELS["tied"] | {"ponder__mode": "ponderlm", "model__vocab_size": 301},
         "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
         "pruned, zero bubble": PRUNED["pruned gpt_neox, documents"] | {"parallel__pipeline_schedule": "zero_bubble"},
-        "before latent steps": MODELS["gpt_neox fixed"] | {"ponder_training__latent_start": STEPS},
+        "before latent steps": MODELS["llama fixed"]
+        | {"model__family": "gpt_neox"}
+        | {"ponder_training__latent_start": STEPS},
         **{f"{count} micro-batches": LLAMA | {"training__global_batch_size": 2 * count} for count in (1, 2, 3, 6)},
     },
     "tp2 sequence": RECOMPUTE

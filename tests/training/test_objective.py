@@ -10,7 +10,7 @@ from megatron_ponder.model.router import Rule
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import training_rule
-from tests.models import random_tokens, small_config, small_model
+from tests.models import LEARNED, random_tokens, small_config, small_model
 
 TOKENS = random_tokens(3, 18)
 RULE = Rule("soft", 0.4)
@@ -96,9 +96,14 @@ def test_before_the_router_starts_the_model_is_a_fixed_one(dtype):
 @pytest.mark.parametrize("mode", ["fixed", "adaptive", "loop", "ponderlm"])
 def test_before_latent_steps_begin_the_model_is_a_vanilla_one(mode):
     """Loss and gradients; what only latent steps need learns nothing."""
-    model, rule = small_model(ponder__mode=mode), training_rule(0, small_config(ponder_training__latent_start=1))
+    scale = {} if mode == "ponderlm" else LEARNED
+    model, rule = (
+        small_model(ponder__mode=mode, **scale),
+        training_rule(0, small_config(ponder_training__latent_start=1)),
+    )
     vanilla = small_model(ponder__mode="vanilla", ponder__embedding_scale=model.ponder_config.embedding_scale)
-    vanilla.load_state_dict({name: value for name, value in model.state_dict().items() if "router" not in name})
+    shared = vanilla.state_dict().keys()
+    vanilla.load_state_dict({name: value for name, value in model.state_dict().items() if name in shared})
     losses, sums = zip(*(Objective(each)(TOKENS, 2, rule, 0.3) for each in (model, vanilla)), strict=True)
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
     assert Tally.of(sums[0].sum(0)).steps == [51, 0, 0]
@@ -106,7 +111,7 @@ def test_before_latent_steps_begin_the_model_is_a_vanilla_one(mode):
         loss.backward()
     want = dict(vanilla.named_parameters())
     for name, parameter in model.named_parameters():
-        if "router" in name:
+        if name not in shared:
             assert not parameter.grad.any(), name
         else:
             torch.testing.assert_close(parameter.grad, want[name].grad, rtol=1e-10, atol=1e-12)

@@ -20,7 +20,7 @@ class LoopPasses(Passes):
         return slice(0, 1)
 
     def enter(self, front: Front, embedded_BLH: Tensor | None, state: PassState | None) -> Stream:
-        return Stream(embedded_BLH if state is None else state.latents.squeeze(2))
+        return Stream(embedded_BLH if state is None else front.latent_scale(state.latents.squeeze(2)))
 
     def leave(self, back: Back, result: PassResult, log_w_BLK: Tensor | None, next_slots: int) -> PassState:
         return PassState(result.hidden_BLSH)

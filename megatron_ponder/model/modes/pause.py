@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megatron_ponder.model.ends import Front
 from megatron_ponder.model.modes.pondering import LatentReads, Passes, Stream
-from megatron_ponder.model.passes import PassState
+from megatron_ponder.model.passes import PassState, enter_pass
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import Initializer, ParameterSpec, ShardedModule
 
@@ -34,8 +34,7 @@ class PausePasses(Passes):
 
     def enter(self, front: Front, embedded_BLH: Tensor | None, state: PassState | None) -> Stream:
         pauses_KH = front.learned["pauses"](front.scale)
-        latents = pauses_KH.expand(*embedded_BLH.shape[:2], -1, -1)
-        return super().enter(front, embedded_BLH, PassState(latents))
+        return Stream(*enter_pass(embedded_BLH, PassState(pauses_KH.expand(*embedded_BLH.shape[:2], -1, -1))))
 
     def latent_inputs(self, front: Front, reads: LatentReads) -> Tensor:
         return front.learned["pauses"](front.scale)[reads.steps_n - 1]

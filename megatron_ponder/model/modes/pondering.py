@@ -141,6 +141,8 @@ class Passes:
             embedded_BLH: e of every token; needed in the first pass, and in every one if `interleaved`.
             state: what the pass before handed over; None in the first.
         """
+        if state is not None and state.latents is not None:
+            state = state._replace(latents=front.latent_scale(state.latents))
         return Stream(*enter_pass(embedded_BLH, state or PassState()))
 
     def leave(self, back: Back, result: PassResult, log_w_BLK: Tensor | None, next_slots: int) -> State:
@@ -171,7 +173,7 @@ class Passes:
 
     def latent_inputs(self, front: Front, reads: LatentReads) -> Tensor:
         """What enters the latent slots in generation, (n, H), on the first pipeline rank."""
-        return reads.read_TX[reads.sources_n]
+        return front.latent_scale(reads.read_TX[reads.sources_n])
 
     def pack_stream(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """One tensor of activations and one of other numbers, which travel between two ranks of a pass."""
