@@ -116,8 +116,8 @@ def _with_latent_scale(config: Config) -> Config:
         return config
     if folder is None or not is_hugging_face(Path(folder)):
         raise UserError(
-            "ponder.latent_scale auto is measured on a pretrained model; set checkpoint.initialize_from to the folder of "
-            "one, or give a number, such as 1"
+            "ponder.latent_scale auto is measured on a pretrained model; set checkpoint.initialize_from to the folder "
+            "of one, or give a number, such as 1"
         )
     return measured(Path(folder), config)
 

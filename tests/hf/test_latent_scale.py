@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import import_pretrained
+from megatron_ponder.hf.starting_point import complete
+from megatron_ponder.training.setup import _with_latent_scale
 from tests.hf.exported import weights_of
 from tests.hf.test_pretrained import gpt_neox, llama
 from tests.models import LEARNED, random_tokens, small_config, small_model
@@ -110,3 +113,16 @@ def test_a_scale_of_1_changes_no_bit():
     one.load_state_dict(plain.state_dict() | {"latent_scale.log": torch.zeros(1)})
     tokens, rule = random_tokens(2, 9), plain.rule("hard")
     assert torch.equal(plain.jacobi(tokens, 2, rule).output_BLH, one.jacobi(tokens, 2, rule).output_BLH)
+
+
+def test_auto_is_what_the_start_has(tmp_path):
+    """In a run from the model's folder the number that an import measures; later, and from an import, that number."""
+    llama().save_pretrained(tmp_path / "model")
+    weights, imported = import_pretrained(tmp_path / "model", FIXED)
+    write_weights_checkpoint(tmp_path / "start", weights, imported, None)
+    auto = [*FIXED, "--ponder.latent_scale", "auto", "--checkpoint.initialize_from"]
+    for start in ("model", "start"):
+        config = read_config(complete([*auto, str(tmp_path / start)]))
+        assert _with_latent_scale(config).ponder == imported.ponder
+    with pytest.raises(UserError, match="auto is measured on a pretrained model; set "):
+        _with_latent_scale(read_config(auto[:-1]))
