@@ -3,7 +3,8 @@
     python examples/pareto/continued.py --output runs/continued
 
 The same command goes on where it was stopped; what is finished is not done again. The output then holds the plain
-models of continued.yaml, what each became when it was exported and imported again, the runs, and table.md.
+models of continued.yaml, what each became when it was exported and imported again, the runs, and table.md, which has
+what is finished and grows with every run. All of it is done in this process, one run after another.
 """
 
 import argparse
@@ -17,17 +18,24 @@ from pathlib import Path
 import yaml
 from pass_gradients import by_pass
 from rich.console import Console
-from runs import HERE, SIZES, Run, prepare_data, run_command, train
+from runs import HERE, SIZES, Run, prepare_data
 
 from megatron_ponder.base.errors import command
 from megatron_ponder.base.files import write_atomically
+from megatron_ponder.base.launch import discover
 from megatron_ponder.checkpoint.load import load_model
-from megatron_ponder.config import load_config
+from megatron_ponder.commands.export_hf import main as export_hf
+from megatron_ponder.commands.import_hf import main as import_hf
+from megatron_ponder.config import load_config, read_config
 from megatron_ponder.evaluation.sources import split_batches
+from megatron_ponder.hf.starting_point import complete
+from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.training.trainer import train
 
-SAMPLES = 64  # of the validation part, for what is measured here
+SAMPLES = 32  # of the validation part, for what is measured here
 DEEP = 8  # refinements, beside those of training
+MEASURED = ("ponder.latent_scale", "ponder.initial_latent_scale")  # of which an import may find others
 AROUND = 20  # steps before and after latents begin, whose means are compared
 HEADINGS = ("variant", "scale", "loss before", "jump", "gradient of the passes before", "of R = 8", "largest norm")
 HEADINGS += ("gradient of the passes after", "K̂", "loss", "− vanilla", "scale after")
@@ -54,7 +62,7 @@ def options(values: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def plan(chosen: dict, output: Path, data: Path) -> tuple[list[Run], list[Continuation]]:
-    """The plain models, and their continuations, one base after another.
+    """The plain models, and their continuations, each way with all of them.
 
     Args:
         chosen: what continued.yaml says.
@@ -68,35 +76,31 @@ def plan(chosen: dict, output: Path, data: Path) -> tuple[list[Run], list[Contin
         folder = output / "runs" / name
         words = ("--config", str(SIZES["cpu"]), *common, *options(values), "--training.run_dir", str(folder))
         bases.append(Run(name, 0, words, folder))
-        for variant, own in chosen["continued"].items():
+    for variant, own in chosen["continued"].items():
+        for name, values in chosen["bases"].items():
             start, folder = output / "starts" / f"{name}-{variant}", output / "runs" / f"{name}-{variant}"
             # What the import says of the model, and what the size says of training.
             words = ("--config", str(start / "config.yaml"), "--config", str(SIZES["cpu"]), *common)
             words += options({key: value for key, value in values.items() if key.startswith("model.")})
             words += options(chosen["all"])
-            words += options({key: value for key, value in own.items() if not is_measured(key)})
+            words += options({key: value for key, value in own.items() if key not in MEASURED})
             words += ("--checkpoint.initialize_from", str(start), "--training.run_dir", str(folder))
             continuations.append(Continuation(name, start, Run(variant, 1, words, folder)))
     return bases, continuations
-
-
-def is_measured(key: str) -> bool:
-    """Whether the import may have found another value for a key."""
-    return key in ("ponder.latent_scale", "ponder.initial_latent_scale")
 
 
 def import_base(base: Run, continuation: Continuation, values: Mapping[str, object], text: Path) -> None:
     """Export the plain model and import it for one way to continue, as a user would who has downloaded it."""
     exported = base.folder.parent.parent / "exports" / base.variant
     if not exported.exists():
-        run_command("-m", "megatron_ponder", "export-hf", "--checkpoint", str(base.folder), "--output", str(exported))
+        export_hf(["--checkpoint", str(base.folder), "--output", str(exported)])
     if not continuation.start.exists():
         model = {"ponder.latent_steps": 1, "ponder.router_initial_bias": 0.0}
         model |= {key: value for key, value in values.items() if key.startswith("ponder.")}
         words = ("--model", str(exported), "--output", str(continuation.start), *options(model))
         scale, initial = model.get("ponder.latent_scale"), "ponder.initial_latent_scale" in model
         is_read = scale == "auto" or (scale == "learned" and not initial)
-        run_command("-m", "megatron_ponder", "import-hf", *words, *(("--text", str(text)) if is_read else ()))
+        import_hf([*words, *(("--text", str(text)) if is_read else ())])
 
 
 def measure(folder: Path, dataset: Path) -> dict:
@@ -156,12 +160,12 @@ def row(continuation: Continuation, plain: dict, dataset: Path) -> tuple[list[st
 
 
 def table(continuations: Sequence[Continuation], dataset: Path) -> str:
-    """What came of all that are finished, a table for every base, in Markdown."""
+    """What came of those that are finished, a table for every base, in Markdown."""
     parts = []
     for base in dict.fromkeys(each.base for each in continuations):
         lines, plain = [HEADINGS, ["---"] * len(HEADINGS)], {}
         for each in continuations:
-            if each.base == base and each.run.finished:
+            if each.base == base and (each.start / "config.yaml").exists() and each.run.finished:
                 cells, values = row(each, plain, dataset)
                 plain = plain or values
                 lines.append(cells)
@@ -175,21 +179,24 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--data", type=Path, help="folder of corpus and tokenizer; data/ in the output unless given")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     arguments = parser.parse_args(argv)
     output, data = arguments.output, arguments.data or arguments.output / "data"
     chosen = yaml.safe_load((HERE / "continued.yaml").read_text(encoding="utf-8"))
     bases, continuations = plan(chosen, output, data)
     prepare_data("cpu", data)
-    train(bases, arguments.jobs)
-    text = output / "text"
-    if not text.exists():
-        with (data / "corpus.jsonl").open(encoding="utf-8") as lines:
-            write_atomically(text, json.loads(next(lines))["text"])
-    for each in continuations:
-        base = next(run for run in bases if run.variant == each.base)
-        import_base(base, each, chosen["continued"][each.run.variant], text)
-    train([each.run for each in continuations], arguments.jobs)
+    with process_group(discover()) as device:
+        for base in (base for base in bases if not base.finished):
+            train(read_config(base.arguments), device)
+        text = output / "text"
+        if not text.exists():
+            with (data / "corpus.jsonl").open(encoding="utf-8") as lines:
+                write_atomically(text, json.loads(next(lines))["text"])
+        for each in continuations:
+            base = next(run for run in bases if run.variant == each.base)
+            import_base(base, each, chosen["continued"][each.run.variant], text)
+            if not each.run.finished:
+                train(read_config(complete(each.run.arguments)), device)
+                write_atomically(output / "table.md", table(continuations, data / "corpus_text_document"))
     found = table(continuations, data / "corpus_text_document")
     write_atomically(output / "table.md", found)
     Console(highlight=False).print(found, soft_wrap=True)

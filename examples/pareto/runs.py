@@ -85,25 +85,25 @@ def prepare_data(size: str, folder: Path) -> None:
     if (folder / "corpus_text_document.idx").exists():
         return
     if size == "diagnostic":
-        run_command("examples/diagnostic/make_corpus.py", "--output", str(folder), *DIAGNOSTIC)
+        _command("examples/diagnostic/make_corpus.py", "--output", str(folder), *DIAGNOSTIC)
         _preprocess(folder / "diagnostic.jsonl", folder / "tokenizer.json", folder)
         return
     if size not in VOCABULARY:
         raise UserError(f"{folder} has no corpus_text_document.idx; a corpus for size {size} is yours to make")
     folder.mkdir(parents=True, exist_ok=True)
     text = str(folder / "corpus.jsonl")
-    run_command("examples/quickstart/make_corpus.py", "--output", text, *CORPUS[size])
+    _command("examples/quickstart/make_corpus.py", "--output", text, *CORPUS[size])
     tokenizer = ("--output-prefix", str(folder / "tokenizer"), "--vocab-size", str(VOCABULARY[size]))
-    run_command("-m", "megatron_ponder", "train-tokenizer", "--input", text, *tokenizer)
+    _command("-m", "megatron_ponder", "train-tokenizer", "--input", text, *tokenizer)
     _preprocess(Path(text), folder / "tokenizer.model", folder)
 
 
 def _preprocess(text: Path, tokenizer: Path, folder: Path) -> None:
     words = ("--input", str(text), "--output-prefix", str(folder / "corpus"), "--tokenizer", str(tokenizer))
-    run_command("-m", "megatron_ponder", "preprocess", *words, "--append-eod")
+    _command("-m", "megatron_ponder", "preprocess", *words, "--append-eod")
 
 
-def run_command(*words: str) -> None:
+def _command(*words: str) -> None:
     if subprocess.run([sys.executable, *words], cwd=REPOSITORY, check=False).returncode:
         raise UserError(f"python {' '.join(words)} failed; see above")
 

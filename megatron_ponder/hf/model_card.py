@@ -85,6 +85,8 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
     passes = passes_of(ponder)
     if ponder.steps:
         rows["Most latent steps K"] = ponder.latent_steps
+    if ponder.latent_scale != 1:
+        rows["Factor on latents"] = ponder.latent_scale
     if passes.iterated:
         rows["Refinements R of `forward`"] = config.ponder_training.evaluation_refinements
     if passes.routed:
