@@ -98,9 +98,7 @@ def import_base(base: Run, continuation: Continuation, values: Mapping[str, obje
         model = {"ponder.latent_steps": 1, "ponder.router_initial_bias": 0.0}
         model |= {key: value for key, value in values.items() if key.startswith("ponder.")}
         words = ("--model", str(exported), "--output", str(continuation.start), *options(model))
-        scale, initial = model.get("ponder.latent_scale"), "ponder.initial_latent_scale" in model
-        is_read = scale == "auto" or (scale == "learned" and not initial)
-        import_hf([*words, *(("--text", str(text)) if is_read else ())])
+        import_hf([*words, *(("--text", str(text)) if "auto" in words else ())])
 
 
 def measure(folder: Path, dataset: Path) -> dict:

@@ -1,8 +1,8 @@
 """Turn a Hugging Face model into a checkpoint: plain, a PonderLM-2, or an export of this package.
 
 Any configuration key may follow as --section.key value; --ponder.embedding_scale is 1 for a plain model unless given,
-so that without latent steps it computes what it computed before, and --ponder.latent_scale is auto, which gives latents
-the size of its embeddings.
+so that without latent steps it computes what it computed before. --ponder.latent_scale auto gives latents the size of
+its embeddings.
 
 Example:
     ponder import-hf --model downloaded/pythia-70m --output start --ponder.mode adaptive

@@ -6,8 +6,6 @@ from typing import Literal
 from megatron_ponder.config.declarations import STEPS, changeable, number_field
 
 Mode = Literal["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
-# Modes whose latent steps read hidden states.
-READS_HIDDEN: tuple[Mode, ...] = ("fixed", "adaptive", "loop")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class PonderConfig:
     """c, factor on token embeddings; √(2.5 H) unless given, and 1 for `vanilla`."""
     latent_scale: float | Literal["auto", "learned"] = number_field(1.0, 1e-6, 1e6)
     """Factor on hidden states that enter again as latents, in `fixed`, `adaptive` and `loop`: a number, `learned`, or
-    `auto`, which the [import](continued_pretraining.md#latents) of a model makes a number."""
+    `auto`, which is [measured](continued_pretraining.md#latents) on a pretrained model."""
     initial_latent_scale: float | Literal["auto"] = changeable(number_field(1.0, 1e-6, 1e6))
     """What a learned `latent_scale` begins with; `auto` as there."""
 
@@ -44,7 +42,7 @@ class PonderConfig:
     @property
     def reads_hidden(self) -> bool:
         """Whether latent steps read hidden states, which `latent_scale` multiplies."""
-        return self.mode in READS_HIDDEN
+        return self.mode in ("fixed", "adaptive", "loop")
 
     @property
     def routes_by_token(self) -> bool:

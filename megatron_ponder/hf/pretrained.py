@@ -19,10 +19,10 @@ def import_pretrained(
 ) -> tuple[dict[str, Tensor], Config]:
     """A Hugging Face model as PonderLM's weights and configuration.
 
-    A plain model gets embedding scale 1, so that without latent steps it computes what it computed before, and latents
-    of the size of its embeddings; a PonderLM-2 checkpoint the mode, K, R and scale that it was trained with. A router
-    or pause embeddings that the folder lacks, or has in other sizes, are initialised as for training. Sizes are
-    compared with the files' headers before anything is allocated.
+    A plain model gets embedding scale 1, so that without latent steps it computes what it computed before; a
+    PonderLM-2 checkpoint the mode, K, R and scale that it was trained with. A router or pause embeddings that the
+    folder lacks, or has in other sizes, are initialised as for training. Sizes are compared with the files' headers
+    before anything is allocated.
 
     Args:
         model_dir: folder of a `LlamaForCausalLM`, a `GPTNeoXForCausalLM` or an export, with safetensors.

@@ -7,7 +7,7 @@ from typing import get_args
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.families import FAMILIES
 from megatron_ponder.config.model import ROPE_SCALINGS
-from megatron_ponder.config.ponder import READS_HIDDEN, Mode
+from megatron_ponder.config.ponder import Mode
 from megatron_ponder.hf.fields import Fields
 from megatron_ponder.hf.foreign_families import ACTIVATIONS, FAMILY_READERS, FamilyReader, require_no_window, residual
 from megatron_ponder.hf.weights import from_export
@@ -44,8 +44,6 @@ _HARMLESS = (
 _PONDERLM_2_HARMLESS = ("interpolation_use_topk", "random_jacobi_iterations", "softmax_temperature")
 # In names of that project's code for the methods that it compares itself with, whose config.json looks the same.
 _PONDERLM_2_BASELINES = re.compile(r"(?<![a-z])(addhidden|addpausetoken|loop|orin|pause|weightshare)(?![a-z])")
-# What a model without latents gets for them.
-MEASURED = {"ponder.latent_scale": "auto", "ponder.initial_latent_scale": "auto"}
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
 
 
@@ -119,19 +117,14 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
         "inference.router_bias": fields.number("ponder_router_bias"),
         "ponder.router_hidden_size": fields.whole("ponder_router_hidden_size", least=0),
         "ponder.embedding_scale": fields.number("embedding_scale"),
-        **_latent_scale(fields),
+        "ponder.latent_scale": _latent_scale(fields),
         "data.reset_at_eod": fields.anything("ponder_eod_id") is not None,
     }
 
 
-def _latent_scale(fields: Fields) -> dict[str, object]:
-    """The factor on latents of an export; of one without latents, what every model without them gets."""
-    if fields.anything("ponder_mode") not in READS_HIDDEN:
-        fields.harmless(["latent_scale"])
-        return MEASURED
-    if fields.anything("latent_scale") == "learned":
-        return {"ponder.latent_scale": "learned"}
-    return {"ponder.latent_scale": fields.number("latent_scale", 1.0)}  # which older exports do not say
+def _latent_scale(fields: Fields) -> object:
+    """The factor on latents of an export, which older ones do not say."""
+    return "learned" if fields.anything("latent_scale") == "learned" else fields.number("latent_scale", 1.0)
 
 
 def _features(fields: Fields) -> dict[str, object]:
@@ -192,7 +185,7 @@ def _plain(fields: Fields, architecture: str) -> dict[str, object]:
     fields.only("auto_map", None)
     # LLaMA's first conversions wrote the name in another way.
     fields.only("architectures", [architecture], [architecture.replace("Llama", "LLaMA")])
-    return {"ponder.embedding_scale": 1.0} | MEASURED
+    return {"ponder.embedding_scale": 1.0}
 
 
 def _ponderlm_2(fields: Fields, hidden_size: int) -> dict[str, object]:

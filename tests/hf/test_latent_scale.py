@@ -18,6 +18,7 @@ from tests.hf.test_pretrained import gpt_neox, llama
 from tests.models import LEARNED, random_tokens, small_config, small_model
 
 FIXED = ["--ponder.mode", "fixed"]
+AUTO = ["--ponder.latent_scale", "auto"]
 
 
 def rms(x):
@@ -38,12 +39,13 @@ def test_auto_is_embeddings_over_hidden_states(theirs, corpus, tmp_path):
     ids = load_tokenizer(corpus.tokenizer).encode(text.read_text())
     tokens = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)[:8]
     hidden = model(tokens, output_hidden_states=True).hidden_states
-    measured = import_pretrained(tmp_path, FIXED, text)[1].ponder.latent_scale
+    measured = import_pretrained(tmp_path, [*FIXED, *AUTO], text)[1].ponder.latent_scale
     assert measured == pytest.approx(rms(hidden[0]) / rms(hidden[-1]), rel=1e-3)
 
-    unmeasured = import_pretrained(tmp_path, FIXED)[1].ponder.latent_scale
+    unmeasured = import_pretrained(tmp_path, [*FIXED, *AUTO])[1].ponder.latent_scale
     assert unmeasured == pytest.approx(measured, rel=0.3)  # weights alone know no text
-    weights, config = import_pretrained(tmp_path, [*FIXED, "--ponder.latent_scale", "learned"], text)
+    learned = [*FIXED, "--ponder.latent_scale", "learned", "--ponder.initial_latent_scale", "auto"]
+    weights, config = import_pretrained(tmp_path, learned, text)
     assert config.ponder.initial_latent_scale == measured
     assert weights["latent_scale.log"].exp().item() == pytest.approx(measured, rel=1e-6)
 
@@ -51,11 +53,12 @@ def test_auto_is_embeddings_over_hidden_states(theirs, corpus, tmp_path):
 def test_what_is_given_stands(tmp_path):
     llama().save_pretrained(tmp_path)
     imported = lambda *options: import_pretrained(tmp_path, options)[1].ponder
-    assert imported(*FIXED, "--ponder.latent_scale", "1").latent_scale == 1
+    assert imported(*FIXED).latent_scale == 1
+    assert imported(*FIXED, "--ponder.latent_scale", "0.2").latent_scale == 0.2
     learned = imported("--ponder.latent_scale", "learned", "--ponder.initial_latent_scale", "0.5")
     assert (learned.latent_scale, learned.initial_latent_scale) == ("learned", 0.5)
     for mode in ("vanilla", "pause", "ponderlm"):
-        ponder = imported("--ponder.mode", mode)
+        ponder = imported("--ponder.mode", mode, *AUTO, "--ponder.initial_latent_scale", "auto")
         assert (ponder.latent_scale, ponder.initial_latent_scale) == (1, 1)
 
 
@@ -68,14 +71,6 @@ def test_an_export_keeps_its_own(scale, tmp_path):
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(model).items())
     assert import_pretrained(tmp_path / "export", ["--ponder.latent_scale", "0.5"])[1].ponder.latent_scale == 0.5
-
-
-def test_a_vanilla_export_gets_one_for_other_modes(tmp_path):
-    model, config = small_model(ponder__mode="vanilla"), small_config(ponder__mode="vanilla")
-    export(weights_of(model), config, None, tmp_path / "export")
-    weights, config = import_pretrained(tmp_path / "export", FIXED)
-    norm = rms(weights["transformer.norm.weight"])
-    assert config.ponder.latent_scale == pytest.approx(rms(weights["embedding.weight"]) / norm, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +93,7 @@ def test_scales_that_mean_nothing(options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [([], "has no tokenizer that reads"), (["--ponder.latent_scale=0.5"], "measure ponder.latent_scale auto on, but")],
+    [(AUTO, "has no tokenizer that reads"), ([], "measure ponder.latent_scale auto on, but that is 1.0")],
 )
 def test_texts_that_measure_nothing(options, message, tmp_path):
     llama().save_pretrained(tmp_path)
@@ -118,9 +113,9 @@ def test_a_scale_of_1_changes_no_bit():
 def test_auto_is_what_the_start_has(tmp_path):
     """In a run from the model's folder the number that an import measures; later, and from an import, that number."""
     llama().save_pretrained(tmp_path / "model")
-    weights, imported = import_pretrained(tmp_path / "model", FIXED)
+    weights, imported = import_pretrained(tmp_path / "model", [*FIXED, *AUTO])
     write_weights_checkpoint(tmp_path / "start", weights, imported, None)
-    auto = [*FIXED, "--ponder.latent_scale", "auto", "--checkpoint.initialize_from"]
+    auto = [*FIXED, *AUTO, "--checkpoint.initialize_from"]
     for start in ("model", "start"):
         config = read_config(complete([*auto, str(tmp_path / start)]))
         assert _with_latent_scale(config).ponder == imported.ponder

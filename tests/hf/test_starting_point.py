@@ -13,7 +13,7 @@ from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.config import read_config
 from megatron_ponder.data.tokenizer import load_tokenizer
 from megatron_ponder.data.tokenizer_training import train_tokenizer
-from megatron_ponder.hf.pretrained import import_pretrained, measured, require_own_tokenizer
+from megatron_ponder.hf.pretrained import import_pretrained, require_own_tokenizer
 from megatron_ponder.hf.pretrained_weights import PretrainedWeights
 from megatron_ponder.hf.starting_point import complete
 from megatron_ponder.hf.weight_files import WeightFiles
@@ -40,7 +40,7 @@ def completed(folder: Path, *arguments: str):
 @pytest.mark.parametrize("changes", [{}, PONDERLM_2])
 def test_what_is_left_out_is_what_an_import_has(tmp_path, changes):
     folder = save(tmp_path, **changes)
-    ours, theirs = measured(folder, completed(folder)), import_pretrained(folder)[1]
+    ours, theirs = completed(folder), import_pretrained(folder)[1]
     assert (ours.model, ours.ponder, ours.ponder_training) == (theirs.model, theirs.ponder, theirs.ponder_training)
     assert ours.data.sequence_length == 64
     assert ours.ponder.mode == ("fixed" if changes else "adaptive")
