@@ -4,7 +4,8 @@
 
 The same command goes on where it was stopped; what is finished is not done again. The output then holds the plain
 models of continued.yaml, what each became when it was exported and imported again, the runs, and table.md, which has
-what is finished and grows with every run. All of it is done in this process, one run after another.
+what is finished and grows with every run. All of it is done in this process, one run after another. With --untrained
+the imports are measured as they are, and table.md says what each does to the loss before anything is trained.
 """
 
 import argparse
@@ -33,12 +34,13 @@ from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.trainer import train
 
-SAMPLES = 32  # of the validation part, for what is measured here
+SAMPLES = 16  # of the validation part, for what is measured here
 DEEP = 8  # refinements, beside those of training
 MEASURED = ("ponder.latent_scale", "ponder.initial_latent_scale")  # of which an import may find others
 AROUND = 20  # steps before and after latents begin, whose means are compared
 HEADINGS = ("variant", "scale", "loss before", "jump", "gradient of the passes before", "of R = 8", "largest norm")
 HEADINGS += ("gradient of the passes after", "K̂", "loss", "− vanilla", "scale after")
+UNTRAINED = ("variant", "scale", "loss", "− vanilla", "gradient of the passes", "of the first and last of R = 8")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def noted(folder: Path, checkpoint: Path, dataset: Path, name: str) -> dict:
     """What was measured of a checkpoint, from a file beside the run if it has been measured before."""
     path = folder / name
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(measure(checkpoint, dataset)))
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -171,12 +174,28 @@ def table(continuations: Sequence[Continuation], dataset: Path) -> str:
     return "\n".join(parts)
 
 
+def untrained(continuations: Sequence[Continuation], dataset: Path) -> str:
+    """What imports compute before they are trained, a table for every base, in Markdown."""
+    parts = []
+    for base in dict.fromkeys(each.base for each in continuations):
+        lines, plain = [UNTRAINED, ["---"] * len(UNTRAINED)], None
+        for each in (each for each in continuations if each.base == base):
+            found = noted(each.run.folder, each.start, dataset, "before.json")
+            plain = found["loss"] if plain is None else plain
+            cells = [each.run.variant, f"{found['scale']:.3f}", f"{found['loss']:.3f}", f"{found['loss'] - plain:+.3f}"]
+            cells.append(" ".join(f"{norm:.2f}" for norm in found["norms"]))
+            lines.append([*cells, f"{found['deep'][0]:.1e} {found['deep'][-1]:.2f}"])
+        parts.append(f"{base}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines))
+    return "\n".join(parts)
+
+
 @command
 def main(argv: Sequence[str]) -> None:
     """Make the data, train plain models, import them, continue, measure, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--data", type=Path, help="folder of corpus and tokenizer; data/ in the output unless given")
+    parser.add_argument("--untrained", action="store_true", help="measure the imports, and continue none")
     arguments = parser.parse_args(argv)
     output, data = arguments.output, arguments.data or arguments.output / "data"
     chosen = yaml.safe_load((HERE / "continued.yaml").read_text(encoding="utf-8"))
@@ -192,10 +211,10 @@ def main(argv: Sequence[str]) -> None:
         for each in continuations:
             base = next(run for run in bases if run.variant == each.base)
             import_base(base, each, chosen["continued"][each.run.variant], text)
-            if not each.run.finished:
+            if not (arguments.untrained or each.run.finished):
                 train(read_config(complete(each.run.arguments)), device)
                 write_atomically(output / "table.md", table(continuations, data / "corpus_text_document"))
-    found = table(continuations, data / "corpus_text_document")
+    found = (untrained if arguments.untrained else table)(continuations, data / "corpus_text_document")
     write_atomically(output / "table.md", found)
     Console(highlight=False).print(found, soft_wrap=True)
 
