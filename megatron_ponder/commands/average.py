@@ -1,4 +1,4 @@
-"""Average the weights of several checkpoints of one model into a checkpoint to use, or to begin a run with.
+"""Average the weights of several checkpoints into one, to use or to begin a run with.
 
 Example:
     ponder average --checkpoint runs/tiny --last 2 --output averaged

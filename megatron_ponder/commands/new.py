@@ -1,4 +1,4 @@
-"""Write the configuration of a new run: a known size of model, a mode, and the layout that fits a machine.
+"""Write the configuration of a new run: a size of model, a mode, and a layout that fits.
 
     ponder new --size llama-410m --gpu H100-SXM --gpus 8 --output run.yaml
     ponder new --size pythia-70m --mode vanilla --gpus 1 --memory-gib 24 --output run.yaml

@@ -131,7 +131,7 @@ class _Sweeps:
         self.executed_N = torch.full_like(self.living_N, self.steps)
         self.final_N = torch.zeros_like(self.living_N, dtype=torch.bool)
         self._changed_N, self._routing = torch.zeros_like(self.final_N), None
-        self._layers = [_Layer(self) for _ in model.transformer.blocks]
+        self._layers = [_LayerKeys(self) for _ in model.transformer.blocks]
         self._largest, self._slots_PB = 0.0, []
         # Of the newest forward: its slots as places among all, and what those of each row see.
         self.places_n, self.rows = self.living_N[:0], []
@@ -227,7 +227,7 @@ class _Sweeps:
 
 
 @dataclass
-class _Layer:
+class _LayerKeys:
     """Keys and values of one layer, (heads, all slots, channels) each."""
 
     sweeps: _Sweeps
