@@ -199,7 +199,7 @@ class Count(NamedTuple):
 
 def count_step(mesh: Mesh, config: Config) -> Count:
     """Count one training step on this rank; at ZeRO stage 3 one after DeepSpeed has learnt the order of modules."""
-    model = build_part(config, mesh)
+    model = build_part(config, mesh, eod_id=0)
     initialize(model, seed=0)
     formula = Formula(Rank(config, mesh.data.size, mesh.pipeline.rank, mesh.device.type), REFINEMENTS)
     engine = Engine(Objective(model), config, mesh)

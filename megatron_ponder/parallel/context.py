@@ -41,7 +41,7 @@ def take_heads(x_BTND: Tensor, shares: SlotShares) -> Tensor:
     if (repeats := head_repeats(x_BTND.shape[2], axis.size)) > 1:
         x_BTND = x_BTND.repeat_interleave(repeats, 2)
     parts = x_BTND.unflatten(2, (axis.size, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)
-    y_TBND = _Exchange.apply(parts, axis, (x_BTND.shape[1],) * axis.size, counts)
+    y_TBND = _AllToAll.apply(parts, axis, (x_BTND.shape[1],) * axis.size, counts)
     y_BTND = y_TBND.transpose(0, 1)
     return y_BTND if order is None else _Reorder.apply(y_BTND, order, order.argsort())
 
@@ -52,7 +52,7 @@ def take_slots(y_BTND: Tensor, shares: SlotShares) -> Tensor:
     if order is not None:
         y_BTND = _Reorder.apply(y_BTND, order.argsort(), order)
     own = counts[axis.rank]
-    parts = _Exchange.apply(y_BTND.transpose(0, 1), axis, counts, (own,) * axis.size)
+    parts = _AllToAll.apply(y_BTND.transpose(0, 1), axis, counts, (own,) * axis.size)
     return parts.unflatten(0, (axis.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
@@ -71,20 +71,20 @@ def own_tokens(x_BL: Tensor, axis: Axis) -> Tensor:
     return x_BL.unflatten(1, (axis.size, -1))[:, axis.rank]
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """Of the first dimension so much goes to every rank, and so much comes from it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
         ctx.axis, ctx.sent, ctx.received = axis, sent, received
-        return _exchange(x, axis, sent, received)
+        return _all_to_all(x, axis, sent, received)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad, ctx.axis, ctx.received, ctx.sent), None, None, None
+        return _all_to_all(grad, ctx.axis, ctx.received, ctx.sent), None, None, None
 
 
-def _exchange(x: Tensor, axis: Axis, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
+def _all_to_all(x: Tensor, axis: Axis, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
     result = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(result, x.contiguous(), list(received), list(sent), group=axis.group)
     return result

@@ -54,8 +54,8 @@ def test_they_are_in_order(plans):
 def test_less_memory_allows_fewer(plans):
     small = Hardware("GPU", 2, 8, 12e9, 300e12, 2e12, 300e9, 25e9)
     fewer = fitting(config_for(), small)
-    assert 0 < len(fewer) < len(plans)
-    assert {str(plan.config) for plan in fewer} < {str(plan.config) for plan in plans}
+    same = {str(plan.config) for plan in fewer if plan.config.parallel.context == 1}
+    assert same < {str(plan.config) for plan in plans}
     assert fewer[0].time.total >= 0.99 * plans[0].time.total
     assert fitting(config_for(), Hardware("GPU", 2, 8, 1e8, 300e12, 2e12, 300e9, 25e9)) == []
 
