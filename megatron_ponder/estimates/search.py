@@ -75,12 +75,15 @@ def plan_of(config: Config, cluster: Hardware) -> Plan:
 def fitting(config: Config, cluster: Hardware) -> list[Plan]:
     """Every layout of this model and batch that fits, fastest first.
 
-    Varied are `KEYS`; with another number of pipeline ranks, blocks are divided evenly. The global batch stays. Times
-    within about 1 % of each other are taken to be the same, and then fewer context ranks, a lower ZeRO stage and less
-    memory come first.
+    Varied are `KEYS`, context ranks only where fewer of them do not fit; with another number of pipeline ranks, blocks
+    are divided evenly. The global batch stays. Times within about 1 % of each other are taken to be the same, and then
+    fewer context ranks, a lower ZeRO stage and less memory come first.
     """
-    plans = []
+    plans, roomy = [], set()
     for candidate in _candidates(config, cluster):
+        same = _without_context(candidate)
+        if candidate.parallel.context not in (1, config.parallel.context) and same in roomy:
+            continue  # more data ranks in their place are faster
         try:
             data = check_ranks(validate(resolve(candidate)), cluster)
         except UserError:
@@ -88,7 +91,14 @@ def fitting(config: Config, cluster: Hardware) -> list[Plan]:
         memory = fullest_memory(candidate, data, cluster)
         if memory.total <= cluster.usable_memory:
             plans.append(Plan(candidate, data, memory, step_time(candidate, data, cluster)))
+            roomy |= {same} if candidate.training.micro_batch_size == 1 else set()
     return sorted(plans, key=_rank)
+
+
+def _without_context(config: Config) -> tuple:
+    """A layout but for its context ranks, of which a search tries the fewest first, and its micro-batches."""
+    own = config.parallel
+    return own.tensor, own.pipeline, own.sequence_parallel, own.zero_stage, config.training.recompute
 
 
 def _rank(plan: Plan) -> tuple:
@@ -137,6 +147,8 @@ def _candidates(config: Config, cluster: Hardware) -> Iterator[Config]:
             pipeline_schedule=own.pipeline_schedule if same else "1f1b",
         )
         micro_batches = _powers(training.global_batch_size * ranks_of_sample(grid) // cluster.ranks)
+        if context not in (1, own.context):  # data ranks divide larger ones, and exchange nothing around attention
+            micro_batches = [1]
         sequence_parallel, stages = (False, True)[:tensor], range(lowest, 4 if pipeline == 1 else 2)
         for size, split, stage, recompute in product(micro_batches, sequence_parallel, stages, get_args(RecomputeKind)):
             passes = None if recompute == "none" else training.recompute_passes

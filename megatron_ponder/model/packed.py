@@ -285,11 +285,12 @@ def _of_all_shares(packing: Packing, rows: int, context: Axis) -> tuple[Packing,
     ran_BL = whole_rows(packing.ran_N.view(rows, -1), context)
     counts_nBL = (ran_BL + 1).unflatten(1, (context.size, -1)).movedim(1, 0)
     whole = Packing.of(ran_BL.flatten())
-    order = None
+    order = back = None
     if rows > 1:  # ranks send the slots of their shares of all rows one behind the other
         first_nBL = (counts_nBL.flatten().cumsum(0) - counts_nBL.flatten()).view(counts_nBL.shape)
         order = first_nBL.movedim(0, 1).flatten()[whole.token_T] + whole.step_T
-    return whole, SlotShares(context, tuple(counts_nBL.sum((1, 2)).tolist()), order)
+        back = order.argsort()
+    return whole, SlotShares(context, tuple(counts_nBL.sum((1, 2)).tolist()), order, back)
 
 
 def _segments(of_tokens: Segments | None, packing: Packing, rows: int, tokens: int, longest: int) -> Segments:

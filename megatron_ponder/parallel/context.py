@@ -23,11 +23,13 @@ class SlotShares(NamedTuple):
         axis: the context ranks.
         counts: slots of a row that each of them has.
         order: int64, where all slots stand among those of the ranks one behind the other; None if they stand so.
+        back: int64, where those stand among all; None likewise.
     """
 
     axis: Axis
     counts: tuple[int, ...]
     order: Tensor | None = None
+    back: Tensor | None = None
 
 
 def head_repeats(heads: int, ranks: int) -> int:
@@ -37,20 +39,20 @@ def head_repeats(heads: int, ranks: int) -> int:
 
 def take_heads(x_BTND: Tensor, shares: SlotShares) -> Tensor:
     """Own slots of all heads → (B, all slots, N / ranks, D), of this rank's heads; fewer heads are repeated first."""
-    axis, counts, order = shares
+    axis, counts, order, back = shares
     if (repeats := head_repeats(x_BTND.shape[2], axis.size)) > 1:
         x_BTND = x_BTND.repeat_interleave(repeats, 2)
     parts = x_BTND.unflatten(2, (axis.size, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)
     y_TBND = _AllToAll.apply(parts, axis, (x_BTND.shape[1],) * axis.size, counts)
     y_BTND = y_TBND.transpose(0, 1)
-    return y_BTND if order is None else _Reorder.apply(y_BTND, order, order.argsort())
+    return y_BTND if order is None else _Reorder.apply(y_BTND, order, back)
 
 
 def take_slots(y_BTND: Tensor, shares: SlotShares) -> Tensor:
     """All slots of this rank's heads → (B, own slots, N · ranks, D), of all heads."""
-    axis, counts, order = shares
-    if order is not None:
-        y_BTND = _Reorder.apply(y_BTND, order.argsort(), order)
+    axis, counts, order, back = shares
+    if back is not None:
+        y_BTND = _Reorder.apply(y_BTND, back, order)
     own = counts[axis.rank]
     parts = _AllToAll.apply(y_BTND.transpose(0, 1), axis, counts, (own,) * axis.size)
     return parts.unflatten(0, (axis.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)

@@ -29,6 +29,7 @@ PUBLISHED_RATES = {
     "llama_2.8b": 1.6e-4,
     "llama_410m_8xh100": 3e-4,
     "llama_1.4b_32xh100": 2e-4,
+    "llama_410m_32k": 3e-5,  # a tenth of it, in a continuation
 }
 
 

@@ -27,7 +27,7 @@ def there_and_back(mesh: Mesh, heads: int) -> dict[str, tuple[Tensor, ...]]:
         lengths = torch.tensor([counts[i][b] for b in (0, 1) for i in (0, 1)])
         places = torch.arange(lengths.sum()) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         order = first.repeat_interleave(lengths) + places
-        shares = SlotShares(mesh.context, tuple(map(sum, counts)), order)
+        shares = SlotShares(mesh.context, tuple(map(sum, counts)), order, order.argsort())
         whole = take_heads(own, shares)
         back = take_slots(whole, shares)
         weights = all_slots(own[..., 0, 0], shares)
