@@ -159,7 +159,8 @@ class Traffic(TorchDispatchMode):
 
 def names_of_groups(mesh: Mesh) -> dict[str, str]:
     """What groups are called here, by PyTorch's names: that of an axis by it, though another name may have it too."""
-    return {getattr(mesh, name).group.group_name: name for name in ("model", "copies", "pipeline", "context", "tensor")}
+    axes = {name: getattr(mesh, name) for name in ("model", "copies", "pipeline", "context", "tensor")}
+    return {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
 
 
 def _is_group(value: object) -> bool:

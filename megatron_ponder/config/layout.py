@@ -20,7 +20,7 @@ GROUPS = {axis: (axis,) for axis in AXES} | {
 CONFIGURED = tuple(axis for axis in AXES if axis != "data")
 
 
-# Axes that are not spoken of where nobody lies along them.
+# Axes that are not spoken of, and have no group, where nobody lies along them.
 RARE = ("context",)
 
 

@@ -26,11 +26,11 @@ class ParallelConfig:
 
     tensor: int = number_field(1, 1, 2**12)
     """Ranks that share each layer."""
-    pipeline: int = number_field(1, 1, 2**12)
-    """Ranks that share the stack of layers."""
     context: int = number_field(1, 1, 2**12)
     """Ranks that share the tokens of every sequence, each of them equally many in a row, with heads exchanged around
     attention."""
+    pipeline: int = number_field(1, 1, 2**12)
+    """Ranks that share the stack of layers."""
     sequence_parallel: bool = False
     """Split norms and the residual stream over the tensor ranks."""
     zero_stage: int = number_field(1, 0, 3)
