@@ -66,8 +66,8 @@ class Mesh:
 def build_mesh(device: torch.device, parallel: ParallelConfig, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Mesh:
     """The grid over all ranks of the default process group, of which those beyond one copy of the model share the data.
 
-    What lies along several axes is the same group, with one communicator, where its ranks are the same; there is none of
-    a context rank alone.
+    What lies along several axes is the same group, with one communicator, where its ranks are the same. There is none
+    of a context rank alone.
 
     Args:
         device: where this rank computes.

@@ -66,7 +66,7 @@ QUICK = {
     ),
     "tp2 pp2": ("llama adaptive", "muon"),
     "pp2 dp2 zero1": ("gpt_neox adaptive",),
-    "cp2": ("llama vanilla", "gpt_neox adaptive", "mixed features", "llama ponderlm", "pruned gpt_neox, documents"),
+    "cp2": ("gpt_neox adaptive", "mixed features", "pruned gpt_neox, documents"),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
 # Of every layout.

@@ -43,7 +43,7 @@ OF_MUON = {
 }
 MUON_PAIRS = list(zip(OF_MUON, [*list(OF_MUON)[1:], "muon alone"], strict=True))
 LAYOUTS |= OF_MUON
-QUICK = [("pipeline", "tensor"), ("tensor", "data"), ("data", "pipeline"), ("data", "context"), ("context", "tensor")]
+QUICK = [("pipeline", "tensor"), ("tensor", "data"), ("data", "pipeline"), ("tensor", "context")]
 
 
 def command(corpus, run_dir: Path, layout: Layout, **overrides) -> list[str]:
