@@ -276,6 +276,13 @@ def _validate_compile(config: Config) -> None:
         "training.compile computes all gradients of a block at once, and parallel.pipeline_schedule zero_bubble those "
         "of weights later; set parallel.pipeline_schedule to 1f1b, or training.compile to false",
     )
+    packs = config.ponder_training.packed and config.ponder_training.prune_start is not None
+    _require(
+        not (compiled and packs and parallel.context > 1),
+        "training.compile cannot compile packed passes of parallel.context ranks, which exchange another number of slots "
+        "in every pass; set training.compile to false, ponder_training.packed to false, which masks in place of packing, "
+        "or leave ponder_training.prune_start out",
+    )
 
 
 def _validate_data(data: DataConfig) -> None:

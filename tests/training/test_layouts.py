@@ -118,7 +118,7 @@ VARIANTS = {
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
     },
     "cp2": RECOMPUTE
-    | COMPILED
+    | {name: case for name, case in COMPILED.items() if name != "compiled, pruned"}
     | {
         "documents": LLAMA | {"data__reset_at_eod": True},
         "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
