@@ -279,9 +279,9 @@ def _validate_compile(config: Config) -> None:
     packs = config.ponder_training.packed and config.ponder_training.prune_start is not None
     _require(
         not (compiled and packs and parallel.context > 1),
-        "training.compile cannot compile packed passes of parallel.context ranks, which exchange another number of slots "
-        "in every pass; set training.compile to false, ponder_training.packed to false, which masks in place of packing, "
-        "or leave ponder_training.prune_start out",
+        "training.compile cannot compile packed passes of parallel.context ranks, which exchange another number of "
+        "slots in every pass; set training.compile to false, or ponder_training.packed to false, which masks slots in "
+        "place of leaving them out",
     )
 
 
