@@ -126,7 +126,8 @@ def _from_fields(content: dict) -> Manifest:
         if not _VALID[name](content[name]):
             raise ValueError(f"its {name} cannot be {_shown(content[name])}")
     if content["step"] > 0:
-        content.setdefault("training_flops", None)  # which versions before this did not count
+        for counted in ("training_flops", "tokens"):  # by versions after the first
+            content.setdefault(counted, None)
     state = RunState(**{of.name: content.pop(of.name) for of in fields(RunState) if of.name in content})
     manifest = Manifest(state, **content)
     manifest.files = {name: tuple(entry) for name, entry in manifest.files.items()}
@@ -197,6 +198,7 @@ _VALID: dict[str, Callable[[object], bool]] = {
     "tensors": _is_mapping(_is_tensor, _is_inside),
     "files": _is_mapping(_is_inside, _is_entry),
     "skipped": _are_steps,
+    "tokens": lambda value: value is None or _is_count(value),
     "training_flops": lambda value: value is None or _is_finite(value),
     "validated": lambda value: isinstance(value, bool),
     "penalty_factor": _is_number,

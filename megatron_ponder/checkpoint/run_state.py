@@ -10,6 +10,7 @@ class RunState:
     Attributes:
         step: optimiser steps done.
         samples: training samples consumed, which is the whole state of the data order.
+        tokens: of these samples; None of a run that began before they were counted.
         skipped: steps among them that changed nothing, because their loss or gradients were not finite.
         validated: false if the validation that was due after this step has been cut off.
         training_flops: model FLOPs of all these steps; None of a run that began before they were counted.
@@ -19,15 +20,18 @@ class RunState:
 
     step: int = 0
     samples: int = 0
+    tokens: int | None = 0
     skipped: list[int] = field(default_factory=list)
     validated: bool = True
     training_flops: float | None = 0.0
     penalty_factor: float = 1.0
     penalty_steps: float | None = None
 
-    def advance(self, samples: int, flops: float) -> None:
-        """Count a further step, which has consumed some samples and taken some model FLOPs."""
+    def advance(self, samples: int, tokens: int, flops: float) -> None:
+        """Count a further step, which has consumed some samples of some tokens and taken some model FLOPs."""
         self.step, self.samples = self.step + 1, self.samples + samples
+        if self.tokens is not None:
+            self.tokens += tokens
         if self.training_flops is not None:
             self.training_flops += flops
 

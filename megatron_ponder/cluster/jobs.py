@@ -68,7 +68,7 @@ def check_job(job: Job, cluster: Cluster, arguments: Sequence[str]) -> None:
     if config.checkpoint.resume not in ("none", "auto"):
         raise UserError(
             "a job goes on from its own run folder whenever it starts (checkpoint.resume auto); to begin with the "
-            "weights of another run, use --checkpoint.initialize_from"
+            "weights of another run, use --checkpoint.initialize_from, and to go on from it, --checkpoint.branch_from"
         )
     nodes = 1 if job.one_node else cluster.nodes
     check_layout(config, Launch(world_size=nodes * cluster.ranks, local_size=cluster.ranks))

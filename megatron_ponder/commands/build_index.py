@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.config import read_config
+from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.data.mixture import build_ahead, open_mixture
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("data.cache_path is not set; add --data.cache_path with the folder that the run will use")
     training = config.training
     mixture = open_mixture(config.data, training.seed)
-    samples = {"train": training.steps * training.global_batch_size}
+    samples = {"train": samples_of(training, training.steps)}
     if training.eval_interval:
         samples["valid"] = training.eval_samples
 

@@ -28,6 +28,7 @@ from megatron_ponder.base.paths import expand_user
 from megatron_ponder.cluster.hardware import Hardware, hardware_of
 from megatron_ponder.cluster.machine_options import add_machine_options, chosen_cluster, described_cluster
 from megatron_ponder.config import Config, read_config
+from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.estimates.budget import Budget
 
 
@@ -164,8 +165,8 @@ def _hardware(arguments: argparse.Namespace, config: Config) -> Hardware:
 
 def _budget(arguments: argparse.Namespace, config: Config) -> Budget:
     """What the run is given."""
-    per_step = config.training.global_batch_size * config.data.sequence_length
-    tokens = config.training.steps * per_step if arguments.tokens is None else arguments.tokens
+    own = samples_of(config.training, config.training.steps) * config.data.sequence_length
+    tokens = own if arguments.tokens is None else arguments.tokens
     if not 0 < tokens < math.inf:
         raise UserError(f"--tokens is {tokens:g}; give a positive number, such as 30e9")
     if arguments.mean_latent_steps is not None:

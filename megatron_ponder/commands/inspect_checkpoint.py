@@ -87,7 +87,9 @@ def table_of_checkpoint(found: Inspection) -> Table:
     for folder, share in manifest.averaged.items():
         table.add_row("average of", f"{share:.4f} × {folder}")
     if config is not None:
-        table.add_row("tokens", f"{manifest.state.samples * config.data.sequence_length:,}")
+        counted = manifest.state.tokens
+        tokens = manifest.state.samples * config.data.sequence_length if counted is None else counted
+        table.add_row("tokens", f"{tokens:,}")
         steps = f"{config.ponder.mode}, {config.ponder.steps} latent steps"
         table.add_row("model", f"{config.model.description}, {steps}")
     table.add_row("parameters", f"{found.parameters:,}")

@@ -1,4 +1,4 @@
-"""Blends of datasets as people write them: as mappings, or as Megatron-LM's lists."""
+"""Values that people write in several forms: blends of datasets and ramps, as mappings or as Megatron-LM's lists."""
 
 import yaml
 
@@ -9,8 +9,10 @@ from megatron_ponder.config.data import BlendPart
 FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: NUMBERS}, ...]"
 SPLIT = "weights of train, valid and test such as [969, 30, 1]"
 PHASES = "a list of phases, [{first_sample: NUMBER, path: PREFIX}, ...]"
+RAMP = "{start: NUMBER, increment: NUMBER, samples: NUMBER}"
 _PART = ("path", "weight", "split")
 _PHASE = ("first_sample", "path")
+_RAMP = ("start", "increment", "samples")
 
 
 def read_blend(name: str, value: object) -> object:
@@ -56,6 +58,20 @@ def read_phases(name: str, value: object) -> object:
         phase | {"path": read_blend(f"the path of the phase from sample {phase['first_sample']} on", phase["path"])}
         for phase in value
     ]
+
+
+def read_ramp(name: str, value: object) -> object:
+    """A ramp of the global batch as a mapping, or as the three numbers of Megatron-LM."""
+    value = _structure(name, value, RAMP)
+    if value in (None, "null"):
+        return value
+    words = value.split() if isinstance(value, str) else value
+    if isinstance(words, list) and len(words) == len(_RAMP):
+        return dict(zip(_RAMP, words, strict=True))
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is {value}; write {RAMP}")
+    _check_keys(name, value, _RAMP, needed=_RAMP)
+    return value
 
 
 def read_split(name: str, value: object) -> object:

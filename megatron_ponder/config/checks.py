@@ -11,8 +11,9 @@ from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.layout import even_layers, largest_context, largest_tensor
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
-from megatron_ponder.config.run import OptimizerConfig, TrainingConfig
+from megatron_ponder.config.run import CheckpointConfig, OptimizerConfig, TrainingConfig
 from megatron_ponder.config.saving_checks import validate_saving
+from megatron_ponder.config.schedule_checks import validate_schedules
 from megatron_ponder.config.sections import Config
 
 
@@ -35,6 +36,8 @@ def validate(config: Config) -> Config:
     _validate_compile(config)
     _validate_data(config.data)
     _validate_profile(config.training)
+    validate_schedules(config)
+    _validate_start(config.checkpoint)
     _validate_run(config)
     validate_saving(config)
     return config
@@ -327,6 +330,20 @@ def _validate_profile(training: TrainingConfig) -> None:
         "first and the last step to trace, such as [10, 13]",
     )
     _require(training.profile_ranks != [], "training.profile_ranks is empty; name ranks, or leave it out")
+
+
+def _validate_start(checkpoint: CheckpointConfig) -> None:
+    branch = checkpoint.branch_from
+    _require(
+        branch is None or checkpoint.initialize_from is None,
+        f"checkpoint.branch_from {branch} goes on from a run, and checkpoint.initialize_from "
+        f"{checkpoint.initialize_from} takes weights alone; leave one of them out",
+    )
+    _require(
+        branch is None or checkpoint.resume in ("auto", "none"),
+        f"checkpoint.branch_from {branch} and checkpoint.resume {checkpoint.resume} are two checkpoints to go on from; "
+        "leave one of them out",
+    )
 
 
 def _validate_run(config: Config) -> None:

@@ -4,7 +4,7 @@ import argparse
 import re
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -110,6 +110,8 @@ def _values(kind: Any) -> str:
         return f"{{{','.join(parts)}}}"
     if get_origin(kind) in (Union, types.UnionType):
         return "|".join(dict.fromkeys(map(_values, parts)))
+    if is_dataclass(kind):
+        return "MAPPING"
     return {list: "LIST", tuple: "LIST", dict: "MAPPING"}.get(get_origin(kind)) or _VALUES[kind]
 
 

@@ -6,6 +6,7 @@ from itertools import accumulate, product
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
+from megatron_ponder.config.batch_sizes import batch_sizes
 from megatron_ponder.config.model import ModelConfig
 from megatron_ponder.config.parallel import AXES, DIVIDED, MODEL_AXES, ParallelConfig
 from megatron_ponder.config.sections import Config
@@ -97,9 +98,16 @@ def own_length(config: Config) -> int:
     return config.data.sequence_length // config.parallel.context
 
 
-def micro_batches(config: Config, data_size: int) -> int:
-    """M, the micro-batches of one optimiser step on each of so many data-parallel ranks."""
-    return config.training.global_batch_size // (config.training.micro_batch_size * data_size)
+def micro_batches(config: Config, data_size: int, batch: int | None = None) -> int:
+    """M, the micro-batches of one optimiser step on each data-parallel rank.
+
+    Args:
+        config: resolved.
+        data_size: data-parallel ranks.
+        batch: sequences of the step over all ranks; the full global batch unless given.
+    """
+    sequences = config.training.global_batch_size if batch is None else batch
+    return sequences // (config.training.micro_batch_size * data_size)
 
 
 def fits_schedule(count: int, pipeline: int) -> bool:
@@ -162,23 +170,30 @@ def _divide(config: Config, world_size: int, local_size: int) -> int:
             f"start a multiple of {shared} ranks, or add {_nearest_layout(config, world_size, local_size)}"
         )
     size = world_size // shared
+    for batch in batch_sizes(training):
+        _check_batch(config, batch, size)
+    return size
+
+
+def _check_batch(config: Config, batch: int, size: int) -> None:
+    """Refuse a global batch that so many data-parallel ranks cannot share, or a pipeline cannot run."""
+    training, pipeline = config.training, config.parallel.pipeline
     unit = training.micro_batch_size * size
-    batch = training.global_batch_size
-    fits = _nearest_batch(batch, unit, parallel.pipeline)
+    fits, count = _nearest_batch(batch, unit, pipeline), batch // unit
+    name, remedy = f"training.global_batch_size {batch}", f"set training.global_batch_size to {fits}"
+    if batch != training.global_batch_size:
+        name = f"the global batch {batch} of training.batch_size_ramp"
+        remedy = f"choose its start and its increment as multiples of {unit * pipeline}"
     if batch % unit:
         raise UserError(
-            f"training.global_batch_size {batch} is not a multiple of training.micro_batch_size "
-            f"{training.micro_batch_size} × {size} data-parallel ranks; set training.global_batch_size to {fits}, or a "
-            f"smaller training.micro_batch_size"
+            f"{name} is not a multiple of training.micro_batch_size {training.micro_batch_size} × {size} data-parallel "
+            f"ranks; {remedy}, or a smaller training.micro_batch_size"
         )
     if batch != fits:
-        count = batch // unit
         raise UserError(
-            f"training.global_batch_size {batch} makes {count} micro-batches of each data-parallel rank, which do not "
-            f"divide into the {count // parallel.pipeline} rounds of a pipeline of {parallel.pipeline} ranks; "
-            f"set training.global_batch_size to {fits}"
+            f"{name} makes {count} micro-batches of each data-parallel rank, which do not divide into the "
+            f"{count // pipeline} rounds of a pipeline of {pipeline} ranks; {remedy}"
         )
-    return size
 
 
 def _nearest_batch(wanted: int, unit: int, pipeline: int) -> int:

@@ -83,17 +83,21 @@ NAMES = {
     "optimizer.muon_scaling": ("adjust_lr_fn", "muon_scale_mode"),
     "optimizer.muon_learning_rate": ("muon_lr", "matrix_lr"),
     "optimizer.learning_rate": ("lr", "max_lr", "peak_lr", "base_lr"),
-    "optimizer.min_learning_rate_fraction": ("min_lr", "min_lr_ratio", "min_lr_rate", "cos_min_ratio"),
-    "optimizer.warmup_fraction": (
-        "lr_warmup_fraction",
+    "optimizer.schedule": ("lr_decay_style", "lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler_type"),
+    "optimizer.min_learning_rate": ("min_lr", "eta_min", "lr_end", "end_learning_rate"),
+    "optimizer.min_learning_rate_fraction": ("min_lr_ratio", "min_lr_rate", "min_lr_factor", "cos_min_ratio"),
+    "optimizer.warmup_steps": (
         "lr_warmup_iters",
         "lr_warmup_samples",
-        "warmup_steps",
-        "warmup_ratio",
         "warmup_num_steps",
+        "num_warmup_steps",
         "warmup_iters",
         "warmup",
     ),
+    "optimizer.warmup_fraction": ("lr_warmup_fraction", "warmup_ratio"),
+    "optimizer.decay_steps": ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "num_decay_steps", "decay_ratio"),
+    "optimizer.decay_shape": ("lr_wsd_decay_style", "decay_type"),
+    "optimizer.router_learning_rate_factor": ("router_lr", "router_lr_mult", "lr_mult", "router_learning_rate"),
     "optimizer.betas": ("adam_beta1", "adam_beta2", "beta1", "beta2", "adam_betas"),
     "optimizer.epsilon": ("adam_eps", "adam_epsilon", "eps"),
     "optimizer.weight_decay": ("wd", "start_weight_decay", "end_weight_decay"),
@@ -110,6 +114,7 @@ NAMES = {
         "max_steps",
     ),
     "training.global_batch_size": ("train_batch_size", "batch_size", "gbs", "total_batch_size"),
+    "training.batch_size_ramp": ("rampup_batch_size", "batch_size_warmup", "batch_size_rampup", "batch_size_schedule"),
     "training.micro_batch_size": (
         "train_micro_batch_size_per_gpu",
         "per_device_train_batch_size",
@@ -142,6 +147,7 @@ NAMES = {
         "model_name_or_path",
         "load_from",
     ),
+    "checkpoint.branch_from": ("fork_from", "continue_from"),
     "checkpoint.asynchronous": ("async_save", "async_checkpoint"),
     "logging.interval": ("log_interval", "logging_steps", "steps_per_print", "log_every", "print_every"),
     "logging.tensorboard": ("tensorboard_dir", "report_to", "tensorboard_log_interval"),
@@ -170,6 +176,10 @@ VALUES = {
     "checkpoint.export_hf": dict.fromkeys(("true", "True", "fp32"), "write float32 or bfloat16")
     | dict.fromkeys(("false", "False"), "write none")
     | dict.fromkeys(("bf16",), "write bfloat16"),
+    "optimizer.schedule": dict.fromkeys(("WSD", "warmup_stable_decay", "trapezoidal"), "write wsd")
+    | dict.fromkeys(("inverse-square-root", "inverse_square_root", "rsqrt"), "write inverse_sqrt")
+    | {"constant_with_warmup": "write constant, which has a warm-up too"},
+    "optimizer.decay_shape": dict.fromkeys(("sqrt", "minus_sqrt", "1-square-root"), "write 1-sqrt"),
     "training.recompute": dict.fromkeys(("full", "true", "True", "uniform"), "write block")
     | dict.fromkeys(("selective", "core_attn"), "write attention"),
 }

@@ -1,16 +1,21 @@
 """The sections about a run: its optimiser, its loop, what it saves and what it says."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
 
+ScheduleKind = Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
+DecayShape = Literal["linear", "1-sqrt", "cosine"]
 RecomputeKind = Literal["none", "block", "attention"]
 OptimizerName = Literal["adamw", "muon"]
 MuonScaling = Literal["match_rms_adamw", "original"]
 AttentionKernel = Literal["auto", "sdpa", "varlen", "triton", "value_side"]
 # Of Muon, after which the singular values of an update are about 1: as many as PyTorch takes.
 MUON_ITERATIONS = 5
+
+# Shares in the optimiser's section, each with the number that may be given in its place.
+IN_PLACE = {"warmup_fraction": "warmup_steps", "min_learning_rate_fraction": "min_learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,26 @@ class OptimizerConfig:
     """`muon` updates the matrices of blocks by [Muon](training.md#optimisers), and everything else by AdamW."""
     learning_rate: float = number_field(3e-4, 1e-30, 1e30)
     """Peak of the learning rate."""
-    min_learning_rate_fraction: float = number_field(0.1, 0, 1)
-    """End of its cosine, as a share of the peak."""
-    warmup_fraction: float = number_field(0.02, 0, 1, below=True)
+    schedule: ScheduleKind = "cosine"
+    """How the learning rate [goes on](training.md#the-learning-rate) from its peak: `cosine` and `linear` fall to the
+    lowest at the end of the run, `wsd` falls in the last `decay_steps` alone, `constant` stays, `inverse_sqrt` falls
+    with the root of the step."""
+    warmup_fraction: float | None = number_field(0.02, 0, 1, below=True)
     """Share of the steps spent on the linear warm-up."""
+    warmup_steps: int | None = number_field(None, 0, STEPS)
+    """Optimiser steps of it, in place of `warmup_fraction`."""
+    min_learning_rate_fraction: float | None = number_field(0.1, 0, 1)
+    """Lowest learning rate after the warm-up, as a share of the peak."""
+    min_learning_rate: float | None = number_field(None, 0, 1e30)
+    """That rate itself, in place of `min_learning_rate_fraction`."""
+    decay_steps: int | None = number_field(None, 0, STEPS)
+    """With `wsd`, optimiser steps at the end of the run in which the learning rate falls; 0 for none."""
+    decay_shape: DecayShape | None = None
+    """With `wsd`, how it falls: `linear`, by `1-sqrt` of the share of the decay that is done, or as half a `cosine`;
+    `linear` unless given."""
+    router_learning_rate_factor: float = number_field(1.0, 0, 1000)
+    """Factor on the learning rate of the router's weights; unused without a router, so that one configuration serves
+    every mode."""
     betas: tuple[float, float] = number_field((0.9, 0.95), 0, 1, below=True)
     """Decay rates of the two moments."""
     epsilon: float = number_field(1e-8, 1e-20, 1)
@@ -41,6 +62,29 @@ class OptimizerConfig:
     gradient_clipping: float = number_field(1.0, 1e-6, 1e9, or_zero=True)
     """Largest global gradient norm; 0 turns clipping off."""
 
+    def warmup(self, steps: int) -> int:
+        """Optimiser steps of the warm-up of a run of so many."""
+        return round(self.warmup_fraction * steps) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def lowest_share(self) -> float:
+        """Lowest learning rate after the warm-up, as a share of the peak."""
+        if self.min_learning_rate is None:
+            return self.min_learning_rate_fraction
+        return self.min_learning_rate / self.learning_rate
+
+
+@dataclass(frozen=True)
+class BatchRampConfig:
+    """A global batch that grows until it has its size."""
+
+    start: int = number_field(MISSING, 1, 2**30)
+    """Sequences of the first optimiser steps."""
+    increment: int = number_field(MISSING, 1, 2**30)
+    """Sequences that are added each time."""
+    samples: int = number_field(MISSING, 1, STEPS)
+    """Samples of the run over which it grows; every size but the last has an equal part of them."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -52,6 +96,9 @@ class TrainingConfig:
     """Optimiser steps."""
     global_batch_size: int = number_field(256, 1, 2**30)
     """Sequences of one optimiser step, over all ranks."""
+    batch_size_ramp: BatchRampConfig | None = None
+    """`{start, increment, samples}`, by which the global batch [grows](training.md#a-batch-that-grows) to
+    `global_batch_size`; it has that from the beginning unless given."""
     micro_batch_size: int = number_field(8, 1, 2**20)
     """Sequences of one forward pass on one rank; the rest is gradient accumulation."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -112,11 +159,17 @@ class CheckpointConfig:
     folder of a checkpoint to go on from."""
     initialize_from: str | None = path_field(None)
     """Run or checkpoint folder whose weights a new run starts from, with a fresh optimiser at step 0."""
+    branch_from: str | None = path_field(None)
+    """Run or checkpoint folder that a new run goes on from with all that there is: weights, optimiser, step and place
+    in the data; what its own folder holds comes first with `resume: auto`."""
     allow_data_change: bool = False
     """Resume although dataset, split, sequence length or seed are not the checkpoint's."""
     export_hf: Literal["none", "float32", "bfloat16"] = "none"
     """Export every checkpoint for Hugging Face too, into its folder `hf/`, with weights of this type; see
     [training.md](training.md#checkpoints)."""
+    allow_rope_change: bool = False
+    """Go on from a checkpoint, or from its weights, although `rope_theta`, `rope_scaling` or what belongs to it is not
+    the checkpoint's, as models are [trained for longer sequences](training.md#longer-sequences)."""
     asynchronous: bool = False
     """Write while training goes on, at the cost of host memory for one copy of this rank's share."""
 

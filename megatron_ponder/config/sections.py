@@ -10,7 +10,7 @@ from megatron_ponder.config.families import FAMILIES
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import ParallelConfig
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
-from megatron_ponder.config.run import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_ponder.config.run import IN_PLACE, CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,25 @@ def architecture(config: Config) -> dict[str, Any]:
     }
 
 
+def architecture_changes(config: Config, stored: Config) -> dict[str, tuple[Any, Any]]:
+    """What of a checkpoint's model a configuration has otherwise, by dotted keys: the checkpoint's value, and its own.
+
+    Args:
+        config: resolved.
+        stored: that of the checkpoint.
+    """
+    ours, theirs = architecture(config), architecture(stored)
+    return {key: (value, ours[key]) for key, value in theirs.items() if ours[key] != value}
+
+
+def turns_positions(key: str) -> bool:
+    """Whether a dotted key is about how positions are rotated, which a model can be trained to do otherwise."""
+    return key.startswith("model.rope_")
+
+
 def resolve(config: Config) -> Config:
     """Fill in the fields that are derived from others. Idempotent."""
-    model, ponder = config.model, config.ponder
+    model, ponder, optimizer = config.model, config.ponder, config.optimizer
     features = {name: usual for name, usual in FAMILIES[model.family].items() if getattr(model, name) is None}
     model = replace(model, **features)
     if model.ffn_hidden_size is None:
@@ -65,4 +81,6 @@ def resolve(config: Config) -> Config:
     if ponder.embedding_scale is None:
         scale = 1.0 if ponder.mode == "vanilla" else math.sqrt(2.5 * model.hidden_size)
         ponder = replace(ponder, embedding_scale=scale)
-    return replace(config, model=model, ponder=ponder)
+    replaced = [share for share, number in IN_PLACE.items() if getattr(optimizer, number) is not None]
+    optimizer = replace(optimizer, **dict.fromkeys(replaced))
+    return replace(config, model=model, ponder=ponder, optimizer=optimizer)

@@ -1,9 +1,9 @@
 """Micro-batches of one data-parallel rank, in an order that does not depend on how the work is divided."""
 
 import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ WHOLE = Share()
 def batches(
     dataset: Samples,
     consumed_samples: int,
-    global_batch_size: int,
+    global_batch_size: int | Callable[[int], int],
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
@@ -31,11 +31,12 @@ def batches(
 ) -> Generator[list[Tensor], None, None]:
     """Micro-batches of this rank without end, those of each optimiser step as a list; int64 (micro_batch_size, S + 1).
 
-    Step n uses the positions from `consumed_samples + n * global_batch_size` on. Rank r takes the r-th of `data_size`
-    equal blocks of them, so that the ranks together read the same samples for any `data_size` and `micro_batch_size`.
+    A step uses the positions that follow those of the step before. Rank r takes the r-th of `data_size` equal blocks of
+    them, so that the ranks together read the same samples for any `data_size` and `micro_batch_size`.
 
     Args:
         consumed_samples: samples used by all ranks before, 0 for a new run.
+        global_batch_size: samples of a step over all ranks, always, or by the samples used before it.
         data_rank, data_size: place of this process among those that read different data.
         num_workers: processes that read ahead; 0 reads in this one. They end when the iterator is closed, and ignore
             the signals of which Python's exit would have them die, so that whoever leaves it open waits for ever.
@@ -46,15 +47,27 @@ def batches(
     Raises:
         UserError: a sample cannot be read, or has an id that the model does not know.
     """
-    assert global_batch_size % (micro_batch_size * data_size) == 0
-    block = global_batch_size // data_size
-    starts = count(consumed_samples + data_rank * block, global_batch_size)
+    size_at = global_batch_size if callable(global_batch_size) else lambda _: global_batch_size
+    own = (consumed_samples, size_at, data_rank, data_size)
     positions = (
-        range(at, at + micro_batch_size) for start in starts for at in range(start, start + block, micro_batch_size)
+        range(at, at + micro_batch_size)
+        for block in _blocks(*own)
+        for at in range(block.start, block.stop, micro_batch_size)
     )
     with closing(_read(_loader(dataset, share, positions, vocab_size, num_workers, pin_memory))) as micro_batches:
-        while True:
-            yield list(islice(micro_batches, block // micro_batch_size))
+        for block in _blocks(*own):
+            assert len(block) % micro_batch_size == 0
+            yield list(islice(micro_batches, len(block) // micro_batch_size))
+
+
+def _blocks(consumed: int, size_at: Callable[[int], int], rank: int, ranks: int) -> Iterator[range]:
+    """The positions of this rank in every step, without end."""
+    while True:
+        size = size_at(consumed)
+        assert size % ranks == 0
+        block = size // ranks
+        yield range(consumed + rank * block, consumed + (rank + 1) * block)
+        consumed += size
 
 
 def validation_batches(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config
+from megatron_ponder.config.batch_sizes import samples_of, steps_of
 from megatron_ponder.estimates.budget import Budget
 from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.estimates.step_time import StepTime, step_time
@@ -32,20 +33,22 @@ class PhaseCost(NamedTuple):
     Attributes:
         phase: it.
         steps: of the optimiser.
+        batches: full global batches that they consume, which are as many unless the batch grows.
     """
 
     phase: RunPhase
     steps: float
+    batches: float
 
     @property
     def flops(self) -> float:
         """Model FLOPs of all its steps, over all ranks."""
-        return self.steps * self.phase.time.flops
+        return self.batches * self.phase.time.flops
 
     @property
     def seconds(self) -> float:
         """All its steps."""
-        return self.steps * self.phase.time.total
+        return self.batches * self.phase.time.total
 
 
 def phases_of(config: Config, data: int, cluster: Hardware, mean_steps: float | None = None) -> list[RunPhase]:
@@ -84,17 +87,21 @@ def assumed_steps(config: Config) -> float:
 
 
 def phase_costs(config: Config, data: int, cluster: Hardware, budget: Budget) -> list[PhaseCost]:
-    """What a run spends in every phase that it comes to.
+    """What a run spends in every phase that it comes to; a smaller batch of a ramp takes a part of a full one's time.
 
     Args:
         config, data, cluster: as in `phases_of`.
         budget: of the run.
     """
-    steps = budget.tokens / (config.training.global_batch_size * config.data.sequence_length)
-    phases = phases_of(config, data, cluster, budget.mean_steps)
-    ends = [*(phase.begin for phase in phases[1:]), steps]
-    parts = [PhaseCost(phase, min(end, steps) - phase.begin) for phase, end in zip(phases, ends, strict=True)]
-    return [part for part in parts if part.steps > 0]
+    training = config.training
+    steps = steps_of(training, budget.tokens / config.data.sequence_length)
+    phases, parts = phases_of(config, data, cluster, budget.mean_steps), []
+    for phase, end in zip(phases, [*(phase.begin for phase in phases[1:]), steps], strict=True):
+        end = min(end, steps)
+        if end > phase.begin:
+            samples = samples_of(training, end) - samples_of(training, phase.begin)
+            parts.append(PhaseCost(phase, end - phase.begin, samples / training.global_batch_size))
+    return parts
 
 
 def _time_without_latents(config: Config, data: int, cluster: Hardware) -> StepTime:

@@ -154,6 +154,7 @@ def as_dict(plan: Plan, hardware: Hardware, budget: Budget) -> dict:
                 "name": part.phase.name,
                 "begin": part.phase.begin,
                 "steps": part.steps,
+                "batches": part.batches,
                 "step_flops": part.phase.time.flops,
                 "step_seconds": part.phase.time.total,
             }

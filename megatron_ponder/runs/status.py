@@ -115,7 +115,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     last, pace = recent[-1], _pace(recent)
     age = max(0.0, now - last.get("time", (run_dir / METRICS).stat().st_mtime))
     state = _state(last["step"] >= saved["steps"], saved["end"], age, pace)
-    tokens = config["training"]["global_batch_size"] * config["data"]["sequence_length"]
+    tokens = _samples_a_step(recent, config) * config["data"]["sequence_length"]
     left = last.get("steps_left", saved["steps"] - last["step"])  # older records have none
     compared = next((record for record in reversed(recent) if "slowest_rank" in record), {})
     return RunStatus(
@@ -188,6 +188,14 @@ def _records(path: Path) -> tuple[list[dict], dict]:
             line = content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found) + 1]
             validation = next(iter(metrics_in(line)), {})
     return recent, validation
+
+
+def _samples_a_step(records: list[dict], config: dict) -> float:
+    """Samples of a step, of a batch that grows too."""
+    known = [record for record in records if "samples" in record]
+    if len(known) < 2 or known[0]["step"] == known[-1]["step"]:
+        return config["training"]["global_batch_size"]
+    return (known[-1]["samples"] - known[0]["samples"]) / (known[-1]["step"] - known[0]["step"])
 
 
 def _pace(records: list[dict]) -> float | None:

@@ -133,7 +133,9 @@ class Engine:
             self._engine.allreduce_gradients()
             return sums
         total = 0
-        for tokens in micro_batches:
+        for index, tokens in enumerate(micro_batches):
+            # DeepSpeed counts on its own to a number that never changes, and a growing batch has others.
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss, sums = self._engine(tokens, refinements, rule, penalty)
             with span("backward"):
                 self._engine.backward(loss * scale, scale_wrt_gas=False)
@@ -184,12 +186,15 @@ class Engine:
     def step(self, learning_rate: float) -> float:
         """Clip, update the weights, clear the gradients.
 
+        Args:
+            learning_rate: of all parameters whose group has no factor of its own.
+
         Returns:
             The global gradient norm before clipping, the same on all ranks. If it is not finite, the step has been
             skipped on all of them: weights, moments and their count of steps are as before.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("rate_factor", 1.0)
+            group["lr"] = learning_rate * group["rate_factor"]
         with span("optimizer"):
             norm = self._clip() if self._stage == 0 else None
             self._engine.step()

@@ -14,6 +14,7 @@ from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.checkpoint.folders import checkpoint_name
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, micro_batches
+from megatron_ponder.config.batch_sizes import batch_size
 from megatron_ponder.config.layout import own_length
 from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.loader import batches
@@ -76,6 +77,7 @@ class TrainingLoop:
         self._state, self._saved_step, self._output = state, state.step, output
         state.validated = state.validated or "valid" not in parts.datasets
         self._unsaved: UserError | None = None
+        self._batch = batch_size(training, state.samples)  # of the step under way
         self._routed = passes_of(config.ponder).routed
         self._boundary = Boundary(signals, seconds_left(config, signals), mesh)
         self._checkpointer = Checkpointer(config, parts.tokenizer_path, parts.fingerprints, mesh)
@@ -90,7 +92,7 @@ class TrainingLoop:
         self._loader = batches(
             parts.datasets["train"],
             state.samples,
-            training.global_batch_size,
+            partial(batch_size, training),
             training.micro_batch_size,
             mesh.data.rank,
             mesh.data.size,
@@ -150,6 +152,7 @@ class TrainingLoop:
         state = self._state
         if (change := self._costs.change(state.step)) is not None:
             self._output.say(f"step {state.step}  {change}")
+        self._grow_batch()
         self._profiler.begin(state.step + 1)
         self._boundary.begin(self._checkpointer.seconds)
         self._watch.begin()
@@ -169,17 +172,18 @@ class TrainingLoop:
         if routes and math.isfinite(norm):
             self._penalty.observe(state.step, tally.mean_steps)
         flops = self._costs.flops(plan, tally)
-        state.advance(self._config.training.global_batch_size, flops)
+        state.advance(self._batch, tally.tokens, flops)
         self._watchdog.beat()
         self._tell_news()
         drift = self._mend_replicas()
         return {
             "step": state.step,
             "samples": state.samples,
-            "steps_left": self._costs.left(state.step),
+            "tokens": state.tokens,
+            "steps_left": self._costs.left(state.step, state.samples, self._batch),
             "training_flops": state.training_flops,
             "grad_norm": norm,
-            "learning_rate": plan.learning_rate,
+            **records.rate_fields(plan.learning_rate, self._config, self._routed),
             "penalty_weight": plan.penalty_weight,
             "refinements": plan.refinements,
             **records.step_fields(tally, plan.penalty_weight),
@@ -191,10 +195,17 @@ class TrainingLoop:
 
     # Parts of a step, in their order -------------------------------------------------------------------------------
 
+    def _grow_batch(self) -> None:
+        """Take the global batch of the step, and say so where it is not that of the one before."""
+        before, self._batch = self._batch, batch_size(self._config.training, self._state.samples)
+        if self._batch != before:
+            self._output.say(f"step {self._state.step}  from here a step is {self._batch:,} sequences")
+
     def _read(self) -> list[Tensor]:
         """Read this rank's micro-batches of the step, onto its device."""
         with span("data"):
-            read = self._reader.read(self._loader, micro_batches(self._config, self._mesh.data.size))
+            count = micro_batches(self._config, self._mesh.data.size, self._batch)
+            read = self._reader.read(self._loader, count)
             return [tokens.to(self._mesh.device, non_blocking=True) for tokens in read]
 
     def _measure_each_step(self, own_batches: list[Tensor], plan: StepPlan) -> dict[str, Value]:
@@ -211,7 +222,7 @@ class TrainingLoop:
 
         All ranks skip a step whose loss is not a number, and then end together.
         """
-        tokens = self._config.training.global_batch_size * self._config.data.sequence_length
+        tokens = self._batch * self._config.data.sequence_length
         return math.nan if self._reader.problem else 1 / tokens
 
     def _cross(self, sums: Tensor) -> Tally:
@@ -250,7 +261,7 @@ class TrainingLoop:
             self._output.say(f"step {self._state.step}  {news}")
 
     def _end_watch(self, flops: float, tally: Tally) -> dict[str, Value]:
-        measured, slow_ranks = self._watch.end(flops, tally.slots)
+        measured, slow_ranks = self._watch.end(flops, tally.slots, tally.tokens)
         if slow_ranks is not None:
             self._output.say(f"step {self._state.step}  {slow_ranks}")
         return measured
@@ -260,7 +271,7 @@ class TrainingLoop:
     def _judge(self, record: dict) -> None:
         """Say when a step was skipped or its loss is out of line, with its samples, and note it in the record."""
         step, loss, last = self._state.step, record["loss"], self._state.samples - 1
-        samples = f"samples {last - self._config.training.global_batch_size + 1:,} to {last:,}"
+        samples = f"samples {last - self._batch + 1:,} to {last:,}"
         if self._skipped.note(step, record["grad_norm"]):
             record["skipped"] = True
             what = "loss" if not math.isfinite(loss) else "gradients"

@@ -45,30 +45,36 @@ def update_scale(scaling: MuonScaling, rows: int, columns: int) -> float:
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """Muon for one group of parameters, AdamW for another.
+    """Muon for one group of parameters, AdamW for others.
 
     ZeRO puts a share of all parameters of a group, one behind the other in one tensor, in their place.
     """
 
-    def __init__(self, matrices: Declared, others: Declared, config: Config, mesh: Mesh) -> None:
+    def __init__(
+        self, matrices: Declared, others: Sequence[tuple[float, Declared]], config: Config, mesh: Mesh
+    ) -> None:
         """Take the parameters; the learning rate is set before every step.
 
         Args:
             matrices: what Muon takes, with its declarations.
-            others: what AdamW takes.
+            others: what AdamW takes, in groups with the factor on their learning rate.
             config: of the run. Matrices are made orthogonal in the training precision.
             mesh: the ranks.
         """
         self._settings, self._mesh = config.optimizer, mesh
         self._partitioned = zero_stage(config) > 0
         self._dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-        groups = [
-            {"params": [parameter for parameter, _ in declared], "specs": [spec for _, spec in declared], "muon": muon}
-            for declared, muon in ((matrices, True), (others, False))
-        ]
         settings = self._settings
-        if settings.muon_learning_rate is not None:
-            groups[0]["rate_factor"] = settings.muon_learning_rate / settings.learning_rate
+        own = 1.0 if settings.muon_learning_rate is None else settings.muon_learning_rate / settings.learning_rate
+        groups = [
+            {
+                "params": [parameter for parameter, _ in declared],
+                "specs": [spec for _, spec in declared],
+                "muon": declared is matrices,
+                "rate_factor": factor,
+            }
+            for factor, declared in ((own, matrices), *others)
+        ]
         super().__init__(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, weight_decay=0.0, fused=True)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The numbers of `metrics.jsonl` that a tally gives, by the names under which they are written."""
 
+from megatron_ponder.config import Config
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.runs.metrics import Value
 
@@ -14,6 +15,18 @@ def step_fields(tally: Tally, penalty_weight: float) -> dict[str, Value]:
         "penalty": penalty,
         "latent_step_histogram": tally.steps,
     }
+
+
+def rate_fields(learning_rate: float, config: Config, routed: bool) -> dict[str, Value]:
+    """Fields of every training step's record about how far it has moved the weights.
+
+    Args:
+        learning_rate: of the step.
+        config: resolved.
+        routed: whether there is a router.
+    """
+    routers = learning_rate * config.optimizer.router_learning_rate_factor
+    return {"learning_rate": learning_rate} | ({"router_learning_rate": routers} if routed else {})
 
 
 def router_fields(tally: Tally, most_steps: int) -> dict[str, Value]:

@@ -1,6 +1,6 @@
 """The checkpoint that a run goes on from: found, verified by all ranks together, of this run's data and tokenizer."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config
 from megatron_ponder.data.mixture import same_past
 from megatron_ponder.parallel.collectives import together
+from megatron_ponder.training.changes import all_changes, positions_changed
 from megatron_ponder.training.shares import shared_out
 
 
@@ -26,12 +27,14 @@ class Start:
         resumed: the checkpoint that it goes on from, verified; None for a new run.
         weights: the checkpoint whose weights it begins with, verified; None for initial ones from the seed.
         doubts: what is to be said before it goes on, such as what is wrong with each checkpoint that is passed over.
+        changes: what is otherwise from here on, in lines to be said.
     """
 
     state: RunState
     resumed: Path | None
     weights: Path | None
     doubts: list[str]
+    changes: list[str] = field(default_factory=list)
 
 
 def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
@@ -52,10 +55,14 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
         weights = None if given is None else together(lambda: resolve_checkpoint(Path(given)))
         if weights is not None:
             verify_together(weights)
-        return Start(RunState(), None, weights, doubts)
+        changes = [] if weights is None else together(lambda: positions_changed(weights, config))
+        return Start(RunState(), None, weights, doubts, changes)
     manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
+    if manifest.state.tokens is None:
+        manifest.state.tokens = manifest.state.samples * together(lambda: read_config_of(resumed)).data.sequence_length
     doubts += together(lambda: latents_taken_away(resumed, manifest.state.step, config))
-    return Start(manifest.state, resumed, resumed, doubts)
+    changes = together(lambda: all_changes(resumed, manifest, config, data_fingerprint))
+    return Start(manifest.state, resumed, resumed, doubts, changes)
 
 
 def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:
@@ -81,7 +88,8 @@ def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:
 def find_resume(config: Config) -> tuple[Path | None, list[str]]:
     """The verified checkpoint folder to go on from; None to start anew; a collective.
 
-    With `auto` it is the latest of the run folder, and where that is damaged the newest that is not.
+    With `auto` it is the latest of the run folder, and where that is damaged the newest that is not. A run folder
+    without any goes on from the checkpoint that it is to branch off from.
 
     Returns:
         The folder, and what is wrong with each that has been passed over.
@@ -107,7 +115,12 @@ def find_resume(config: Config) -> tuple[Path | None, list[str]]:
             "with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew",
             shared=True,
         )
-    return None, []
+    branch = config.checkpoint.branch_from
+    if branch is None:
+        return None, []
+    folder = together(lambda: resolve_checkpoint(Path(branch)))
+    verify_together(folder, resumable=True)
+    return folder, []
 
 
 def _candidates(config: Config) -> list[Path]:

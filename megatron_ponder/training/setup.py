@@ -7,8 +7,8 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.reader import open_tensors, read_config_of
-from megatron_ponder.config import Config, DataConfig, architecture
-from megatron_ponder.config.model import ROPE_SCALINGS
+from megatron_ponder.config import Config, DataConfig
+from megatron_ponder.config.sections import architecture_changes, turns_positions
 from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.splits import split_text
@@ -121,13 +121,12 @@ def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None
 
 
 def _check_same_model(config: Config, stored: Config, source: Path) -> None:
-    """Name the first setting in which a checkpoint's model differs; shapes alone would not tell all of them.
-
-    Rotary frequencies may be slowed down that were not: so a model goes on at a greater length.
-    """
-    ours = architecture(config)
-    scaling = {f"model.{name}" for name in ("rope_scaling", *ROPE_SCALINGS["yarn"])}
-    free = scaling if stored.model.rope_scaling == "none" else ()
-    for key, trained in architecture(stored).items():
-        if ours[key] != trained and key not in free:
-            raise UserError(f"{key} is {ours[key]}, but {source} was trained with {trained}; set --{key} {trained}")
+    """Name the first setting in which a checkpoint's model differs; shapes alone would not tell all of them."""
+    for key, (trained, ours) in architecture_changes(config, stored).items():
+        if turns_positions(key) and config.checkpoint.allow_rope_change:
+            continue
+        other = ", or add --checkpoint.allow_rope_change true to train it for other positions"
+        raise UserError(
+            f"{key} is {ours}, but {source} was trained with {trained}; set --{key} {trained}"
+            f"{other if turns_positions(key) else ''}"
+        )

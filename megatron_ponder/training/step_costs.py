@@ -3,6 +3,7 @@
 from functools import cache
 
 from megatron_ponder.config import Config
+from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.estimates.flops import (
     FORWARD_AND_BACKWARD,
     head_flops,
@@ -39,12 +40,23 @@ class StepCosts:
             tally: of the whole global batch, which knows what of the plan was run.
         """
         (matrices, attention, head), (slots, pairs) = self._planned(plan.refinements, plan.rule.latents)
-        return matrices * (tally.slot_work / slots) + attention * (tally.pair_work / pairs) + head
+        full = self._config.training.global_batch_size * self._config.data.sequence_length
+        return (
+            matrices * (tally.slot_work / slots) + attention * (tally.pair_work / pairs) + head * (tally.tokens / full)
+        )
 
-    def left(self, step: int) -> float:
-        """How many steps at the cost of the last one the rest of the run is worth, after `step` of them."""
-        plain = max(0, min(self._begin, self._steps) - step)
-        return plain + (self._steps - step - plain) * (self._ratio if step <= self._begin else 1.0)
+    def left(self, step: int, samples: int, batch: int) -> float:
+        """How many steps at the cost of the last one the rest of the run is worth.
+
+        Args:
+            step: optimiser steps done.
+            samples: consumed by them.
+            batch: global batch of the last one.
+        """
+        training, plain = self._config.training, max(0, min(self._begin, self._steps) - step)
+        before = samples_of(training, plain, samples)
+        rest = samples_of(training, self._steps - step - plain, samples + before)
+        return (before + rest * (self._ratio if step <= self._begin else 1.0)) / batch
 
     def change(self, step: int) -> str | None:
         """What is to be said of the cost of the step after `step` of them, where it is not that of the one before."""

@@ -62,7 +62,7 @@ class StepWatch:
             mesh: the ranks.
             transformer: the blocks of this rank, whose forward passes are timed.
         """
-        self._config, self._mesh, self._clock = config, mesh, _Clock(mesh.device)
+        self._mesh, self._clock = mesh, _Clock(mesh.device)
         self._spans, self._forwards = [], []
         self._peak = None
         if mesh.device.type == "cuda":
@@ -92,12 +92,13 @@ class StepWatch:
         del self._forwards[forwards:]
         self._start = self._clock.now()
 
-    def end(self, flops: float, slots: float) -> tuple[dict[str, float], str | None]:
+    def end(self, flops: float, slots: float, tokens: int) -> tuple[dict[str, float], str | None]:
         """The step has ended, and everybody knows its loss.
 
         Args:
             flops: of its algorithm, over all ranks.
             slots: that were run, over all ranks.
+            tokens: of the global batch.
 
         Returns:
             Fields of the record, and what is to be said of slow ranks, if anything.
@@ -105,7 +106,7 @@ class StepWatch:
         self.mark()
         spans = [self._clock.between(*span) for span in self._spans]
         parts = dict(zip(PARTS, spans, strict=False))
-        fields = self._fields(parts, sum(spans), flops, slots)
+        fields = self._fields(parts, sum(spans), flops, slots, tokens)
         blocks = sum(self._clock.between(*pair) for pair in self._forwards)
         times = self._stragglers.add(parts["data"], blocks)
         if times is None:
@@ -116,7 +117,9 @@ class StepWatch:
         """Wait for what ranks were telling each other."""
         self._stragglers.finish()
 
-    def _fields(self, parts: dict[str, float], seconds: float, flops: float, slots: float) -> dict[str, float]:
+    def _fields(
+        self, parts: dict[str, float], seconds: float, flops: float, slots: float, tokens: int
+    ) -> dict[str, float]:
         """Fields of the record that are measured on this rank.
 
         Args:
@@ -124,8 +127,8 @@ class StepWatch:
             seconds: of the step.
             flops: of its algorithm, over all ranks.
             slots: that were run, over all ranks.
+            tokens: of the global batch.
         """
-        tokens = self._config.training.global_batch_size * self._config.data.sequence_length
         rate = flops / seconds
         fields = {
             "time": time.time(),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
+from megatron_ponder.config.batch_sizes import batch_sizes
 from megatron_ponder.estimates.layout_table import describe_layout
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
@@ -21,7 +22,7 @@ from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.resuming import find_start
+from megatron_ponder.training.resuming import Start, find_start
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.state import restore
 
@@ -72,7 +73,9 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
             output.note(f"warning: {doubt}")
         for problem in start.doubts:
             output.say(f"warning: {problem}")
-        output.say(_headline(config, mesh, parts, start.state.step))
+        output.say(_headline(config, mesh, parts, start))
+        for change in start.changes:
+            output.say(change)
         output.say(describe_layout(config, mesh.data.size, mesh.device.type))
         output.note(engine.description)
         output.say(f"ready after {phases}")
@@ -85,13 +88,17 @@ def _output(folder: RunFolder | None, config: Config, first_step: int) -> Silenc
     return Silence() if folder is None else RunOutput(folder, config, first_step, dist.get_world_size())
 
 
-def _headline(config: Config, mesh: Mesh, parts: RunParts, step: int) -> str:
+def _headline(config: Config, mesh: Mesh, parts: RunParts, start: Start) -> str:
     ponder, training = config.ponder, config.training
+    sizes = batch_sizes(training)
     limit = "up to " if ponder.mode == "adaptive" else ""
     steps = f"{limit}{ponder.steps or 'no'} latent steps"
-    start = f"going on after step {step}" if step else "starting"
+    step = start.state.step
+    begins = f"going on after step {step}" if step else "starting"
+    if step and start.resumed.parent.parent != Path(training.run_dir):
+        begins += f" of {start.resumed}"
     return (
-        f"{start}: {config.model.description}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "
+        f"{begins}: {config.model.description}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "
         f"{parts.datasets['train'].samples_per_epoch:,} samples of {config.data.sequence_length} tokens an epoch, "
-        f"{training.global_batch_size} a step"
+        f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} a step"
     )

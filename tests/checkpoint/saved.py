@@ -39,7 +39,7 @@ def save(
     keys = list(tensors)
     parts = dict(zip(FILES, (keys[::2], keys[1::2]), strict=True))
     manifest = Manifest(
-        RunState(step, 8 * step),
+        RunState(step, 8 * step, 512 * step),
         "datafingerprint",
         None,
         {k: file for file in parts for k in parts[file]},

@@ -12,7 +12,9 @@ from megatron_ponder.checkpoint.run_state import RunState
 from tests.checkpoint.saved import fields_of, put, put_without_checksum
 
 WHOLE = Manifest(
-    RunState(118, 944, skipped=[3, 118], validated=False, training_flops=3e21, penalty_factor=0.25, penalty_steps=1.5),
+    RunState(
+        118, 944, 15104, skipped=[3, 118], validated=False, training_flops=3e21, penalty_factor=0.25, penalty_steps=1.5
+    ),
     data_fingerprint="ab12",
     tensors={"weight/a.b": "t.safetensors", "exp_avg/a.b": "t.safetensors"},
     files={"t.safetensors": (800, "0" * 64), "config.yaml": (3, "f" * 64), "tokenizer/tokenizer.json": (2, "a" * 64)},
@@ -52,11 +54,12 @@ def test_one_from_before_there_were_checksums_is_read(folder):
     fields = fields_of(folder)
     put_without_checksum(folder, fields)
     assert read_manifest(folder) == WHOLE
-    for later in ("layout", "skipped", "validated", "training_flops", "penalty_factor", "penalty_steps"):
+    for later in ("layout", "tokens", "skipped", "validated", "training_flops", "penalty_factor", "penalty_steps"):
         del fields[later]  # than the first manifests
     put_without_checksum(folder, fields)
     found = read_manifest(folder)
     assert (found.state.step, found.state.validated, found.layout) == (118, True, {})
+    assert found.state.tokens is None
     assert found.state.training_flops is None  # of 118 steps that nobody has counted
 
 
@@ -90,6 +93,7 @@ NONSENSE = [
     ("files", [FILES | {name: [1, "0" * 64]} for name in ("../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\0")]),
     ("files", [FILES | {"t.safetensors": [-1, "0" * 64]}, {name: FILES[name] for name in FILES if "yaml" not in name}]),
     ("skipped", [None, 3, [0], [119], [3, 3], [118, 3], ["3"], [True]]),
+    ("tokens", [-1, 1.5, "1", True, 2**63]),
     ("training_flops", [-1.0, "1", True, 10**400]),
     ("validated", [0, None, "false"]),
     ("penalty_factor", [None, -0.5, "1", True, [1.0], 10**400]),

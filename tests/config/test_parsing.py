@@ -59,7 +59,7 @@ def test_the_version_is_declared_once(capsys):
     [
         ("training.lr", "optimizer.learning_rate"),
         ("lr", "optimizer.learning_rate"),
-        ("min-lr", "optimizer.min_learning_rate_fraction"),
+        ("min-lr", "optimizer.min_learning_rate"),
         ("tensor-model-parallel-size", "parallel.tensor"),
         ("pipeline_model_parallel_size", "parallel.pipeline"),
         ("num-attention-heads", "model.num_heads"),

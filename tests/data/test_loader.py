@@ -38,6 +38,14 @@ def test_ranks_together_read_the_next_positions(dataset, micro_batch_size, data_
         )
 
 
+@pytest.mark.parametrize("data_size", [1, 2])
+def test_ranks_together_read_batches_that_grow(dataset, data_size):
+    ranks = [batches(dataset, 1, lambda before: 2 + 2 * (before > 4), 1, rank, data_size) for rank in range(data_size)]
+    for first, stop in ((1, 3), (3, 5), (5, 9), (9, 13)):
+        micro_batches = [batch for rank in ranks for batch in next(rank)]
+        torch.testing.assert_close(torch.cat(micro_batches), expected(dataset, range(first, stop)), rtol=0, atol=0)
+
+
 def test_workers_change_neither_order_nor_the_global_generator(dataset):
     state = torch.get_rng_state()
     plain = list(islice(batches(dataset, 0, 4, 2, 0, 1), 6))

@@ -71,3 +71,15 @@ def test_more_steps_cost_more_up_to_all_of_them():
 def test_what_runs_every_slot_has_no_pruned_phase(overrides):
     assert not packs(config_for(**PRUNED | overrides))
     assert [part.phase.begin for part in parts(**PRUNED | overrides)] == [0, 50]
+
+
+def test_a_batch_that_grows_takes_more_steps_for_the_same_tokens():
+    """32 steps of a quarter of the batch, 16 of half of it, 11 of three quarters, then all of it."""
+    full = config_for().training.global_batch_size
+    ramp = {"training__batch_size_ramp": f"{full // 4} {full // 4} {24 * full}"}
+    plain, latents = parts(**LATE | ramp)
+    assert plain.steps + latents.steps == 32 + 16 + 11 + (100 - 8 - 8 - 11 * 3 / 4)
+    assert (plain.steps, plain.batches + latents.batches) == (50, pytest.approx(100))
+    assert plain.batches == pytest.approx(8 + 8 + 2 * 3 / 4)
+    assert latents.flops == pytest.approx(latents.batches * latents.phase.time.flops)
+    assert sum(part.flops for part in parts(**ramp)) == pytest.approx(sum(part.flops for part in parts()))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ponder.config import Config
+from megatron_ponder.config.batch_sizes import batch_size, samples_of
 from megatron_ponder.model.build import build_part
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import RuleKind
@@ -66,8 +67,13 @@ class Layout:
         """Tokens of a sequence, which context ranks divide."""
         return LENGTH if self.context == 1 else 12
 
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of a step: two micro-batches a data rank, four in a pipeline."""
+        return (8 if self.pipeline > 1 else 4) * self.data
+
     def config(self, case: dict) -> Config:
-        """Of a run with the given overrides; two micro-batches a data rank, four in a pipeline, unless they say."""
+        """Of a run with the given overrides."""
         values = {
             "model__num_layers": self.pipeline + 1,  # some ranks have more blocks than others
             "model__init_std": 0.05,
@@ -77,7 +83,7 @@ class Layout:
             "optimizer__gradient_clipping": 0.3,
             # Adam would make steps of full size of gradients that are 0 but for rounding, as key biases have
             "optimizer__epsilon": 1e-4,
-            "training__global_batch_size": (8 if self.pipeline > 1 else 4) * self.data,
+            "training__global_batch_size": self.global_batch_size,
             "training__micro_batch_size": 2,
             "training__precision": "fp32",
             "parallel__tensor": self.tensor,
@@ -144,11 +150,13 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     engine = Engine(Objective(model_for(config, mesh), packed=True), config, mesh)
     torch.compiler.reset()  # of the case before
     compile_blocks(engine.model, config, mesh.device, backend="aot_eager")
-    rule, scale = training_rule(0, config), 1 / (config.training.global_batch_size * layout.length)
+    rule = training_rule(0, config)
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
-        own = own_share(torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank], mesh)
+        batch = batch_of(config, step)
+        own, scale = torch.chunk(batch, mesh.data.size)[mesh.data.rank], 1 / (len(batch) * layout.length)
+        own = own_share(own, mesh)
         micro_batches = own.split(config.training.micro_batch_size)
         penalty = config.ponder_training.penalty_weight
         sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty, scale)
@@ -205,25 +213,22 @@ def model_for(config: Config, mesh: Mesh | None = None) -> PonderLM:
 
 
 def batch_of(config: Config, step: int) -> Tensor:
-    """Tokens of all ranks in one step, int64 (global batch, L + 1)."""
-    tokens = random_tokens(config.training.global_batch_size, config.data.sequence_length + 1, seed=step)
+    """Tokens of all ranks in one step, int64 (global batch of the step, L + 1)."""
+    training, length = config.training, config.data.sequence_length
+    tokens = random_tokens(batch_size(training, samples_of(training, step)), length + 1, seed=step)
     return tokens.masked_fill(tokens % 5 == 0, EOD) if config.data.reset_at_eod else tokens
 
 
 def alone(layout: Layout, case: dict, wanted: tuple[Evaluation, ...] = ()) -> Run:
     """The reference for a case: one process."""
     config = layout.config(case)
-    computes = (
-        "model__",
-        "ponder__",
-        "ponder_training__",
-        "data__",
-        "optimizer__",
-    )  # the other settings must not matter
+    # the other settings must not matter
+    computes = ("model__", "ponder__", "ponder_training__", "data__", "optimizer__")
     items = {key: value for key, value in case.items() if key.startswith(computes)} | {
         "model__num_layers": config.model.num_layers,
         "training__global_batch_size": config.training.global_batch_size,
         "data__sequence_length": config.data.sequence_length,
+        "training__batch_size_ramp": case.get("training__batch_size_ramp", "null"),
     }
     return _alone(tuple(items.items()), wanted)
 
@@ -274,12 +279,16 @@ def optimizers_of_pytorch(parameters: dict[str, nn.Parameter], config: Config) -
         matrices = {
             name: p for name, p in parameters.items() if name.startswith("transformer.blocks.") and p.dim() == 2
         }
-    others = [parameter for name, parameter in parameters.items() if name not in matrices]
+    others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
     groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [parameter],
+            "weight_decay": settings.weight_decay if parameter.dim() > 1 else 0.0,
+            "lr": RATE * (settings.router_learning_rate_factor if name.startswith("router") else 1.0),
+        }
+        for name, parameter in others.items()
     ]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, RATE, settings.betas, settings.epsilon)]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=settings.betas, eps=settings.epsilon)]
     if matrices:
         usual = {"momentum": settings.muon_momentum, "adjust_lr_fn": settings.muon_scaling}
         made.append(torch.optim.Muon(matrices.values(), rate, settings.weight_decay, **usual))

@@ -27,7 +27,7 @@ from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.resuming import find_resume
 from megatron_ponder.training.schedules import refinements
-from megatron_ponder.training.setup import build_model, open_parts
+from megatron_ponder.training.setup import open_parts
 from megatron_ponder.training.state import state_of
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
@@ -229,18 +229,6 @@ def test_a_run_exports_its_checkpoints_as_the_command_does(two_ranks, ponder, tm
     assert done.code == 0, done.err
     assert contents(checkpoint / "hf") == contents(tmp_path / "hf")
     assert run_status(folder / "halves").checkpoint.exported
-
-
-def test_a_model_goes_on_at_a_greater_length_with_slower_rotary_frequencies(runs):
-    longer = ["--model.rope_scaling=yarn", "--model.rope_factor=4", "--model.rope_original_length=16"]
-    arguments = ["--config", str(runs.whole / "config.yaml"), "--data.sequence_length=64", *longer]
-    arguments.append("--model.max_position_embeddings=64")
-    source, before = resolve_checkpoint(runs.whole), load_model(runs.whole).model
-    model = build_model(*open_parts(read_config(arguments)), Mesh(), source)
-    for (name, weight), expected in zip(model.named_parameters(), before.parameters(), strict=True):
-        assert torch.equal(weight, expected), name
-    with pytest.raises(UserError, match=r"model.rope_theta is 500.0, but .* was trained with 10000.0; set --model"):
-        build_model(*open_parts(read_config([*arguments, "--model.rope_theta=500"])), Mesh(), source)
 
 
 def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):

@@ -54,7 +54,11 @@ LAYOUTS = {
 }
 # Every mode and both families in either way of splitting a model.
 QUICK = {
-    "tp2 sequence": (*(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla")), "pruned llama"),
+    "tp2 sequence": (
+        *(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla")),
+        "pruned llama",
+        "growing batch",
+    ),
     "pp2": (
         "gpt_neox vanilla",
         "gpt_neox fixed",
@@ -63,9 +67,10 @@ QUICK = {
         "gpt_neox loop",
         "llama ponderlm",
         "pruned llama",
+        "slow router",
     ),
     "tp2 pp2": ("llama adaptive", "muon"),
-    "pp2 dp2 zero1": ("gpt_neox adaptive",),
+    "pp2 dp2 zero1": ("gpt_neox adaptive", "growing batch"),
     "cp2": ("gpt_neox adaptive", "mixed features", "pruned gpt_neox, documents"),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
@@ -79,7 +84,17 @@ OF_MUON = {
     "muon": LLAMA | MUON,
     "muon, mixed features": MODELS["mixed features"] | MUON | {"optimizer__muon_scaling": "original"},
 }
-CASES = MODELS | PRUNED | OF_MUON
+SLOW_ROUTER = {"slow router": LLAMA | {"optimizer__router_learning_rate_factor": 0.25}}
+SLOW_ROUTER |= {"muon, slow router": SLOW_ROUTER["slow router"] | MUON}
+CASES = MODELS | PRUNED | OF_MUON | SLOW_ROUTER
+
+
+def growing(layout: Layout) -> dict[str, dict]:
+    """A case whose first step has half of the micro-batches of the others."""
+    half = layout.global_batch_size // 2
+    return {"growing batch": LLAMA | {"training__batch_size_ramp": f"{half} {half} {half}"}}
+
+
 RECOMPUTE = {
     "recompute block": LLAMA | {"training__recompute": "block"},
     "recompute attention": NEOX | {"training__recompute": "attention"},
@@ -142,18 +157,19 @@ LOW_PRECISION = {
     for name, case in (MODELS | COMPILED).items()
     if "adaptive" in name or name == "compiled"
 }
+CASES_OF = {name: CASES | growing(layout) for name, layout in LAYOUTS.items()}
 
 
 def slow_cases(name: str) -> dict[str, dict]:
     """All that a layout allows and is not among its quick cases."""
-    refused = OF_MUON if LAYOUTS[name].zero_stage == 3 else {}
-    return {case: CASES[case] for case in CASES if case not in (*QUICK.get(name, ()), *refused)}
+    refused = [case for case in CASES if "muon" in case] if LAYOUTS[name].zero_stage == 3 else []
+    return {case: given for case, given in CASES_OF[name].items() if case not in (*QUICK.get(name, ()), *refused)}
 
 
 # What is run in one start of a layout's ranks, because importing DeepSpeed takes seconds: the quick cases of a layout,
 # the others, the variants.
 GROUPS = {
-    **{(name, "quick"): {case: CASES[case] for case in cases} for name, cases in QUICK.items()},
+    **{(name, "quick"): {case: CASES_OF[name][case] for case in cases} for name, cases in QUICK.items()},
     **{(name, "slow"): slow_cases(name) for name in LAYOUTS},
     **{(name, "variants"): cases for name, cases in VARIANTS.items()},
 }

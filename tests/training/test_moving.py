@@ -52,6 +52,8 @@ def command(corpus, run_dir: Path, layout: Layout, **overrides) -> list[str]:
         run_dir,
         training__steps=STEPS,
         training__global_batch_size=8,
+        training__batch_size_ramp="4 4 12",  # from the fourth step on
+        optimizer__router_learning_rate_factor=0.3,
         training__eval_interval=STEPS,
         checkpoint__interval=SAVED,
         checkpoint__keep=9,
@@ -94,7 +96,7 @@ def check(folder: Path, source: str, target: str) -> None:
     for expected, got in zip(stayed, moved, strict=True):
         for key in ("loss", "cross_entropy", "penalty", "grad_norm"):
             assert got[key] == pytest.approx(expected[key], rel=1e-5), (key, expected["step"])
-        for key in ("samples", "refinements", "learning_rate", "latent_step_histogram"):
+        for key in ("samples", "refinements", "learning_rate", "router_learning_rate", "latent_step_histogram"):
             assert got[key] == expected[key], (key, expected["step"])
     assert moved[-1]["validation_loss"] == pytest.approx(stayed[-1]["validation_loss"], rel=1e-5)
     assert len({record["refinements"] for record in stayed}) > 1

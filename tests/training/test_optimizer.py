@@ -38,3 +38,21 @@ def test_matrices_and_embeddings_are_decayed_and_nothing_else_is():
     assert {parameter.dim() for parameter in decayed["params"]} == {2}
     assert {parameter.dim() for parameter in others["params"]} == {1}
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(("name", "factors"), [("adamw", [1.0, 0.1, 1.0, 0.1]), ("muon", [1.0, 1.0, 0.1])])
+def test_the_router_has_a_learning_rate_of_its_own_in_groups_that_all_pipeline_ranks_have(name, factors):
+    """ZeRO adds up the gradient norm group by group, over ranks with and without the router."""
+    config = small_config(optimizer__router_learning_rate_factor=0.1, optimizer__name=name)
+    with_router, without = small_model(ponder__router_hidden_size=4), small_model()
+    without.router = None
+    first, second = (build_optimizer(model, config, Mesh()).param_groups for model in (with_router, without))
+    assert [group["rate_factor"] for group in first] == factors
+    assert [group["rate_factor"] for group in second] == [1.0] * len(factors)
+    routers = {id(parameter) for parameter in with_router.router.parameters()}
+    slow = [parameter for group in first if group["rate_factor"] == 0.1 for parameter in group["params"]]
+    assert {*map(id, slow)} == routers
+    for model, groups in ((with_router, first), (without, second)):
+        assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+        assert all(group["params"] for group in groups)
+    assert len(build_optimizer(small_model(ponder__mode="fixed"), config, Mesh()).param_groups) == 2

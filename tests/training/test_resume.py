@@ -84,6 +84,8 @@ STEERED = [
 ]
 AROUND_SWITCHES = tuple(step for switch in (6, 12, 18) for step in (switch - 1, switch, switch + 1))
 MUON = ["--optimizer.name=muon", "--optimizer.muon_learning_rate=2e-3"]
+# Steps of 2 sequences up to the tenth, of 4 up to the fifteenth, then of 6: the run is killed in the middle.
+GROWING = ["--training.global_batch_size=6", "--training.micro_batch_size=1", "--training.batch_size_ramp=2 2 40"]
 CASES = [
     pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=0"], 1, id="zero0-fp32", marks=pytest.mark.slow),
@@ -93,6 +95,7 @@ CASES = [
     pytest.param(["--training.precision=bf16", *MUON], 2, id="zero1-bf16-muon", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=3"], 2, id="zero3-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.context=2", *STEERED], 2, id="context", marks=pytest.mark.slow),
+    pytest.param(["--parallel.zero_stage=2", *GROWING], 2, id="zero2-fp32, growing batch", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=3", "--training.precision=bf16"], 2, id="zero3-bf16", marks=pytest.mark.slow),
 ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from megatron_ponder.training.step_costs import StepCosts
 from tests.models import random_tokens, small_config, small_model
 
 WEIGHTED = {"ponder_training__jacobi_iterations": {0: 3, 2: 1}}
+RUN = {"training__steps": 100, "training__global_batch_size": 8}
 SIZES = {"training__global_batch_size": 3, "data__sequence_length": 17}
 
 
@@ -51,21 +52,30 @@ def test_slots_that_are_not_run_cost_nothing():
 
 
 def test_the_rest_of_a_run_is_counted_in_steps_like_the_last():
-    config = small_config(training__steps=100, ponder_training__latent_start=40, **WEIGHTED)
+    config = small_config(**RUN, ponder_training__latent_start=40, **WEIGHTED)
     costs = StepCosts(config)
     plain = training_flops(config, 0, latents=False)
     ratio = (3 * training_flops(config, 0) + training_flops(config, 2)) / 4 / plain
-    assert costs.left(1) == pytest.approx(39 + 60 * ratio)
-    assert costs.left(40) == pytest.approx(60 * ratio)
-    assert [costs.left(step) for step in (41, 99, 100)] == [59, 1, 0]
+    assert costs.left(1, 8, 8) == pytest.approx(39 + 60 * ratio)
+    assert costs.left(40, 320, 8) == pytest.approx(60 * ratio)
+    assert [costs.left(step, 8 * step, 8) for step in (41, 99, 100)] == [59, 1, 0]
     assert costs.change(40) == f"latent steps begin: from here a step takes {ratio:.1f} times as many operations"
     assert [costs.change(step) for step in (0, 39, 41)] == [None] * 3
 
 
 def test_a_run_that_has_latent_steps_throughout_or_never_costs_the_same_all_the_time():
     for overrides in ({}, {"ponder__mode": "vanilla", "ponder_training__latent_start": 40}):
-        costs = StepCosts(small_config(training__steps=100, **overrides))
-        assert [costs.left(step) for step in (1, 40, 100)] == [99, 60, 0]
+        costs = StepCosts(small_config(**RUN, **overrides))
+        assert [costs.left(step, 8 * step, 8) for step in (1, 40, 100)] == [99, 60, 0]
         assert costs.change(0) is None and costs.change(40) is None
-    never = StepCosts(small_config(training__steps=100, ponder_training__latent_start=200))
-    assert [never.left(step) for step in (1, 100)] == [99, 0]
+    never = StepCosts(small_config(**RUN, ponder_training__latent_start=200))
+    assert [never.left(step, 8 * step, 8) for step in (1, 100)] == [99, 0]
+
+
+def test_the_rest_of_a_run_whose_batch_grows_is_counted_in_its_last_step():
+    """Steps of 2 up to sample 20, of 5 up to 40, and of 8."""
+    costs = StepCosts(small_config(**RUN, training__batch_size_ramp="2 3 40", training__micro_batch_size=1))
+    assert costs.left(9, 18, 2) == (2 + 4 * 5 + 86 * 8) / 2
+    assert costs.left(10, 20, 2) == (4 * 5 + 86 * 8) / 2
+    assert costs.left(11, 25, 5) == (3 * 5 + 86 * 8) / 5
+    assert costs.left(20, 88, 8) == 80

@@ -37,7 +37,7 @@ def test_the_parts_of_a_step_are_where_the_time_went():
     watch.mark()
     time.sleep(0.01)
     watch.mark()
-    fields, slow = watch.end(1e9, 4 * 64 * 12)
+    fields, slow = watch.end(1e9, 4 * 64 * 12, 4 * 64)
     assert slow is None
     least = {"data": 0.03, "forward_backward": 0.06, "optimizer": 0.01}
     assert all(fields[f"{part}_seconds"] >= seconds for part, seconds in least.items())
