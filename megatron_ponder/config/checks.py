@@ -1,13 +1,14 @@
 """Checks that a configuration can work; every message says what to write instead."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 
 from megatron_ponder.base.durations import parse_duration
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.data import BlendPart, DataConfig
 from megatron_ponder.config.declarations import check_ranges, range_of
-from megatron_ponder.config.layout import even_layers, largest_tensor
+from megatron_ponder.config.layout import even_layers, largest_context, largest_tensor
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
 from megatron_ponder.config.run import TrainingConfig
@@ -139,15 +140,24 @@ def _validate_divided(config: Config) -> None:
     for key, axes in DIVIDED.items():
         section, name = key.split(".")
         number = getattr(getattr(config, section), name)
-        ranks = math.prod(getattr(parallel, axis) for axis in axes)
+        split = [axis for axis in axes if getattr(parallel, axis) > 1]
+        ranks = math.prod(getattr(parallel, axis) for axis in split)
         grouped = name == "num_kv_heads" and model.num_kv_heads < model.num_heads
         reason = ", and grouped-query heads are not replicated" if grouped else ""
-        fits = f"the largest that works is parallel.tensor {largest_tensor(model, parallel.tensor)}"
         _require(
             number % ranks == 0,
-            f"{' × '.join(f'parallel.{axis}' for axis in axes)} {ranks} does not divide {key} {number}{reason}; "
-            f"{fits if axes == ('tensor',) else 'make it a divisor'}",
+            f"{' × '.join(f'parallel.{axis}' for axis in split)} {ranks} does not divide {key} {number}{reason}; "
+            f"the largest that works is {_largest(config, split)}",
         )
+
+
+def _largest(config: Config, split: Sequence[str]) -> str:
+    """The most ranks along one of these axes that divide what they have to, as a key and its value."""
+    parallel = config.parallel
+    tensor = largest_tensor(config.model, parallel.tensor)
+    if tensor < parallel.tensor or "context" not in split:
+        return f"parallel.tensor {tensor}"
+    return f"parallel.context {largest_context(config, tensor, parallel.context)}"
 
 
 def _validate_pipeline(config: Config) -> None:

@@ -43,6 +43,7 @@ class Mesh:
     Attributes:
         device: of this rank.
         tensor: ranks that share each layer.
+        context: ranks that share the tokens of every sequence.
         data: ranks that share the batch.
         pipeline: ranks that share the stack of layers.
         model: ranks that hold one copy of the model.

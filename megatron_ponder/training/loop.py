@@ -14,6 +14,8 @@ from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.checkpoint.folders import checkpoint_name
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, micro_batches
+from megatron_ponder.config.layout import own_length
+from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.loader import batches
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.spans import span
@@ -95,8 +97,9 @@ class TrainingLoop:
             config.data.num_workers,
             pin_memory=mesh.device.type == "cuda",
             vocab_size=config.model.vocab_size,
+            share=Share(mesh.context.rank, mesh.context.size),
         )
-        self._reader = CarefulReader((training.micro_batch_size, config.data.sequence_length + 1))
+        self._reader = CarefulReader((training.micro_batch_size, own_length(config) + 1))
         self._validation = None
         if (held_out := parts.datasets.get("valid")) is not None:
             self._validation = Validation(config, mesh, held_out, engine, self._boundary, self._watchdog)

@@ -29,7 +29,6 @@ from tests.models import MIXED, random_tokens, small_config
 STEPS, REFINEMENTS, RATE = 3, (1, 2, 1), 1e-2
 LENGTH = 11  # which neither two nor four tensor ranks can share evenly, nor the vocabulary of 61
 EOD = 7
-EVALUATED = random_tokens(16, LENGTH + 1, seed=99)
 MODELS = {
     f"{family} {mode}": {"model__family": family, "ponder__mode": mode} | heads
     for family, heads in {"llama": {"model__num_kv_heads": 2}, "gpt_neox": {}}.items()
@@ -56,6 +55,12 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 1
+    context: int = 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, which context ranks divide."""
+        return LENGTH if self.context == 1 else 12
 
     def config(self, case: dict) -> Config:
         """Of a run with the given overrides; two micro-batches a data rank, four in a pipeline, unless they say."""
@@ -64,7 +69,7 @@ class Layout:
             "model__init_std": 0.05,
             "ponder_training__penalty_weight": 0.05,
             "inference__threshold": 0.1,
-            "data__sequence_length": LENGTH,
+            "data__sequence_length": self.length,
             "optimizer__gradient_clipping": 0.3,
             # Adam would make steps of full size of gradients that are 0 but for rounding, as key biases have
             "optimizer__epsilon": 1e-4,
@@ -73,6 +78,7 @@ class Layout:
             "training__precision": "fp32",
             "parallel__tensor": self.tensor,
             "parallel__pipeline": self.pipeline,
+            "parallel__context": self.context,
             "parallel__sequence_parallel": self.sequence_parallel,
             "parallel__zero_stage": self.zero_stage,
         }
@@ -82,11 +88,12 @@ class Layout:
         """`function(mesh, self, *args)` on every rank."""
         return run_distributed(
             function,
-            self.tensor * self.pipeline * self.data,
+            self.tensor * self.pipeline * self.context * self.data,
             self,
             *args,
             tensor=self.tensor,
             pipeline=self.pipeline,
+            context=self.context,
             sequence_parallel=self.sequence_parallel,
             time_limit=time_limit,
         )
@@ -133,17 +140,17 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     engine = Engine(Objective(model_for(config, mesh), packed=True), config, mesh)
     torch.compiler.reset()  # of the case before
     compile_blocks(engine.model, config, mesh.device, backend="aot_eager")
-    rule, scale = training_rule(0, config), 1 / (config.training.global_batch_size * LENGTH)
+    rule, scale = training_rule(0, config), 1 / (config.training.global_batch_size * layout.length)
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
-        own = torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank]
+        own = own_share(torch.chunk(batch_of(config, step), mesh.data.size)[mesh.data.rank], mesh)
         micro_batches = own.split(config.training.micro_batch_size)
         penalty = config.ponder_training.penalty_weight
         sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty, scale)
         gradients = gradients_of(engine)
         norm = engine.step(RATE)
-        steps.append(Step(over_data_ranks(sums, mesh), gradients, norm))
+        steps.append(Step(over_copies(sums, mesh), gradients, norm))
     return Run(before, steps, weights(engine), evaluations, differing_replicas(engine))
 
 
@@ -155,17 +162,24 @@ def train_all(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, R
 def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, kind: RuleKind, each_step: bool) -> Tally:
     """On the first samples of the validation batch, divided over the data-parallel ranks as training divides them."""
     size, rank = mesh.data.size, mesh.data.rank
-    own = EVALUATED[count * rank // size : count * (rank + 1) // size]
+    own = random_tokens(16, config.data.sequence_length + 1, seed=99)
+    own = own_share(own[count * rank // size : count * (rank + 1) // size], mesh)
     per_batch = config.training.micro_batch_size
     micro_batches = own.split(per_batch) if len(own) else []
     rounds = ceil(ceil(count / size) / per_batch)
-    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.rule(kind), each_step), mesh)
+    return over_copies(engine.evaluate(micro_batches, rounds, 2, engine.rule(kind), each_step), mesh)
 
 
-def over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
-    if mesh.data.size > 1:
-        dist.all_reduce(sums, group=mesh.data.group)
+def over_copies(sums: Tensor, mesh: Mesh) -> Tally:
+    if mesh.copies.size > 1:
+        dist.all_reduce(sums, group=mesh.copies.group)
     return Tally.of(sums)
+
+
+def own_share(tokens: Tensor, mesh: Mesh) -> Tensor:
+    """(B, L + 1) → this context rank's share of the L tokens, and the one behind it."""
+    length = (tokens.shape[1] - 1) // mesh.context.size
+    return tokens[:, mesh.context.rank * length :][:, : length + 1]
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -188,7 +202,7 @@ def model_for(config: Config, mesh: Mesh | None = None) -> PonderLM:
 
 def batch_of(config: Config, step: int) -> Tensor:
     """Tokens of all ranks in one step, int64 (global batch, L + 1)."""
-    tokens = random_tokens(config.training.global_batch_size, LENGTH + 1, seed=step)
+    tokens = random_tokens(config.training.global_batch_size, config.data.sequence_length + 1, seed=step)
     return tokens.masked_fill(tokens % 5 == 0, EOD) if config.data.reset_at_eod else tokens
 
 
@@ -199,6 +213,7 @@ def alone(layout: Layout, case: dict, wanted: tuple[Evaluation, ...] = ()) -> Ru
     items = {key: value for key, value in case.items() if key.startswith(computes)} | {
         "model__num_layers": config.model.num_layers,
         "training__global_batch_size": config.training.global_batch_size,
+        "data__sequence_length": config.data.sequence_length,
     }
     return _alone(tuple(items.items()), wanted)
 
@@ -216,13 +231,14 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=config.optimizer.betas, eps=config.optimizer.epsilon)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    evaluated = random_tokens(16, config.data.sequence_length + 1, seed=99)
     steps, evaluations = [], []
     for step in range(STEPS):
         with torch.no_grad():
             evaluations.append(
                 {
                     item: Tally.of(
-                        objective(EVALUATED[: item[0]], 2, model.rule(item[1], bias=0.0), each_step=item[2])[1].sum(0)
+                        objective(evaluated[: item[0]], 2, model.rule(item[1], bias=0.0), each_step=item[2])[1].sum(0)
                     )
                     for item in wanted
                 }

@@ -43,6 +43,14 @@ LAYOUTS = {
     "tp2 sequence dp2 zero3": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=3),
     "tp2 pp2 dp2": Layout(tensor=2, pipeline=2, data=2, zero_stage=1),
     "dp2 zero0": Layout(data=2, zero_stage=0),
+    "cp2": Layout(context=2),
+    "cp4": Layout(context=4),
+    "cp2 tp2": Layout(context=2, tensor=2),
+    "cp2 tp2 sequence": Layout(context=2, tensor=2, sequence_parallel=True),
+    "cp2 pp2": Layout(context=2, pipeline=2),
+    "cp2 dp2 zero0": Layout(context=2, data=2, zero_stage=0),
+    "cp2 dp2 zero1": Layout(context=2, data=2, zero_stage=1),
+    "cp2 dp2 zero3": Layout(context=2, data=2, zero_stage=3),
 }
 # Every mode and both families in either way of splitting a model.
 QUICK = {
