@@ -13,7 +13,7 @@ from runs import Run
 from tables import label_points, read_points, spread
 
 from megatron_ponder.base.files import replacing, write_atomically
-from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.metrics import of_steps, read_metrics
 from megatron_ponder.runs.style import look
 
 HEADINGS = ("variant", "loss", "− the first", "K̂", "training TFLOPs", "of the first's", "seconds", "of the first's")
@@ -58,7 +58,7 @@ def _costs(seed: int, folder: Path, runs: Sequence[Run]) -> dict[str, Cost]:
     """The cost of every variant of a seed."""
     points, costs = read_points(folder, seed), {}
     for run in (run for run in runs if run.seed == seed):
-        records, point = read_metrics(run.folder), points[run.variant]
+        records, point = of_steps(read_metrics(run.folder)), points[run.variant]
         flops, seconds = (sum(record[name] for record in records) for name in ("model_flops", "step_seconds"))
         costs[run.variant] = Cost(point.loss, point.steps, flops, seconds, point.summary["mode"])
     return costs

@@ -14,6 +14,9 @@ from megatron_ponder.base.errors import UserError
 LARGEST = 2**32 - 1
 LARGEST_PORT = 2**16 - 1
 LARGEST_THREADS = 2**12
+_OF_LAUNCHERS = (
+    r"((LOCAL_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE|SIZE|NAME)$)|(MASTER|TORCHELASTIC|SLURM|OMPI|PMI|PMIX|MPI)_"
+)
 
 
 def read_word(environ: Mapping[str, str], name: str) -> str | None:
@@ -76,6 +79,11 @@ def variables_kept() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables for a process that is no rank: without all by which launchers tell ranks of themselves."""
+    return {name: value for name, value in environ.items() if not re.match(_OF_LAUNCHERS, name)}
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:

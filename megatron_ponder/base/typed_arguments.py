@@ -117,7 +117,7 @@ def wanted(kind: Any) -> str:
     if get_origin(kind) is list:
         return f"a list of {_NAMES[parts[0]]}s" if parts[0] in _NAMES else "a list"
     if get_origin(kind) is dict:
-        return f"keys with a {_NAMES[parts[1]]} each"
+        return f"keys with {wanted(parts[1])} each"
     if is_dataclass(kind):
         return f"keys {', '.join(item.name for item in fields(kind))}"
     return _NAMES[kind] if kind in (bool, str) else f"a {_NAMES[kind]}"

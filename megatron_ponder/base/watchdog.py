@@ -49,7 +49,9 @@ class Watchdog:
         self._done.set()
 
     def beat(self) -> None:
-        """Something has been done."""
+        """Something has been done; says nothing in work that is not watched."""
+        if self._paused:
+            return
         now = time.monotonic()
         if self._last is not None:
             self._longest = max(self._longest, now - self._last)

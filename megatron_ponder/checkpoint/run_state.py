@@ -12,7 +12,8 @@ class RunState:
         samples: training samples consumed, which is the whole state of the data order.
         tokens: of these samples; None of a run that began before they were counted.
         skipped: steps among them that changed nothing, because their loss or gradients were not finite.
-        validated: false if the validation that was due after this step has been cut off.
+        validated: false if a validation is due before the next step: that after this step, which has been cut off, or
+            that before the first.
         training_flops: model FLOPs of all these steps; None of a run that began before they were counted.
         penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
         penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.

@@ -29,7 +29,13 @@ from megatron_ponder.evaluation.analysis import Analysis, analyse
 from megatron_ponder.evaluation.analysis_plan import AnalysisPlan
 from megatron_ponder.evaluation.figures import draw, write_rows
 from megatron_ponder.evaluation.report import write_page
-from megatron_ponder.evaluation.sources import EvaluationBatches, depth_batches, split_batches, text_batches
+from megatron_ponder.evaluation.sources import (
+    SPLIT_HELP,
+    EvaluationBatches,
+    depth_batches,
+    split_batches,
+    text_batches,
+)
 from megatron_ponder.evaluation.subjects import subjects_of
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 from megatron_ponder.parallel.mesh import Mesh
@@ -45,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--data", type=expand_user, help="dataset prefix; that of the first checkpoint's training run unless given"
     )
-    parser.add_argument("--split", default="valid", choices=["train", "valid", "test"])
+    parser.add_argument("--split", default="valid", help=SPLIT_HELP)
     parser.add_argument("--samples", type=int, default=32, help="samples of the split (default: 32)")
     parser.add_argument(
         "--depths", type=expand_user, help="prefix of the indexed dataset that holds the true depth of every token"

@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.config import read_config
 from megatron_ponder.config.batch_sizes import samples_of
-from megatron_ponder.data.mixture import build_ahead, open_mixture
+from megatron_ponder.data.mixture import build_ahead, open_mixture, validation_sets
 
 
 @command
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     mixture = open_mixture(config.data, training.seed)
     samples = {"train": samples_of(training, training.steps)}
     if training.eval_interval:
-        samples["valid"] = training.eval_samples
+        samples |= dict.fromkeys(validation_sets(mixture.samples, config.data), training.eval_samples)
 
     table = Table(title=f"order of the samples in {config.data.cache_path}, seed {training.seed}")
     for heading, justify in {"split": "left", "dataset": "left", "samples": "right", "epochs": "right"}.items():

@@ -26,7 +26,7 @@ from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.config.command_options import add_options
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
-from megatron_ponder.evaluation.sources import split_batches, text_batches
+from megatron_ponder.evaluation.sources import SPLIT_HELP, split_batches, text_batches
 from megatron_ponder.generation.loading import Setup
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
@@ -41,12 +41,13 @@ def main(argv: Sequence[str]) -> None:
     text = parser.add_argument_group("on text")
     text.add_argument("--text", type=Path, help="a UTF-8 text file to evaluate on, in place of the split")
     text.add_argument("--data", type=expand_user, help="dataset prefix; that of the training run unless given")
-    text.add_argument("--split", default="valid", choices=["train", "valid", "test"])
+    text.add_argument("--split", default="valid", help=SPLIT_HELP)
     text.add_argument("--samples", type=int, default=64, help="samples of the split (default: 64)")
     text.add_argument("--refinements", type=int, nargs="*", help="R of jacobi(R); default: 0 and the largest trained")
     tasks = parser.add_argument_group("on tasks, in place of text")
     tasks.add_argument("--tasks", nargs="+", help="names of tasks, groups or patterns of lm-evaluation-harness")
     tasks.add_argument("--tasks-path", type=Path, help="folder with task files of your own")
+    tasks.add_argument("--prepare", action="store_true", help="find the tasks and fetch their data, and end")
     tasks.add_argument("--export", type=Path, help="an export to evaluate, in place of a checkpoint")
     tasks.add_argument("--limit", type=int, help="documents of each task; all unless given")
     tasks.add_argument("--num-fewshot", type=int, help="solved examples before a question; the task's unless given")
@@ -55,6 +56,9 @@ def main(argv: Sequence[str]) -> None:
 
     if arguments.output:
         check_output(arguments.output)
+    if arguments.prepare:
+        _prepare(arguments)
+        return
     prepare_cpu()
     console = Console(width=None if sys.stdout.isatty() else 110)
     table, content = (_on_tasks if arguments.tasks else _on_text)(arguments, console)
@@ -89,6 +93,18 @@ def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, di
         "evaluations": [result.as_dict() for result in results],
     }
     return _table(results, loaded), content
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from megatron_ponder.evaluation.harness import TaskSet
+
+    if not arguments.tasks:
+        raise UserError("--prepare goes with --tasks; name the tasks to make ready")
+    if arguments.checkpoint or arguments.export:
+        raise UserError("--prepare evaluates nothing; leave --checkpoint and --export out")
+    tasks = TaskSet(arguments.tasks, arguments.tasks_path)
+    tasks.prepare()
+    print(f"ready: {', '.join(tasks.names)}")
 
 
 def _on_tasks(arguments: argparse.Namespace, console: Console) -> tuple[Table, dict]:

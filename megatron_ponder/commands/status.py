@@ -104,11 +104,10 @@ def lines_of(status: RunStatus) -> dict[str, str]:
     why = f" ({status.end})" if status.state == "stopped" else ""
     lines = {"state": status.state + why + age}
     if status.step == 0:
-        return lines | _saved(status)
+        return lines | _quality(status) | _saved(status)
     lines["step"] = f"{status.step:,} of {status.steps:,} ({status.step / status.steps:.0%})"
-    lines["loss"] = "not finite" if status.loss is None else f"{status.loss:.4f}"
-    if status.validation_loss is not None:
-        lines["validation loss"] = f"{status.validation_loss:.4f} after step {status.validation_step:,}"
+    lines["loss"] = _number(status.loss)
+    lines |= _quality(status)
     if status.mean_latent_steps is not None:
         lines["latent steps/token"] = f"{status.mean_latent_steps:.2f}"
     if status.training_flops is not None:
@@ -121,6 +120,22 @@ def lines_of(status: RunStatus) -> dict[str, str]:
     if status.slowest_rank is not None:
         lines["slowest rank"] = f"{status.slowest_rank}, {status.slowest_over_median:.2f} × the median"
     return lines | _saved(status)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _quality(status: RunStatus) -> dict[str, str]:
+    losses = {}
+    if status.validation_step is not None:
+        losses["validation loss"] = status.validation_loss
+    losses |= {f"validation loss, {name}": loss for name, loss in status.validation_losses.items()}
+    when = f"after step {status.validation_step:,}" if status.validation_step else "before the first step"
+    lines = {name: f"{_number(loss)} {when}" for name, loss in losses.items()}
+    for name, value in status.task_scores.items():
+        lines[name.replace("/", " ")] = f"{_number(value)} after step {status.task_step:,}"
+    return lines
 
 
 def _saved(status: RunStatus) -> dict[str, str]:

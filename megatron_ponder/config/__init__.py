@@ -18,7 +18,7 @@ from megatron_ponder.config.model import ModelConfig
 from megatron_ponder.config.parallel import ParallelConfig
 from megatron_ponder.config.parsing import load_config, read_config, to_yaml
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
-from megatron_ponder.config.run import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_ponder.config.run import CheckpointConfig, LoggingConfig, OptimizerConfig, TasksConfig, TrainingConfig
 from megatron_ponder.config.sections import Config, architecture, resolve
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "PhaseConfig",
     "PonderConfig",
     "PonderTrainingConfig",
+    "TasksConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "architecture",

@@ -8,6 +8,7 @@ from megatron_ponder.config.data import BlendPart
 
 FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: NUMBERS}, ...]"
 SPLIT = "weights of train, valid and test such as [969, 30, 1]"
+SETS = "a name and a dataset for each set, {NAME: PREFIX or blend, ...}"
 PHASES = "a list of phases, [{first_sample: NUMBER, path: PREFIX}, ...]"
 RAMP = "{start: NUMBER, increment: NUMBER, samples: NUMBER}"
 _PART = ("path", "weight", "split")
@@ -43,6 +44,16 @@ def read_blend(name: str, value: object) -> object:
     if len(words) % 2 or None in weights[::2]:
         raise UserError(f"{name} is {words}, where weights and prefixes do not take turns; write {FORMS}")
     return [{"path": word, "weight": weight} for weight, word in zip(weights[::2], words[1::2], strict=True)]
+
+
+def read_sets(name: str, value: object) -> object:
+    """Blends by name, each as `read_blend` gives it."""
+    value = _structure(name, value, SETS)
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is {value}; write {SETS}")
+    for key in (key for key, blend in value.items() if blend is None):
+        raise UserError(f"{name}.{key} has no path; give it one")
+    return {f"{key}": read_blend(f"{name}.{key}", blend) for key, blend in value.items()}
 
 
 def read_phases(name: str, value: object) -> object:

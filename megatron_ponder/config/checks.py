@@ -6,8 +6,9 @@ from dataclasses import fields
 
 from megatron_ponder.base.durations import parse_duration
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.config.data import BlendPart, DataConfig
+from megatron_ponder.config.data import DataConfig
 from megatron_ponder.config.declarations import check_ranges, range_of
+from megatron_ponder.config.evaluation_checks import validate_blend, validate_evaluation
 from megatron_ponder.config.layout import even_layers, largest_context, largest_tensor
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
@@ -38,6 +39,7 @@ def validate(config: Config) -> Config:
     _validate_profile(config.training)
     validate_schedules(config)
     _validate_start(config.checkpoint)
+    validate_evaluation(config)
     _validate_run(config)
     validate_saving(config)
     return config
@@ -290,7 +292,7 @@ def _validate_compile(config: Config) -> None:
 
 def _validate_data(data: DataConfig) -> None:
     for name in ("path", "valid_path", "test_path"):
-        _validate_blend(f"data.{name}", getattr(data, name) or "")
+        validate_blend(f"data.{name}", getattr(data, name) or "")
     first = 0
     for phase in data.phases:
         _require(
@@ -300,21 +302,7 @@ def _validate_data(data: DataConfig) -> None:
         )
         first = phase.first_sample
         _require(bool(phase.path), f"the phase from sample {first} on in data.phases has no path; give it one")
-        _validate_blend(f"the path of the phase from sample {first} on", phase.path)
-
-
-def _validate_blend(name: str, blend: list[BlendPart] | str) -> None:
-    if isinstance(blend, str):
-        # What is written on a command line and is no blend arrives as it was written.
-        _require(
-            not blend.startswith("["),
-            f"{name} {blend} is not a blend; write [{{path: PREFIX, weight: NUMBER}}, ...], with split: if needed",
-        )
-        return
-    paths = [part.path for part in blend]
-    for part in blend:
-        _require(bool(part.path), f"{name} has a dataset without a path; give it the path of a .bin file less .bin")
-        _require(paths.count(part.path) == 1, f"{name} names {part.path} more than once; add the weights up")
+        validate_blend(f"the path of the phase from sample {first} on", phase.path)
 
 
 def _validate_profile(training: TrainingConfig) -> None:
@@ -349,7 +337,7 @@ def _validate_start(checkpoint: CheckpointConfig) -> None:
 def _validate_run(config: Config) -> None:
     data, training = config.data, config.training
     _require(
-        training.eval_interval == 0 or training.eval_samples >= 1,
+        not (training.eval_interval or training.eval_at_start) or training.eval_samples >= 1,
         "training.eval_samples must be at least 1; to train without validation set training.eval_interval to 0",
     )
     if training.time_limit is not None:

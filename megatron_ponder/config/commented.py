@@ -28,7 +28,9 @@ def commented_yaml(config: Config, keys: Iterable[str], heading: str) -> str:
             continue
         lines += ["", f"# {plain(declared.__doc__.partition(chr(10))[0])}", f"{section.name}:"]
         for entry in shown:
-            lines += [f"  # {line}" for line in textwrap.wrap(f"{plain(entry.meaning)}.", _WIDTH)]
+            lines += [
+                f"  # {line}" for line in textwrap.wrap(f"{plain(entry.meaning)}.", _WIDTH, break_on_hyphens=False)
+            ]
             value = values[section.name][entry.key]
             lines.append(f"  {entry.key}: {inline_yaml(list(value) if isinstance(value, tuple) else value)}")
     return "\n".join(lines) + "\n"

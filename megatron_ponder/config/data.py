@@ -4,6 +4,8 @@ from dataclasses import MISSING, dataclass, field
 
 from megatron_ponder.config.declarations import STEPS, number_field, path_field
 
+SPLITS = ("train", "valid", "test")
+
 
 @dataclass(frozen=True)
 class BlendPart:
@@ -38,6 +40,9 @@ class DataConfig:
     """Prefix or blend for validation; `path` unless given."""
     test_path: list[BlendPart] | str | None = path_field(None)
     """Prefix or blend for testing; `path` unless given."""
+    validation: dict[str, list[BlendPart] | str] = path_field({})
+    """Further [validation sets](data.md#validation-sets), a prefix or blend for each name, such as `{code: data/code,
+    prose: data/prose}`."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """List of `{first_sample, path}` that replace `path` for training from a sample of the run on."""
     split: list[int | float] | str = number_field([969, 30, 1], 0, 1e12)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -84,12 +84,9 @@ def check_ranges(section: Any, name: str = "") -> None:
     """
     for item in fields(section):
         key = f"{name}.{item.name}" if name else item.name
-        held = getattr(section, item.name)
-        several = isinstance(held, (list, tuple, dict))
-        held = [*held, *held.values()] if isinstance(held, dict) else held
-        for position, value in enumerate(held if several else [held]):
+        for place, value in _values_in(getattr(section, item.name), key):
             if is_dataclass(value):
-                check_ranges(value, f"{key}[{position}]" if several else key)
+                check_ranges(value, place)
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 allowed = range_of(item)
                 assert allowed is not None, f"{key} is declared without a range"
@@ -121,9 +118,23 @@ def written(value: float) -> str:
 
 
 def _declared(default: Any, metadata: dict) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _values_in(held: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """What a field holds, with its place: what lists and mappings hold one by one, and numbers that are keys."""
+    if isinstance(held, dict):
+        for key, value in held.items():
+            if not isinstance(key, str):
+                yield place, key
+            yield from _values_in(value, f"{place}.{key}")
+    elif isinstance(held, (list, tuple)):
+        for position, value in enumerate(held):
+            yield from _values_in(value, f"{place}[{position}]")
+    else:
+        yield place, held
 
 
 def _mapped(value: Any, change: Callable[[str], str] | None) -> Any:
@@ -132,4 +143,6 @@ def _mapped(value: Any, change: Callable[[str], str] | None) -> Any:
         return expand_paths(value)
     if isinstance(value, list):
         return [_mapped(one, change) for one in value]
+    if isinstance(value, dict):
+        return {key: _mapped(one, change) for key, one in value.items()}
     return change(value) if change and isinstance(value, str) else value

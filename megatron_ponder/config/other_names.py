@@ -74,6 +74,7 @@ NAMES = {
     "data.path": ("data_path", "train_data_path", "dataset", "dataset_name", "train_data", "data_prefix"),
     "data.valid_path": ("valid_data_path", "validation_data", "eval_dataset", "validation_file"),
     "data.test_path": ("test_data_path", "test_data"),
+    "data.validation": ("validation_datasets", "valid_datasets", "eval_datasets"),
     "data.sequence_length": ("seq_length", "seq_len", "block_size", "max_seq_length", "max_length", "sequence_len"),
     "data.num_workers": ("dataloader_num_workers", "num_dataset_builder_threads"),
     "data.cache_path": ("data_cache_path", "index_mapping_dir", "cache_dir"),
@@ -134,6 +135,7 @@ NAMES = {
     "training.recompute_passes": ("recompute_num_layers",),
     "training.eval_interval": ("eval_steps", "val_check_interval", "eval_every"),
     "training.eval_samples": ("eval_iters", "max_eval_samples"),
+    "training.eval_at_start": ("eval_on_start", "eval_on_startup", "eval_first", "val_before_train"),
     "training.time_limit": ("exit_duration_in_mins", "max_time", "time"),
     "training.skipped_steps_budget": ("rerun_mode",),
     "checkpoint.interval": ("save_interval", "save_steps", "save_every", "checkpoint_interval"),
@@ -152,6 +154,9 @@ NAMES = {
     "logging.interval": ("log_interval", "logging_steps", "steps_per_print", "log_every", "print_every"),
     "logging.tensorboard": ("tensorboard_dir", "report_to", "tensorboard_log_interval"),
     "logging.wandb_project": ("wandb", "wandb_name", "wandb_exp_name", "wandb_entity"),
+    "tasks.names": ("eval_tasks", "downstream_tasks", "lm_eval_tasks"),
+    "tasks.interval": ("eval_tasks_interval", "downstream_interval"),
+    "tasks.num_fewshot": ("fewshot", "n_shot", "shots"),
     "logging.straggler_interval": ("log_straggler", "straggler_minmax_count"),
 }
 _KEYS = {name: key for key, names in NAMES.items() for name in names}

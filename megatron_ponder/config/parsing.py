@@ -11,7 +11,7 @@ from megatron_ponder.base.errors import UserError, warn
 from megatron_ponder.base.paths import user_path
 from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of, type_of, wanted
 from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
-from megatron_ponder.config.blends import read_blend, read_phases, read_ramp, read_split
+from megatron_ponder.config.blends import read_blend, read_phases, read_ramp, read_sets, read_split
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
 from megatron_ponder.config.documentation import help_text
@@ -35,6 +35,7 @@ _FORMS = {
     **dict.fromkeys(("data.path", "data.valid_path", "data.test_path"), read_blend),
     "data.phases": read_phases,
     "training.batch_size_ramp": read_ramp,
+    "data.validation": read_sets,
     "data.split": read_split,
 }
 

@@ -1,6 +1,6 @@
 """The sections about a run: its optimiser, its loop, what it saves and what it says."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from typing import Literal
 
 from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
@@ -121,7 +121,10 @@ class TrainingConfig:
     eval_interval: int = number_field(1000, 0, STEPS)
     """Optimiser steps between validations; 0 for none."""
     eval_samples: int = number_field(512, 0, STEPS)
-    """Validation sequences, at most what the split holds."""
+    """Validation sequences of each set, at most what it holds."""
+    eval_at_start: bool | None = None
+    """Validate before the first step too; unless given where a run starts from `checkpoint.initialize_from`, whose
+    weights it tells about."""
     time_limit: str | int | None = number_field(None, 1, 10**6)
     """Minutes or H:MM:SS from the start on, before whose end the run saves and stops by itself; under SLURM the end of
     the job counts as well, see [resilience.md](resilience.md#preemption)."""
@@ -193,3 +196,22 @@ class LoggingConfig:
     """Optimiser steps between comparisons of the ranks' times; 0 = never."""
     straggler_factor: float = number_field(1.3, 1, 1e6, above=True)
     """A rank is reported that takes this many times the median."""
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """Public tasks during training, by lm-evaluation-harness (the extra `eval`)."""
+
+    names: list[str] = field(default_factory=list)
+    """Tasks, groups, or patterns such as `arc_*`, which are [evaluated in the course of the
+    run](training.md#tasks); none by default."""
+    interval: int = number_field(1000, 1, STEPS)
+    """Optimiser steps between evaluations of the tasks, each after a checkpoint; and at the end."""
+    path: str | None = path_field(None)
+    """Folder with `.yaml` files of tasks of your own."""
+    limit: int | None = number_field(None, 1, STEPS)
+    """The first so many documents of each task; all unless given."""
+    num_fewshot: int | None = number_field(None, 0, 10**6)
+    """Solved examples before each question; the task's own number unless given."""
+    batch_size: int = number_field(8, 1, 10**6)
+    """Sequences in a forward."""

@@ -10,7 +10,14 @@ from megatron_ponder.config.families import FAMILIES
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import ParallelConfig
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
-from megatron_ponder.config.run import IN_PLACE, CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_ponder.config.run import (
+    IN_PLACE,
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TasksConfig,
+    TrainingConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
 
 
 ARCHITECTURE = ("model", "ponder")

@@ -1,22 +1,25 @@
 """From the datasets, blends and phases of a configuration to the samples of each split, and what tells them apart."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import BlendPart, DataConfig
+from megatron_ponder.config.data import SPLITS
 from megatron_ponder.data.blend import BlendedDataset, Phase
 from megatron_ponder.data.dataset import TokenDataset, open_part
 from megatron_ponder.data.dataset_manifest import fingerprint
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.interleave import Interleave
-from megatron_ponder.data.splits import NAMES, parse_split, split_text
+from megatron_ponder.data.splits import parse_split, split_text
 
 Samples = TokenDataset | BlendedDataset
 Blend = list[BlendPart] | str
+WHOLE = "0,1"  # the split of a dataset that is all for validation
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Mixture:
     """What a configuration reads.
 
     Attributes:
-        samples: by split: train, valid, test; a split without weight is absent.
+        samples: by split: train, valid, test; a split without weight is absent. And by name of a validation set.
         fingerprint: of all that decides which training sample comes when, see `same_past`.
     """
 
@@ -39,7 +42,7 @@ def parts_of(blend: Blend) -> list[BlendPart]:
 
 def prefixes(data: DataConfig) -> list[str]:
     """Every dataset that a configuration names, once, in the order of the configuration."""
-    blends = [blend for name in NAMES for _, blend in _phases(data, name)]
+    blends = [blend for name in (*SPLITS, *data.validation) for _, blend in _phases(data, name)]
     return list(dict.fromkeys(part.path for blend in blends for part in parts_of(blend)))
 
 
@@ -58,17 +61,23 @@ def open_mixture(data: DataConfig, seed: int) -> Mixture:
     content = cache(lambda prefix: fingerprint(prefix, None if shared is None else shared.stamps))
     indexed = cache(IndexedDataset)
 
-    def samples_of(name: str) -> Samples | None:
+    def held_out(prefix: str) -> str:
+        """The split of a dataset in a validation set: that of training, or all of it where training reads none."""
+        indexed(prefix)  # says what is wrong with the path
+        trained = {content(path): split for path, split in _trained(data)}
+        return trained.get(content(prefix), WHOLE)
+
+    def samples_of(name: str, part_name: str, usual: Callable[[str], str]) -> Samples | None:
         streams: dict[tuple[str, str], int] = {}
         datasets: list[TokenDataset] = []
         phases = []
         for first, blend in _phases(data, name):
             drawn: dict[int, float] = {}
-            for part in _with_share(data, name, blend):
+            for part in _with_share(part_name, blend, usual):
                 source = indexed(part.path)  # says what is wrong with the path
                 stream = (content(part.path), part.split)
                 if stream not in streams:
-                    options = (name, part.split, data.sequence_length, seed, shared, content(part.path))
+                    options = (part_name, part.split, data.sequence_length, seed, shared, content(part.path))
                     datasets.append(open_part(source, *options))
                     streams[stream] = len(datasets) - 1
                 if streams[stream] in drawn:
@@ -84,8 +93,22 @@ def open_mixture(data: DataConfig, seed: int) -> Mixture:
             return None
         return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, phases)
 
-    samples = {name: opened for name in NAMES if (opened := samples_of(name)) is not None}
+    opened = {name: samples_of(name, name, lambda _: split_text(data.split)) for name in SPLITS}
+    for name in data.validation:
+        with _told_of(f"data.validation.{name}"):
+            opened[name] = samples_of(name, "valid", held_out)
+            if opened[name] is None:
+                raise UserError(
+                    "nothing of it is left for validation; name a dataset that training does not read, or give a "
+                    "split with a second weight, such as [969, 30]"
+                )
+    samples = {name: found for name, found in opened.items() if found is not None}
     return Mixture(samples, ",".join(_digests(data, seed, content)))
+
+
+def validation_sets(samples: dict[str, Samples], data: DataConfig) -> dict[str, Samples]:
+    """Those of the samples of a mixture that training is validated on: the valid part, and sets with a name."""
+    return {name: samples[name] for name in ("valid", *data.validation) if name in samples}
 
 
 def build_ahead(mixture: Mixture, samples: dict[str, int]) -> Iterator[tuple[str, TokenDataset, int]]:
@@ -123,21 +146,44 @@ def same_past(stored: str, current: str, samples: int) -> bool:
 def _phases(data: DataConfig, name: str) -> list[tuple[int, Blend]]:
     if name == "train":
         return [(0, data.path), *((phase.first_sample, phase.path) for phase in data.phases)]
+    if name in data.validation:
+        return [(0, data.validation[name])]
     return [(0, (data.valid_path if name == "valid" else data.test_path) or data.path)]
 
 
-def _with_share(data: DataConfig, name: str, blend: Blend) -> Iterator[BlendPart]:
-    """The parts of a blend that a split has documents of, each with the split that applies to it."""
+def _with_share(name: str, blend: Blend, usual: Callable[[str], str]) -> Iterator[BlendPart]:
+    """The parts of a blend that a split has documents of, each with the split that applies to it.
+
+    Args:
+        name: of the split.
+        blend: of datasets.
+        usual: weights of the split of a dataset, by its prefix, that has none of its own.
+    """
     for part in parts_of(blend):
-        split = split_text(part.split or data.split)
+        split = split_text(part.split) if part.split else usual(part.path)
         if name in parse_split(split):
             yield BlendPart(part.path, part.weight, split)
+
+
+def _trained(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Every dataset of training, with the split that applies to it there."""
+    for _, blend in _phases(data, "train"):
+        yield from ((part.path, split_text(part.split or data.split)) for part in parts_of(blend))
+
+
+@contextmanager
+def _told_of(key: str) -> Iterator[None]:
+    """Begin a refusal with the key that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _digests(data: DataConfig, seed: int, content) -> Iterator[str]:
     """For each training phase a digest of its blend, after `first_sample:` unless that is 0."""
     for first, blend in _phases(data, "train"):
-        parts = list(_with_share(data, "train", blend))
+        parts = list(_with_share("train", blend, lambda _: split_text(data.split)))
         orders = [f"{content(part.path)}/{part.split}" for part in parts]
         if len(parts) > 1:
             shares = Interleave([part.weight for part in parts]).shares

@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_ponder.base.errors import UserError
-
-NAMES = ("train", "valid", "test")
+from megatron_ponder.config.data import SPLITS
 
 
 def split_text(split: Sequence[float] | str) -> str:
@@ -24,9 +23,9 @@ def parse_split(split: str) -> dict[str, float]:
     except ValueError:
         weights = []
     total = sum(weights)
-    if not 1 <= len(weights) <= len(NAMES) or min(weights) < 0 or not 0 < total < math.inf:
+    if not 1 <= len(weights) <= len(SPLITS) or min(weights) < 0 or not 0 < total < math.inf:
         raise UserError(f'data.split is "{split}"; write weights of train, valid and test such as [969, 30, 1]')
-    return {name: weight / total for name, weight in zip(NAMES, weights, strict=False) if weight > 0}
+    return {name: weight / total for name, weight in zip(SPLITS, weights, strict=False) if weight > 0}
 
 
 def split_documents(num_documents: int, split: str) -> dict[str, range]:

@@ -51,6 +51,7 @@ def new_run(
         "data.sequence_length": size.sequence_length,
         "tokenizer.path": "data/tokenizer.model",
         "optimizer.learning_rate": size.learning_rate,
+        "optimizer.schedule": "cosine",
         "optimizer.weight_decay": 0.1,
         "training.run_dir": f"runs/{name}",
         "training.global_batch_size": batch,

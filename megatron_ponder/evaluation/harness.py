@@ -8,6 +8,7 @@ import difflib
 import importlib
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -103,6 +104,18 @@ class TaskSet:
                 raise UserError(f"lm-evaluation-harness has no task {name}; {hint}")
         self.names = self.manager.match_tasks(list(names))
 
+    def prepare(self) -> None:
+        """Load the data of the tasks, or download them to where they are found later.
+
+        Raises:
+            UserError: they cannot be loaded, or the file of a task is none.
+        """
+        from lm_eval.tasks import get_task_dict
+
+        with _refused_in_words(self), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its new name, which the oldest version of the range does not have
+            get_task_dict(self.names, self.manager)
+
 
 def evaluate_tasks(
     folder: Path, tasks: TaskSet, limit: int | None = None, shots: int | None = None, batch_size: int = 8
@@ -124,7 +137,6 @@ def evaluate_tasks(
         if value is not None and value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
     import lm_eval
-    from datasets.exceptions import DatasetGenerationError
     from lm_eval.models.huggingface import HFLM
 
     config = read_json(folder / "config.json")
@@ -140,20 +152,10 @@ def evaluate_tasks(
         batch_size=batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    try:
+    with _refused_in_words(tasks):
         results = lm_eval.simple_evaluate(
             model, tasks=tasks.names, task_manager=tasks.manager, num_fewshot=shots, limit=limit, log_samples=False
         )
-    except (OSError, DatasetGenerationError) as error:
-        raise UserError(
-            f"the data of {', '.join(tasks.names)} cannot be loaded ({describe(error)}); make or download them first, "
-            "and where there is no network set HF_HUB_OFFLINE=1"
-        ) from error
-    except (AssertionError, ValueError) as error:  # how the harness refuses numbers and task files
-        raise UserError(
-            f"lm-evaluation-harness refuses {', '.join(tasks.names)}: {describe(error) or 'it does not say why'}; "
-            "compare --limit and --num-fewshot with the documents of the task, and its file with the harness's guide"
-        ) from error
     iterated = config["ponder_mode"] in ("fixed", "adaptive")
     hard = f"jacobi({config['ponder_jacobi_iterations']})" if iterated else "exact"
     return TaskEvaluation(
@@ -164,6 +166,24 @@ def evaluate_tasks(
         router_bias=config["ponder_router_bias"],
         tasks=list(_scores(results)),
     )
+
+
+@contextmanager
+def _refused_in_words(tasks: TaskSet) -> Iterator[None]:
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (OSError, DatasetGenerationError) as error:
+        raise UserError(
+            f"the data of {', '.join(tasks.names)} cannot be loaded ({describe(error)}); make or download them first, "
+            "and where there is no network set HF_HUB_OFFLINE=1"
+        ) from error
+    except (AssertionError, ValueError) as error:  # how the harness refuses numbers and task files
+        raise UserError(
+            f"lm-evaluation-harness refuses {', '.join(tasks.names)}: {describe(error) or 'it does not say why'}; "
+            "compare --limit and --num-fewshot with the documents of the task, and its file with the harness's guide"
+        ) from error
 
 
 def _scores(results: dict) -> Iterator[Score]:

@@ -12,12 +12,15 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.texts import read_text
 from megatron_ponder.checkpoint.load import LoadedModel
 from megatron_ponder.config import DataConfig
+from megatron_ponder.config.data import SPLITS
 from megatron_ponder.data.dataset_manifest import check_vocabulary
 from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
 from megatron_ponder.data.splits import split_text
 from megatron_ponder.evaluation.perplexity import windows
+
+SPLIT_HELP = "train, valid, test, or the name of a validation set (default: valid)"
 
 
 class EvaluationBatches(NamedTuple):
@@ -47,19 +50,20 @@ def split_batches(loaded: LoadedModel, dataset: str | None, split: str, samples:
     Args:
         loaded: the model.
         dataset: prefix of a dataset in place of that of the training run.
-        split: train, valid or test.
+        split: train, valid, test, or the name of a validation set.
         samples: at most so many.
 
     Raises:
         UserError: if there is no such dataset or split, or it has tokens that the model does not know.
     """
-    data = _data(loaded, dataset)
+    data = _data(loaded, dataset, split)
     opened = _open(loaded, data, split)
     for prefix in prefixes(data):
         check_vocabulary(prefix, loaded.config.model.vocab_size)
-    names = ", ".join(Path(prefix).name for prefix in prefixes(data))
+    names = ", ".join(Path(prefix).name for prefix in prefixes(replace(data, validation={})))
+    name = f"the validation set {split}" if split in data.validation else f"the {split} part of {names}"
     vocab_size = loaded.config.model.vocab_size
-    return EvaluationBatches(_batches(loaded, opened, samples, vocab_size), f"the {split} part of {names}")
+    return EvaluationBatches(_batches(loaded, opened, samples, vocab_size), name)
 
 
 def depth_batches(loaded: LoadedModel, dataset: str | None, split: str, samples: int, depths: str) -> list[Tensor]:
@@ -72,7 +76,7 @@ def depth_batches(loaded: LoadedModel, dataset: str | None, split: str, samples:
     Raises:
         UserError: if the two do not have the same documents.
     """
-    data = _data(loaded, dataset)
+    data = _data(loaded, dataset, split)
     if not isinstance(data.path, str) or len(prefixes(data)) != 1:
         raise UserError("depths belong to one dataset, and not to a blend; name it with --data")
     text, stated = IndexedDataset(data.path), IndexedDataset(depths)
@@ -83,17 +87,20 @@ def depth_batches(loaded: LoadedModel, dataset: str | None, split: str, samples:
             f"{depths} has {len(stated)} documents of {stated.num_tokens} tokens, and {text.prefix} has {len(text)} of "
             f"{text.num_tokens}, or they are cut differently; give the depths that were made with that dataset"
         )
-    data = replace(data, path=depths, valid_path=None, test_path=None, phases=[])
+    data = replace(data, path=depths, valid_path=None, test_path=None, validation={}, phases=[])
     return _batches(loaded, _open(loaded, data, split), samples, vocab_size=None)
 
 
-def _data(loaded: LoadedModel, dataset: str | None) -> DataConfig:
+def _data(loaded: LoadedModel, dataset: str | None, split: str) -> DataConfig:
+    """The data of a run, or another dataset, with no other validation set than the one that is asked for."""
     data = replace(loaded.config.data, cache_path=None)
     if dataset:
-        data = replace(data, path=dataset, valid_path=None, test_path=None, phases=[])
+        data = replace(data, path=dataset, valid_path=None, test_path=None, validation={}, phases=[])
     if not data.path:
         raise UserError(f"{loaded.folder} names no dataset; evaluate on one with --data, or on a file with --text")
-    return data
+    if split not in (*SPLITS, *data.validation):
+        raise UserError(f"there is no split {split}; choose one of {', '.join((*SPLITS, *data.validation))}")
+    return replace(data, validation={name: blend for name, blend in data.validation.items() if name == split})
 
 
 def _open(loaded: LoadedModel, data: DataConfig, split: str) -> Samples:

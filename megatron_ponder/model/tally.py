@@ -1,7 +1,7 @@
 """Sums over tokens that a loss is made of, which travel between ranks and are added up."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -103,6 +103,17 @@ class Tally(NamedTuple):
         sums = {name: list(islice(numbers, size)) for name, size in _sizes(steps).items()}
         sums = {name: own if name in BY_STEP else own[0] for name, own in sums.items()}
         return Tally(**sums | {"steps": [round(count) for count in sums["steps"]]})
+
+    @staticmethod
+    def total(tallies: Sequence["Tally"]) -> "Tally":
+        """The tally of all that some tallies cover."""
+        sums = {name: [getattr(tally, name) for tally in tallies] for name in Tally._fields}
+        return Tally(
+            **{
+                name: [sum(column) for column in zip(*values, strict=True)] if name in BY_STEP else sum(values)
+                for name, values in sums.items()
+            }
+        )
 
 
 def _sizes(steps: int) -> dict[str, int]:

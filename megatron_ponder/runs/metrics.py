@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_ponder.base.errors import UserError, describe
@@ -15,6 +15,7 @@ from megatron_ponder.runs.tensorboard_events import TensorBoardEvents
 from megatron_ponder.runs.weights_and_biases import WandbRun
 
 METRICS = "metrics.jsonl"
+TASKS = "tasks"  # scores of public tasks are tasks/NAME/METRIC
 # Numbers that had other names before, under which older runs have them.
 RENAMED = {
     f"{part}{old}": f"{part}{new}"
@@ -37,6 +38,17 @@ def read_metrics(run_dir: Path) -> list[dict]:
 def metrics_in(lines: bytes) -> list[dict]:
     """Records of some lines of the file, by the names that their numbers have now."""
     return [{RENAMED.get(name, name): value for name, value in record.items()} for record in records_in(lines)]
+
+
+def of_steps(records: Sequence[dict]) -> list[dict]:
+    """Those of some records that are of optimiser steps; a validation before the first has a record of its own."""
+    return [record for record in records if record["step"] > 0]
+
+
+def names_of(field: str, records: Sequence[dict]) -> list[str]:
+    """Names of the validation sets that have a field in some records, as `code` has in `validation_loss/code`."""
+    names = (key.partition("/") for record in records for key in record)
+    return list(dict.fromkeys(name for number, _, name in names if number == field and name))
 
 
 class MetricsLog:
@@ -62,7 +74,7 @@ class MetricsLog:
         """
         path = run_dir / METRICS
         records = read_metrics(run_dir) if path.exists() else []
-        self.kept = [record for record in records if record["step"] <= first_step]
+        self.kept = [record for record in records if 0 < first_step >= record["step"]]
         self._last = self.kept[-1] if self.kept else {}
         write_atomically(path, "".join(_line(record) for record in self.kept))
         self._file = LastingFile(path)

@@ -1,10 +1,10 @@
 """Pictures of runs, drawn without a display."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ponder.base.files import replacing
-from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.metrics import names_of, of_steps, read_metrics
 from megatron_ponder.runs.style import COLOURS, FURTHER_MARKERS, STYLE
 
 TRAINING, VALIDATION, PRUNED = COLOURS["pause"], COLOURS["fixed"], "#000000"
@@ -58,14 +58,19 @@ def plot_training(run_dir: Path) -> Path:
 
 
 def _curve(axes, records: Sequence[dict], training: str, validation: str | None) -> None:
-    """A number of every step, and the same in validations."""
-    steps = [record["step"] for record in records]
-    axes.plot(steps, [record[training] for record in records], linewidth=0.8, color=TRAINING, label="training")
-    validated = [record for record in records if validation in record]
-    if validated:
-        at = [record["step"] for record in validated]
-        values = [record[validation] for record in validated]
-        axes.plot(at, values, "o-", markersize=3, color=VALIDATION, label="validation")
+    """Draw a number of every step, and the same in validations, a curve for each set."""
+    taken = of_steps(records)
+    steps = [record["step"] for record in taken]
+    axes.plot(steps, [record[training] for record in taken], linewidth=0.8, color=TRAINING, label="training")
+    if validation is None:
+        return
+    curves = {"validation": (validation, {"marker": "o", "color": VALIDATION})}
+    curves |= {name: (f"{validation}/{name}", look) for name, look in _looks_of_sets(names_of(validation, records))}
+    for label, (field, look) in curves.items():
+        validated = [record for record in records if field in record]
+        if validated:
+            values = [record[field] for record in validated]
+            axes.plot([record["step"] for record in validated], values, markersize=3, label=label, **look)
 
 
 def _own_losses(axes, records: Sequence[dict]) -> None:
@@ -98,6 +103,14 @@ def _shares(axes, records: Sequence[dict]) -> None:
     axes.set_ylabel(SHARES)
     axes.set_ylim(-0.02, 1.02)
     axes.legend()
+
+
+def _looks_of_sets(names: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """Each name of a validation set with a colour and a marker, which come again if there are many."""
+    colours = [COLOURS[mode] for mode in ("adaptive", "vanilla", "loop", "ponderlm")]
+    for number, name in enumerate(names):
+        marker = FURTHER_MARKERS[number % len(FURTHER_MARKERS)]
+        yield name, {"marker": marker, "color": colours[number % len(colours)], "linewidth": 0.8}
 
 
 def _looks_of_steps(count: int) -> list[dict]:

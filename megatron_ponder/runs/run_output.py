@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from megatron_ponder.base.errors import describe
 from megatron_ponder.config import Config
-from megatron_ponder.runs.metrics import MetricsLog, Value
+from megatron_ponder.runs.metrics import MetricsLog, Value, of_steps
 from megatron_ponder.runs.plots import plot_training
 from megatron_ponder.runs.progress_bar import RunProgress
 from megatron_ponder.runs.run_folder import RunFolder
@@ -70,7 +70,7 @@ class RunOutput(Silence):
         self._progress = RunProgress(config.training.steps, first_step, config.logging.interval, self._log)
         self._start = recorded(folder, first_step, ranks)
         self._closing = ExitStack()
-        self.losses = [record["loss"] for record in self._metrics.kept]
+        self.losses = [record["loss"] for record in of_steps(self._metrics.kept)]
 
     def __enter__(self) -> "RunOutput":
         with self._closing as closing:

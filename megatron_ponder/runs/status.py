@@ -2,7 +2,7 @@
 
 import mmap
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_ponder.base.errors import UserError
@@ -10,10 +10,11 @@ from megatron_ponder.base.files import did_you_mean
 from megatron_ponder.base.yaml_files import read_mapping
 from megatron_ponder.checkpoint.folders import MANIFEST, checkpoints_in, export_of, latest_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
-from megatron_ponder.runs.metrics import METRICS, metrics_in
+from megatron_ponder.runs.metrics import METRICS, TASKS, metrics_in, names_of
 from megatron_ponder.runs.starts import read_end, read_starts
 
 RECENT = 50  # records that pace and rate are taken from
+LOSS = "validation_loss"
 PATIENCE = 120.0  # seconds without a record that no pace makes suspicious
 
 
@@ -51,6 +52,9 @@ class RunStatus:
         loss: of the last step.
         validation_loss: of the last validation.
         validation_step: its step.
+        validation_losses: of that validation, by the names of its sets; empty without names.
+        task_scores: of the last evaluation of public tasks, by `NAME/METRIC`; empty without one.
+        task_step: its step.
         mean_latent_steps: latent steps per token of the last step.
         training_flops: model FLOPs of all steps so far, where they are known.
         tokens_per_second: mean over the last records, validation and saving included.
@@ -72,6 +76,9 @@ class RunStatus:
     loss: float | None = None
     validation_loss: float | None = None
     validation_step: int | None = None
+    validation_losses: dict[str, float | None] = field(default_factory=dict)
+    task_scores: dict[str, float | None] = field(default_factory=dict)
+    task_step: int | None = None
     mean_latent_steps: float | None = None
     training_flops: float | None = None
     tokens_per_second: float | None = None
@@ -108,7 +115,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     """
     now = time.time() if now is None else now
     config = _config(run_dir)
-    recent, validation = _records(run_dir / METRICS)
+    recent, validation, scored = _records(run_dir / METRICS)
     saved = _of_folder(run_dir, config["training"]["steps"], now)
     if not recent:
         return RunStatus(state="not started" if saved["end"] is None else "stopped", step=0, **saved)
@@ -122,8 +129,11 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         state=state,
         step=last["step"],
         loss=last.get("loss"),
-        validation_loss=validation.get("validation_loss"),
+        validation_loss=validation.get(LOSS),
         validation_step=validation.get("step"),
+        validation_losses={name: validation[f"{LOSS}/{name}"] for name in names_of(LOSS, [validation])},
+        task_scores={name: scored[f"{TASKS}/{name}"] for name in names_of(TASKS, [scored])},
+        task_step=scored.get("step"),
         mean_latent_steps=last.get("mean_latent_steps"),
         training_flops=last.get("training_flops"),
         tokens_per_second=tokens / pace if pace else last.get("tokens_per_second"),
@@ -173,21 +183,24 @@ def _config(run_dir: Path) -> dict:
     return config
 
 
-def _records(path: Path) -> tuple[list[dict], dict]:
-    """The last records, and the last one with a validation; the file is read from its end."""
+def _records(path: Path) -> tuple[list[dict], dict, dict]:
+    """The last records, and the last with a validation and with scores of tasks; the file is read from its end."""
     if not path.is_file() or path.stat().st_size == 0:
-        return [], {}
+        return [], {}, {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.rfind(b"\n") + 1  # what follows is still being written, or was cut off
         for _ in range(RECENT):
             start = content.rfind(b"\n", 0, max(0, start - 1)) + 1
-        recent = metrics_in(content[start:])
-        found = content.rfind(b'"validation_loss"')
-        validation = {}
-        if found >= 0:
-            line = content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found) + 1]
-            validation = next(iter(metrics_in(line)), {})
-    return recent, validation
+        return metrics_in(content[start:]), _last_with(f'"{LOSS}"', content), _last_with(f'"{TASKS}/', content)
+
+
+def _last_with(text: str, content: mmap.mmap) -> dict:
+    """The last record that a text is in; empty if there is none."""
+    found = content.rfind(text.encode())
+    if found < 0:
+        return {}
+    line = content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found) + 1]
+    return next(iter(metrics_in(line)), {})
 
 
 def _samples_a_step(records: list[dict], config: dict) -> float:

@@ -18,13 +18,13 @@ from megatron_ponder.config.batch_sizes import batch_size
 from megatron_ponder.config.layout import own_length
 from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.loader import batches
+from megatron_ponder.data.mixture import validation_sets
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.runs.metrics import Value
-from megatron_ponder.runs.progress_bar import nats
 from megatron_ponder.runs.run_output import Silence
 from megatron_ponder.training import records
 from megatron_ponder.training.boundary import Boundary
@@ -37,15 +37,16 @@ from megatron_ponder.training.out_of_memory import out_of_memory_explained
 from megatron_ponder.training.penalty import Penalty
 from megatron_ponder.training.profiler import FOLDER, Profiler
 from megatron_ponder.training.replicas import allowed_drift, mend_replicas
-from megatron_ponder.training.router_health import router_complaint
-from megatron_ponder.training.schedules import StepPlan, plan_step, training_rule
+from megatron_ponder.training.schedules import StepPlan, plan_step
 from megatron_ponder.training.setup import RunParts
 from megatron_ponder.training.skipped_steps import SkippedSteps
 from megatron_ponder.training.state import state_of
 from megatron_ponder.training.step_costs import StepCosts
 from megatron_ponder.training.step_watch import StepWatch
+from megatron_ponder.training.task_evaluator import TaskEvaluator
 from megatron_ponder.training.time_limit import seconds_left
-from megatron_ponder.training.validation import Validation, measure_each_step
+from megatron_ponder.training.validation import measure_each_step
+from megatron_ponder.training.validation_sets import ValidationSets
 
 
 class TrainingLoop:
@@ -75,7 +76,6 @@ class TrainingLoop:
         training = config.training
         self._config, self._mesh, self._engine = config, mesh, engine
         self._state, self._saved_step, self._output = state, state.step, output
-        state.validated = state.validated or "valid" not in parts.datasets
         self._unsaved: UserError | None = None
         self._batch = batch_size(training, state.samples)  # of the step under way
         self._routed = passes_of(config.ponder).routed
@@ -103,8 +103,10 @@ class TrainingLoop:
         )
         self._reader = CarefulReader((training.micro_batch_size, own_length(config) + 1))
         self._validation = None
-        if (held_out := parts.datasets.get("valid")) is not None:
-            self._validation = Validation(config, mesh, held_out, engine, self._boundary, self._watchdog)
+        if sets := validation_sets(parts.datasets, config.data):
+            self._validation = ValidationSets(config, mesh, sets, engine, self._boundary, self._watchdog)
+        state.validated = state.validated or self._validation is None
+        self._tasks = TaskEvaluator(config, self._boundary, self._watchdog, output) if config.tasks.names else None
 
     def run(self) -> None:
         """Train.
@@ -120,11 +122,15 @@ class TrainingLoop:
 
     def _run(self) -> None:
         training, boundary, state = self._config.training, self._boundary, self._state
-        if not state.validated:  # the start before was stopped in it
-            if fields := self._validate():
+        if not state.validated:  # the start before was stopped in it, or this is the first
+            with self._watchdog.paused():
+                fields = self._validate()
+            if fields:
                 self._output.complete(state.step, fields)
-            if boundary.stop:
+            if boundary.stop and state.step > 0:
                 self._save()
+        if self._scored_here() and not boundary.stop and self._tasks.lacks(state.step):
+            self._tasks.run(state.step)
         while state.step < training.steps and not boundary.stop and not self._skipped.too_many(state.step):
             try:
                 record = self._take_step()
@@ -138,8 +144,11 @@ class TrainingLoop:
             if self._validation is not None and self._due(training.eval_interval):
                 record |= self._validate()
             self._output.record(record)
-            if boundary.stop or self._skipped.too_many(state.step) or self._due(self._config.checkpoint.interval):
+            saves = self._due(self._config.checkpoint.interval) or self._scored_here()
+            if boundary.stop or self._skipped.too_many(state.step) or saves:
                 self._save()
+            if self._scored_here() and not boundary.stop:
+                self._evaluate_tasks()
             self._profiler.end(state.step)
         self._end()
 
@@ -282,26 +291,20 @@ class TrainingLoop:
 
     def _validate(self) -> dict[str, Value]:
         """Fields of the record; none if the run is to stop before they are known."""
-        state, config = self._state, self._config
+        state = self._state
         state.validated = False
-        rule = training_rule(state.step - 1, config)  # of the last step
         try:
-            found = self._validation.run(rule)
+            found = self._validation.run(state.step)
         except UserError:
-            self._save()
+            if state.step > 0:
+                self._save()
             raise
         state.validated = found is not None
         if found is None:
             return {}
-        tally, pruned = found
-        steps = f"latent steps/token {tally.mean_steps:.2f}"
-        self._output.say(f"step {state.step}  validation loss {nats(tally.mean_loss)}  {steps}")
-        fields = records.validation_fields(tally)
-        if not (self._routed and rule.latents):
-            return fields
-        if complaint := router_complaint(tally, pruned.mean_loss - tally.mean_loss, state.step, config):
-            self._output.say(f"step {state.step}  warning: {complaint}")
-        return fields | records.routed_validation_fields(tally, pruned)
+        for line in found.said:
+            self._output.say(line)
+        return found.fields
 
     def _save(self) -> None:
         """Save, or begin to; if that fails, training goes on all the same.
@@ -322,6 +325,20 @@ class TrainingLoop:
         verb = "saving" if self._config.checkpoint.asynchronous else "saved"
         self._output.say(f"step {self._state.step}  {verb} {folder}")
 
+    def _scored_here(self) -> bool:
+        """Whether tasks are evaluated after this step."""
+        return self._tasks is not None and self._tasks.due(self._state.step)
+
+    def _evaluate_tasks(self) -> None:
+        """Evaluate the tasks on what has been saved, if it has been."""
+        try:
+            with self._watchdog.paused():
+                self._checkpointer.finish()
+        except UserError as error:
+            self._unsaved = error
+        if self._unsaved is None:
+            self._tasks.run(self._state.step)
+
     def _end(self) -> None:
         step, stop = self._state.step, self._boundary.stop
         self._watch.close()
@@ -335,7 +352,8 @@ class TrainingLoop:
         complaint = self._skipped.too_many(step)
         if complaint is not None:
             raise UserError(f"{complaint}; saved {folder}", shared=True)
-        if stop and (step < self._config.training.steps or not self._state.validated):
+        cut_off = not self._state.validated or (self._tasks is not None and self._tasks.pending)
+        if stop and (step < self._config.training.steps or cut_off):
             where = f"checkpoint {folder}" if step > 0 else "there is nothing to save yet"
             message = f"stopped at step {step} by {stop}; {where}; resume with --checkpoint.resume auto"
             self._output.say(message)

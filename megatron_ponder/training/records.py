@@ -46,19 +46,17 @@ def each_step_fields(tally: Tally) -> dict[str, Value]:
     return {"own_losses": losses, "latent_steps_follow_loss": tally.steps_follow_loss}
 
 
-def validation_fields(tally: Tally) -> dict[str, Value]:
-    """Fields of every validation."""
-    return {"validation_loss": tally.mean_loss, "validation_mean_latent_steps": tally.mean_steps}
-
-
-def routed_validation_fields(tally: Tally, pruned: Tally) -> dict[str, Value]:
-    """Further fields of a validation of a routed model.
+def validation_fields(tally: Tally, pruned: Tally | None) -> dict[str, Value]:
+    """Fields of a validation.
 
     Args:
         tally: under the rule of training.
-        pruned: under the hard rule.
+        pruned: under the hard rule; None where no router decides.
     """
-    return {
+    fields = {"validation_loss": tally.mean_loss, "validation_mean_latent_steps": tally.mean_steps}
+    if pruned is None:
+        return fields
+    return fields | {
         "validation_pruned_loss": pruned.mean_loss,
         "validation_latent_step_histogram": tally.steps,
         "validation_weights": [weight / tally.tokens for weight in tally.weights],

@@ -56,13 +56,20 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
         if weights is not None:
             verify_together(weights)
         changes = [] if weights is None else together(lambda: positions_changed(weights, config))
-        return Start(RunState(), None, weights, doubts, changes)
+        return Start(RunState(validated=not validates_at_start(config)), None, weights, doubts, changes)
     manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
     if manifest.state.tokens is None:
         manifest.state.tokens = manifest.state.samples * together(lambda: read_config_of(resumed)).data.sequence_length
     doubts += together(lambda: latents_taken_away(resumed, manifest.state.step, config))
     changes = together(lambda: all_changes(resumed, manifest, config, data_fingerprint))
     return Start(manifest.state, resumed, resumed, doubts, changes)
+
+
+def validates_at_start(config: Config) -> bool:
+    """Whether a new run is validated before its first step: unless told, where that tells what weights are worth."""
+    wanted = config.training.eval_at_start
+    given = config.checkpoint.initialize_from is not None
+    return given and config.training.eval_interval > 0 if wanted is None else wanted
 
 
 def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:

@@ -10,7 +10,7 @@ from megatron_ponder.checkpoint.reader import open_tensors, read_config_of
 from megatron_ponder.config import Config, DataConfig
 from megatron_ponder.config.sections import architecture_changes, turns_positions
 from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
-from megatron_ponder.data.mixture import Samples, open_mixture, prefixes
+from megatron_ponder.data.mixture import Samples, open_mixture, prefixes, validation_sets
 from megatron_ponder.data.splits import split_text
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.model.build import build_part
@@ -57,6 +57,11 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     if "train" not in mixture.samples:
         weights = split_text(config.data.split)
         raise UserError(f'data.split "{weights}" leaves nothing to train on; give its first part a weight')
+    if config.training.eval_at_start and not validation_sets(mixture.samples, config.data):
+        raise UserError(
+            "training.eval_at_start is true, but there is nothing to validate on; give data.split a second weight, or "
+            "name sets in data.validation"
+        )
     manifest = _common_manifest(config.data, tokenizer)
     vocab_size = config.model.vocab_size
     if vocab_size is None:

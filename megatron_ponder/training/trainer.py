@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
 from megatron_ponder.config.batch_sizes import batch_sizes
+from megatron_ponder.data.mixture import validation_sets
 from megatron_ponder.estimates.layout_table import describe_layout
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
@@ -25,6 +26,7 @@ from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.resuming import Start, find_start
 from megatron_ponder.training.setup import RunParts, build_model, open_parts
 from megatron_ponder.training.state import restore
+from megatron_ponder.training.task_evaluator import check_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
     check_same(config)
     data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
+    together(lambda: check_tasks(config, parts.tokenizer_path) if dist.get_rank() == 0 else None)
     doubt = check_memory(config, data_size, device)
     if doubt is not None and dist.get_rank() == 0:
         logger.warning("warning: %s", doubt)  # now, since the system may end the run while its model is built
@@ -76,6 +79,8 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         output.say(_headline(config, mesh, parts, start))
         for change in start.changes:
             output.say(change)
+        if config.data.validation:
+            output.say(_validation_sets(config, parts))
         output.say(describe_layout(config, mesh.data.size, mesh.device.type))
         output.note(engine.description)
         output.say(f"ready after {phases}")
@@ -102,3 +107,10 @@ def _headline(config: Config, mesh: Mesh, parts: RunParts, start: Start) -> str:
         f"{parts.datasets['train'].samples_per_epoch:,} samples of {config.data.sequence_length} tokens an epoch, "
         f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} a step"
     )
+
+
+def _validation_sets(config: Config, parts: RunParts) -> str:
+    """How many samples a validation reads of each set, which may hold fewer than it is to read."""
+    sets, most = validation_sets(parts.datasets, config.data), config.training.eval_samples
+    counts = (f"{min(most, samples.samples_per_epoch):,} samples of {name}" for name, samples in sets.items())
+    return f"validation on {', '.join(counts)}"

@@ -134,3 +134,40 @@ def test_weights_of_a_split_that_are_none():
     }.items():
         with pytest.raises(UserError, match=said):
             read_config(["--data.split", value])
+
+
+def test_validation_sets_are_read_and_kept(write, tmp_path):
+    text = "{code: data/code, prose: [0.3, data/web, 0.7, data/books], 1: [{path: data/one, split: [0, 1]}]}"
+    expected = {
+        "code": "data/code",
+        "prose": [BlendPart("data/web", 0.3), BlendPart("data/books", 0.7)],
+        "1": [BlendPart("data/one", split=[0, 1])],
+    }
+    config = read_config(["--data.validation", text])
+    assert config.data.validation == expected
+    assert read_config(write(f"data: {{validation: {text}}}")) == config
+    (tmp_path / "kept.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "kept.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ("[a]", "data.validation is ['a']; write a name and a dataset for each set, {NAME: PREFIX or blend, ...}"),
+        ("{'': a}", 'data.validation has a set of the name ""; names are made of 1 to 64 letters, digits, _ and -'),
+        ("{a/b: c}", 'data.validation has a set of the name "a/b"; names are made of'),
+        ("{valid: a}", "data.validation has a set of the name valid, which cannot be told from valid; give it another"),
+        ("{code: a, Code: b}", "data.validation has a set of the name code, which cannot be told from Code; give it"),
+        ("{code: a, code: b}", "`code` is there already"),
+        ("{code: }", "data.validation.code has no path; give it one"),
+        ("{code: ''}", "data.validation.code has no path; give it one"),
+        ("{code: {path: a, wieght: 1}}", "a dataset in data.validation.code has path, weight, split, and no wieght"),
+        ("{code: [{path: a, weight: 0}]}", "data.validation.code[0].weight is 0; its range is 1e-9 to 1e12"),
+        ("{code: [a, a]}", "data.validation.code names a more than once; add the weights up"),
+    ],
+)
+def test_validation_sets_that_cannot_be(write, sets, said):
+    for arguments in (["--data.validation", sets], write(f"data: {{validation: {sets}}}")):
+        with pytest.raises(UserError) as caught:
+            read_config(arguments)
+        assert said in str(caught.value) and "\n" not in str(caught.value)

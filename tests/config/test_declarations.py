@@ -14,7 +14,7 @@ from megatron_ponder.config.declarations import Range, check_ranges, expand_path
 SECTIONS = {section.name: section.default_factory for section in dataclasses.fields(Config)}
 PARTS = {"part of a blend": BlendPart, "phase": PhaseConfig}
 # Texts that name no file.
-WORDS = {"data.split", "part of a blend.split", "training.time_limit", "logging.wandb_project"}
+WORDS = {"data.split", "part of a blend.split", "training.time_limit", "logging.wandb_project", "tasks.names"}
 CLUSTER_WORDS = {"gpu", "account", "partition", "time", "modules", "environment", "sbatch"}
 
 
@@ -115,8 +115,11 @@ def test_the_home_folder_is_expanded_in_every_path(key, item, monkeypatch, tmp_p
     monkeypatch.setenv("HOME", str(tmp_path))
     section, _, name = key.partition(".")
     extra = ["--parallel.offload_optimizer=nvme", "--parallel.zero_stage=3"] * (name == "offload_nvme_path")
-    read = getattr(getattr(read_config([f"--{key}=~/x", *extra]), section), name)
-    assert read == f"{tmp_path}/x"
+    extra += ["--tasks.names=[a]"] * (section == "tasks")
+    by_name = name == "validation"
+    value = "{a: ~/x}" if by_name else "~/x"
+    read = getattr(getattr(read_config([f"--{key}={value}", *extra]), section), name)
+    assert read == ({"a": f"{tmp_path}/x"} if by_name else f"{tmp_path}/x")
 
 
 def test_the_home_folder_is_expanded_inside_blends_phases_and_clusters(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from megatron_ponder.data.blend import BlendedDataset
 from megatron_ponder.data.dataset import TokenDataset
 from megatron_ponder.data.dataset_manifest import fingerprint
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
-from megatron_ponder.data.mixture import build_ahead, open_mixture, prefixes, same_past
+from megatron_ponder.data.mixture import build_ahead, open_mixture, prefixes, same_past, validation_sets
 
 
 @pytest.fixture
@@ -57,6 +57,37 @@ def test_a_dataset_without_a_part_in_a_split_is_left_out_of_its_blend(paths):
     assert set(sources(samples["valid"], 20)) == {"a", "c"}
 
 
+def test_a_validation_set_is_what_training_leaves_of_its_datasets(paths, tmp_path):
+    """By the split that applies in training, also to a copy; all of a dataset that training does not read."""
+    for ending in ("bin", "idx"):
+        shutil.copyfile(f"{paths['a']}.{ending}", tmp_path / f"copy.{ending}")
+    sets = {
+        "own": paths["a"],
+        "copy": str(tmp_path / "copy"),
+        "phase": paths["b"],
+        "other": paths["c"],
+        "some": [BlendPart(paths["c"], split="3,1")],
+        "both": [BlendPart(paths["a"]), BlendPart(paths["c"])],
+    }
+    phases = [PhaseConfig(9, [BlendPart(paths["b"], split=[1, 1])])]
+    data = plain(paths["a"], validation=sets, phases=phases)
+    samples = open_mixture(data, 0).samples
+    documents = {name: samples[name].documents for name in list(sets)[:-1]}
+    assert documents == {
+        "own": range(32, 40),
+        "copy": range(32, 40),
+        "phase": range(20, 40),
+        "other": range(40),
+        "some": range(30, 40),
+    }
+    assert [part.documents for part in samples["both"].datasets] == [range(32, 40), range(40)]
+    assert list(validation_sets(samples, data)) == ["valid", *sets]
+    assert open_mixture(replace(data, validation={}), 0).fingerprint == open_mixture(data, 0).fingerprint
+    assert prefixes(data) == [*(paths[name] for name in "ab"), str(tmp_path / "copy"), paths["c"]]
+    alone = replace(data, split="1", validation={"other": paths["c"]})
+    assert list(validation_sets(open_mixture(alone, 0).samples, alone)) == ["other"]
+
+
 def test_a_blend_of_one_is_the_dataset(paths):
     alone, blend = plain(paths["a"]), plain([BlendPart(paths["a"], 0.3)])
     assert isinstance(open_mixture(blend, 0).samples["train"], TokenDataset)
@@ -97,17 +128,29 @@ def test_a_phase_may_follow_a_single_dataset(paths):
         ({"path": [BlendPart("{a}"), BlendPart("{b}", split="999,1")]}, '"999,1" leaves no document of .*b, which has'),
         ({"path": [BlendPart("{a}"), BlendPart("no/such")]}, "no/such.bin does not exist"),
         ({"sequence_length": 90}, "valid part of .*a: sequence longer than the data"),
+        ({"validation": {"x": "no/such"}}, "data.validation.x: no/such.bin does not exist"),
+        ({"validation": {"x": "{a}"}, "split": "1"}, "data.validation.x: nothing of it is left for validation; name a"),
+        ({"validation": {"x": "{copy}"}, "split": "1"}, "data.validation.x: nothing of it is left for validation"),
+        (
+            {"validation": {"x": [BlendPart("{c}", split="99,1")]}},
+            "data.validation.x: .* of .*c, which has 40, for valid",
+        ),
+        ({"validation": {"x": "{short}"}}, "data.validation.x: valid part of .*short: sequence longer than the data"),
         ({"cache_path": "{a}.bin"}, "cannot write the index cache .*a.bin .*set data.cache_path to another folder"),
     ],
 )
 def test_what_does_not_fit_is_refused(paths, tmp_path, others, message):
     for ending in ("bin", "idx"):
         shutil.copyfile(f"{paths['a']}.{ending}", tmp_path / f"copy.{ending}")
-    known = paths | {"copy": str(tmp_path / "copy")}
+    known = paths | {name: str(tmp_path / name) for name in ("copy", "short")}
+    with IndexedDatasetWriter(tmp_path / "short", np.dtype("<u2")) as writer:
+        writer.add_document(np.arange(5))
 
     def filled(value):
         if isinstance(value, list):
             return [filled(item) for item in value]
+        if isinstance(value, dict):
+            return {name: filled(item) for name, item in value.items()}
         if isinstance(value, BlendPart | PhaseConfig):
             return replace(value, path=filled(value.path))
         return value.format(**known) if isinstance(value, str) else value

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import sysconfig
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from examples.evaluation.make_next_line import main as make_next_line
 from megatron_ponder.base.errors import UserError
@@ -137,11 +139,15 @@ def test_multiple_choice(options, folder, corpus, tmp_path, monkeypatch):
 
 
 def test_text_and_generation(folder, corpus, tmp_path, monkeypatch):
-    """Bits per byte of whole texts, from their first token on, and greedy continuations by `generate`."""
+    """Bits per byte of whole texts, from their first token on, and greedy continuations by `generate`.
+
+    What a random model says is no text: bytes that are no characters, the unknown piece, the end. The harness compares
+    what the export's tokenizer makes of it, without special tokens.
+    """
     monkeypatch.chdir(folder)
     loaded = load_model(checkpoint_of(tmp_path / "checkpoint", corpus))
     texts = ["import json", "def loads(s):\n    return s", "naïve 数据"]
-    bits, rows = 0.0, []
+    bits, continuations = 0.0, []
     for text in texts:
         ids = loaded.tokenizer.encode(text)
         bits -= log_probability(loaded, [loaded.tokenizer.eod_id], ids) / math.log(2)
@@ -149,10 +155,15 @@ def test_text_and_generation(folder, corpus, tmp_path, monkeypatch):
         for _ in range(6):
             exact = loaded.model.exact(tokens, loaded.model.rule("hard"))
             tokens = torch.cat([tokens, loaded.model.head(exact.output_BLH[:, -1:]).argmax(-1)], 1)
-        continuation = loaded.tokenizer.decode(tokens[0, prompt.shape[1] :].tolist())
-        rows.append({"text": text, "continuation": continuation})
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ids = tokens[0, prompt.shape[1] :].tolist()
+        continuations.append(list(takewhile(lambda token: token != loaded.tokenizer.eod_id, ids)))
     with exported(tmp_path / "checkpoint") as export:
+        tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
+        rows = [
+            {"text": text, "continuation": tokenizer.decode(ids)}
+            for text, ids in zip(texts, continuations, strict=True)
+        ]
+        (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         evaluation = evaluate_tasks(export, TaskSet(["bits", "continued"], folder), batch_size=2)
     size = sum(len(text.encode()) for text in texts)
     assert values(evaluation) == pytest.approx({"bits_per_byte": bits / size, "exact_match": 1.0}, rel=1e-5)
@@ -197,8 +208,9 @@ def test_what_cannot_be_evaluated_is_refused(folder, corpus, tmp_path, monkeypat
         evaluate_tasks(tmp_path, tasks)
     with exported(checkpoint_of(tmp_path / "checkpoint", corpus)) as export:
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(UserError, match=r"the data of stdlib_next_line cannot be loaded .*stdlib_next_line\.jsonl"):
-            evaluate_tasks(export, tasks)
+        for needs_data in (tasks.prepare, lambda: evaluate_tasks(export, tasks)):
+            with pytest.raises(UserError, match=r"the data of stdlib_next_line cannot be loaded .*next_line\.jsonl"):
+                needs_data()
         (export / "tokenizer.json").unlink()
         with pytest.raises(UserError, match=r"put its tokenizer\.json there"):
             evaluate_tasks(export, tasks)

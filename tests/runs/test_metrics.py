@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_ponder.config import LoggingConfig
-from megatron_ponder.runs.metrics import METRICS, MetricsLog, read_metrics
+from megatron_ponder.runs.metrics import METRICS, MetricsLog, names_of, of_steps, read_metrics
 from tests.runs.records import record
 
 PLAIN = LoggingConfig(tensorboard=False)
@@ -45,6 +45,20 @@ def test_records_after_the_resumed_step_are_dropped(tmp_path):
     write(tmp_path, [1])
     assert steps_of(tmp_path) == [1]
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+def test_a_validation_before_the_first_step_has_a_record_of_its_own(tmp_path):
+    for again in (False, True):
+        log = MetricsLog(tmp_path, PLAIN, 0)  # which begins anew
+        log.complete(0, {"validation_loss": 7.0, "validation_loss/code": 6.0})
+        log.write(record(1, again=again))
+        log.close()
+    first = {"step": 0, "validation_loss": 7.0, "validation_loss/code": 6.0}
+    assert read_metrics(tmp_path) == [first, record(1, again=True)]
+    assert of_steps(read_metrics(tmp_path)) == [record(1, again=True)]
+    assert names_of("validation_loss", read_metrics(tmp_path)) == ["code"]
+    write(tmp_path, [2], first_step=1)
+    assert steps_of(tmp_path) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kept", [1, 20, -2])

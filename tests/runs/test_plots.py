@@ -6,6 +6,7 @@ import pytest
 from megatron_ponder.config import LoggingConfig
 from megatron_ponder.runs.metrics import MetricsLog
 from megatron_ponder.runs.plots import plot_training
+from megatron_ponder.runs.style import COLOURS
 
 
 def record(step: int, validated: bool) -> dict:
@@ -73,3 +74,17 @@ def test_what_is_not_finite_leaves_a_gap(tmp_path):
         log.write(record(step, True) | losses | lost)
     log.close()
     assert plot_training(tmp_path).is_file()
+
+
+def test_every_validation_set_has_a_curve(tmp_path):
+    """Also before the first step, where there is nothing of training yet."""
+    log = MetricsLog(tmp_path, LoggingConfig(tensorboard=False), 0)
+    named = {"validation_loss/code": 3.0, "validation_loss/prose": 5.0}
+    log.complete(0, {"validation_loss": 8.0, "validation_mean_latent_steps": 1.5} | named)
+    for step in (1, 2, 3):
+        log.write(record(step, True) | named)
+    log.close()
+    pixels = (matplotlib.image.imread(plot_training(tmp_path))[:360, :600, :3] * 255).round()
+    for colour in ("adaptive", "vanilla"):
+        shade = [int(COLOURS[colour][at : at + 2], 16) for at in (1, 3, 5)]
+        assert (abs(pixels - shade).max(-1) <= 2).sum() > 200, colour

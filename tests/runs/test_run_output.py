@@ -42,6 +42,7 @@ def test_losses_before_this_start_are_known_and_how_it_ends_is_noted(tmp_path):
     config = config_for(tmp_path)
     with RunFolder(tmp_path, "") as folder:
         with RunOutput(folder, config, 0, ranks=1) as output:
+            output.complete(0, {"validation_loss": 8.0})
             for step in (1, 2, 3):
                 output.record(record(step))
         output = RunOutput(folder, config, 2, ranks=1)

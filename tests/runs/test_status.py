@@ -89,6 +89,34 @@ def test_a_run_under_way(run_dir):
     assert RECENT < 180
 
 
+def test_every_validation_set_has_its_loss(run_dir):
+    losses = {"validation_loss": 4.5, "validation_loss/code": 4.0, "validation_loss/prose": None}
+    write(run_dir, [{"step": 0} | losses])
+    status = run_status(run_dir)
+    assert (status.state, status.step, status.validation_step) == ("running", 0, 0)
+    assert status.validation_losses == {"code": 4.0, "prose": None}
+    said = {name: words for name, words in lines_of(status).items() if "loss" in name}
+    assert said == {
+        "validation loss": "4.5000 before the first step",
+        "validation loss, code": "4.0000 before the first step",
+        "validation loss, prose": "not finite before the first step",
+    }
+    write(run_dir, [{"step": 0} | losses, record(1), record(2, **losses), record(3)])
+    status = run_status(run_dir, now=BEGUN + 7)
+    assert (status.step, status.loss, status.seconds_left) == (3, 5.0, 997 * 2)
+    assert lines_of(status)["validation loss, code"] == "4.0000 after step 2"
+    assert json.loads(json.dumps(status.as_dict()))["validation_losses"] == {"code": 4.0, "prose": None}
+
+
+def test_the_last_scores_of_tasks(run_dir):
+    scores = {"tasks/next_line/acc": 0.25, "tasks/next_line/acc_norm": 0.5}
+    write(run_dir, [record(1, **scores), record(2, **scores | {"tasks/next_line/acc": 0.75}), record(3)])
+    status = run_status(run_dir)
+    assert (status.task_scores, status.task_step) == ({"next_line/acc": 0.75, "next_line/acc_norm": 0.5}, 2)
+    assert lines_of(status)["next_line acc"] == "0.7500 after step 2"
+    assert "validation loss" not in lines_of(status)
+
+
 def test_the_rate_is_that_of_this_start_and_of_the_last_steps(run_dir):
     slow = [record(step, pace=100.0) for step in range(1, 11)]
     fast = [record(step, time=BEGUN + 50_000 + 3 * step, step_seconds=3.0) for step in range(11, 21)]

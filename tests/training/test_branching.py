@@ -33,6 +33,7 @@ BARE = {
     "optimizer__warmup_steps": 2,
     "model__init_std": 0.3,  # positions matter
 }
+RUN = BARE | {"ponder__mode": "vanilla"}
 DECAY = {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3, "optimizer__decay_shape": "1-sqrt"}
 
 
@@ -64,10 +65,10 @@ def branches(corpus, tmp_path_factory) -> Branches:
     stable = {"optimizer__schedule": "wsd", "optimizer__decay_steps": 0, "training__steps": 5}
     off = {"checkpoint__branch_from": found.stable, "checkpoint__resume": "auto"}
     commands = [
-        tiny_arguments(corpus, found.whole, **BARE, **DECAY),
-        tiny_arguments(corpus, found.stable, **BARE, **stable),
-        tiny_arguments(corpus, found.decayed, **BARE, **DECAY, **off),
-        tiny_arguments(corpus, found.longer, **BARE | stable | LONGER, **off),
+        tiny_arguments(corpus, found.whole, **RUN, **DECAY),
+        tiny_arguments(corpus, found.stable, **RUN, **stable),
+        tiny_arguments(corpus, found.decayed, **RUN, **DECAY, **off),
+        tiny_arguments(corpus, found.longer, **RUN | stable | LONGER, **off),
     ]
     run_distributed(train_in_turn, 1, commands, time_limit=300)
     return found
@@ -117,7 +118,7 @@ def test_a_run_goes_on_with_longer_sequences_and_slower_positions(branches):
 
 def test_other_positions_have_to_be_allowed(corpus, branches, tmp_path):
     off = {"checkpoint__branch_from": branches.stable, "checkpoint__allow_rope_change": "false"}
-    said = refused(tiny_arguments(corpus, tmp_path / "run", **BARE | LONGER | off))
+    said = refused(tiny_arguments(corpus, tmp_path / "run", **RUN | LONGER | off))
     assert said.startswith("model.rope_scaling is yarn, but ")
     assert said.endswith(
         "was trained with none; set --model.rope_scaling none, or add --checkpoint.allow_rope_change "
@@ -132,7 +133,7 @@ def test_longer_sequences_are_the_same_on_every_grid(corpus, branches, tmp_path)
         "data at ZeRO 3": {"parallel__zero_stage": 3, "training__micro_batch_size": 1},
     }
     for name, grid in grids.items():
-        given = BARE | {"optimizer__schedule": "constant", "checkpoint__branch_from": branches.stable} | LONGER | grid
+        given = RUN | {"optimizer__schedule": "constant", "checkpoint__branch_from": branches.stable} | LONGER | grid
         run_distributed(train_in_turn, 4, [tiny_arguments(corpus, tmp_path / name, **given)], time_limit=300)
         for record, expected in zip(read_metrics(tmp_path / name), read_metrics(branches.longer), strict=True):
             for field in ("cross_entropy", "grad_norm"):

@@ -19,7 +19,7 @@ from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.sharding import initialize
-from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.metrics import of_steps, read_metrics
 from megatron_ponder.runs.status import run_status
 from megatron_ponder.training import checkpointer as saving
 from megatron_ponder.training.checkpointer import Checkpointer
@@ -31,7 +31,7 @@ from megatron_ponder.training.setup import open_parts
 from megatron_ponder.training.state import state_of
 from megatron_ponder.training.trainer import train
 from tests.distributed import run_distributed
-from tests.finished_runs import FinishedRuns, contents, finished_runs, tiny_arguments
+from tests.finished_runs import FinishedRuns, contents, finished_runs, tiny_arguments, train_in_turn
 from tests.models import random_tokens, small_config
 
 
@@ -231,9 +231,33 @@ def test_a_run_exports_its_checkpoints_as_the_command_does(two_ranks, ponder, tm
     assert run_status(folder / "halves").checkpoint.exported
 
 
+@pytest.mark.slow
+def test_a_grid_exports_and_keeps_what_it_is_told_to(ponder, corpus, tmp_path):
+    run = tmp_path / "run"
+    command = tiny_arguments(
+        corpus,
+        run,
+        training__steps=5,
+        training__eval_interval=0,
+        checkpoint__interval=1,
+        checkpoint__keep=1,
+        checkpoint__keep_every=2,
+        checkpoint__export_hf="float32",
+        checkpoint__asynchronous="true",
+        parallel__tensor=2,
+        parallel__pipeline=2,
+    )
+    run_distributed(train_in_turn, 4, [command], time_limit=300)
+    assert listing(run / "checkpoints") == ["latest", "step-00000002", "step-00000004", "step-00000005"]
+    for step in (2, 4, 5):
+        checkpoint, output = run / "checkpoints" / f"step-{step:08d}", tmp_path / f"hf-{step}"
+        assert ponder("export-hf", "--checkpoint", checkpoint, "--output", output).code == 0
+        assert contents(checkpoint / "hf") == contents(output)
+
+
 def test_initialising_from_a_checkpoint_starts_at_step_0_with_its_weights(runs):
     anew = runs.anew
-    records = read_metrics(anew)
+    records = of_steps(read_metrics(anew))
     assert [record["step"] for record in records] == [1, 2]
     assert [record["samples"] for record in records] == [4, 8]
     assert read_manifest(resolve_checkpoint(anew)).state.step == 2
