@@ -46,7 +46,7 @@ class Evaluation:
         step_shares: share of tokens at each K̂ = 0..K.
         kv_entries: cached slots per token.
         flops: floating-point operations per token at inference.
-        passes: parallel passes run, the most of any batch.
+        passes: parallel passes run, or sweeps to the fixed point; the most of any batch.
     """
 
     setting: str

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import write_atomically
 from megatron_ponder.checkpoint.finite import require_finite
+from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.reader import read_config_of, read_weights, tokenizer_path
 from megatron_ponder.checkpoint.writer import require_free, staged
 from megatron_ponder.config import Config
@@ -47,8 +48,8 @@ def export_checkpoint(
     Raises:
         UserError: as `export` does, or if a file of the checkpoint is missing or damaged.
     """
-    weights, config = read_weights(folder), read_config_of(folder)
-    export(weights, config, tokenizer_path(folder), output, dtype, measured, max_shard_size)
+    weights, config, averaged = read_weights(folder), read_config_of(folder), len(read_manifest(folder).averaged)
+    export(weights, config, tokenizer_path(folder), output, dtype, measured, max_shard_size, averaged)
 
 
 def export(
@@ -59,6 +60,7 @@ def export(
     dtype: DataType = "float32",
     measured: str | None = None,
     max_shard_size: str = "5GB",
+    averaged: int = 0,
 ) -> None:
     """Write a model as a Hugging Face folder, which appears whole or not at all.
 
@@ -70,6 +72,7 @@ def export(
         dtype: of the exported weights.
         measured: what was measured, as Markdown, for the model card; None for nothing.
         max_shard_size: of one file of weights, such as "5GB" or "200KB".
+        averaged: checkpoints whose average the weights are; 0 for none.
 
     Raises:
         UserError: if the folder is taken, the tokenizer cannot be converted, weights and configuration differ, or a
@@ -112,7 +115,7 @@ def export(
             ) from error
         for path in folder.glob("*.safetensors"):  # which nobody but the owner could read
             shutil.copymode(folder / "config.json", path)
-        card = model_card(config, dtype, sum(tensor.numel() for tensor in renamed.values()), measured)
+        card = model_card(config, dtype, sum(tensor.numel() for tensor in renamed.values()), measured, averaged)
         write_atomically(folder / "README.md", card)
 
 

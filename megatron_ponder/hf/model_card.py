@@ -59,7 +59,7 @@ computed and not cached. {parallel}
 """
 
 
-def model_card(config: Config, dtype: str, parameters: int, measured: str | None) -> str:
+def model_card(config: Config, dtype: str, parameters: int, measured: str | None, averaged: int = 0) -> str:
     """What the model is, how to use it and how it was evaluated, as Markdown.
 
     Args:
@@ -67,6 +67,7 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
         dtype: of the exported weights.
         parameters: number of weights.
         measured: what was measured, as Markdown; None if nothing was.
+        averaged: checkpoints whose average the weights are; 0 for none.
     """
     model, ponder, inference = config.model, config.ponder, config.inference
     rows = {
@@ -79,6 +80,8 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
         "Longest sequence": f"{model.max_position_embeddings:,} tokens",
         "Mode": ponder.mode,
     }
+    if averaged:
+        rows["Weights averaged over"] = f"{averaged} checkpoints"
     passes = passes_of(ponder)
     if ponder.steps:
         rows["Most latent steps K"] = ponder.latent_steps

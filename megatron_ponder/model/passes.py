@@ -5,8 +5,8 @@ slots and replace all latents at once (Jacobi iteration of z_{t,k} = h_{t,k-1});
 for the output. In `adaptive` mode every pass also routes from its own h_{t,0}, and the next pass uses that log w. Under
 the hard rule the next pass has min(K̂, n + 1) latent steps of a token that had n in this one; `packed.py` runs no other.
 
-This file alone says so; plain training, pipelines, evaluation and the exact fixed point all run it as the passes of
-`modes/pondering.py`. What other modes do otherwise is said beside it.
+This file alone says so; plain training, pipelines and evaluation run it as the passes of `modes/pondering.py`. Their
+fixed point is `fixed_point.py`. What other modes do otherwise is said beside it.
 """
 
 from typing import NamedTuple

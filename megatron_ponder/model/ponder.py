@@ -13,10 +13,10 @@ from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.ends import Back, Front, Head
+from megatron_ponder.model.fixed_point import settle
 from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.pondering import PassResult, Sizes, State, Stream
-from megatron_ponder.model.passes import PassState
 from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import (
     Router,
@@ -169,30 +169,27 @@ class PonderLM(nn.Module):
 
     @torch.no_grad()
     def exact(self, tokens_BL: Tensor, rule: Rule, tolerance: float | None = None) -> PonderOutput:
-        """Iterate the Jacobi passes to their fixed point, which is the sequential model up to rounding.
+        """Iterate to the fixed point, which is the sequential model up to rounding, by sweeps (`fixed_point.py`).
 
-        A position is right after at most as many passes as there are slots up to it; contraction makes it far fewer.
         Passes that are not iterated are the sequential model as they are.
 
         Args:
             tokens_BL: int64 ids.
             rule: how a routing is applied.
-            tolerance: largest change of a latent, relative to the largest latent, at which to stop; 16 units of
-                rounding unless given.
+            tolerance: largest change of a hidden state, relative to the largest, at which to stop; 16 units of rounding
+                unless given.
+
+        Returns:
+            The output; hidden states of slots that the rule prunes are zeros, and `slots_PB` is of sweeps.
         """
         if not (self.passes.iterated and rule.latents):
             return self.jacobi(tokens_BL, 0, rule)
-        steps = self.ponder_config.steps
         batch = self.read(tokens_BL)
         tolerance = 16 * torch.finfo(batch.embedded_BLH.dtype).eps if tolerance is None else tolerance
-        state = PassState()
-        for passes in range(1, tokens_BL.shape[1] * (steps + 1) + steps + 2):
-            result = self.run_pass(batch, state, rule)
-            following = self.next_state(result, rule, min(passes, steps) + 1)
-            if passes > steps + 1 and _settled(state, following, tolerance):
-                break
-            state = following
-        return self.output(result, rule, [min(index, steps) + 1 for index in range(passes)])
+        hidden_BLSH, routing, slots_PB = settle(self, *batch, rule, tolerance)
+        return PonderOutput(
+            self.fuse(hidden_BLSH, routing, rule), hidden_BLSH, routing, slots_PB, self.ponder_config.steps
+        )
 
     def sizes(self, batch: int, tokens: int) -> Sizes:
         """Sizes of micro-batches of so many sequences of L tokens."""
@@ -320,13 +317,3 @@ class PonderLM(nn.Module):
         """
         angles = rotation(positions_T.unsqueeze(0), self.model_config, x_TH.dtype)
         return self.transformer(x_TH.unsqueeze(0), Slots(len(x_TH), angles), caches=caches).squeeze(0)
-
-
-def _settled(before: PassState, after: PassState, tolerance: float) -> bool:
-    """Whether another pass would change nothing, or no pass can: what is not a number stays one."""
-    change = (after.latents - before.latents).abs().amax()
-    settled = not bool(change > tolerance * after.latents.abs().amax())
-    if settled and before.log_w is not None:
-        alive = (before.log_w > -1e3) == (after.log_w > -1e3)
-        settled = bool(alive.all())
-    return settled

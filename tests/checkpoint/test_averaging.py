@@ -128,6 +128,7 @@ def test_an_average_is_used_like_any_checkpoint(ponder, corpus, tmp_path):
     assert "average of" in told.out
     assert ponder("generate", "--checkpoint", output, "--prompt", "def ", "--max-new-tokens", 2).code == 0
     assert ponder("export-hf", "--checkpoint", output, "--output", tmp_path / "hf").code == 0
+    assert "| Weights averaged over | 2 checkpoints |" in (tmp_path / "hf" / "README.md").read_text()
     arguments = tiny_arguments(corpus, tmp_path / "run", checkpoint__initialize_from=output)
     config, parts = open_parts(read_config(arguments))
     model, weights = build_model(config, parts, Mesh(), output), read_weights(output)
