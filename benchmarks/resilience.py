@@ -155,9 +155,10 @@ def measure_step(settings: dict, folder: Path, repeats: int) -> None:
     from megatron_ponder.parallel.process_group import process_group
     from megatron_ponder.training.boundary import Boundary
     from megatron_ponder.training.deepspeed_engine import Engine
+    from megatron_ponder.training.initial_weights import build_model
     from megatron_ponder.training.loss_spikes import LossSpikes
     from megatron_ponder.training.objective import Objective
-    from megatron_ponder.training.setup import build_model, open_parts
+    from megatron_ponder.training.setup import open_parts
     from megatron_ponder.training.skipped_steps import SkippedSteps
 
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
+from megatron_ponder.hf.starting_point import complete
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.runs import run_output
@@ -66,7 +67,7 @@ def train_in_turn(mesh: Mesh, commands: Sequence[Sequence[str]]) -> None:
     """Train by each command line; for `run_distributed`."""
     with undrawn():
         for command in commands:
-            train(read_config(command), mesh.device)
+            train(read_config(complete(command)), mesh.device)
 
 
 @dataclass(frozen=True)

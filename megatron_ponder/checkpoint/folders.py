@@ -56,24 +56,29 @@ def resolve_checkpoint(path: Path) -> Path:
         UserError: if there is no complete checkpoint.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    found = _newest_of(path)
-    if found is None and (path / "config.json").is_file():
+    found = find_checkpoint(path)
+    if found is None and is_hugging_face(path):
         raise UserError(
             f"{path} is a Hugging Face model and no checkpoint; make one of it with ponder import-hf --model {path} "
             "--output FOLDER, and give that folder"
         )
     if found is None:
-        meant = did_you_mean(path, lambda below: _newest_of(below) is not None)
+        meant = did_you_mean(path, lambda below: find_checkpoint(below) is not None)
         advice = meant or "; give a run folder, or one of the step-… folders in its checkpoints/"
         raise UserError(f"{path} holds no complete checkpoint{advice}")
     return found
 
 
-def _newest_of(folder: Path) -> Path | None:
-    """The checkpoint of a run folder or a folder of checkpoints; None if it is neither."""
-    return latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder)
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path is, or the one that counts of a run folder or a folder of checkpoints; else None."""
+    if (path / MANIFEST).is_file():
+        return path
+    return latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is that of a Hugging Face model, and no checkpoint."""
+    return (path / "config.json").is_file() and find_checkpoint(path) is None
 
 
 def newest_checkpoints(path: Path, count: int) -> list[Path]:

@@ -17,6 +17,7 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.config import read_config
 from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.data.mixture import build_ahead, open_mixture, validation_sets
+from megatron_ponder.hf.starting_point import complete
 
 
 @command
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv or set(argv) & {"-h", "--help"}:
         print(__doc__)
         return
-    config = read_config(argv)
+    config = read_config(complete(argv))
     if not config.data.path:
         raise UserError("data.path is empty; give the prefix that ponder preprocess wrote (without .bin)")
     if config.data.cache_path is None:

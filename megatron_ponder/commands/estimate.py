@@ -30,6 +30,7 @@ from megatron_ponder.cluster.machine_options import add_machine_options, chosen_
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.estimates.budget import Budget
+from megatron_ponder.hf.starting_point import complete
 
 
 @command
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     add_machine_options(parser)
     arguments, overrides = parser.parse_with_overrides(argv)
 
-    config = read_config(["--config", arguments.config, *overrides])
+    config = read_config(complete(["--config", arguments.config, *overrides]))
     if config.model.vocab_size is None:
         raise UserError("the size of the vocabulary is the tokenizer's, which is not read here; add --model.vocab_size")
     if arguments.dry_run is not None:

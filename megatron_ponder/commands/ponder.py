@@ -17,7 +17,7 @@ from megatron_ponder.base.errors import UserError, command, command_line
 GROUPS = {
     "data": ("train-tokenizer", "preprocess", "merge", "inspect-dataset", "build-index"),
     "training": ("new", "estimate", "train", "status", "inspect-checkpoint", "average"),
-    "using a model": ("generate", "serve", "evaluate", "analyze", "import-hf", "export-hf"),
+    "using a model": ("inspect", "generate", "serve", "evaluate", "analyze", "import-hf", "export-hf"),
     "clusters": ("submit", "torchrun"),
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]

@@ -24,6 +24,7 @@ from megatron_ponder.base.command_line import version_line
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.cluster.description import OF_ESTIMATES, options_help, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render, submit
+from megatron_ponder.hf.starting_point import complete
 
 
 @command
@@ -40,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     after = _take(options, "--after")
     cluster = read_cluster([option for option in options if option != "--submit"], unread=OF_ESTIMATES)
     job = JOBS[name]
-    check_job(job, cluster, arguments)
+    # Jobs go on from their own run folder.
+    check_job(job, cluster, complete(["--checkpoint.resume=auto", *arguments]) if job.trains else arguments)
     script = render(job, cluster, arguments, Path.cwd(), after)
     console = Console(soft_wrap=True)
     if console.is_terminal:

@@ -17,8 +17,9 @@ def main(argv: Sequence[str]) -> None:
     """Read the configuration, join the other ranks, train."""
     with StopSignals() as signals:  # first of all, since imports take seconds, in which a job may be told to leave
         from megatron_ponder.config import check_layout, read_config
+        from megatron_ponder.hf.starting_point import complete
 
-        config = read_config(without_local_rank(argv))
+        config = read_config(complete(without_local_rank(argv)))
         # Imported when the configuration is right, so that a wrong one is answered at once.
         from megatron_ponder.base.launch import discover
         from megatron_ponder.parallel.process_group import process_group

@@ -16,7 +16,7 @@ from megatron_ponder.config.layout import (
 )
 from megatron_ponder.config.model import ModelConfig
 from megatron_ponder.config.parallel import ParallelConfig
-from megatron_ponder.config.parsing import load_config, read_config, to_yaml
+from megatron_ponder.config.parsing import load_config, read_config, to_yaml, written_values
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
 from megatron_ponder.config.run import CheckpointConfig, LoggingConfig, OptimizerConfig, TasksConfig, TrainingConfig
 from megatron_ponder.config.sections import Config, architecture, resolve
@@ -49,4 +49,5 @@ __all__ = [
     "stage_layers",
     "to_yaml",
     "validate",
+    "written_values",
 ]

@@ -189,12 +189,6 @@ def _validate_pipeline(config: Config) -> None:
         "step; set parallel.zero_stage to 1, or parallel.pipeline to 1",
     )
     _require(
-        not config.model.tie_embeddings,
-        f"model.tie_embeddings cannot be used with parallel.pipeline {pipeline}: embedding and head are on different "
-        "ranks; set parallel.pipeline to 1, or model.tie_embeddings to false, with which ponder import-hf gives a tied "
-        "model a head of its own",
-    )
-    _require(
         not config.ponder.routes_by_token,
         f"ponder.router_input token cannot be used with parallel.pipeline {pipeline}: embedding and router are on "
         "different ranks; set ponder.router_input to hidden, or parallel.pipeline to 1",

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from megatron_ponder.base.errors import UserError, warn
 from megatron_ponder.base.paths import user_path
@@ -62,6 +62,27 @@ def read_config(arguments: Sequence[str]) -> Config:
     return config
 
 
+def written_values(arguments: Sequence[str]) -> dict[str, Any]:
+    """Values that a command line and its files write, by dotted keys; nothing that is left out, and nothing derived.
+
+    `--help` and `--version` end the process.
+
+    Args:
+        arguments: as of `read_config`.
+
+    Raises:
+        UserError: on anything unknown or mistyped. Every rank raises the same.
+    """
+    try:
+        rewritten, given = _rewritten([argument for argument in arguments if argument != PRINT_CONFIG])
+        config = expand_paths(parse(_parser(), Config, rewritten))
+    except UserError as error:
+        error.shared = True
+        raise
+    keys = (current(name, value)[0].split(".") for name, value in given.items())
+    return {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys}
+
+
 def load_config(path: Path) -> Config:
     """The resolved configuration that a run folder or a checkpoint keeps as `config.yaml`."""
     return _read(["--config", str(path)])[0]
@@ -82,17 +103,17 @@ def _parser():
 def _read(arguments: Sequence[str]) -> tuple[Config, list[str]]:
     """The configuration, and the keys that were given under old names."""
     try:
-        rewritten, old = _rewritten(arguments)
+        rewritten, named = _rewritten(arguments)
         given = expand_paths(parse(_parser(), Config, rewritten))
         check_ranges(given)  # before other fields are derived from what may be nonsense
-        return validate(resolve(given)), old
+        return validate(resolve(given)), [key for key in named if key in RENAMED]
     except UserError as error:
         error.shared = True
         raise
 
 
-def _rewritten(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments with names and values that are known, and files by their content; and the old names among them."""
+def _rewritten(arguments: Sequence[str]) -> tuple[list[str], dict[str, object]]:
+    """The arguments with names and values that are known, and files by their content; and what is given, as named."""
     rewritten, given = [], {}
     for name, value in options_of(["--help" if argument == "-h" else argument for argument in arguments], _ALONE):
         if name == "help":
@@ -110,7 +131,7 @@ def _rewritten(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             _check_key(key, "on the command line")
             rewritten.append(f"--{key}={_option(key, value)}")
             given[name] = value
-    return rewritten, [key for key in given if key in RENAMED]
+    return rewritten, given
 
 
 def _option(key: str, value: str) -> str:

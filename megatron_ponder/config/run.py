@@ -161,7 +161,8 @@ class CheckpointConfig:
     """`none` starts anew, `auto` goes on from the run folder's latest checkpoint if there is one, anything else is the
     folder of a checkpoint to go on from."""
     initialize_from: str | None = path_field(None)
-    """Run or checkpoint folder whose weights a new run starts from, with a fresh optimiser at step 0."""
+    """Run, checkpoint, or [folder of a Hugging Face model](huggingface.md#train-from-a-folder) whose weights a new run
+    starts from, with a fresh optimiser at step 0; what is left out of `model` and `ponder` is theirs."""
     branch_from: str | None = path_field(None)
     """Run or checkpoint folder that a new run goes on from with all that there is: weights, optimiser, step and place
     in the data; what its own folder holds comes first with `resume: auto`."""

@@ -196,6 +196,8 @@ class Formula:
                 yield self._step("pipeline", "send", "activations", 1, carried[stage] * rank.width)
             if stage > 0:
                 yield self._step("pipeline", "send", "their gradients", 1, carried[stage - 1] * rank.width)
+        if rank.config.model.tie_embeddings and rank.first != rank.last:
+            yield Term("pipeline", "all-reduce", "gradient of the tied embedding", 1, rank.part.table * FP32)
         yield Term("pipeline", "all-reduce", "sums of the tally", 1, Tally.width(rank.config.ponder.steps) * FP64)
 
     def _copies_terms(self) -> Iterator[Term]:

@@ -68,8 +68,6 @@ def check_sizes(model: ModelConfig, tensor: int, pipeline: int, world_size: int,
             f"--pipeline {pipeline} leaves ranks without a layer, as the model has {model.num_layers}; the largest "
             f"that works is --pipeline {model.num_layers}"
         )
-    if pipeline > 1 and model.tie_embeddings:
-        raise UserError("the model ties its embeddings, so that one rank needs both; leave out --pipeline")
     shared = tensor * pipeline
     if world_size % shared or not (copies or world_size == shared):
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
@@ -88,7 +86,7 @@ def _nearest(model: ModelConfig, tensor: int, pipeline: int, world_size: int, co
     fitting = [
         (size, stages)
         for size in range(1, world_size + 1)
-        for stages in range(1, (1 if model.tie_embeddings else model.num_layers) + 1)
+        for stages in range(1, model.num_layers + 1)
         if largest_tensor(model, size) == size
         and (world_size % (size * stages) == 0 if copies else world_size == size * stages)
     ]

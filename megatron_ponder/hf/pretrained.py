@@ -3,20 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.config import Config, read_config
-from megatron_ponder.data.tokenizer import load_tokenizer
-from megatron_ponder.hf.pretrained_config import READERS, settings
-from megatron_ponder.hf.weight_files import describe, read, read_json, weight_files
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.sharding import initialize
-
-# Parts of a model that are initialised as for training where a folder lacks them or has them in other sizes.
-_FRESH = ("router.", "pauses.")
+from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ponder.hf.pretrained_config import settings
+from megatron_ponder.hf.pretrained_weights import PretrainedWeights
+from megatron_ponder.hf.weight_files import read_json
 
 
 def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Tensor], Config]:
@@ -37,30 +31,22 @@ def import_pretrained(model_dir: Path, overrides: Sequence[str] = ()) -> tuple[d
     Raises:
         UserError: if the folder lacks something or the model has a feature that PonderLM does not have.
     """
-    theirs = read_json(model_dir / "config.json")
-    own = settings(theirs)
-    config = read_config([*own, *overrides])
-    files = weight_files(model_dir)
-    given, num_heads = read_config(own), config.model.num_heads
-    parted = given.model.tie_embeddings and not config.model.tie_embeddings
-    renamed = lambda tensors: _named(READERS[theirs["model_type"]].weights(tensors, num_heads), parted)
-    described = renamed(describe(files))
-    # An export whose steps are as it says has every part that it says.
-    whole = theirs["model_type"] == "ponderlm" and config.ponder == given.ponder
-    _require_fit(described, config, whole)
-    weights = renamed(read(files))
-    if config.model.tie_embeddings and not torch.equal(
-        weights.pop("head.weight", weights["embedding.weight"]), weights["embedding.weight"]
-    ):
-        raise UserError(
-            f"{model_dir} has an output head of its own, but tie_word_embeddings in config.json says that it is the "
-            "embedding; correct config.json, or remove the head from the weights"
-        )
-    model = PonderLM(config.model, config.ponder)
-    initialize(model, config.training.seed)
-    weights = {name: tensor.contiguous() for name, tensor in _completed(weights, model).items()}
-    load_weights(model, weights)
+    config = read_config([*implied(model_dir), *overrides])
+    found = PretrainedWeights(model_dir, config)
+    found.require_tied()
+    weights = {name: tensor.float().contiguous() for name, tensor in found.items()}
+    for name, tensor in weights.items():
+        found.require_finite(name, tensor)
     return weights, config
+
+
+def implied(model_dir: Path) -> list[str]:
+    """`--section.key value ...` that a Hugging Face folder says of its model.
+
+    Raises:
+        UserError: if it is of no kind that can be read.
+    """
+    return settings(read_json(model_dir / "config.json"))
 
 
 def tokenizer_of(model_dir: Path, config: Config) -> Path | None:
@@ -69,7 +55,7 @@ def tokenizer_of(model_dir: Path, config: Config) -> Path | None:
     Raises:
         UserError: if it holds one that cannot be read, or has more tokens than the model.
     """
-    if not any((model_dir / f"tokenizer.{ending}").is_file() for ending in ("model", "json")):
+    if not _tokenizer_files(model_dir):
         return None
     tokenizer = load_tokenizer(model_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -80,45 +66,26 @@ def tokenizer_of(model_dir: Path, config: Config) -> Path | None:
     return model_dir
 
 
-def _named(weights: dict[str, Tensor], parted: bool) -> dict[str, Tensor]:
-    """The weights; of a tied model that is `parted` from its embedding, with a head that begins as a copy of it."""
-    if not parted or "embedding.weight" not in weights:
-        return weights
-    return {"head.weight": weights["embedding.weight"].clone()} | weights
-
-
-def _require_fit(described: dict[str, Tensor], config: Config, whole: bool) -> None:
-    """Refuse sizes that are not those of the tensors, without allocating anything.
+def require_own_tokenizer(model_dir: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose ids mean something else than those that a model was trained with.
 
     Args:
-        described: tensors on the `meta` device by PonderLM's parameter names.
-        config: resolved.
-        whole: router and pause embeddings must be among them, in their sizes.
+        model_dir: folder of the model; one without a tokenizer says nothing.
+        tokenizer: to train with.
+
+    Raises:
+        UserError: it is another one than the folder's.
     """
-    layers = len({name.split(".")[2] for name in described if name.startswith("transformer.blocks.")})
-    if layers != config.model.num_layers:
-        raise UserError(f"config.json says {config.model.num_layers} layers, but the weights have {layers}")
-    sizes = {size for tensor in described.values() for size in tensor.shape}
-    for name in ("vocab_size", "hidden_size", "ffn_hidden_size"):
-        size = getattr(config.model, name)
-        if size not in sizes:
-            raise UserError(f"model.{name} is {size} by config.json, but no tensor of the weights has that size")
-    with torch.device("meta"):
-        model = PonderLM(config.model, config.ponder)
-    if config.model.tie_embeddings:
-        described = {name: tensor for name, tensor in described.items() if name != "head.weight"}
-    load_weights(model, described if whole else _completed(described, model))
+    own = [load_tokenizer(path) for path in _tokenizer_files(model_dir)]
+    if not own or tokenizer.fingerprint in [one.fingerprint for one in own]:
+        return
+    pieces = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
+    if not any(pieces == [one.piece(token) for token in range(one.vocab_size)] for one in own):
+        raise UserError(
+            f"{tokenizer.path} is not the tokenizer of the model in {model_dir}, to which its ids mean something else; "
+            "leave tokenizer.path out to use the model's own, and make the dataset with that"
+        )
 
 
-def _completed(weights: dict[str, Tensor], model: PonderLM) -> dict[str, Tensor]:
-    """The weights, with the model's own router and pause embeddings where theirs are missing or of other sizes."""
-    for part in _FRESH:
-        fresh = {name: tensor.detach() for name, tensor in model.named_parameters() if name.startswith(part)}
-        trained = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
-        if _shapes(fresh) != _shapes(trained):
-            weights = {name: tensor for name, tensor in weights.items() if name not in trained} | fresh
-    return weights
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def _tokenizer_files(model_dir: Path) -> list[Path]:
+    return [path for ending in ("model", "json") if (path := model_dir / f"tokenizer.{ending}").is_file()]

@@ -57,15 +57,26 @@ def weight_files(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in sorted(set(named.values()))]
 
 
-def describe(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of these files without their contents, on the `meta` device.
+class WeightFiles:
+    """The tensors in safetensors files, each of which is mapped into memory when somebody asks for it.
 
-    Raises:
-        UserError: if a file is damaged, a tensor is in two of them, or is of a type that weights do not have.
+    Attributes:
+        described: the tensors by name without their contents, on the `meta` device.
     """
-    described: dict[str, Tensor] = {}
-    for path in files:
-        with _opened(path) as file:
+
+    def __init__(self, files: list[Path]) -> None:
+        """Read the headers.
+
+        Args:
+            files: of one model, as `weight_files` gives them.
+
+        Raises:
+            UserError: if a file is damaged, a tensor is in two of them, or is of a type that weights do not have.
+        """
+        self.described: dict[str, Tensor] = {}
+        self._paths: dict[str, Path] = {}
+        self._opened = {path: _opened(path) for path in files}
+        for path, file in self._opened.items():
             for name in file.keys():  # noqa: SIM118  (the file is no dict)
                 part = file.get_slice(name)
                 if part.get_dtype() not in _TYPES:
@@ -73,26 +84,22 @@ def describe(files: list[Path]) -> dict[str, Tensor]:
                         f"{path}: {name} has type {part.get_dtype()}, which is no floating-point weight; convert a "
                         "model that is not quantised"
                     )
-                if name in described:
+                if name in self.described:
                     raise UserError(f"{path}: {name} is in another file of {path.parent} too; download the model again")
-                described[name] = torch.empty(part.get_shape(), device="meta")
-    return described
+                self.described[name], self._paths[name] = torch.empty(part.get_shape(), device="meta"), path
 
+    def mapped(self, name: str) -> Tensor:
+        """The tensor in the type it is stored in, of which the system reads what is taken of it."""
+        return self._opened[self._paths[name]].get_tensor(name)
 
-def read(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of these files, in fp32.
+    def require_finite(self, name: str, part: Tensor) -> None:
+        """Refuse a part of a tensor, in fp32, if a value of it is not finite.
 
-    Raises:
-        UserError: if a file is damaged, or a value is not finite.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name).float()
-                require_finite(tensor, f"{path}: {name}", "download it again, or convert an earlier checkpoint of it")
-                tensors[name] = tensor
-    return tensors
+        Raises:
+            UserError: naming the tensor and its file.
+        """
+        what = f"{self._paths[name]}: {name}"
+        require_finite(part, what, "download it again, or convert an earlier checkpoint of it")
 
 
 def _opened(path: Path) -> safe_open:

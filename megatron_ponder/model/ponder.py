@@ -115,8 +115,9 @@ class PonderLM(nn.Module):
         # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
         std = model.init_std if ponder.mode == "vanilla" else math.sqrt(2 / (5 * model.hidden_size))
         self.embedding, self._learned = None, ()
-        if part.first:
+        if part.first or (part.last and model.tie_embeddings):
             self.embedding = VocabParallelEmbedding(*vocabulary, normal(std), vocab_multiple)
+        if part.first:
             learned = self.passes.learned_inputs(model.hidden_size, axis, normal(std))
             self._learned = tuple(learned)
             for name, module in learned.items():
@@ -128,6 +129,17 @@ class PonderLM(nn.Module):
             self.head = Head(model, axis, vocab_multiple)
             if model.tie_embeddings:
                 self.head.weight = self.embedding.weight
+
+    @property
+    def tied(self) -> nn.Parameter | None:
+        """The embedding that is the head too and of which this part and another hold a copy each; None if none is."""
+        shares = self.model_config.tie_embeddings and self.part.first != self.part.last
+        return self.embedding.weight if shares else None
+
+    @property
+    def copied(self) -> nn.Parameter | None:
+        """That of this part, where the other's counts: in the last part."""
+        return self.tied if self.part.last else None
 
     @property
     def front(self) -> Front:

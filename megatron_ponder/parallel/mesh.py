@@ -85,6 +85,20 @@ def build_mesh(device: torch.device, parallel: ParallelConfig, timeout: timedelt
     return Mesh(device, **axes)
 
 
+def ends_of(mesh: Mesh, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Axis:
+    """The ranks of the first and the last place in the pipeline, over all copies; a collective of all ranks.
+
+    Tensor ranks have a group each. Ranks between the ends are in none, but of the same axis.
+    """
+    sizes = {axis: getattr(mesh, axis).size for axis in AXES}
+    grid = torch.arange(dist.get_world_size()).view([sizes[axis] for axis in reversed(AXES)])
+    pipeline, tensor = (grid.dim() - 1 - AXES.index(axis) for axis in ("pipeline", "tensor"))
+    ends = grid.index_select(pipeline, torch.tensor([0, sizes["pipeline"] - 1])).movedim(tensor, 0).flatten(1)
+    parts = ends.sort().values.tolist()
+    group = group_of(parts, "pipeline ends", timeout)
+    return Axis(len(parts[0]), 0 if group is None else dist.get_rank(group), group)
+
+
 def _parts(sizes: dict[str, int], name: str) -> tuple[tuple[int, ...], ...]:
     """Ranks of each group of a name, where neighbours along the first axis are neighbours in number."""
     grid = torch.arange(dist.get_world_size()).view([sizes[axis] for axis in reversed(AXES)])

@@ -26,11 +26,11 @@ def replicated_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def sum_gradients(gradients: Iterable[Tensor], axis: Axis) -> None:
-    """Sum over the tensor ranks, in place, in one message for each type.
+    """Sum over ranks, in place, in one message for each type.
 
     Args:
         gradients: of the same parameters on every rank, in one order.
-        axis: the tensor ranks.
+        axis: the ranks, of which each has a summand.
     """
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:

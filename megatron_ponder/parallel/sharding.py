@@ -124,8 +124,19 @@ def declarations(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Paramete
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter from (seed, its name) alone, so that the layout changes nothing."""
     for name, parameter, spec, axis in declarations(model):
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.empty(spec.shape)
-        spec.initialize(whole, generator)
-        parameter.copy_(spec.shard(whole, axis))
+        parameter.copy_(spec.shard(initial(name, spec, seed), axis))
+
+
+def initial(name: str, spec: ParameterSpec, seed: int) -> Tensor:
+    """The whole parameter as `initialize` fills it.
+
+    Args:
+        name: in full.
+        spec: its declaration.
+        seed: of the run.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    whole = torch.empty(spec.shape)
+    spec.initialize(whole, generator)
+    return whole

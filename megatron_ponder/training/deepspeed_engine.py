@@ -27,7 +27,7 @@ from megatron_ponder.config.deepspeed import (
 from megatron_ponder.model.router import Rule, RuleKind
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
-from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.mesh import Mesh, ends_of
 from megatron_ponder.parallel.replicated import replicated_parameters, sum_gradients, sum_in_backward
 from megatron_ponder.parallel.sharding import declarations
 from megatron_ponder.training.clipping import clip_gradients
@@ -45,6 +45,8 @@ class Engine:
     Attributes:
         model: the language model, or this rank's part of it.
         mesh: the ranks.
+        tied: ranks that hold the same part of an embedding that is the head too, at both ends of a pipeline; on those
+            between as well. None without such an embedding.
         low_precision: the module computes in bf16, and its fp32 weights are kept beside it.
         description: how DeepSpeed takes a step, in words.
     """
@@ -67,7 +69,8 @@ class Engine:
         for _, parameter, spec, _ in declarations(self.model):
             self._kinds[parameter] = kinds(config.optimizer, spec.matrix)
             # These count in the gradient norm on every model-parallel rank, others on the first alone.
-            parameter.model_parallel = spec.shard_dim is not None or mesh.tensor.rank == 0
+            shared = spec.shard_dim is None and mesh.tensor.rank > 0
+            parameter.model_parallel = not shared and parameter is not self.model.copied
         deepspeed = _import_deepspeed(mesh)
         # An earlier engine of this process imports when it is collected; within the imports below, that would break
         # the import lock of Python before 3.12 with a KeyError.
@@ -86,6 +89,7 @@ class Engine:
             self._engine.pipeline_parallelism = True
             dtype = torch.bfloat16 if self.low_precision else torch.float32
             self._pipelined = PipelinedObjective(objective, mesh, dtype, config.parallel.pipeline_schedule)
+        self.tied = ends_of(mesh) if mesh.pipeline.size > 1 and config.model.tie_embeddings else None
         self._summed_at_end = self._sum_replicated(keeps_gradients(config))
         self._create_moments()
 
@@ -154,10 +158,16 @@ class Engine:
         return []
 
     def _sum_at_end(self) -> None:
+        # Where ZeRO adds them up beside the parameter, in bf16, the name is another.
+        own = "grad" if self._stage == 0 or not self.low_precision else "grad_accum"
         if self._summed_at_end:
-            # Where ZeRO adds them up beside the parameter, in bf16, the name is another.
-            own = "grad" if self._stage == 0 or not self.low_precision else "grad_accum"
             sum_gradients([getattr(parameter, own) for parameter in self._summed_at_end], self.mesh.tensor)
+        if self.model.tied is not None:
+            # Over the copies of the model too, whose mean DeepSpeed takes: it adds up in another order at either end,
+            # unless all are alike.
+            gradient = getattr(self.model.tied, own)
+            sum_gradients([gradient], self.tied)
+            gradient.div_(self.mesh.copies.size)
 
     @torch.no_grad()
     def evaluate(

@@ -21,7 +21,7 @@ from megatron_ponder.training.deepspeed_engine import Engine
 
 Named = tuple[str, nn.Parameter]
 # Along which ranks parameters are compared, and what those are called.
-COMPARED = {"copies": "copies of the model", "tensor": "tensor ranks"}
+COMPARED = {"copies": "copies of the model", "tensor": "tensor ranks", "tied": "the ends of the pipeline"}
 
 
 class Drift(NamedTuple):
@@ -59,10 +59,11 @@ def mend_replicas(engine: Engine, step: int, allowed: float, saved: str) -> Drif
     """
     found = Drift(0, 0.0)
     for name in COMPARED:
-        if getattr(engine.mesh, name).size == 1:
+        axis = _axis(engine, name)
+        if axis is None or axis.size == 1:
             continue
         differing = _differing(engine, name)
-        sizes = [_size(engine.held(parameter), getattr(engine.mesh, name)) for _, parameter in differing]
+        sizes = [_size(engine.held(parameter), axis) for _, parameter in differing]
         drift = _largest(Drift(len(sizes), max(sizes, default=0.0)), engine)
         if drift.size > allowed or (drift.parameters and not allowed):
             if differing:
@@ -83,7 +84,7 @@ def _differing(engine: Engine, name: str) -> list[Named]:
     replicas = _replicas(engine, name)
     if not replicas:
         return []
-    axis, other = (getattr(engine.mesh, which) for which in (name, "copies" if name == "tensor" else "tensor"))
+    axis, other = _axis(engine, name), engine.mesh.copies if name == "tensor" else engine.mesh.tensor
     checksums = torch.stack([_checksum(engine.held(parameter)) for _, parameter in replicas])
     everyones = [torch.empty_like(checksums) for _ in range(axis.size)]
     dist.all_gather(everyones, checksums, group=axis.group)
@@ -93,9 +94,16 @@ def _differing(engine: Engine, name: str) -> list[Named]:
     return [replica for replica, different in zip(replicas, differs.tolist(), strict=True) if different]
 
 
+def _axis(engine: Engine, name: str) -> Axis | None:
+    """The ranks of one kind that this rank is one of, or that there are elsewhere; None where there are none."""
+    return engine.tied if name == "tied" else getattr(engine.mesh, name)
+
+
 def _replicas(engine: Engine, name: str) -> list[Named]:
     """What every rank along an axis holds: of tensor ranks what is not sharded, of copies all, if it is whole."""
     declared = declarations(engine.model)
+    if name == "tied":
+        return [(own, parameter) for own, parameter, *_ in declared if parameter is engine.model.tied]
     if name == "tensor":
         return [(own, parameter) for own, parameter, spec, _ in declared if spec.shard_dim is None]
     return [] if engine.shares_weights else [(own, parameter) for own, parameter, *_ in declared]
@@ -122,11 +130,11 @@ def _largest(drift: Drift, engine: Engine) -> Drift:
 
 def _take_first(engine: Engine, name: str, differing: Sequence[Named]) -> None:
     """Give all ranks along an axis what its first one has of these parameters, and of what the optimiser keeps."""
-    axis = getattr(engine.mesh, name)
+    axis = _axis(engine, name)
     for _, parameter in differing:
         dist.broadcast(engine.held(parameter), group=axis.group, group_src=0)
         # Copies hold the optimiser's state in shares unless each has all of it.
-        for kind in engine.kinds(parameter) if name == "tensor" or engine.keeps_state_whole else ():
+        for kind in engine.kinds(parameter) if name != "copies" or engine.keeps_state_whole else ():
             whole = engine.master(parameter, kind).clone()
             dist.broadcast(whole, group=axis.group, group_src=0)
             engine.set_master(parameter, kind, whole)

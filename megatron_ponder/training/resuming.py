@@ -7,7 +7,13 @@ import torch.distributed as dist
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import check_state
-from megatron_ponder.checkpoint.folders import checkpoints_in, latest_checkpoint, latest_problem, resolve_checkpoint
+from megatron_ponder.checkpoint.folders import (
+    checkpoints_in,
+    is_hugging_face,
+    latest_checkpoint,
+    latest_problem,
+    resolve_checkpoint,
+)
 from megatron_ponder.checkpoint.manifest import Manifest, read_manifest
 from megatron_ponder.checkpoint.reader import read_config_of, verify
 from megatron_ponder.checkpoint.run_state import RunState
@@ -25,7 +31,8 @@ class Start:
     Attributes:
         state: of the run.
         resumed: the checkpoint that it goes on from, verified; None for a new run.
-        weights: the checkpoint whose weights it begins with, verified; None for initial ones from the seed.
+        weights: the checkpoint, verified, or the Hugging Face folder whose weights it begins with; None for initial
+            ones from the seed.
         doubts: what is to be said before it goes on, such as what is wrong with each checkpoint that is passed over.
         changes: what is otherwise from here on, in lines to be said.
     """
@@ -52,10 +59,11 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
     doubts = [f"{problem}; it is passed over" for problem in damage]
     if resumed is None:
         given = config.checkpoint.initialize_from
-        weights = None if given is None else together(lambda: resolve_checkpoint(Path(given)))
-        if weights is not None:
+        weights = None if given is None else together(lambda: _given_weights(Path(given)))
+        trained = weights is not None and not is_hugging_face(weights)
+        if trained:
             verify_together(weights)
-        changes = [] if weights is None else together(lambda: positions_changed(weights, config))
+        changes = together(lambda: positions_changed(weights, config)) if trained else []
         return Start(RunState(validated=not validates_at_start(config)), None, weights, doubts, changes)
     manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
     if manifest.state.tokens is None:
@@ -70,6 +78,15 @@ def validates_at_start(config: Config) -> bool:
     wanted = config.training.eval_at_start
     given = config.checkpoint.initialize_from is not None
     return given and config.training.eval_interval > 0 if wanted is None else wanted
+
+
+def _given_weights(path: Path) -> Path:
+    """The Hugging Face folder or the checkpoint that a user means.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    return path if is_hugging_face(path) else resolve_checkpoint(path)
 
 
 def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:

@@ -1,22 +1,17 @@
-"""The parts of a run, checked against each other before anything is written: tokenizer, data, model."""
+"""The parts of a run, checked against each other before anything is written: tokenizer, data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.checkpoint.load import load_weights
-from megatron_ponder.checkpoint.optimizer_state import WEIGHT
-from megatron_ponder.checkpoint.reader import open_tensors, read_config_of
+from megatron_ponder.checkpoint.folders import TOKENIZER, is_hugging_face
+from megatron_ponder.checkpoint.writer import copy_tokenizer
 from megatron_ponder.config import Config, DataConfig
-from megatron_ponder.config.sections import architecture_changes, turns_positions
 from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
 from megatron_ponder.data.mixture import Samples, open_mixture, prefixes, validation_sets
 from megatron_ponder.data.splits import split_text
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ponder.model.build import build_part
-from megatron_ponder.model.ponder import PonderLM
-from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.parallel.sharding import initialize
+from megatron_ponder.hf.pretrained import require_own_tokenizer
 
 
 @dataclass
@@ -27,7 +22,8 @@ class RunParts:
         datasets: by split: train, valid, test; a split without weight is absent.
         data_fingerprint: of everything that decides which training sample comes when.
         tokenizer: None if none is configured.
-        tokenizer_path: of that.
+        tokenizer_path: of that, as the run keeps it.
+        tokenizer_source: where it was loaded from.
         eod_id: end-of-document token; None if unknown.
     """
 
@@ -35,7 +31,13 @@ class RunParts:
     data_fingerprint: str
     tokenizer: Tokenizer | None
     tokenizer_path: Path | None
+    tokenizer_source: Path | None
     eod_id: int | None
+
+    def keep_tokenizer(self) -> None:
+        """Copy the tokenizer to where the run keeps it, if that is somewhere else."""
+        if self.tokenizer_source != self.tokenizer_path:
+            copy_tokenizer(self.tokenizer_source, self.tokenizer_path)
 
     @property
     def fingerprints(self) -> tuple[str, str | None]:
@@ -51,8 +53,10 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     """
     if not config.data.path:
         raise UserError("data.path is empty; give the prefix that ponder preprocess wrote (without .bin)")
+    tokenizer_source = Path(config.tokenizer.path) if config.tokenizer.path else None
+    tokenizer = None if tokenizer_source is None else load_tokenizer(tokenizer_source)
+    config = _independent(config, tokenizer)
     tokenizer_path = Path(config.tokenizer.path) if config.tokenizer.path else None
-    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     mixture = open_mixture(config.data, config.training.seed)
     if "train" not in mixture.samples:
         weights = split_text(config.data.split)
@@ -80,7 +84,23 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     eod_id = next((known.eod_id for known in (tokenizer, manifest) if known is not None), None)
     if config.data.reset_at_eod and eod_id is None:
         raise UserError("data.reset_at_eod needs to know the end-of-document token; set tokenizer.path")
-    return config, RunParts(mixture.samples, mixture.fingerprint, tokenizer, tokenizer_path, eod_id)
+    found = mixture.samples, mixture.fingerprint, tokenizer, tokenizer_path, tokenizer_source
+    return config, RunParts(*found, eod_id)
+
+
+def _independent(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """The configuration of a run that keeps the tokenizer of the Hugging Face folder that it starts from.
+
+    Raises:
+        UserError: the tokenizer is not that of the folder.
+    """
+    folder, given = config.checkpoint.initialize_from, Path(config.tokenizer.path)
+    if folder is None or tokenizer is None or not is_hugging_face(Path(folder)):
+        return config
+    require_own_tokenizer(Path(folder), tokenizer)
+    if Path(folder) not in (given, given.parent):
+        return config
+    return replace(config, tokenizer=replace(config.tokenizer, path=str(Path(config.training.run_dir) / TOKENIZER)))
 
 
 def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetManifest | None:
@@ -101,37 +121,3 @@ def _common_manifest(data: DataConfig, tokenizer: Tokenizer | None) -> DatasetMa
         if manifest.tokenizer != known[first].tokenizer:
             raise UserError(f"{prefix} was made with another tokenizer than {first}; preprocess both with the same one")
     return known.get(first)
-
-
-def build_model(config: Config, parts: RunParts, mesh: Mesh, source: Path | None) -> PonderLM:
-    """Build this rank's part of the model in fp32, with initial weights from the seed or those of a checkpoint.
-
-    Args:
-        config: resolved, with a vocabulary size.
-        parts: of the run.
-        mesh: the ranks.
-        source: a verified checkpoint whose weights to take; None for none.
-
-    Raises:
-        UserError: if the checkpoint is of another model.
-    """
-    model = build_part(config, mesh, parts.eod_id)
-    if source is None:
-        initialize(model, config.training.seed)
-        return model
-    _check_same_model(config, read_config_of(source), source)
-    with open_tensors(source, verified=True) as tensors:
-        load_weights(model, tensors.of_kind(WEIGHT))
-    return model
-
-
-def _check_same_model(config: Config, stored: Config, source: Path) -> None:
-    """Name the first setting in which a checkpoint's model differs; shapes alone would not tell all of them."""
-    for key, (trained, ours) in architecture_changes(config, stored).items():
-        if turns_positions(key) and config.checkpoint.allow_rope_change:
-            continue
-        other = ", or add --checkpoint.allow_rope_change true to train it for other positions"
-        raise UserError(
-            f"{key} is {ours}, but {source} was trained with {trained}; set --{key} {trained}"
-            f"{other if turns_positions(key) else ''}"
-        )

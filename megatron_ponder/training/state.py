@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.reader import open_tensors
-from megatron_ponder.parallel.sharding import declarations, gathered
+from megatron_ponder.parallel.mesh import Axis
+from megatron_ponder.parallel.sharding import ParameterSpec, declarations, gathered
 from megatron_ponder.training.deepspeed_engine import Engine
 
 
@@ -30,9 +31,10 @@ class StateTensor:
 def state_of(engine: Engine) -> Iterator[StateTensor]:
     """Weights and moments of this rank's part, one after another, whole, unpadded and in fp32.
 
-    The same on all ranks of a pipeline stage, and a collective of them: every rank must take every item.
+    The same on all ranks of a pipeline stage, and a collective of them: every rank must take every item. A tied
+    embedding is the first stage's.
     """
-    for name, parameter, spec, axis in declarations(engine.model):
+    for name, parameter, spec, axis in _own(engine):
         for kind in engine.kinds(parameter):
             yield StateTensor(kind, name, gathered(engine.master(parameter, kind), spec, axis))
 
@@ -40,9 +42,13 @@ def state_of(engine: Engine) -> Iterator[StateTensor]:
 def gradients_of(engine: Engine) -> dict[str, Tensor]:
     """Whole gradients of this rank's part by parameter name, between `forward_backward` and `step`; a collective."""
     return {
-        name: gathered(engine.gradient(parameter), spec, axis).clone()
-        for name, parameter, spec, axis in declarations(engine.model)
+        name: gathered(engine.gradient(parameter), spec, axis).clone() for name, parameter, spec, axis in _own(engine)
     }
+
+
+def _own(engine: Engine) -> Iterator[tuple[str, nn.Parameter, ParameterSpec, Axis]]:
+    """Declarations of this rank's part, without what another part has too, and counts there."""
+    return (declared for declared in declarations(engine.model) if declared[1] is not engine.model.copied)
 
 
 def restore(engine: Engine, checkpoint: Path, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ponder.base.signals import StopSignals
+from megatron_ponder.checkpoint.folders import is_hugging_face
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
 from megatron_ponder.config.batch_sizes import batch_sizes
 from megatron_ponder.data.mixture import validation_sets
@@ -20,11 +21,12 @@ from megatron_ponder.runs.starts import Phases
 from megatron_ponder.training.agreement import check_same
 from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.deepspeed_engine import Engine
+from megatron_ponder.training.initial_weights import build_model, said_of
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
 from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.resuming import Start, find_start
-from megatron_ponder.training.setup import RunParts, build_model, open_parts
+from megatron_ponder.training.setup import RunParts, open_parts
 from megatron_ponder.training.state import restore
 from megatron_ponder.training.task_evaluator import check_tasks
 
@@ -60,7 +62,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         phases.mark("data and checkpoint")
         mesh = build_mesh(device, config.parallel)
         model = together(lambda: build_model(config, parts, mesh, start.weights))
-        together(lambda: None if folder is None else folder.write_config())
+        together(lambda: None if folder is None else _write_beginning(folder, parts))
         phases.mark("model")
         engine = Engine(
             Objective(model, config.ponder_training.gradient_passes, config.ponder_training.packed), config, mesh
@@ -76,6 +78,8 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
             output.note(f"warning: {doubt}")
         for problem in start.doubts:
             output.say(f"warning: {problem}")
+        if start.weights is not None and is_hugging_face(start.weights):
+            output.say(f"starting from {start.weights}, which says {said_of(start.weights, config)}")
         output.say(_headline(config, mesh, parts, start))
         for change in start.changes:
             output.say(change)
@@ -86,6 +90,11 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         output.say(f"ready after {phases}")
         TrainingLoop(config, mesh, parts, engine, start.state, output, signals).run()
         output.draw()
+
+
+def _write_beginning(folder: RunFolder, parts: RunParts) -> None:
+    folder.write_config()
+    parts.keep_tokenizer()
 
 
 def _output(folder: RunFolder | None, config: Config, first_step: int) -> Silence:

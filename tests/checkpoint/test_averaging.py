@@ -15,7 +15,8 @@ from megatron_ponder.checkpoint.reader import read_weights
 from megatron_ponder.config import read_config
 from megatron_ponder.data.diagnostic import write_tokenizer
 from megatron_ponder.parallel.mesh import Mesh
-from megatron_ponder.training.setup import build_model, open_parts
+from megatron_ponder.training.initial_weights import build_model
+from megatron_ponder.training.setup import open_parts
 from tests.checkpoint.saved import save, tensors_of_a_run
 from tests.finished_runs import finished_runs, tiny_arguments
 

@@ -316,10 +316,6 @@ def test_a_key_with_nothing_behind_it_is_refused(key, said, tmp_path):
         ),
         ({"parallel__pipeline": 2, "parallel__zero_stage": 3}, "parallel.zero_stage 3 cannot be used with parallel.pi"),
         (
-            {"parallel__pipeline": 2, "model__tie_embeddings": "true"},
-            "embedding and head are on different ranks; set parallel.pipeline to 1, or model.tie_embeddings to false",
-        ),
-        (
             {"parallel__pipeline": 2, "ponder_training__gradient_passes": 2},
             "every pass must hand a gradient back to the one before; leave ponder_training.gradient_passes out",
         ),

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 
+from megatron_ponder.estimates.communication import Formula
+from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.part import Product, part_sizes
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.build import build_part
@@ -47,6 +49,21 @@ def test_parameters_of_other_models(overrides):
     config = small_config(**overrides)
     model = PonderLM(config.model, config.ponder)
     assert Rank(config).part.count == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_tied_embedding_counts_at_both_ends_of_a_pipeline():
+    tied, own = (
+        [
+            Rank(small_config(model__num_layers=3, parallel__pipeline=3, model__tie_embeddings=tie), 1, place, "cpu")
+            for place in range(3)
+        ]
+        for tie in ("true", "false")
+    )
+    for one, other in zip(tied, own, strict=True):
+        assert one.part.count == other.part.count
+        assert memory_estimate(one) == memory_estimate(other)
+    reasons = [{term.reason for term in Formula(rank, 1).terms()} for rank in tied]
+    assert ["gradient of the tied embedding" in said for said in reasons] == [True, False, True]
 
 
 def test_a_gated_block_by_hand():

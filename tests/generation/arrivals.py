@@ -22,7 +22,7 @@ MODELS = {
 } | {
     "llama-pause": {"ponder__mode": "pause"},
     "gpt_neox-loop": {"model__family": "gpt_neox", "ponder__mode": "loop"},
-    "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301},
+    "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301, "model__tie_embeddings": True},
 }
 
 

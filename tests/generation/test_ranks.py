@@ -33,12 +33,3 @@ def test_sizes_that_fit(tensor, pipeline, world_size, copies):
 def test_sizes_that_do_not_fit(tensor, pipeline, world_size, copies, message):
     with pytest.raises(UserError, match=message):
         check_sizes(MODEL, tensor, pipeline, world_size, copies)
-
-
-def test_tied_embeddings_stay_on_one_rank():
-    tied = small_config(model__tie_embeddings="true").model
-    check_sizes(tied, 2, 1, 2, False)
-    with pytest.raises(UserError, match="ties its embeddings, so that one rank needs both; leave out --pipeline"):
-        check_sizes(tied, 1, 2, 2, False)
-    with pytest.raises(UserError, match="or say --tensor 1 --pipeline 1"):
-        check_sizes(tied, 2, 1, 3, True)

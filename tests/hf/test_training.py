@@ -98,7 +98,8 @@ def material(sentencepiece_model, sources, tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     lines = sources[0].read_text(encoding="utf-8").splitlines()
     texts = ["\n".join(lines[at : at + 2 + at % 3]) for at in range(60, 160, 2)]
-    return folder, tokenizer, [{"input_ids": tokenizer(text)["input_ids"][:48]} for text in texts if text.strip()]
+    documents = ([*tokenizer(text)["input_ids"][:47], tokenizer.eos_token_id] for text in texts if text.strip())
+    return folder, tokenizer, [{"input_ids": ids} for ids in documents]
 
 
 class StopAt(TrainerCallback):
@@ -143,15 +144,23 @@ def losses(run: Trainer) -> list[float]:
     return [record["loss"] for record in run.state.log_history if "loss" in record]
 
 
+@torch.no_grad()
+def end_loss(run: Trainer) -> float:
+    """Mean loss of predicting the end of documents, in nats."""
+    losses = [run.model(torch.tensor([ids["input_ids"]])).logits[0, -2].log_softmax(-1)[2] for ids in run.eval_dataset]
+    return -float(torch.stack(losses).mean())
+
+
 def test_fine_tuning(material, tmp_path):
-    """Loss falls, evaluation works, and a run that was interrupted ends as one that was not."""
+    """Loss falls, that of ends too, evaluation works, and a run that was interrupted ends as one that was not."""
     whole = trainer(material, tmp_path / "whole", gradient_checkpointing=True)
-    before = whole.evaluate()["eval_loss"]
+    before, end_before = whole.evaluate()["eval_loss"], end_loss(whole)
     whole.train()
     fallen = losses(whole)
     assert len(fallen) == STEPS
     assert sum(fallen[-3:]) / 3 < fallen[0] - 1
     assert whole.evaluate()["eval_loss"] < before - 1
+    assert end_loss(whole) < end_before - 1
     predictions = whole.predict(whole.eval_dataset).predictions
     assert predictions.shape[0] == 8  # logits alone, no steps or caches
     assert predictions.shape[2] == 1024

@@ -38,6 +38,7 @@ MODELS = {
 } | {
     "mixed features": MIXED,
     "llama pause": {"ponder__mode": "pause"},
+    "tied": {"model__tie_embeddings": True, "model__num_kv_heads": 2},
     "gpt_neox loop": {"ponder__mode": "loop", "model__family": "gpt_neox"},
     # more tokens than a prediction is read through, and tensor ranks with unequal parts of them
     "llama ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301},

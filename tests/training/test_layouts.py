@@ -55,7 +55,7 @@ LAYOUTS = {
 # Every mode and both families in either way of splitting a model.
 QUICK = {
     "tp2 sequence": (
-        *(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla")),
+        *(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla", "tied")),
         "pruned llama",
         "growing batch",
     ),
@@ -66,11 +66,12 @@ QUICK = {
         "llama pause",
         "gpt_neox loop",
         "llama ponderlm",
+        "tied",
         "pruned llama",
         "slow router",
     ),
     "tp2 pp2": ("llama adaptive", "muon"),
-    "pp2 dp2 zero1": ("gpt_neox adaptive", "growing batch"),
+    "pp2 dp2 zero1": ("gpt_neox adaptive", "tied", "growing batch"),
     "cp2": ("gpt_neox adaptive", "mixed features", "pruned gpt_neox, documents"),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
@@ -116,6 +117,9 @@ VARIANTS = {
         "unequal parts the other way": NEOX | {"model__num_layers": 4, "parallel__pipeline_layers": [3, 1]},
         "documents": LLAMA | {"data__reset_at_eod": True},
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
+        "tied, zero bubble": MODELS["tied"] | {"parallel__pipeline_schedule": "zero_bubble"},
+        "tied, zero0": MODELS["tied"] | {"parallel__zero_stage": 0},
+        "tied ponderlm": MODELS["tied"] | {"ponder__mode": "ponderlm", "model__vocab_size": 301},
         "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
         "pruned, zero bubble": PRUNED["pruned gpt_neox, documents"] | {"parallel__pipeline_schedule": "zero_bubble"},
         "before latent steps": MODELS["gpt_neox fixed"] | {"ponder_training__latent_start": STEPS},
@@ -155,7 +159,7 @@ VARIANTS = {
 LOW_PRECISION = {
     name: case | {"training__precision": "bf16"}
     for name, case in (MODELS | COMPILED).items()
-    if "adaptive" in name or name == "compiled"
+    if "adaptive" in name or name in ("compiled", "tied")
 }
 CASES_OF = {name: CASES | growing(layout) for name, layout in LAYOUTS.items()}
 

@@ -69,14 +69,16 @@ def command(corpus, run_dir: Path, layout: Layout, **overrides) -> list[str]:
     )
 
 
-def run_pairs(corpus, folder: Path, pairs: list[tuple[str, str]]) -> Path:
+def run_pairs(corpus, folder: Path, pairs: list[tuple[str, str]], **overrides) -> Path:
     """Train in every layout that is named, then move; runs of as many ranks share processes, which start slowly."""
-    stayed = {name: command(corpus, folder / name, LAYOUTS[name]) for name in sorted({*itertools.chain(*pairs)})}
+    stayed = {
+        name: command(corpus, folder / name, LAYOUTS[name], **overrides) for name in sorted({*itertools.chain(*pairs)})
+    }
     moved = {}
     for source, target in pairs:
         checkpoint = folder / source / "checkpoints" / f"step-{SAVED:08d}"
         name = f"{source}-{target}"
-        moved[name] = command(corpus, folder / name, LAYOUTS[target], checkpoint__resume=checkpoint)
+        moved[name] = command(corpus, folder / name, LAYOUTS[target], checkpoint__resume=checkpoint, **overrides)
     together = len({LAYOUTS[name].ranks for name in stayed}) == 1
     for runs in [stayed | moved] if together else [stayed, moved]:
         for ranks in {layout.ranks for layout in LAYOUTS.values()}:
@@ -104,7 +106,8 @@ def check(folder: Path, source: str, target: str) -> None:
 
 @pytest.fixture(scope="module")
 def quick(corpus, tmp_path_factory) -> Path:
-    return run_pairs(corpus, tmp_path_factory.mktemp("quick"), QUICK)
+    # Both ends of a pipeline then hold the embedding, and a checkpoint holds it once.
+    return run_pairs(corpus, tmp_path_factory.mktemp("quick"), QUICK, model__tie_embeddings="true")
 
 
 @pytest.mark.parametrize(("source", "target"), QUICK)

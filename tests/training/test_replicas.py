@@ -112,6 +112,33 @@ def test_drift_between_tensor_ranks_of_several_data_and_pipeline_ranks():
         assert found[0]["large"] == found[1]["large"]
 
 
+def tied_drift(mesh: Mesh, layout: Layout) -> tuple:
+    """What is found of a tied embedding after a step, with a difference on the last rank, and after it is mended."""
+    config = layout.config(MODELS["tied"])
+    engine, found = Engine(Objective(model_for(config, mesh)), config, mesh), []
+    for step in range(3):
+        take_step(engine, config, mesh, step)
+    found.append(mend_replicas(engine, 3, 0.0, "go back"))
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        engine.held(engine.model.embedding.weight)[3].mul_(SMALL)
+    for allowed in (0.0, ALLOWED, 0.0):
+        try:
+            found.append(together(lambda allowed=allowed: mend_replicas(engine, 3, allowed, "go back")))
+        except UserError as error:
+            found.append(str(error))
+    return tuple(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(pipeline=3), Layout(pipeline=2, data=3), Layout(pipeline=2, tensor=2)])
+def test_drift_between_both_places_of_a_tied_embedding(layout):
+    """After several steps both are alike bit for bit, whatever the order in which data ranks add up."""
+    for alike, exact, small, mended in layout.run(tied_drift):
+        assert alike is mended is None
+        assert "embedding.weight differs between the ends of the pipeline by " in exact
+        assert (small.parameters, 0 < small.size < ALLOWED) == (1, True)
+
+
 def runs(mesh: Mesh, commands: dict[str, list[str]]) -> dict[str, Attempt]:
     """A run that drifts a little before step 3 and is mended, and one that is spoilt after its first checkpoint."""
     mend, seen = replicas.mend_replicas, {}

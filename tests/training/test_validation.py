@@ -16,8 +16,9 @@ from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.deepspeed_engine import Engine
+from megatron_ponder.training.initial_weights import build_model
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.setup import RunParts, build_model, open_parts
+from megatron_ponder.training.setup import RunParts, open_parts
 from megatron_ponder.training.validation import Validation, measure_each_step
 from tests.distributed import run_distributed
 from tests.finished_runs import tiny_arguments

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_ponder.base.errors import Preempted, UserError
 from megatron_ponder.base.signals import StopSignals
@@ -17,6 +18,7 @@ from megatron_ponder.data.mixture import validation_sets
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.evaluation.sources import split_batches
 from megatron_ponder.parallel.mesh import Mesh
+from megatron_ponder.parallel.sharding import initialize
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.runs.run_log import RUN_LOG
 from megatron_ponder.training.boundary import Boundary
@@ -73,6 +75,12 @@ def validated(mesh: Mesh, arguments: list[str]) -> tuple[dict, list[str], dict[s
         f"--parallel.sequence_parallel={mesh.tensor.sequence_parallel}".lower(),
     ]
     config, parts, model = prepared([*arguments, *grid], SAMPLES, mesh.data.size + 1, zero, mesh)
+    initialize(model, seed=3)  # which, unlike what is done in `prepared`, knows the shares of tensor ranks
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("router"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
     sets = {name: Noted(samples) for name, samples in validation_sets(parts.datasets, config.data).items()}
     engine = Engine(Objective(model), config, mesh)
     found = ValidationSets(config, mesh, sets, engine, Boundary(StopSignals(), None, mesh), Watchdog(0)).run(3)
@@ -108,7 +116,7 @@ def test_the_same_samples_whatever_the_grid(alone, arguments, name):
     for fields, said, *_ in found:
         assert fields.keys() == alone[0].keys()
         for field, value in fields.items():
-            assert value == pytest.approx(alone[0][field], rel=2e-5), field
+            assert value == pytest.approx(alone[0][field], rel=2e-5, abs=1e-6), field
         assert said == alone[1]
     by_data_rank = {data_rank: read for *_, read, data_rank in found}
     for of in ("valid", "noise", "twice"):
