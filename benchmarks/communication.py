@@ -7,10 +7,11 @@ sequences on each data-parallel rank, through DeepSpeed with AdamW, on gloo. Eve
 is called, in forward, backward and step, with the process group that it runs on. Groups of one rank are left out.
 
 A message counts by its whole size, before what an algorithm makes of it: what is reduced, what is gathered from all
-ranks together, what is scattered, what is sent. Receives are the sends of other ranks and are not counted again. For
-the textbook's volume of tensor parallelism, 4 all-reduces of B · T · H for each block and pass, an all-gather and a
-reduce-scatter count half an all-reduce each: a ring moves half as much for them. At ZeRO stage 3 DeepSpeed fetches
-small neighbours together when it can, so that there may be fewer calls than the formula has.
+ranks together, what is scattered, what is sent, in an all-to-all to all ranks together. Receives are the sends of other
+ranks and are not counted again. For the textbook's volume of tensor parallelism, 4 all-reduces of B · T · H for each
+block and pass, an all-gather and a reduce-scatter count half an all-reduce each: a ring moves half as much for them. At
+ZeRO stage 3 DeepSpeed fetches small neighbours together when it can, so that there may be fewer calls than the formula
+has.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, read_config
+from megatron_ponder.config.layout import own_length
 from megatron_ponder.estimates.communication import Formula, Term
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.build import build_part
@@ -55,6 +57,7 @@ OPERATIONS = {
     "reduce_scatter_": ("reduce-scatter", 1),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
     "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "alltoall_base_": ("all-to-all", 1),
     "reduce_": ("reduce", 0),
     "broadcast_": ("broadcast", 0),
     "send": ("send", 0),
@@ -80,11 +83,12 @@ class Layout(NamedTuple):
     sequence_parallel: bool = False
     zero_stage: int = 0
     recompute: str = "none"
+    context: int = 1
 
     @property
     def ranks(self) -> int:
         """All of them."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
 
 LAYOUTS = {
@@ -102,6 +106,12 @@ LAYOUTS = {
     "tp2 pp2": Layout(tensor=2, pipeline=2),
     "tp2+sp zero1": Layout(tensor=2, sequence_parallel=True, zero_stage=1),
     "tp2+sp pp2": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    "cp2": Layout(context=2),
+    "cp2 block": Layout(context=2, recompute="block"),
+    "cp2 attention": Layout(context=2, recompute="attention"),
+    "cp2 pp2": Layout(context=2, pipeline=2),
+    "cp2 tp2": Layout(context=2, tensor=2),
+    "cp2 zero3": Layout(context=2, zero_stage=3),
     "tp2+sp dp2 zero2": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=2),
 }
 
@@ -149,7 +159,8 @@ class Traffic(TorchDispatchMode):
 
 def names_of_groups(mesh: Mesh) -> dict[str, str]:
     """What groups are called here, by PyTorch's names: that of an axis by it, though another name may have it too."""
-    return {getattr(mesh, name).group.group_name: name for name in ("model", "copies", "pipeline", "tensor")}
+    axes = {name: getattr(mesh, name) for name in ("model", "copies", "pipeline", "context", "tensor")}
+    return {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
 
 
 def _is_group(value: object) -> bool:
@@ -163,7 +174,8 @@ def configuration(layout: Layout, mode: str, length: int = 32, **overrides: obje
         "model.vocab_size": 256, "data.sequence_length": length, "ponder.mode": mode, "ponder.latent_steps": 2,
         "training.precision": "fp32", "training.micro_batch_size": 2,
         "training.global_batch_size": 2 * MICRO_BATCHES * layout.data, "parallel.tensor": layout.tensor,
-        "parallel.pipeline": layout.pipeline, "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "parallel.pipeline": layout.pipeline, "parallel.context": layout.context,
+        "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
         "parallel.zero_stage": layout.zero_stage, "training.recompute": layout.recompute,
     }  # fmt: skip
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
@@ -188,11 +200,11 @@ class Count(NamedTuple):
 
 def count_step(mesh: Mesh, config: Config) -> Count:
     """Count one training step on this rank; at ZeRO stage 3 one after DeepSpeed has learnt the order of modules."""
-    model = build_part(config, mesh)
+    model = build_part(config, mesh, eod_id=0)
     initialize(model, seed=0)
     formula = Formula(Rank(config, mesh.data.size, mesh.pipeline.rank, mesh.device.type), REFINEMENTS)
     engine = Engine(Objective(model), config, mesh)
-    shape = (MICRO_BATCHES, config.training.micro_batch_size, config.data.sequence_length + 1)
+    shape = (MICRO_BATCHES, config.training.micro_batch_size, own_length(config) + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     for _ in range(4 if config.parallel.zero_stage == 3 else 1):
         with Traffic(mesh) as traffic:

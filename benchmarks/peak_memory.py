@@ -12,6 +12,7 @@ resides in about half as much again. On a GPU it is what PyTorch's allocator han
 import argparse
 import ctypes
 import gc
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 from megatron_ponder.base.launch import discover
 from megatron_ponder.config import Config, data_parallel_size, read_config
+from megatron_ponder.config.layout import own_length
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
 from megatron_ponder.model.build import build_part
@@ -40,6 +42,9 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "recompute block, 2 passes": (1, {"training.recompute": "block", "training.recompute_passes": 2}),
     "tensor 2": (2, {"parallel.tensor": 2}),
     "tensor 2, sequence": (2, {"parallel.tensor": 2, "parallel.sequence_parallel": "true"}),
+    "context 2": (2, {"parallel.context": 2}),
+    "context 4": (4, {"parallel.context": 4}),
+    "context 2, recompute block": (2, {"parallel.context": 2, "training.recompute": "block"}),
     "pipeline 2": (2, {"parallel.pipeline": 2}),
     "data 2, ZeRO 1": (2, {"parallel.zero_stage": 1}),
     "data 2, ZeRO 2": (2, {"parallel.zero_stage": 2}),
@@ -50,7 +55,7 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
 def config_for(name: str, length: int) -> Config:
     """The configuration of a case."""
     ranks, layout = CASES[name]
-    shared = int(layout.get("parallel.tensor", 1)) * int(layout.get("parallel.pipeline", 1))
+    shared = math.prod(int(layout.get(f"parallel.{axis}", 1)) for axis in ("tensor", "context", "pipeline"))
     values = SMALL_LLAMA | {
         "ponder.latent_steps": 2, "ponder_training.jacobi_iterations": 1,
         "data.sequence_length": length, "training.precision": "fp32", "training.micro_batch_size": 2,
@@ -87,7 +92,7 @@ def take_steps(config: Config, mesh, steps: int) -> None:
     own = config.training.global_batch_size // mesh.data.size
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(0, 8192, (own, config.data.sequence_length + 1), generator=generator).to(mesh.device)
+        tokens = torch.randint(0, 8192, (own, own_length(config) + 1), generator=generator).to(mesh.device)
         micro_batches = tokens.split(config.training.micro_batch_size)
         engine.forward_backward(micro_batches, 1, engine.rule("soft"), 0.0, 1e-3)
         engine.step(1e-4)

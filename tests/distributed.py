@@ -30,6 +30,7 @@ def run_distributed(
     tensor: int = 1,
     pipeline: int = 1,
     sequence_parallel: bool = False,
+    context: int = 1,
     time_limit: float = 120.0,
     fresh: bool = False,
 ) -> list[Any]:
@@ -41,6 +42,7 @@ def run_distributed(
         args: anything that can be pickled.
         tensor: ranks that share each layer.
         pipeline: ranks that share the stack; the others share the data.
+        context: ranks that share the tokens of every sequence.
         sequence_parallel: split the residual stream over the tensor ranks.
         time_limit: seconds after which ranks are killed.
         fresh: import everything anew on every rank, in the environment of now.
@@ -51,7 +53,8 @@ def run_distributed(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel)
+        sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
+        parallel = ParallelConfig(**sizes, sequence_parallel=sequence_parallel)
         arguments = (function, world_size, free_port(), parallel, folder, args)
         method = "spawn" if fresh else server().get_start_method()
         context = mp.start_processes(_run_rank, arguments, nprocs=world_size, join=False, start_method=method)

@@ -1,6 +1,7 @@
 """Checks that a configuration can work; every message says what to write instead."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 
 from megatron_ponder.base.durations import parse_duration
@@ -8,7 +9,7 @@ from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.data import DataConfig
 from megatron_ponder.config.declarations import check_ranges, range_of
 from megatron_ponder.config.evaluation_checks import validate_blend, validate_evaluation
-from megatron_ponder.config.layout import even_layers, largest_tensor
+from megatron_ponder.config.layout import even_layers, largest_context, largest_tensor
 from megatron_ponder.config.model import ROPE_SCALINGS, ModelConfig
 from megatron_ponder.config.parallel import DIVIDED, ParallelConfig
 from megatron_ponder.config.run import CheckpointConfig, OptimizerConfig, TrainingConfig
@@ -157,15 +158,24 @@ def _validate_divided(config: Config) -> None:
     for key, axes in DIVIDED.items():
         section, name = key.split(".")
         number = getattr(getattr(config, section), name)
-        ranks = math.prod(getattr(parallel, axis) for axis in axes)
+        split = [axis for axis in axes if getattr(parallel, axis) > 1]
+        ranks = math.prod(getattr(parallel, axis) for axis in split)
         grouped = name == "num_kv_heads" and model.num_kv_heads < model.num_heads
         reason = ", and grouped-query heads are not replicated" if grouped else ""
-        fits = f"the largest that works is parallel.tensor {largest_tensor(model, parallel.tensor)}"
         _require(
             number % ranks == 0,
-            f"{' × '.join(f'parallel.{axis}' for axis in axes)} {ranks} does not divide {key} {number}{reason}; "
-            f"{fits if axes == ('tensor',) else 'make it a divisor'}",
+            f"{' × '.join(f'parallel.{axis}' for axis in split)} {ranks} does not divide {key} {number}{reason}; "
+            f"the largest that works is {_largest(config, split)}",
         )
+
+
+def _largest(config: Config, split: Sequence[str]) -> str:
+    """The most ranks along one of these axes that divide what they have to, as a key and its value."""
+    parallel = config.parallel
+    tensor = largest_tensor(config.model, parallel.tensor)
+    if tensor < parallel.tensor or "context" not in split:
+        return f"parallel.tensor {tensor}"
+    return f"parallel.context {largest_context(config, tensor, parallel.context)}"
 
 
 def _validate_pipeline(config: Config) -> None:
@@ -274,6 +284,13 @@ def _validate_compile(config: Config) -> None:
         not compiled or parallel.pipeline_schedule != "zero_bubble",
         "training.compile computes all gradients of a block at once, and parallel.pipeline_schedule zero_bubble those "
         "of weights later; set parallel.pipeline_schedule to 1f1b, or training.compile to false",
+    )
+    packs = config.ponder_training.packed and config.ponder_training.prune_start is not None
+    _require(
+        not (compiled and packs and parallel.context > 1),
+        "training.compile cannot compile packed passes of parallel.context ranks, which exchange another number of "
+        "slots in every pass; set training.compile to false, or ponder_training.packed to false, which masks slots in "
+        "place of leaving them out",
     )
 
 

@@ -21,6 +21,20 @@ GROUPS = {axis: (axis,) for axis in AXES} | {
 CONFIGURED = tuple(axis for axis in AXES if axis != "data")
 
 
+# Axes that are not spoken of, and have no group, where nobody lies along them.
+RARE = ("context",)
+
+
+def spoken_axes(sizes: Mapping[str, int]) -> list[str]:
+    """The axes of a grid of these sizes that are worth a word."""
+    return [axis for axis in AXES if sizes[axis] > 1 or axis not in RARE]
+
+
+def describe_grid(sizes: Mapping[str, int]) -> str:
+    """A grid of these sizes in words: 2 tensor × 4 data × 1 pipeline."""
+    return " × ".join(f"{sizes[axis]} {axis}" for axis in spoken_axes(sizes))
+
+
 def ranks_of_sample(parallel: ParallelConfig) -> int:
     """Ranks that work on one sample, which are those of one place along the data axis."""
     return math.prod(getattr(parallel, axis) for axis in CONFIGURED)
@@ -63,6 +77,25 @@ def largest_tensor(model: ModelConfig, at_most: int) -> int:
     """The largest number of tensor ranks up to `at_most` that heads and feed-forward can be divided over."""
     common = math.gcd(*(getattr(model, name) for name in divided_by_tensor()))
     return max(size for size in range(1, min(at_most, common) + 1) if common % size == 0)
+
+
+def divides(config: Config, sizes: Mapping[str, int]) -> bool:
+    """Whether ranks along axes of these sizes divide what they have to."""
+    return all(
+        getattr(getattr(config, section), name) % math.prod(sizes[axis] for axis in axes) == 0
+        for (section, name), axes in ((key.split("."), axes) for key, axes in DIVIDED.items())
+    )
+
+
+def largest_context(config: Config, tensor: int, at_most: int) -> int:
+    """The largest number of context ranks up to `at_most` that heads and sequences can be divided over."""
+    fits = lambda size: divides(config, {"tensor": tensor, "context": size})
+    return max(filter(fits, range(1, at_most + 1)), default=1)
+
+
+def own_length(config: Config) -> int:
+    """Tokens of every sequence that a rank has, a share of them where context ranks share them."""
+    return config.data.sequence_length // config.parallel.context
 
 
 def micro_batches(config: Config, data_size: int, batch: int | None = None) -> int:
@@ -130,7 +163,8 @@ def _divide(config: Config, world_size: int, local_size: int) -> int:
     parallel, training = config.parallel, config.training
     shared = ranks_of_sample(parallel)
     if world_size % shared:
-        sizes = " × ".join(f"parallel.{axis}" for axis in CONFIGURED)
+        spoken = spoken_axes(group_sizes(parallel, 1))
+        sizes = " × ".join(f"parallel.{axis}" for axis in CONFIGURED if axis in spoken)
         raise UserError(
             f"{world_size} ranks cannot be divided into groups of {sizes} = {shared}; "
             f"start a multiple of {shared} ranks, or add {_nearest_layout(config, world_size, local_size)}"
@@ -183,7 +217,7 @@ def _nearest_layout(config: Config, world_size: int, local_size: int) -> str:
         _changes(config, sizes, world_size)
         for sizes in (dict(zip(CONFIGURED, numbers, strict=True)) for numbers in coarser)
         if world_size % math.prod(sizes.values()) == 0
-        and largest_tensor(config.model, sizes["tensor"]) == sizes["tensor"]
+        and divides(config, sizes)
         and (world_size == local_size or local_size % sizes["tensor"] == 0)
     ]
     return " ".join(f"--{key} {value}" for key, value in min(candidates, key=len).items())

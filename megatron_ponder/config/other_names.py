@@ -62,6 +62,7 @@ NAMES = {
         "pp",
         "pipe_parallel_size",
     ),
+    "parallel.context": ("context_parallel_size", "cp_size", "cp", "context_parallel_degree", "ulysses_size"),
     "parallel.sequence_parallel": ("use_sequence_parallel",),
     "parallel.zero_stage": ("stage", "zero_optimization", "zero", "use_distributed_optimizer", "fsdp"),
     "parallel.pipeline_layers": ("decoder_first_pipeline_num_layers", "pipeline_model_parallel_layout"),

@@ -7,15 +7,16 @@ from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, pa
 
 # The axes of the grid of ranks, from neighbours, which lie inside a node, to ranks that are farthest apart. The size of
 # each is a field of the section below, but for that of `data`, along which the ranks lie that are left.
-AXES = ("tensor", "data", "pipeline")
+AXES = ("tensor", "context", "data", "pipeline")
 # Those along which each rank holds a part of the model. Along the others all hold the same and see other data, so that
 # gradients, and sums of losses, are added up over them, and ZeRO divides over them what it partitions.
 MODEL_AXES = ("tensor", "pipeline")
 # Numbers of the configuration that the ranks along some axes, all together, divide evenly.
 DIVIDED = {
-    "model.num_heads": ("tensor",),
+    "model.num_heads": ("tensor", "context"),
     "model.num_kv_heads": ("tensor",),
     "model.ffn_hidden_size": ("tensor",),
+    "data.sequence_length": ("context",),
 }
 
 
@@ -25,6 +26,9 @@ class ParallelConfig:
 
     tensor: int = number_field(1, 1, 2**12)
     """Ranks that share each layer."""
+    context: int = number_field(1, 1, 2**12)
+    """Ranks that share the tokens of every sequence, each of them equally many in a row, with heads exchanged around
+    attention."""
     pipeline: int = number_field(1, 1, 2**12)
     """Ranks that share the stack of layers."""
     sequence_parallel: bool = False

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ponder.data.dataset import TokenDataset
+from megatron_ponder.data.dataset import Share, TokenDataset
 from megatron_ponder.data.interleave import Interleave
 
 
@@ -71,6 +71,11 @@ class BlendedDataset:
         """int64 (S + 1,): the sample at a position."""
         dataset, position = self.locate(position)
         return self.datasets[dataset][position]
+
+    def read(self, position: int, share: Share) -> np.ndarray:
+        """int64 (S / ranks + 1,): as `TokenDataset.read`."""
+        dataset, position = self.locate(position)
+        return self.datasets[dataset].read(position, share)
 
     def describe(self, position: int) -> str:
         """Where the sample at a position is from."""

@@ -1,12 +1,21 @@
 """Samples of tokens from an indexed dataset."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.index_cache import IndexCache
 from megatron_ponder.data.indexed_dataset import IndexedDataset
-from megatron_ponder.data.sample_index import Piece, SampleIndex
+from megatron_ponder.data.sample_index import Piece, SampleIndex, within
 from megatron_ponder.data.splits import split_documents
+
+
+class Share(NamedTuple):
+    """A part of every sample: of `ranks` equal parts, each of tokens in a row, the one at a place."""
+
+    place: int = 0
+    ranks: int = 1
 
 
 class TokenDataset:
@@ -54,9 +63,22 @@ class TokenDataset:
         Raises:
             UserError: the dataset is damaged there, was written to, or is not the one that the order was made for.
         """
+        return self.read(position, Share())
+
+    def read(self, position: int, share: Share) -> np.ndarray:
+        """int64 (S / ranks + 1,): a share of a sample and the token behind it, the target of its last; no other token.
+
+        Args:
+            position: of the sample.
+            share: of its S tokens.
+
+        Raises:
+            UserError: as `__getitem__`.
+        """
+        length = self.index.sequence_length // share.ranks
+        wanted = within(self._locate(position), share.place * length, length + 1)
         pieces = [
-            self.indexed.read_document(self.documents[piece.document], piece.offset, piece.length)
-            for piece in self._locate(position)
+            self.indexed.read_document(self.documents[piece.document], piece.offset, piece.length) for piece in wanted
         ]
         self.indexed.check_unwritten()
         return np.concatenate(pieces, dtype=np.int64)

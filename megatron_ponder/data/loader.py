@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_ponder.base.errors import UserError, describe
+from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.mixture import Samples
+
+WHOLE = Share()
 
 
 def batches(
@@ -24,6 +27,7 @@ def batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     vocab_size: int | None = None,
+    share: Share = WHOLE,
 ) -> Generator[list[Tensor], None, None]:
     """Micro-batches of this rank without end, those of each optimiser step as a list; int64 (micro_batch_size, S + 1).
 
@@ -38,6 +42,7 @@ def batches(
             the signals of which Python's exit would have them die, so that whoever leaves it open waits for ever.
         pin_memory: put batches in page-locked memory, from which copies to a GPU are asynchronous.
         vocab_size: every id has to be below it; None for any ids.
+        share: of the S tokens of every sample, which is all that is read of them but for the token behind it.
 
     Raises:
         UserError: a sample cannot be read, or has an id that the model does not know.
@@ -49,7 +54,7 @@ def batches(
         for block in _blocks(*own)
         for at in range(block.start, block.stop, micro_batch_size)
     )
-    with closing(_read(_loader(dataset, positions, vocab_size, num_workers, pin_memory))) as micro_batches:
+    with closing(_read(_loader(dataset, share, positions, vocab_size, num_workers, pin_memory))) as micro_batches:
         for block in _blocks(*own):
             assert len(block) % micro_batch_size == 0
             yield list(islice(micro_batches, len(block) // micro_batch_size))
@@ -72,6 +77,7 @@ def validation_batches(
     data_rank: int,
     data_size: int,
     vocab_size: int | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[Tensor]:
     """Micro-batches of this rank's part of the first `samples` samples, int64 (at most micro_batch_size, S + 1) each.
 
@@ -84,7 +90,7 @@ def validation_batches(
     stop = samples * (data_rank + 1) // data_size
     starts = range(samples * data_rank // data_size, stop, micro_batch_size)
     positions = (range(at, min(at + micro_batch_size, stop)) for at in starts)
-    return _read(_loader(dataset, positions, vocab_size, num_workers=0, pin_memory=False))
+    return _read(_loader(dataset, share, positions, vocab_size, num_workers=0, pin_memory=False))
 
 
 def _read(loader: DataLoader) -> Generator[Tensor, None, None]:
@@ -95,10 +101,15 @@ def _read(loader: DataLoader) -> Generator[Tensor, None, None]:
 
 
 def _loader(
-    dataset: Samples, positions: Iterable[range], vocab_size: int | None, num_workers: int, pin_memory: bool
+    dataset: Samples,
+    share: Share,
+    positions: Iterable[range],
+    vocab_size: int | None,
+    num_workers: int,
+    pin_memory: bool,
 ) -> DataLoader:
     return DataLoader(
-        _Careful(dataset, vocab_size),
+        _Careful(dataset, share, vocab_size),
         batch_sampler=positions,
         num_workers=num_workers,
         collate_fn=_stack,
@@ -112,12 +123,12 @@ def _loader(
 class _Careful(Dataset):
     """Gives what has gone wrong in place of samples, as text, because errors of workers arrive as tracebacks."""
 
-    def __init__(self, samples: Samples, vocab_size: int | None) -> None:
-        self._samples, self._vocab_size = samples, vocab_size
+    def __init__(self, samples: Samples, share: Share, vocab_size: int | None) -> None:
+        self._samples, self._share, self._vocab_size = samples, share, vocab_size
 
     def __getitems__(self, positions: range) -> list[np.ndarray] | str:
         try:
-            content = [self._samples[position] for position in positions]
+            content = [self._samples.read(position, self._share) for position in positions]
             if self._vocab_size is not None:
                 self._check_ids(positions, content)
             return content

@@ -1,6 +1,7 @@
 """Which tokens make up a sample: a pure function of (seed, epoch, position)."""
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,15 @@ class Piece(NamedTuple):
     document: int
     offset: int
     length: int
+
+
+def within(pieces: Iterable[Piece], first: int, length: int) -> Iterator[Piece]:
+    """What pieces have of the tokens `first` to `first + length` of all of them together."""
+    for document, offset, count in pieces:
+        begin, end = max(first, 0), min(first + length, count)
+        if begin < end:
+            yield Piece(document, offset + begin, end - begin)
+        first -= count
 
 
 class _Epoch(NamedTuple):

@@ -76,15 +76,15 @@ def attention_bytes(rank: Rank, p: Pass, kept: int) -> float:
     """q, k, v and what the kernel and the output projection need.
 
     T b (q + k + v + output), and one statistic a query and head. The projection keeps its input, kept H/t b, which is
-    the kernel's output unless channels or slots are cut from it. A kernel with w on the side of values has these twice.
-    With sequence parallelism T H b, the gathered input. Norms of queries and keys keep these as they were, T b (q + k),
-    and a statistic of each.
+    the kernel's output unless channels or slots are cut from it, or it goes to other context ranks. A kernel with w on
+    the side of values has these twice. With sequence parallelism T H b, the gathered input. Norms of queries and keys
+    keep these as they were, T b (q + k), and a statistic of each.
     """
     block, b = rank.part.block, rank.width
     size = p.slots * (b * sum(head_channels(rank, p)) + FP32 * block.query_heads)
     size += p.slots * (b * block.normed + FP32 * block.normed_heads)
     further = p.weighted and rank.attention.carried
-    if further in ("channels", "values") or kept < p.slots:
+    if further in ("channels", "values") or kept < p.slots or rank.axes["context"] > 1:
         size += kept * b * block.query
     if further == "values":
         size += p.slots * b * block.key
@@ -92,10 +92,14 @@ def attention_bytes(rank: Rank, p: Pass, kept: int) -> float:
 
 
 def head_channels(rank: Rank, p: Pass) -> tuple[int, int, int, int]:
-    """Channels of a slot's queries, keys, values and outputs in the kernel, on one tensor rank."""
+    """Channels of a slot's queries, keys, values and outputs in the kernel, on one tensor rank.
+
+    Of context ranks each has all slots of a share of the heads, which are as many channels; heads of keys and values
+    that there are too few of are repeated.
+    """
     block = rank.part.block
     of_queries, of_values = rank.attention.channels(block.query // block.query_heads, p.weighted)
-    heads, key_heads = block.query_heads, block.key_heads
+    heads, key_heads = block.query_heads, block.key_heads * rank.key_repeats
     return heads * of_queries, key_heads * of_queries, key_heads * of_values, heads * of_values
 
 

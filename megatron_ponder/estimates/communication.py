@@ -22,11 +22,11 @@ class Term:
     """One reason to communicate, in one training step of one rank.
 
     A message counts by its whole size, before what an algorithm makes of it: what is reduced, what is gathered from all
-    ranks together, what is scattered, what is sent.
+    ranks together, what is scattered, what is sent; in an all-to-all to all ranks together, this one among them.
 
     Attributes:
         axis: of the mesh, or `model` or `copies`.
-        operation: `all-reduce`, `all-gather`, `reduce-scatter` or `send`.
+        operation: `all-reduce`, `all-gather`, `all-to-all`, `reduce-scatter` or `send`.
         reason: in words.
         calls: of the operation.
         bytes: of all messages together.
@@ -59,7 +59,8 @@ class Formula:
 
     def terms(self) -> list[Term]:
         """All terms of groups that have more than one rank."""
-        every = [*self._tensor_terms(), *self._pipeline_terms(), *self._copies_terms(), *self._model_terms()]
+        every = [*self._tensor_terms(), *self._context_terms(), *self._pipeline_terms()]
+        every += [*self._copies_terms(), *self._model_terms()]
         return [term for term in every if term.calls and self._rank.axes[term.axis] > 1]
 
     def textbook(self) -> int:
@@ -165,6 +166,27 @@ class Formula:
         for operation, last in again:
             yield self._step("tensor", operation, "recompute", len(self._rank.layers) - 1, slots * size)
             yield self._step("tensor", operation, "recompute", 1, last * size)
+
+    def _context_terms(self) -> Iterator[Term]:
+        """Around attention, forward and backward, queries and outputs, keys and values, change from slots to heads.
+
+        log w goes to every rank, once a pass, and its gradient back.
+        """
+        rank, block, ranks = self._rank, self._rank.part.block, self._rank.axes["context"]
+        for index, (run, _) in enumerate(self._slots):
+            calls = (4 if rank.recompute.of_pass(index) == "none" else 6) * len(rank.layers)
+            size = rank.tokens * run * rank.width
+            yield self._step("context", "all-to-all", "queries, outputs", calls, size * block.query)
+            yield self._step("context", "all-to-all", "keys, values", calls, size * block.key * rank.key_repeats)
+            if self._passes.routed and index > 0:
+                yield self._step("context", "all-to-all", "log w", 2, rank.tokens * run * ranks * FP32)
+        if rank.config.data.reset_at_eod:
+            reads = len(self._slots) if rank.axes["pipeline"] > 1 else 1
+            yield self._step("context", "all-gather", "ends of documents", reads, rank.tokens * ranks * INT64)
+        if rank.mean_steps is not None:
+            yield self._step("context", "all-gather", "steps", len(self._slots), rank.tokens * ranks * INT64)
+        if rank.last:
+            yield self._step("context", "all-gather", "work", 1, self._batch * len(self._slots) * ranks * FP64)
 
     def _pipeline_terms(self) -> Iterator[Term]:
         rank, ranks = self._rank, self._rank.axes["pipeline"]

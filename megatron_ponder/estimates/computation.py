@@ -68,16 +68,20 @@ class Computation:
 
         Products, attention with 2 operations for each query, key that it may see (whole blocks of keys) and channel
         that the kernel computes of queries and of values, the norm (T 2 H b), rotations of queries and keys (T 2 b a
-        channel), and their norms if there are any (likewise). A sequence counts as one segment, because nothing says
+        channel), and their norms if there are any (likewise). Context ranks have all slots of a share of the heads, and
+        copy what they exchange (likewise). A sequence counts as one segment, because nothing says
         how long documents are.
         """
         rank, block, b = self.rank, self.rank.part.block, self.rank.width
         batch = rank.config.training.micro_batch_size
         rows, head_size = batch * run, block.query // block.query_heads
         kernel, rotated = rank.attention, block.query_heads + block.key_heads
-        operations = block.query_heads * kernel.operations(head_size, weighted) * batch * kernel.pairs(run)
+        ranks = rank.axes["context"]
+        operations = block.query_heads / ranks * kernel.operations(head_size, weighted)
+        operations *= batch * kernel.pairs(ranks * run)
         turned = rotated * kernel.channels(head_size, weighted)[0]
-        numbers = rank.residual(rows) * block.hidden + rows * (turned + block.normed)
+        exchanged = 2 * (block.query + block.key * rank.key_repeats) if ranks > 1 else 0
+        numbers = rank.residual(rows) * block.hidden + rows * (turned + block.normed + exchanged)
         return Work(self.products(rows, block.before), operations / self._attention_rate, self.moved(b * 2 * numbers))
 
     @property

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 
 from megatron_ponder.config import Config
-from megatron_ponder.config.layout import group_sizes
-from megatron_ponder.config.parallel import AXES
+from megatron_ponder.config.layout import describe_grid, group_sizes
 from megatron_ponder.estimates.activations import most_in_flight
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
@@ -33,8 +32,7 @@ def describe_layout(config: Config, data: int, device: str) -> str:
     flags += [f"optimiser on {parallel.offload_optimizer}"] if parallel.offload_optimizer != "none" else []
     flags += [parallel.pipeline_schedule] if parallel.pipeline > 1 else []
     lines = [
-        f"{grid['model'] * grid['copies']} ranks: {' × '.join(f'{grid[axis]} {axis}' for axis in AXES)}; "
-        f"{', '.join(flags)}",
+        f"{grid['model'] * grid['copies']} ranks: {describe_grid(grid)}; {', '.join(flags)}",
         f"a step: {sequences:,} sequences, {sequences * tokens:,} tokens, {slots:,} latent slots",
         f"a micro-batch: {training.micro_batch_size} sequences, {_span(map(len, plans))} passes of "
         f"{_span(map(sum, plans))} slots a token",

@@ -13,8 +13,8 @@ from megatron_ponder.estimates.rank import Rank
 def collective_seconds(term: Term, ranks: int, bandwidth: float, latency: float) -> float:
     """A ring moves 2 (n − 1) / n of an all-reduce's message over each link, half as much for its two halves.
 
-    As counted in NCCL's tests (doc/PERFORMANCE.md). Latency is that of a tree, ⌈log₂ n⌉ hops there, and for an
-    all-reduce back.
+    So much of its message an all-to-all moves, too. As counted in NCCL's tests (doc/PERFORMANCE.md). Latency is that of
+    a tree, ⌈log₂ n⌉ hops there, and for an all-reduce back.
     """
     if term.operation == "send":
         return term.calls * latency + term.bytes / bandwidth

@@ -85,7 +85,9 @@ def time_lines(plan: Plan, hardware: Hardware, budget: Budget, parts: Sequence[P
 def search_table(plans: Sequence[Plan], most: int, hardware: Hardware, budget: Budget) -> Table:
     """A row for each of the first so many plans."""
     usable = f"{hardware.usable_memory / GIB:.1f} of {hardware.memory / GIB:.1f} GiB"
-    headings = ("tensor", "pipeline", "data", "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "MFU", "days")
+    context = any(plan.config.parallel.context > 1 for plan in plans[:most])
+    grid = ("tensor", *("context",) * context, "pipeline", "data")
+    headings = (*grid, "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "MFU", "days")
     table = _right_aligned("", *headings, "GPU-hours")
     table.title = f"{len(plans):,} layouts fit into the usable {usable} of a GPU"
     for number, plan in enumerate(plans[:most], 1):
@@ -93,6 +95,7 @@ def search_table(plans: Sequence[Plan], most: int, hardware: Hardware, budget: B
         table.add_row(
             str(number),
             f"{parallel.tensor}{' + sequence' if parallel.sequence_parallel else ''}",
+            *(str(parallel.context),) * context,
             str(parallel.pipeline),
             str(plan.data),
             str(parallel.zero_stage),

@@ -11,13 +11,14 @@ import torch
 
 from megatron_ponder.checkpoint.optimizer_state import group_of, moment_bytes, takes_whole
 from megatron_ponder.config import Config, micro_batches, stage_layers
-from megatron_ponder.config.layout import group_sizes
+from megatron_ponder.config.layout import group_sizes, own_length
 from megatron_ponder.estimates.part import ParameterSize, PartSizes, part_sizes
 from megatron_ponder.kernels.attention import Call, Kernel, choose
 from megatron_ponder.model.build import model_part
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.pondering import Passes, Sizes
 from megatron_ponder.model.transformer import ModelPart, Recompute
+from megatron_ponder.parallel.context import head_repeats
 from megatron_ponder.parallel.mesh import Axis
 
 FP32 = 4
@@ -65,13 +66,18 @@ class Rank:
 
     @cached_property
     def length(self) -> int:
-        """L, tokens of a sequence; a share of them where several copies work on one sample."""
-        return self.config.data.sequence_length * self.data // self.copies
+        """L, tokens of a sequence; a share of them where context ranks share them."""
+        return own_length(self.config)
 
     @cached_property
     def tensor(self) -> Axis:
         """The tensor ranks, without a group."""
         return Axis(self.config.parallel.tensor, sequence_parallel=self.config.parallel.sequence_parallel)
+
+    @cached_property
+    def key_repeats(self) -> int:
+        """How often a head of keys and values is there on the context ranks together."""
+        return head_repeats(self.part.block.key_heads, self.axes["context"])
 
     @property
     def layers(self) -> range:
@@ -131,7 +137,7 @@ class Rank:
     def attention(self) -> Kernel:
         """The kernel that its attention takes."""
         block, config = self.part.block, self.config
-        head_size, grouped = config.model.head_size, block.key < block.query
+        head_size, grouped = config.model.head_size, block.key * self.key_repeats < block.query
         segmented = config.data.reset_at_eod or self.mean_steps is not None
         call = Call(self.device, self.dtype, grouped, segmented, head_size=head_size)
         return choose(call, config.training.attention_kernel)

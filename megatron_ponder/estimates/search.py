@@ -11,7 +11,7 @@ from megatron_ponder.base.launch import Launch
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, check_layout, data_parallel_size, resolve, validate
 from megatron_ponder.config.deepspeed import zero_stage
-from megatron_ponder.config.layout import largest_tensor, ranks_of_sample
+from megatron_ponder.config.layout import divides, ranks_of_sample
 from megatron_ponder.config.run import RecomputeKind
 from megatron_ponder.estimates.memory import RankMemory, memory_estimate
 from megatron_ponder.estimates.rank import Rank, places
@@ -20,6 +20,7 @@ from megatron_ponder.estimates.step_time import StepTime, step_time
 # What a layout is made of: section and key, in the order in which they are shown.
 KEYS = (
     ("parallel", "tensor"),
+    ("parallel", "context"),
     ("parallel", "pipeline"),
     ("parallel", "sequence_parallel"),
     ("parallel", "zero_stage"),
@@ -74,11 +75,15 @@ def plan_of(config: Config, cluster: Hardware) -> Plan:
 def fitting(config: Config, cluster: Hardware) -> list[Plan]:
     """Every layout of this model and batch that fits, fastest first.
 
-    Varied are `KEYS`; with another number of pipeline ranks, blocks are divided evenly. The global batch stays. Times
-    within about 1 % of each other are taken to be the same, and then a lower ZeRO stage and less memory come first.
+    Varied are `KEYS`, context ranks only where fewer of them do not fit; with another number of pipeline ranks, blocks
+    are divided evenly. The global batch stays. Times within about 1 % of each other are taken to be the same, and then
+    fewer context ranks, a lower ZeRO stage and less memory come first.
     """
-    plans = []
+    plans, roomy = [], set()
     for candidate in _candidates(config, cluster):
+        same = _without_context(candidate)
+        if candidate.parallel.context not in (1, config.parallel.context) and same in roomy:
+            continue  # more data ranks in their place are faster
         try:
             data = check_ranks(validate(resolve(candidate)), cluster)
         except UserError:
@@ -86,11 +91,19 @@ def fitting(config: Config, cluster: Hardware) -> list[Plan]:
         memory = fullest_memory(candidate, data, cluster)
         if memory.total <= cluster.usable_memory:
             plans.append(Plan(candidate, data, memory, step_time(candidate, data, cluster)))
+            roomy |= {same} if candidate.training.micro_batch_size == 1 else set()
     return sorted(plans, key=_rank)
 
 
+def _without_context(config: Config) -> tuple:
+    """A layout but for its context ranks, of which a search tries the fewest first, and its micro-batches."""
+    own = config.parallel
+    return own.tensor, own.pipeline, own.sequence_parallel, own.zero_stage, config.training.recompute
+
+
 def _rank(plan: Plan) -> tuple:
-    return round(math.log(plan.time.total), 2), plan.config.parallel.zero_stage, plan.memory.total
+    parallel = plan.config.parallel
+    return round(math.log(plan.time.total), 2), parallel.context, parallel.zero_stage, plan.memory.total
 
 
 def nearest(config: Config, plans: list[Plan]) -> Plan | None:
@@ -123,16 +136,19 @@ def _candidates(config: Config, cluster: Hardware) -> Iterator[Config]:
     """Layouts whose sizes divide; whether the rest of the configuration allows them is for its checks to say."""
     training, own = config.training, config.parallel
     lowest = zero_stage(replace(config, parallel=replace(own, zero_stage=0)))
-    for tensor, pipeline in _copies(config, cluster):
+    for tensor, context, pipeline in _copies(config, cluster):
         same = pipeline == own.pipeline
         grid = replace(
             own,
             tensor=tensor,
+            context=context,
             pipeline=pipeline,
             pipeline_layers=own.pipeline_layers if same else None,
             pipeline_schedule=own.pipeline_schedule if same else "1f1b",
         )
         micro_batches = _powers(training.global_batch_size * ranks_of_sample(grid) // cluster.ranks)
+        if context not in (1, own.context):  # data ranks divide larger ones, and exchange nothing around attention
+            micro_batches = [1]
         sequence_parallel, stages = (False, True)[:tensor], range(lowest, 4 if pipeline == 1 else 2)
         for size, split, stage, recompute in product(micro_batches, sequence_parallel, stages, get_args(RecomputeKind)):
             passes = None if recompute == "none" else training.recompute_passes
@@ -143,13 +159,16 @@ def _candidates(config: Config, cluster: Hardware) -> Iterator[Config]:
             )
 
 
-def _copies(config: Config, cluster: Hardware) -> Iterator[tuple[int, int]]:
-    """Numbers of tensor and pipeline ranks that leave data-parallel ranks whole, and each of them whole sequences."""
-    for tensor in _divisors(cluster.gpus_per_node):
-        for pipeline in _divisors(cluster.ranks // tensor):
-            divides = largest_tensor(config.model, tensor) == tensor and pipeline <= config.model.num_layers
-            if divides and config.training.global_batch_size % (cluster.ranks // (tensor * pipeline)) == 0:
-                yield tensor, pipeline
+def _copies(config: Config, cluster: Hardware) -> Iterator[tuple[int, int, int]]:
+    """Numbers of tensor, context and pipeline ranks that leave data-parallel ranks whole, and each whole sequences."""
+    batch, most = config.training.global_batch_size, config.model.num_layers
+    for tensor, context in product(_divisors(cluster.gpus_per_node), _divisors(cluster.ranks)):
+        sizes = {"tensor": tensor, "context": context}
+        if cluster.ranks % (tensor * context) or not divides(config, sizes):
+            continue
+        for pipeline in _divisors(cluster.ranks // (tensor * context)):
+            if pipeline <= most and batch % (cluster.ranks // (tensor * context * pipeline)) == 0:
+                yield tensor, context, pipeline
 
 
 def _divisors(number: int) -> list[int]:

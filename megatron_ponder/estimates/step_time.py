@@ -59,7 +59,7 @@ class StepTime:
 def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
     """The step of one place in the pipeline, if it waits for others in the bubble alone.
 
-    Tensor ranks wait for every collective; what pipeline ranks send is under way while they compute.
+    Tensor and context ranks wait for every collective; what pipeline ranks send is under way while they compute.
     """
     config, count = rank.config, rank.micro_batches
     computation, links = Computation(rank, cluster, refinements), Links(rank, cluster)
@@ -70,7 +70,7 @@ def time_of_rank(rank: Rank, cluster: Hardware, refinements: int) -> StepTime:
         seconds = collective_seconds(term, *links.of(term.axis))
         collectives[term.axis, term.operation] += seconds
         if (term.axis, term.operation) != ("pipeline", "send"):  # a part of the bubble
-            during["waited" if term.axis in ("tensor", "pipeline") else term.during] += seconds
+            during["waited" if term.axis in ("tensor", "context", "pipeline") else term.during] += seconds
     hidden = _hidden(rank, during, work, first_backward)
     sums, waited = computation.gradient_sums(), during.pop("waited", 0.0)
     share = _bubble(rank, links, refinements, work.total + waited / count)

@@ -11,6 +11,7 @@ from megatron_ponder.kernels.attention import attend
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.norms import RMSNorm
+from megatron_ponder.parallel.context import SlotShares, take_heads, take_slots
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import enter
@@ -39,11 +40,13 @@ class Slots(NamedTuple):
     Attributes:
         tokens: L.
         angles: of the T slots.
-        log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1.
+        log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1. Of context ranks
+            those of all, as attention sees them, and so for segments.
         segments: of the B · T slots; None if every row is one.
         kept: the slots of every token whose result is wanted; or int64, those of all of them.
         kernel: as in `training.attention_kernel`.
         packed: they are those of a packed pass, of which every forward has another number.
+        shares: which of a row's slots context ranks have; None if this rank has them all.
     """
 
     tokens: int
@@ -53,6 +56,7 @@ class Slots(NamedTuple):
     kept: slice | Tensor = slice(None)
     kernel: AttentionKernel = "auto"
     packed: bool = False
+    shares: SlotShares | None = None
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
@@ -96,9 +100,14 @@ class Attention(ShardedModule):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = self.head_size**-0.5
-        if cache is None:
+        if cache is not None:
+            y = cache.attend(rotate(q, slots.angles), rotate(k, slots.angles), v, scale)
+        elif slots.shares is None:
             y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles, slots.kernel)
         else:
-            y = cache.attend(rotate(q, slots.angles), rotate(k, slots.angles), v, scale)
+            q, k = rotate(q, slots.angles), rotate(k, slots.angles)
+            q, k, v = (take_heads(x, slots.shares) for x in (q, k, v))
+            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, kernel=slots.kernel)
+            y = take_slots(y, slots.shares)
         y = slots.keep(y.flatten(2), slots.tokens)
         return self.o_proj(y, slots.tokens)

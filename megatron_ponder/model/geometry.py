@@ -10,6 +10,8 @@ from megatron_ponder.config import ModelConfig
 from megatron_ponder.kernels.rotary import Rotation
 from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.rope import rotation
+from megatron_ponder.parallel.context import own_tokens, whole_rows
+from megatron_ponder.parallel.mesh import Axis
 
 
 @dataclass
@@ -18,8 +20,8 @@ class Geometry:
 
     Attributes:
         positions_BL: int64 (B or 1, L), the RoPE position of each token and of all its slots.
-        segments_BL: int64 (B, L), number of the segment that a token and its slots belong to, which see no other; None
-            if every sequence is one.
+        segments_BL: int64 (B, L), number of the segment that a token and its slots belong to, which see no other; of
+            context ranks that of the tokens of all. None if every sequence is one.
     """
 
     positions_BL: Tensor
@@ -28,23 +30,30 @@ class Geometry:
     _segments: dict[int, Segments] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokens_BL: Tensor, eod_id: int | None) -> "Geometry":
+    def of(cls, tokens_BL: Tensor, eod_id: int | None, context: Axis | None = None) -> "Geometry":
         """Positions 0, 1, .. of every sequence; with `eod_id`, a segment ends with each such token.
 
         Positions restart in every segment.
+
+        Args:
+            tokens_BL: of this rank's share of every sequence.
+            eod_id: end-of-document token; None if nothing ends with it.
+            context: the ranks that share the sequences; None for this one alone.
         """
-        count = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        context = context or Axis()
+        own = tokens_BL.shape[1]
+        count = torch.arange(own * context.size, device=tokens_BL.device)
         if eod_id is None:
-            return cls(count.unsqueeze(0))
-        ends = (tokens_BL == eod_id).long()
+            return cls(count[own * context.rank :][:own].unsqueeze(0))
+        ends = whole_rows((tokens_BL == eod_id).long(), context)
         segments = ends.cumsum(1) - ends
         first = torch.zeros_like(segments)
         first[:, 1:] = torch.where(ends[:, :-1] == 1, count[1:], 0)
-        return cls(count - first.cummax(1).values, segments)
+        return cls(own_tokens(count - first.cummax(1).values, context), segments)
 
     @property
     def tokens(self) -> int:
-        """L."""
+        """L, of this rank's share."""
         return self.positions_BL.shape[1]
 
     def angles(self, slots: int, config: ModelConfig, dtype: torch.dtype) -> Rotation:

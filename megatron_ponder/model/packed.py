@@ -6,7 +6,8 @@ a batch lie one behind the other, row by row, in segments that see no other. It 
 same slots are dead as keys, up to rounding and with all gradients.
 
 With sequence parallelism ranks share slots, and not tokens, in the residual stream, so that their shares are equal;
-hence what a pass hands to the next is gathered from all ranks. `packed_stages.py` spreads passes over pipeline ranks.
+hence what a pass hands to the next is gathered from all ranks. Context ranks share tokens, and have unequal numbers of
+slots, of which their all-to-all sends unequal parts. `packed_stages.py` spreads passes over pipeline ranks.
 """
 
 from contextlib import nullcontext
@@ -22,6 +23,8 @@ from megatron_ponder.model.rope import rotation
 from megatron_ponder.model.router import Routing, Rule, key_log_weights
 from megatron_ponder.model.spans import span
 from megatron_ponder.parallel.collectives import least_of_ranks
+from megatron_ponder.parallel.context import SlotShares, all_slots, whole_rows
+from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import all_tokens, enter, gather_parts, own_part
 
 
@@ -260,14 +263,42 @@ class PackedPasses:
         rows = len(packing.ran_N) // geometry.tokens
         positions_1T = geometry.positions_BL.expand(rows, -1).flatten()[packing.token_T].unsqueeze(0)
         angles = rotation(positions_1T, model.model_config, x_1TH.dtype)
-        segments = _segments(batch, packing, rows, geometry.tokens * self.plan[index])
-        return Slots(len(packing.token_T), angles, log_w_1T, segments, kernel=model.attention_kernel, packed=True)
+        whole, shares = packing, None
+        if model.context.size > 1:
+            whole, shares = _of_all_shares(packing, rows, model.context)
+            log_w_1T = None if log_w_1T is None else all_slots(log_w_1T, shares)
+        tokens = geometry.tokens * model.context.size
+        segments = _segments(geometry.segments(1), whole, rows, tokens, tokens * self.plan[index])
+        return Slots(
+            len(packing.token_T),
+            angles,
+            log_w_1T,
+            segments,
+            kernel=model.attention_kernel,
+            packed=True,
+            shares=shares,
+        )
 
 
-def _segments(batch: Batch, packing: Packing, rows: int, longest: int) -> Segments:
-    """Which slots see each other."""
-    tokens, device, total = batch.geometry.tokens, packing.token_T.device, len(packing.token_T)
-    of_tokens = batch.geometry.segments(1)
+def _of_all_shares(packing: Packing, rows: int, context: Axis) -> tuple[Packing, SlotShares]:
+    """The slots of whole sequences, and which of them context ranks have; on a GPU the host waits for their numbers.
+
+    Ranks hold unequal numbers of slots, since each prunes those of its own tokens.
+    """
+    ran_BL = whole_rows(packing.ran_N.view(rows, -1), context)
+    counts_nBL = (ran_BL + 1).unflatten(1, (context.size, -1)).movedim(1, 0)
+    whole = Packing.of(ran_BL.flatten())
+    order = back = None
+    if rows > 1:  # ranks send the slots of their shares of all rows one behind the other
+        first_nBL = (counts_nBL.flatten().cumsum(0) - counts_nBL.flatten()).view(counts_nBL.shape)
+        order = first_nBL.movedim(0, 1).flatten()[whole.token_T] + whole.step_T
+        back = order.argsort()
+    return whole, SlotShares(context, tuple(counts_nBL.sum((1, 2)).tolist()), order, back)
+
+
+def _segments(of_tokens: Segments | None, packing: Packing, rows: int, tokens: int, longest: int) -> Segments:
+    """Which slots of rows of so many tokens see each other."""
+    device, total = packing.token_T.device, len(packing.token_T)
     bounds = torch.arange(0, rows * tokens + 1, tokens, device=device) if of_tokens is None else of_tokens.bounds
     ends = torch.cat([packing.first_N, packing.first_N.new_full((1,), total)])
     return Segments.of(ends[bounds.long()], total, longest)

@@ -30,6 +30,7 @@ from megatron_ponder.model.router import (
 )
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
+from megatron_ponder.parallel.context import SlotShares, all_slots
 from megatron_ponder.parallel.layers import VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.regions import all_tokens, enter
@@ -87,6 +88,7 @@ class PonderLM(nn.Module):
         eod_id: end-of-document token that confines attention and restarts positions; None for neither.
         part: which part of the model this pipeline rank holds; modules of other parts are None.
         axis: the tensor ranks.
+        context: the ranks that share the tokens of every sequence; what is said of a sequence is said of their share.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class PonderLM(nn.Module):
         self.recompute, self.attention_kernel = recompute or Recompute(), attention_kernel
         self.passes = passes_of(ponder)
         self.part = part = part or ModelPart(range(model.num_layers))
-        self.axis = axis = (mesh or Mesh()).tensor
+        mesh = mesh or Mesh()
+        self.axis = axis = mesh.tensor
+        self.context = mesh.context
         vocabulary = (model.vocab_size, model.hidden_size, axis)
         # With c = sqrt(2.5 H) this gives scaled embeddings unit RMS, as the latents have.
         std = model.init_std if ponder.mode == "vanilla" else math.sqrt(2 / (5 * model.hidden_size))
@@ -214,7 +218,7 @@ class PonderLM(nn.Module):
         e_BLH = self.embed(tokens_BL) if embedded else None
         if embedded and self.latent_scale.learned and torch.is_grad_enabled():
             e_BLH = e_BLH + 0 * self.latent_scale(e_BLH[..., :1])  # a step without latents gives it a gradient, of 0
-        return Batch(Geometry.of(tokens_BL, self.eod_id), e_BLH)
+        return Batch(Geometry.of(tokens_BL, self.eod_id, self.context), e_BLH)
 
     def run_pass(
         self,
@@ -251,16 +255,23 @@ class PonderLM(nn.Module):
         x_BTH, log_w_BT, _ = stream
         slots_per_token = x_BTH.shape[1] // self.axis.share(geometry.tokens)
         kept = self.passes.kept(index, plan) if plan else slice(None)
+        log_w_BT = None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens)
+        shares = self._shares(geometry.tokens * slots_per_token)
         slots = Slots(
             geometry.tokens,
             geometry.angles(slots_per_token, self.model_config, x_BTH.dtype),
-            None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens),
+            log_w_BT if log_w_BT is None or shares is None else all_slots(log_w_BT, shares),
             geometry.segments(slots_per_token),
             slice(None) if kept == slice(0, slots_per_token) else kept,
             self.attention_kernel,
+            shares=shares,
         )
         with span(f"pass {index}: {slots_per_token} slots a token"):
             return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))
+
+    def _shares(self, slots: int) -> SlotShares | None:
+        """Which slots of a row context ranks have, if each has so many."""
+        return None if self.context.size == 1 else SlotShares(self.context, (slots,) * self.context.size)
 
     def end_pass(self, stream: Stream, batch: Batch, rule: Rule) -> PassResult:
         """The result of a pass, from what leaves the last block; embeddings are wanted if the router reads them."""

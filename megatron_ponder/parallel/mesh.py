@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_ponder.config import ParallelConfig
-from megatron_ponder.config.layout import GROUPS, group_sizes, ranks_of_sample
+from megatron_ponder.config.layout import GROUPS, RARE, group_sizes, ranks_of_sample
 from megatron_ponder.config.parallel import AXES
 from megatron_ponder.parallel.groups import COLLECTIVE_TIMEOUT, group_of
 
@@ -43,6 +43,7 @@ class Mesh:
     Attributes:
         device: of this rank.
         tensor: ranks that share each layer.
+        context: ranks that share the tokens of every sequence.
         data: ranks that share the batch.
         pipeline: ranks that share the stack of layers.
         model: ranks that hold one copy of the model.
@@ -65,7 +66,8 @@ class Mesh:
 def build_mesh(device: torch.device, parallel: ParallelConfig, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Mesh:
     """The grid over all ranks of the default process group, of which those beyond one copy of the model share the data.
 
-    What lies along several axes is the same group, with one communicator, where its ranks are the same.
+    What lies along several axes is the same group, with one communicator, where its ranks are the same. There is none
+    of a context rank alone.
 
     Args:
         device: where this rank computes.
@@ -73,7 +75,7 @@ def build_mesh(device: torch.device, parallel: ParallelConfig, timeout: timedelt
         timeout: that a rank waits for the others in a collective of some of them.
     """
     sizes = group_sizes(parallel, dist.get_world_size() // ranks_of_sample(parallel))
-    parts = {name: _parts(sizes, name) for name in GROUPS}
+    parts = {name: _parts(sizes, name) for name in GROUPS if sizes[name] > 1 or name not in RARE}
     groups = {}
     for name, ranks in parts.items():
         if ranks not in groups:

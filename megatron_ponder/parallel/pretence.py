@@ -44,12 +44,16 @@ def groups_of_this_rank() -> list[int]:
     return [group.size() for group in dist.distributed_c10d._world.pg_names]
 
 
+# Operations that the fake process group leaves undone.
+MADE_UP = ("c10d::recv", "c10d::_reduce_scatter", "c10d::alltoall")
+
+
 class _MadeUp(TorchDispatchMode):
     """Fills what the fake process group leaves as the memory was."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.namespace == "c10d" and function._schema.name.startswith(("c10d::recv", "c10d::_reduce_scatter")):
+        if function.namespace == "c10d" and function._schema.name.startswith(MADE_UP):
             for received in tree_leaves(args[0]):
                 received.fill_(0 if received.is_floating_point() else 1)
         return result

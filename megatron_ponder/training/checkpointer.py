@@ -28,6 +28,7 @@ from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.checkpoint.writer import publish, write_description
 from megatron_ponder.config import Config
+from megatron_ponder.config.layout import spoken_axes
 from megatron_ponder.config.parallel import AXES
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.groups import host_group
@@ -180,6 +181,7 @@ class Checkpointer:
     def _layout(self) -> dict[str, int | str]:
         mesh, config = self._mesh, self._config
         sizes = {axis: getattr(mesh, axis).size for axis in AXES}
+        sizes = {axis: sizes[axis] for axis in spoken_axes(sizes)}
         return sizes | {"zero_stage": config.parallel.zero_stage, "precision": config.training.precision}
 
     def _take_share(self, tensors: Iterable[StateTensor]) -> _Share:

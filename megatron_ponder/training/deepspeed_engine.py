@@ -285,9 +285,8 @@ class Engine:
         return part[: max(0, parameter.ds_numel - part.numel() * self.mesh.copies.rank)]
 
     def _nothing(self) -> Tensor:
-        """The smallest micro-batch, of a token for each of the ranks that work on one sample."""
-        tokens = self.mesh.copies.size // self.mesh.data.size
-        return torch.zeros(1, tokens + 1, dtype=torch.long, device=self.mesh.device)
+        """The smallest micro-batch, of one token."""
+        return torch.zeros(1, 2, dtype=torch.long, device=self.mesh.device)
 
     def _check_wrapper(self, config: Config) -> None:
         wrapper, given = optimizer_wrapper(config), self._engine.optimizer

@@ -15,6 +15,8 @@ from megatron_ponder.checkpoint.folders import checkpoint_name
 from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config, micro_batches
 from megatron_ponder.config.batch_sizes import batch_size
+from megatron_ponder.config.layout import own_length
+from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.loader import batches
 from megatron_ponder.data.mixture import validation_sets
 from megatron_ponder.model.modes import passes_of
@@ -97,8 +99,9 @@ class TrainingLoop:
             config.data.num_workers,
             pin_memory=mesh.device.type == "cuda",
             vocab_size=config.model.vocab_size,
+            share=Share(mesh.context.rank, mesh.context.size),
         )
-        self._reader = CarefulReader((training.micro_batch_size, config.data.sequence_length + 1))
+        self._reader = CarefulReader((training.micro_batch_size, own_length(config) + 1))
         self._validation = None
         if sets := validation_sets(parts.datasets, config.data):
             self._validation = ValidationSets(config, mesh, sets, engine, self._boundary, self._watchdog)

@@ -12,6 +12,7 @@ from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Routing, Rule
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
+from megatron_ponder.parallel.context import whole_rows
 from megatron_ponder.parallel.regions import enter
 
 
@@ -88,9 +89,13 @@ class Objective(nn.Module):
         return _telling(loss), Tally.pack(steps, sums)
 
     def _work(self, result: PonderOutput) -> dict[str, Tensor]:
-        """What the passes ran of each sequence."""
-        times, slots_PB = work_of_passes(result.passes, self.gradient_passes), result.slots_PB.double()
+        """What the passes ran of each sequence; of this rank's share, each slot with all that it may see."""
+        times, context = work_of_passes(result.passes, self.gradient_passes), self.model.context
+        slots_PB = result.slots_PB.to(result.output_BLH.device, torch.float64)
         pairs_PB = slots_PB * (slots_PB + 1) / 2
+        if context.size > 1:
+            earlier_PB = whole_rows(slots_PB.unsqueeze(-1), context)[..., : context.rank].sum(-1)
+            pairs_PB = pairs_PB + slots_PB * earlier_PB
         work = {"slot_work": slots_PB, "pair_work": pairs_PB}
         return {"slots": slots_PB.sum(0)} | {
             name: sum(n * each for n, each in zip(times, of_passes, strict=True)) for name, of_passes in work.items()

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import Config, check_layout, data_parallel_size, micro_batches, resolve
-from megatron_ponder.config.layout import group_sizes
+from megatron_ponder.config.layout import describe_grid, group_sizes, own_length, spoken_axes
 from megatron_ponder.config.parallel import AXES
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
@@ -84,17 +84,18 @@ def rehearsal_table(config: Config, ranks: int, rehearsed: Sequence[Rehearsed]) 
     data, training = data_parallel_size(config, ranks), config.training
     sizes = group_sizes(config.parallel, data)
     table = Table(
-        title=f"{ranks:,} ranks: {' × '.join(f'{sizes[axis]} {axis}' for axis in AXES)}; {micro_batches(config, data)} "
+        title=f"{ranks:,} ranks: {describe_grid(sizes)}; {micro_batches(config, data)} "
         f"micro-batches of {training.micro_batch_size} sequences a step"
     )
-    for heading in ("rank", *AXES, "blocks", "with", "parameters", "GiB", "groups", "samples", "seconds"):
+    axes = spoken_axes(sizes)
+    for heading in ("rank", *axes, "blocks", "with", "parameters", "GiB", "groups", "samples", "seconds"):
         table.add_column(heading, no_wrap=True)
     for one in rehearsed:
         rank = Rank(config, data, one.places["pipeline"], "cuda")
         ends = ["embedding"] * rank.first + ["head"] * rank.last + ["router"] * bool(rank.part.router)
         table.add_row(
             str(one.rank),
-            *(str(one.places[axis]) for axis in AXES),
+            *(str(one.places[axis]) for axis in axes),
             f"{rank.layers[0]}–{rank.layers[-1]}",
             " ".join(ends),
             f"{rank.part.count / 1e6:.1f}M",
@@ -115,7 +116,7 @@ def miniature(config: Config, data: int) -> Config:
     """
     model, parallel = config.model, config.parallel
     channels = 2 * math.ceil(1 / model.rotary_fraction)  # of a head, so that two or more are rotated
-    length = max(8, parallel.tensor)
+    length = parallel.context * max(8, parallel.tensor)
     count = min(micro_batches(config, data), parallel.pipeline)
     small = replace(
         model,
@@ -143,7 +144,7 @@ def _start(config: Config, small: Config, launch: Launch, rank: int) -> Rehearse
         model = build_part(small, mesh)
         initialize(model, small.training.seed)
         engine = Engine(Objective(model, small.ponder_training.gradient_passes), small, mesh)
-        tokens = torch.zeros(1, small.data.sequence_length + 1, dtype=torch.long)
+        tokens = torch.zeros(1, own_length(small) + 1, dtype=torch.long)
         refinements = min(small.ponder_training.refinement_choices)
         rule = training_rule(0, small)
         engine.forward_backward([tokens] * micro_batches(small, mesh.data.size), refinements, rule, 0.0, 1.0)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.config import Config
+from megatron_ponder.config.layout import own_length
+from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.loader import validation_batches
 from megatron_ponder.data.mixture import Samples
 from megatron_ponder.model.modes import passes_of
@@ -67,12 +69,13 @@ class Validation:
         """
         training, mesh = self._config.training, self._mesh
         size, count = training.micro_batch_size, min(training.eval_samples, self._dataset.samples_per_epoch)
+        share = Share(mesh.context.rank, mesh.context.size)
         r, vocab_size = self._config.ponder_training.evaluation_refinements, self._config.model.vocab_size
-        own = validation_batches(self._dataset, count, size, mesh.data.rank, mesh.data.size, vocab_size)
+        own = validation_batches(self._dataset, count, size, mesh.data.rank, mesh.data.size, vocab_size, share)
         rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
         at_once = mesh.pipeline.size  # micro-batches that fill a pipeline
         groups = iter(lambda: list(islice(own, at_once)), None)
-        reader, sums = CarefulReader((size, self._config.data.sequence_length + 1)), 0
+        reader, sums = CarefulReader((size, own_length(self._config) + 1)), 0
         for first in range(0, rounds, at_once):
             micro_batches = reader.read(groups, 1)
             self._watchdog.beat()

@@ -26,6 +26,8 @@ CASES += [("tp2", "ponderlm", {}), ("tp2+sp", "ponderlm", {}), ("tp2+sp", "pause
 CASES += [(layout, "adaptive", {}) for layout in ("tp2 block", "tp2+sp block", "tp2+sp attention")]
 CASES += [("tp2+sp zero1", "adaptive", {})]
 CASES += [(layout, "adaptive", {"optimizer__name": "muon"}) for layout in ("tp2", "tp2+sp zero1")]
+CASES += [("cp2", "adaptive", {}), ("cp2", "vanilla", {"model__num_kv_heads": 1, "data__reset_at_eod": "true"})]
+CASES += [(layout, "adaptive", {}) for layout in ("cp2 block", "cp2 attention")]
 CASES += [("tp2+sp", "adaptive", {"model__family": "gpt_neox", "ponder__router_hidden_size": 8})]
 
 
@@ -46,7 +48,8 @@ def count_by_hand(mesh: Mesh) -> dict[tuple[str, str], Volume]:
 def count_all(mesh: Mesh) -> tuple[dict[tuple[str, str], Volume], list[Count]]:
     counts = []
     for name, mode, overrides in CASES:
-        config = configuration(LAYOUTS[name], mode, LENGTH, model__num_layers=2, **overrides)
+        length = LENGTH + (LAYOUTS[name].context > 1)
+        config = configuration(LAYOUTS[name], mode, length, model__num_layers=2, **overrides)
         counts.append(count_step(build_mesh(mesh.device, config.parallel), config))
     return count_by_hand(mesh), counts
 
@@ -68,7 +71,7 @@ def test_counts_what_is_called(two_ranks):
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
-def test_tensor_ranks_move_what_the_formula_says(two_ranks, index):
+def test_ranks_move_what_the_formula_says(two_ranks, index):
     for _, counts in two_ranks:
         assert counts[index].measured == counts[index].expected()
 

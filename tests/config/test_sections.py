@@ -514,6 +514,43 @@ def test_following_what_is_said_leads_to_a_layout_that_works(tensor, pipeline, b
     assert fits_schedule(count, config.parallel.pipeline)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--data.sequence_length=2304", "--parallel.tensor=2", "--parallel.context=4"],
+            "parallel.tensor × parallel.context 8 does not divide model.num_heads 12; the largest that works is "
+            "parallel.context 3",
+        ),
+        (
+            ["--parallel.tensor=5", "--parallel.context=2"],
+            "parallel.tensor × parallel.context 10 does not divide model.num_heads 12; the largest that works is "
+            "parallel.tensor 4",
+        ),
+        (
+            ["--data.sequence_length=2049", "--parallel.context=2"],
+            "parallel.context 2 does not divide data.sequence_length 2049; the largest that works is "
+            "parallel.context 1",
+        ),
+    ],
+)
+def test_context_ranks_that_do_not_divide_are_refused_with_the_most_that_do(arguments, said):
+    assert refusal(arguments).endswith(said)
+
+
+def test_a_grid_with_context_ranks():
+    config = layout(tensor=2, context=2, global_batch=240)
+    assert data_parallel_size(config, 12) == 3
+    with pytest.raises(UserError) as caught:
+        data_parallel_size(config, 10)
+    assert str(caught.value) == (
+        "10 ranks cannot be divided into groups of parallel.tensor × parallel.context × parallel.pipeline = 4; start a "
+        "multiple of 4 ranks, or add --parallel.context 1"
+    )
+    few_keys = ["--model.num_kv_heads=3", "--data.sequence_length=2304", "--parallel.context=12"]
+    assert read_config(few_keys).parallel.context == 12
+
+
 def test_tensor_ranks_stay_inside_a_node():
     config = layout(tensor=4, global_batch=240)
     check_layout(config, Launch(world_size=12, local_size=4))

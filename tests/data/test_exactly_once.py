@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_ponder.config import BlendPart, DataConfig, PhaseConfig
+from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.loader import batches
 from megatron_ponder.data.mixture import open_mixture
@@ -72,6 +73,22 @@ def test_two_epochs_of_one_dataset(tmp_path, cached):
         inputs = Counter(order[:, :-1].flatten().tolist())
         assert set(inputs.values()) == {1} and len(inputs) == samples * SEQUENCE_LENGTH
     assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 9])
+def test_shares_of_a_sample_overlap_in_the_token_that_the_first_predicts(tmp_path, ranks):
+    write(tmp_path / "data", 0, documents=20, seed=0)
+    data = DataConfig(str(tmp_path / "data"), split="1", sequence_length=SEQUENCE_LENGTH)
+    dataset = open_mixture(data, seed=11).samples["train"]
+    (whole,) = next(batches(dataset, 0, 8, 8, 0, 1))
+    read, read_document = [], dataset.indexed.read_document
+    dataset.indexed.read_document = lambda *where: read.append(where[2]) or read_document(*where)
+    length = SEQUENCE_LENGTH // ranks
+    for place in range(ranks):
+        read.clear()
+        (share,) = next(batches(dataset, 0, 8, 8, 0, 1, share=Share(place, ranks)))
+        assert torch.equal(share, whole[:, place * length :][:, : length + 1])
+        assert sum(read) == share.numel()
 
 
 def test_a_blend_with_a_phase(tmp_path):

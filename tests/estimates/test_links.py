@@ -15,7 +15,7 @@ def test_collectives_by_hand():
     term = Term("copies", "all-reduce", "gradients", 3, 800)
     assert collective_seconds(term, 4, bandwidth=100.0, latency=0.5) == 3 * 2 * 2 * 0.5 + 2 * 3 / 4 * 8
     halves = [
-        collective_seconds(replace(term, operation=name), 4, 100.0, 0.5) for name in ("all-gather", "reduce-scatter")
+        collective_seconds(replace(term, operation=name), 4, 100.0, 0.5) for name in ("all-to-all", "reduce-scatter")
     ]
     assert sum(halves) == collective_seconds(term, 4, 100.0, 0.5)
     assert collective_seconds(replace(term, operation="send"), 4, 100.0, 0.5) == 3 * 0.5 + 8

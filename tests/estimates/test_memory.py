@@ -99,7 +99,7 @@ def forward_and_backward(config: Config, mesh: Mesh) -> tuple[int, int]:
     initialize(model, seed=0)
     model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     objective = Objective(model, config.ponder_training.gradient_passes)
-    tokens = random_tokens(BATCH, LENGTH + 1, VOCABULARY)
+    tokens = random_tokens(BATCH, LENGTH // mesh.context.size + 1, VOCABULARY)
     parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
     with Alive() as alive:
         for parameter in model.parameters():
@@ -183,6 +183,36 @@ def test_activations_of_tensor_ranks(sequence_parallel):
         )
         for size in left:
             assert 0.95 * size < expected <= 1.01 * size, case
+
+
+def measure_context_ranks(mesh: Mesh, cases: list[dict]) -> list[tuple[int, int]]:
+    return [forward_and_backward(config_for(**case), mesh) for case in cases]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_activations_of_context_ranks(ranks):
+    cases = [{}, {"model__num_kv_heads": 1}, {"training__recompute": "attention"}]
+    if ranks > 2:
+        cases += [{"training__recompute": "block"}, {"data__reset_at_eod": "true"}, {"ponder__mode": "ponderlm"}]
+        cases += [{"ponder__mode": "fixed"}, {"model__family": "gpt_neox", "training__precision": "bf16"}]
+    cases = [{"parallel__context": ranks} | case for case in cases]
+    measured = run_distributed(measure_context_ranks, ranks, cases, context=ranks)
+    for case, *of_ranks in zip(cases, *measured, strict=True):
+        rank = Rank(config_for(**case))
+        expected = sum(pass_bytes(rank, p) for p in passes(rank))
+        expected += loss_bytes(rank) * (1 if rank.config.training.precision == "fp32" else 4 / 6)
+        for left, most in of_ranks:
+            assert 0.95 * left < expected <= 1.01 * left, case
+            assert max(map(sum, running_moments(rank))) - held_gradient_bytes(rank) == pytest.approx(most, rel=0.15)
+
+
+def test_activations_fall_with_context_ranks():
+    sizes = []
+    for ranks in (1, 2, 4):
+        rank = Rank(config_for(parallel__context=ranks, training__attention_kernel="value_side"))
+        sizes.append(ranks * sum(pass_bytes(rank, p) for p in passes(rank)))
+    assert sizes[1] == sizes[2]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])

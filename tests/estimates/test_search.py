@@ -10,7 +10,7 @@ from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config import Config, check_layout, data_parallel_size, read_config, resolve, validate
 from megatron_ponder.estimates.memory import memory_estimate
 from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.estimates.search import changes, check_ranks, fitting, flags, nearest, plan_of
+from megatron_ponder.estimates.search import Plan, changes, check_ranks, fitting, flags, nearest, plan_of
 
 CLUSTER = Hardware("GPU", 2, 8, 40e9, 300e12, 2e12, 300e9, 25e9)
 ARGUMENTS = {
@@ -51,11 +51,27 @@ def test_they_are_in_order(plans):
     assert seconds[0] < 0.7 * seconds[-1]
 
 
+def test_context_ranks_where_fewer_do_not_fit(plans):
+    assert all(plan.config.parallel.context == 1 for plan in plans)
+    node = Hardware("GPU", 1, 8, 40e9, 300e12, 2e12, 300e9, 25e9)
+    few = config_for(training__global_batch_size=2, training__micro_batch_size=1, data__sequence_length=8192)
+    found = [plan for plan in fitting(few, node) if plan.config.parallel.context > 1]
+    assert {plan.config.training.micro_batch_size for plan in found} == {1}
+    assert all(plan.data * plan.config.parallel.context * ranks_beside(plan) == 8 for plan in found)
+    alone = {plan.config.parallel.context for plan in found if ranks_beside(plan) == 1}
+    assert min(alone) == 4  # the fewest with which there are as many sequences as data ranks
+
+
+def ranks_beside(plan: Plan) -> int:
+    """Ranks that share a layer or the stack."""
+    return plan.config.parallel.tensor * plan.config.parallel.pipeline
+
+
 def test_less_memory_allows_fewer(plans):
     small = Hardware("GPU", 2, 8, 12e9, 300e12, 2e12, 300e9, 25e9)
     fewer = fitting(config_for(), small)
-    assert 0 < len(fewer) < len(plans)
-    assert {str(plan.config) for plan in fewer} < {str(plan.config) for plan in plans}
+    same = {str(plan.config) for plan in fewer if plan.config.parallel.context == 1}
+    assert same < {str(plan.config) for plan in plans}
     assert fewer[0].time.total >= 0.99 * plans[0].time.total
     assert fitting(config_for(), Hardware("GPU", 2, 8, 1e8, 300e12, 2e12, 300e9, 25e9)) == []
 

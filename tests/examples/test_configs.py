@@ -1,4 +1,4 @@
-"""The configurations in examples/configs train as they are on the GPUs that they are for."""
+"""The configurations in examples/configs and examples/long_context train as they are on the GPUs that they are for."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from megatron_ponder.config import read_config
 from megatron_ponder.estimates.search import check_ranks, fullest_memory
 from tests import REPOSITORY
 
-FILES = sorted((REPOSITORY / "examples" / "configs").glob("*.yaml"))
+FILES = sorted(file for of in ("configs", "long_context") for file in (REPOSITORY / "examples" / of).glob("*.yaml"))
 GPUS_OF_80_GB = [name for name, gpu in GPUS.items() if gpu.memory == 80]
 # Of the Pythia suite (Biderman et al., 2023, table 1), and for LLaMA's sizes those of PonderLM's authors (410M and
 # 1.4B) or of the nearest GPT-3 (Brown et al., 2020, table 2.1).
@@ -29,6 +29,7 @@ PUBLISHED_RATES = {
     "llama_2.8b": 1.6e-4,
     "llama_410m_8xh100": 3e-4,
     "llama_1.4b_32xh100": 2e-4,
+    "llama_410m_32k": 3e-5,  # a tenth of it, in a continuation
 }
 
 

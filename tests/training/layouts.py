@@ -31,7 +31,6 @@ from tests.models import LEARNED, MIXED, random_tokens, small_config
 STEPS, REFINEMENTS, RATE = 3, (1, 2, 1), 1e-2
 LENGTH = 11  # which neither two nor four tensor ranks can share evenly, nor the vocabulary of 61
 EOD = 7
-EVALUATED = random_tokens(16, LENGTH + 1, seed=99)
 MODELS = {
     f"{family} {mode}": {"model__family": family, "ponder__mode": mode} | heads
     for family, heads in {"llama": {"model__num_kv_heads": 2}, "gpt_neox": {}}.items()
@@ -64,6 +63,12 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 1
+    context: int = 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, which context ranks divide."""
+        return LENGTH if self.context == 1 else 12
 
     @property
     def global_batch_size(self) -> int:
@@ -77,7 +82,7 @@ class Layout:
             "model__init_std": 0.05,
             "ponder_training__penalty_weight": 0.05,
             "inference__threshold": 0.1,
-            "data__sequence_length": LENGTH,
+            "data__sequence_length": self.length,
             "optimizer__gradient_clipping": 0.3,
             # Adam would make steps of full size of gradients that are 0 but for rounding, as key biases have
             "optimizer__epsilon": 1e-4,
@@ -86,6 +91,7 @@ class Layout:
             "training__precision": "fp32",
             "parallel__tensor": self.tensor,
             "parallel__pipeline": self.pipeline,
+            "parallel__context": self.context,
             "parallel__sequence_parallel": self.sequence_parallel,
             "parallel__zero_stage": self.zero_stage,
         }
@@ -95,11 +101,12 @@ class Layout:
         """`function(mesh, self, *args)` on every rank."""
         return run_distributed(
             function,
-            self.tensor * self.pipeline * self.data,
+            self.tensor * self.pipeline * self.context * self.data,
             self,
             *args,
             tensor=self.tensor,
             pipeline=self.pipeline,
+            context=self.context,
             sequence_parallel=self.sequence_parallel,
             time_limit=time_limit,
         )
@@ -151,13 +158,14 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
         batch = batch_of(config, step)
-        own, scale = torch.chunk(batch, mesh.data.size)[mesh.data.rank], 1 / (len(batch) * LENGTH)
+        own, scale = torch.chunk(batch, mesh.data.size)[mesh.data.rank], 1 / (len(batch) * layout.length)
+        own = own_share(own, mesh)
         micro_batches = own.split(config.training.micro_batch_size)
         penalty = config.ponder_training.penalty_weight
         sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty, scale)
         gradients = gradients_of(engine)
         norm = engine.step(RATE)
-        steps.append(Step(over_data_ranks(sums, mesh), gradients, norm))
+        steps.append(Step(over_copies(sums, mesh), gradients, norm))
     return Run(before, steps, weights(engine), evaluations, differing_replicas(engine))
 
 
@@ -169,17 +177,24 @@ def train_all(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> dict[str, R
 def evaluate(engine: Engine, config: Config, mesh: Mesh, count: int, kind: RuleKind, each_step: bool) -> Tally:
     """On the first samples of the validation batch, divided over the data-parallel ranks as training divides them."""
     size, rank = mesh.data.size, mesh.data.rank
-    own = EVALUATED[count * rank // size : count * (rank + 1) // size]
+    own = random_tokens(16, config.data.sequence_length + 1, seed=99)
+    own = own_share(own[count * rank // size : count * (rank + 1) // size], mesh)
     per_batch = config.training.micro_batch_size
     micro_batches = own.split(per_batch) if len(own) else []
     rounds = ceil(ceil(count / size) / per_batch)
-    return over_data_ranks(engine.evaluate(micro_batches, rounds, 2, engine.rule(kind), each_step), mesh)
+    return over_copies(engine.evaluate(micro_batches, rounds, 2, engine.rule(kind), each_step), mesh)
 
 
-def over_data_ranks(sums: Tensor, mesh: Mesh) -> Tally:
-    if mesh.data.size > 1:
-        dist.all_reduce(sums, group=mesh.data.group)
+def over_copies(sums: Tensor, mesh: Mesh) -> Tally:
+    if mesh.copies.size > 1:
+        dist.all_reduce(sums, group=mesh.copies.group)
     return Tally.of(sums)
+
+
+def own_share(tokens: Tensor, mesh: Mesh) -> Tensor:
+    """(B, L + 1) → this context rank's share of the L tokens, and the one behind it."""
+    length = (tokens.shape[1] - 1) // mesh.context.size
+    return tokens[:, mesh.context.rank * length :][:, : length + 1]
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -202,8 +217,8 @@ def model_for(config: Config, mesh: Mesh | None = None) -> PonderLM:
 
 def batch_of(config: Config, step: int) -> Tensor:
     """Tokens of all ranks in one step, int64 (global batch of the step, L + 1)."""
-    training = config.training
-    tokens = random_tokens(batch_size(training, samples_of(training, step)), LENGTH + 1, seed=step)
+    training, length = config.training, config.data.sequence_length
+    tokens = random_tokens(batch_size(training, samples_of(training, step)), length + 1, seed=step)
     return tokens.masked_fill(tokens % 5 == 0, EOD) if config.data.reset_at_eod else tokens
 
 
@@ -215,6 +230,7 @@ def alone(layout: Layout, case: dict, wanted: tuple[Evaluation, ...] = ()) -> Ru
     items = {key: value for key, value in case.items() if key.startswith(computes)} | {
         "model__num_layers": config.model.num_layers,
         "training__global_batch_size": config.training.global_batch_size,
+        "data__sequence_length": config.data.sequence_length,
         "training__batch_size_ramp": case.get("training__batch_size_ramp", "null"),
     }
     return _alone(tuple(items.items()), wanted)
@@ -229,13 +245,14 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     parameters = dict(model.named_parameters())
     optimizers = optimizers_of_pytorch(parameters, config)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    evaluated = random_tokens(16, config.data.sequence_length + 1, seed=99)
     steps, evaluations = [], []
     for step in range(STEPS):
         with torch.no_grad():
             evaluations.append(
                 {
                     item: Tally.of(
-                        objective(EVALUATED[: item[0]], 2, model.rule(item[1], bias=0.0), each_step=item[2])[1].sum(0)
+                        objective(evaluated[: item[0]], 2, model.rule(item[1], bias=0.0), each_step=item[2])[1].sum(0)
                     )
                     for item in wanted
                 }

@@ -74,6 +74,10 @@ def test_graphs_that_there_may_be(overrides, most):
             {"parallel__pipeline": 2, "parallel__pipeline_schedule": "zero_bubble", "training__precision": "fp32"},
             "training.compile computes all gradients of a block at once",
         ),
+        (
+            {"parallel__context": 2, "ponder_training__prune_start": 3},
+            r"training.compile cannot compile packed passes of parallel.context ranks, .* ponder_training.packed to",
+        ),
     ],
 )
 def test_what_cannot_be_combined(overrides, message):

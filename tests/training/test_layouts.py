@@ -14,7 +14,6 @@ from megatron_ponder.training.objective import Objective
 from megatron_ponder.training.schedules import refinements
 from tests.models import LEARNED
 from tests.training.layouts import (
-    LENGTH,
     MODELS,
     MUON,
     STEPS,
@@ -45,6 +44,14 @@ LAYOUTS = {
     "tp2 sequence dp2 zero3": Layout(tensor=2, data=2, sequence_parallel=True, zero_stage=3),
     "tp2 pp2 dp2": Layout(tensor=2, pipeline=2, data=2, zero_stage=1),
     "dp2 zero0": Layout(data=2, zero_stage=0),
+    "cp2": Layout(context=2),
+    "cp4": Layout(context=4),
+    "cp2 tp2": Layout(context=2, tensor=2),
+    "cp2 tp2 sequence": Layout(context=2, tensor=2, sequence_parallel=True),
+    "cp2 pp2": Layout(context=2, pipeline=2),
+    "cp2 dp2 zero0": Layout(context=2, data=2, zero_stage=0),
+    "cp2 dp2 zero1": Layout(context=2, data=2, zero_stage=1),
+    "cp2 dp2 zero3": Layout(context=2, data=2, zero_stage=3),
 }
 # Every mode and both families in either way of splitting a model.
 QUICK = {
@@ -66,6 +73,7 @@ QUICK = {
     ),
     "tp2 pp2": ("llama adaptive", "muon"),
     "pp2 dp2 zero1": ("gpt_neox adaptive", "tied", "growing batch"),
+    "cp2": ("gpt_neox adaptive", "mixed features", "pruned gpt_neox, documents"),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
 # Of every layout.
@@ -131,6 +139,20 @@ VARIANTS = {
         "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},
     },
+    "cp2": RECOMPUTE
+    | {name: case for name, case in COMPILED.items() if name != "compiled, pruned"}
+    | {
+        "documents": LLAMA | {"data__reset_at_eod": True},
+        "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
+        "pruned, recompute attention": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "attention"},
+        "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
+    },
+    "cp4": {"one head of keys": LLAMA | {"model__num_kv_heads": 1}},
+    "cp2 pp2": {
+        "documents": LLAMA | {"data__reset_at_eod": True},
+        "pruned, zero bubble": PRUNED["pruned gpt_neox, documents"] | {"parallel__pipeline_schedule": "zero_bubble"},
+        "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
+    },
     "tp2 sequence pp2": {
         "pruned, zero bubble": PRUNED["pruned llama"] | {"parallel__pipeline_schedule": "zero_bubble"},
         "pruned, recompute block": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "block"},
@@ -190,8 +212,13 @@ def test_a_layout_equals_one_process(group, case):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [LAYOUTS["pp2"], replace(LAYOUTS["tp2 dp2 zero1"], zero_stage=2), LAYOUTS["tp2 sequence pp2"]],
-    ids=["pp2", "tp2 dp2 zero2", "tp2 sequence pp2"],
+    [
+        LAYOUTS["pp2"],
+        replace(LAYOUTS["tp2 dp2 zero1"], zero_stage=2),
+        LAYOUTS["tp2 sequence pp2"],
+        LAYOUTS["cp2 dp2 zero1"],
+    ],
+    ids=["pp2", "tp2 dp2 zero2", "tp2 sequence pp2", "cp2 dp2 zero1"],
 )
 def test_bf16_stays_near_fp32(layout):
     ranks = layout.run(train_all, LOW_PRECISION)
@@ -211,8 +238,15 @@ def train_and_evaluate(mesh: Mesh, layout: Layout, cases: dict[str, dict]) -> di
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [LAYOUTS["pp2"], LAYOUTS["tp2 sequence"], LAYOUTS["pp2 dp2 zero1"], Layout(data=2, zero_stage=3)],
-    ids=["pp2", "tp2 sequence", "pp2 dp2 zero1", "dp2 zero3"],
+    [
+        LAYOUTS["pp2"],
+        LAYOUTS["tp2 sequence"],
+        LAYOUTS["pp2 dp2 zero1"],
+        Layout(data=2, zero_stage=3),
+        LAYOUTS["cp2 pp2"],
+        LAYOUTS["cp2 dp2 zero3"],
+    ],
+    ids=["pp2", "tp2 sequence", "pp2 dp2 zero1", "dp2 zero3", "cp2 pp2", "cp2 dp2 zero3"],
 )
 def test_evaluation_equals_one_process_and_disturbs_no_training(layout):
     cases = {model: MODELS[model] for model in ("llama adaptive", "gpt_neox fixed")}
@@ -221,7 +255,7 @@ def test_evaluation_equals_one_process_and_disturbs_no_training(layout):
             want = alone(layout, cases[model], EVALUATIONS).evaluations
             for step, (got, expected) in enumerate(zip(evaluated.evaluations, want, strict=True)):
                 for item, tally in expected.items():
-                    assert tally.tokens == item[0] * LENGTH
+                    assert tally.tokens == item[0] * layout.length
                     assert_same_tally(got[item], tally, 1e-5 if step else 1e-6)
             for weight, other in zip(evaluated.after.values(), undisturbed.after.values(), strict=True):
                 assert torch.equal(weight, other)

@@ -21,6 +21,7 @@ class Layout(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     overrides: tuple[tuple[str, str], ...] = ()
+    context: int = 1
 
 
 LAYOUTS = {
@@ -29,6 +30,7 @@ LAYOUTS = {
         2, tensor=2, overrides=(("parallel__sequence_parallel", "true"), ("parallel__vocab_multiple", "100"))
     ),
     "pipeline": Layout(2, pipeline=2, overrides=(("checkpoint__asynchronous", "true"),)),
+    "context": Layout(2, context=2),
     "data": Layout(2, overrides=(("parallel__zero_stage", "3"),)),
     "all": Layout(8, tensor=2, pipeline=2, overrides=(("checkpoint__asynchronous", "true"),)),
 }
@@ -41,7 +43,7 @@ OF_MUON = {
 }
 MUON_PAIRS = list(zip(OF_MUON, [*list(OF_MUON)[1:], "muon alone"], strict=True))
 LAYOUTS |= OF_MUON
-QUICK = [("pipeline", "tensor"), ("tensor", "data"), ("data", "pipeline")]
+QUICK = [("pipeline", "tensor"), ("tensor", "data"), ("data", "pipeline"), ("tensor", "context")]
 
 
 def command(corpus, run_dir: Path, layout: Layout, **overrides) -> list[str]:
@@ -59,6 +61,7 @@ def command(corpus, run_dir: Path, layout: Layout, **overrides) -> list[str]:
         ponder_training__jacobi_iterations="[0,1,2,3]",
         parallel__tensor=layout.tensor,
         parallel__pipeline=layout.pipeline,
+        parallel__context=layout.context,
         parallel__replica_check_interval=2,
         logging__own_losses_interval=0,
         **dict(layout.overrides),
@@ -86,9 +89,9 @@ def run_pairs(corpus, folder: Path, pairs: list[tuple[str, str]], **overrides) -
 
 
 def check(folder: Path, source: str, target: str) -> None:
-    sizes = {"tensor": LAYOUTS[source].tensor, "pipeline": LAYOUTS[source].pipeline}
+    sizes = {axis: getattr(LAYOUTS[source], axis) for axis in ("tensor", "context", "pipeline")}
     written_by = read_manifest(folder / source / "checkpoints" / f"step-{SAVED:08d}").layout
-    assert sizes.items() <= written_by.items()
+    assert sizes == {axis: written_by.get(axis, 1) for axis in sizes}
     stayed = read_metrics(folder / source)[SAVED:]
     moved = read_metrics(folder / f"{source}-{target}")
     assert [record["step"] for record in moved] == list(range(SAVED + 1, STEPS + 1))

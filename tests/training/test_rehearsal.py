@@ -50,6 +50,16 @@ def test_ranks_that_differ_start_and_take_a_step():
     assert dict(os.environ) == before
 
 
+def test_context_ranks_start_and_take_a_step():
+    values = {"parallel__tensor": 2, "parallel__context": 2, "parallel__pipeline": 1, "data__reset_at_eod": True}
+    first, last = rehearse(config_of(**values), Launch(world_size=16, local_size=8))
+    assert (first.rank, last.rank) == (0, 15)
+    assert first.groups[:4] == [16, 2, 2, 4]  # all ranks; tensor; context; data
+    assert last.places == {"tensor": 1, "context": 1, "data": 3, "pipeline": 0}
+    table = rehearsal_table(config_of(**values), 16, [first, last])
+    assert table.title.startswith("16 ranks: 2 tensor × 2 context × 4 data × 1 pipeline; ")
+
+
 def test_what_is_rehearsed_is_narrow_and_divided_alike():
     config = config_of()
     small = miniature(config, 32)
