@@ -13,6 +13,8 @@ PLACEHOLDERS = {
     "FILE.yaml": "examples/configs/llama_410m.yaml",
     "cluster.yaml": "examples/slurm/cluster.yaml",
     "runs/quickstart/config.yaml": "examples/quickstart/adaptive.yaml",
+    "run.yaml": "examples/configs/llama_410m.yaml",
+    "runs/short/config.yaml": "examples/configs/llama_410m.yaml",
     "runs/start/config.yaml": "examples/quickstart/adaptive.yaml",
     "$mode": "adaptive",
 }

@@ -214,5 +214,5 @@ class TasksConfig:
     """The first so many documents of each task; all unless given."""
     num_fewshot: int | None = number_field(None, 0, 10**6)
     """Solved examples before each question; the task's own number unless given."""
-    batch_size: int = number_field(8, 1, 10**6)
+    forward_batch_size: int = number_field(8, 1, 10**6)
     """Sequences in a forward."""

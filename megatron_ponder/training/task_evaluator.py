@@ -131,7 +131,7 @@ class TaskEvaluator:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # which the process could not use
         tasks = self._tasks
-        options = {"--limit": tasks.limit, "--num-fewshot": tasks.num_fewshot, "--batch-size": tasks.batch_size}
+        options = {"--limit": tasks.limit, "--num-fewshot": tasks.num_fewshot, "--batch-size": tasks.forward_batch_size}
         words = [word for option, value in options.items() if value is not None for word in (option, value)]
         return _Process(tasks, "--checkpoint", self._checkpoint(step), "--output", self._results(step), *words)
 

@@ -27,10 +27,14 @@ MODELS = {
     "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301, "model__tie_embeddings": True},
 }
 
+# Of weights with which tokens take all numbers of steps, where those of 0 do not have it so.
+SEEDS = {"gpt_neox-adaptive": 2}
+
 
 def arrivals_model(name: str):
     """A model whose tokens take all numbers of steps."""
     return small_model(
+        SEEDS.get(name, 0),
         router_scale=3.0,
         ponder__latent_steps=3,
         inference__threshold=0.2,

@@ -13,6 +13,7 @@ from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.base.watchdog import Watchdog
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.config import read_config
+from megatron_ponder.data.dataset import Share
 from megatron_ponder.data.dataset_writer import IndexedDatasetWriter
 from megatron_ponder.data.mixture import validation_sets
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
@@ -44,12 +45,12 @@ class Noted:
     """Samples that note which of them are read."""
 
     def __init__(self, samples) -> None:
-        self._samples, self.read = samples, []
+        self._samples, self.positions = samples, []
         self.samples_per_epoch = samples.samples_per_epoch
 
-    def __getitem__(self, position: int) -> np.ndarray:
-        self.read.append(position)
-        return self._samples[position]
+    def read(self, position: int, share: Share) -> np.ndarray:
+        self.positions.append(position)
+        return self._samples.read(position, share)
 
     def describe(self, position: int) -> str:
         return self._samples.describe(position)
@@ -84,7 +85,7 @@ def validated(mesh: Mesh, arguments: list[str]) -> tuple[dict, list[str], dict[s
     sets = {name: Noted(samples) for name, samples in validation_sets(parts.datasets, config.data).items()}
     engine = Engine(Objective(model), config, mesh)
     found = ValidationSets(config, mesh, sets, engine, Boundary(StopSignals(), None, mesh), Watchdog(0)).run(3)
-    return found.fields, found.said, {name: samples.read for name, samples in sets.items()}, mesh.data.rank
+    return found.fields, found.said, {name: samples.positions for name, samples in sets.items()}, mesh.data.rank
 
 
 @pytest.fixture(scope="module")
