@@ -5,7 +5,7 @@
     ponder inspect data/corpus_text_document
 
 Knows Hugging Face models (and says whether one can be taken over, or which field stops it), exports, released
-PonderLM-2 checkpoints, run folders, checkpoints, datasets and tokenizers. No weight is read.
+PonderLM-2 checkpoints, run folders, checkpoints, configurations, datasets and tokenizers. No weight is read.
 """
 
 import shlex
@@ -99,6 +99,8 @@ def _checkpoint(path: Path) -> Found:
     facts = facts_of(config)
     facts["trained"] = f"{manifest.state.step:,} steps, {manifest.state.samples:,} samples"
     facts["holds"] = "weights alone, to start from" if kinds == {WEIGHT} else "the whole state of a run"
+    if manifest.averaged:
+        facts["average of"] = ", ".join(f"{share:.4f} × {of}" for of, share in manifest.averaged.items())
     source = tokenizer_path(folder)
     facts["tokenizer"] = "none" if source is None else f"{load_tokenizer(source).vocab_size:,} tokens"
     given = shlex.quote(str(path))
@@ -107,6 +109,12 @@ def _checkpoint(path: Path) -> Found:
         facts,
         [f"ponder inspect-checkpoint --checkpoint {given}", *_uses(path)],
     )
+
+
+def _configuration(path: Path) -> Found:
+    config, given = load_config(path), shlex.quote(str(path))
+    ahead = [f"ponder train --config {given}", f"ponder estimate --config {given}"]
+    return Found("a configuration of a run", facts_of(config) | {"run folder": config.training.run_dir}, ahead)
 
 
 def _hugging_face(path: Path) -> Found:
@@ -147,7 +155,7 @@ def _beginnings(path: Path) -> str:
     below = sorted(path.iterdir()) if path.is_dir() else []
     known = [inside.name for inside in below if any(is_one(inside) for is_one, _ in _KINDS)]
     if not known:
-        return "; Hugging Face models, runs, checkpoints, datasets and tokenizers are"
+        return "; Hugging Face models, runs, checkpoints, configurations, datasets and tokenizers are"
     more = f" and {len(known) - MENTIONED} more" if len(known) > MENTIONED else ""
     return f", but {', '.join(known[:MENTIONED])}{more} in it {'are' if len(known) > 1 else 'is'}"
 
@@ -163,6 +171,7 @@ _KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Found]]] = [
     (lambda path: all(file.is_file() for file in dataset_paths(_prefix(path))), _dataset),
     (lambda path: (path / CONFIG).is_file() and find_checkpoint(path) != path, _run),
     (lambda path: path.is_dir() and find_checkpoint(path) is not None, _checkpoint),
+    (lambda path: path.suffix in (".yaml", ".yml") and path.is_file(), _configuration),
     (is_hugging_face, _hugging_face),
     (_is_tokenizer, _tokenizer),
 ]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from megatron_ponder.checkpoint.averaging import average
 from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.config import to_yaml
 from megatron_ponder.hf.export import export
@@ -82,6 +83,17 @@ def test_checkpoints_and_runs(inspect, tmp_path):
     assert first == f"{run}: a run"
     assert f"  > ponder train --config '{run}'/config.yaml --checkpoint.resume auto" in lines
     assert f"  > ponder generate --checkpoint '{run}' --prompt TEXT" in lines
+
+
+def test_averages_and_configurations(inspect, tmp_path):
+    weights, config = import_pretrained(save(tmp_path / "theirs"), ["--ponder.mode", "fixed"])
+    write_weights_checkpoint(tmp_path / "one", weights, config, None)
+    average([tmp_path / "one"], tmp_path / "averaged", None)
+    assert f"  average of    1.0000 × {tmp_path / 'one'}" in inspect(tmp_path / "averaged")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    first, *lines = inspect(tmp_path / "run.yaml")
+    assert first == f"{tmp_path / 'run.yaml'}: a configuration of a run"
+    assert lines[-2] == f"  > ponder train --config {tmp_path / 'run.yaml'}"
 
 
 def test_datasets_and_tokenizers(inspect, corpus):
