@@ -19,9 +19,10 @@ def test_nodes_are_machines_of_their_own(cluster):
 
 
 def test_what_a_job_leaves_behind_is_seen(cluster):
-    cluster.run("bash", "-c", "(sleep 3 >/dev/null 2>&1 &)", node=2)
-    (left,) = cluster.processes()
-    assert (left.command, cluster.node_of(left)) == ("sleep 3", 2)
+    cluster.run("bash", "-c", "(sleep 10 >/dev/null 2>&1 &)", node=2)
+    seen = lambda: [(left.command, cluster.node_of(left)) for left in cluster.processes()]
+    wait_for(lambda: seen() == [("sleep 10", 2)], 9, lambda: f"sleep 10 on node 2, and there is {seen()}")
+    wait_for(lambda: seen() == [], 20, lambda: "its end")
 
 
 def test_processes_end_with_their_job(cluster, tmp_path):
