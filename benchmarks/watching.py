@@ -24,6 +24,7 @@ from rich.console import Console
 
 from megatron_ponder.base.launch import discover
 from megatron_ponder.config import ParallelConfig, read_config
+from megatron_ponder.estimates.flops import training_flops
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.parallel.mesh import build_mesh
 from megatron_ponder.parallel.process_group import process_group
@@ -33,8 +34,6 @@ from megatron_ponder.runs.progress_bar import RunProgress
 from megatron_ponder.runs.run_log import RunLog
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.schedules import StepPlan
-from megatron_ponder.training.step_costs import StepCosts
 from megatron_ponder.training.step_watch import StepWatch
 from megatron_ponder.training.validation import measure_each_step
 
@@ -88,13 +87,13 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
         initialize(model, seed=0)
         engine, watch = (
             Engine(Objective(model), config, mesh),
-            StepWatch(config, mesh, model.transformer, StepCosts(config)),
+            StepWatch(config, mesh, model.transformer),
         )
         leader = dist.get_rank() == 0
         log = MetricsLog(Path(folder), config.logging, 0) if leader else None
         progress = RunProgress(steps, 0, interval=1, log=RunLog(Path(folder))) if leader else nullcontext()
         tokens = torch.randint(0, 8192, (BATCH // 2, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-        plan = StepPlan(1e-4, REFINEMENTS, engine.rule("soft"), 0.0)
+        flops = training_flops(config, REFINEMENTS)
         with progress:
             for step in range(1, steps + 1):
                 clock, own_clock, begun = Stopwatch(), Stopwatch(), time.perf_counter()
@@ -106,7 +105,7 @@ def measure(steps: int, folder: str) -> tuple[list[float], list[float], list[flo
                 clock(watch.mark)
                 norm = engine.step(1e-4)
                 clock(watch.mark)
-                measured, _ = clock(watch.end, plan)
+                measured, _ = clock(watch.end, flops, float(BATCH * LENGTH), BATCH * LENGTH)
                 record = {
                     "step": step,
                     "steps_left": steps - step,

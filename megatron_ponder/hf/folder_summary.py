@@ -62,7 +62,8 @@ def facts_of(config: Config) -> dict[str, str]:
         config: resolved.
     """
     model, ponder = config.model, config.ponder
-    sizes = f"{model.num_layers:,} layers of {model.hidden_size:,}, feed-forward {model.ffn_hidden_size:,}"
+    layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers:,} layers"
+    sizes = f"{layers} of {model.hidden_size:,}, feed-forward {model.ffn_hidden_size:,}"
     heads = f"{model.num_heads:,} heads of {model.head_size:,}, {model.num_kv_heads:,} of keys and values"
     facts = {"sizes": f"{sizes}; {heads}; vocabulary {model.vocab_size or 0:,}", "features": _features(model)}
     facts["positions"] = f"up to {model.max_position_embeddings:,}, {_rope(model)}"
