@@ -11,6 +11,7 @@ from megatron_ponder.checkpoint.optimizer_state import WEIGHT_BYTES
 from megatron_ponder.cluster.hardware import Hardware
 from megatron_ponder.config.deepspeed import zero_stage
 from megatron_ponder.config.run import MUON_ITERATIONS
+from megatron_ponder.estimates.element_wise import Moved, of_attention, of_feed_forward
 from megatron_ponder.estimates.flops import FORWARD_AND_BACKWARD
 from megatron_ponder.estimates.part import Product
 from megatron_ponder.estimates.rank import FP32, Rank
@@ -35,6 +36,20 @@ class Work:
     def total(self) -> float:
         """All of it."""
         return self.matrices + self.attention + self.elementwise
+
+
+@dataclass(frozen=True)
+class BothWays:
+    """The work of a part of a pass, forward and backward."""
+
+    forward: Work = Work()
+    backward: Work = Work()
+
+    def __add__(self, other: "BothWays") -> "BothWays":
+        return BothWays(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: float) -> "BothWays":
+        return BothWays(self.forward * times, self.backward * times)
 
 
 @dataclass(frozen=True)
@@ -63,36 +78,46 @@ class Computation:
         """Seconds in which so many bytes are read or written."""
         return size / (self.cluster.memory_bandwidth * self.cluster.memory_bandwidth_share)
 
-    def attention(self, run: float, weighted: bool) -> Work:
-        """Everything of a block up to the output projection, forward.
+    def attention(self, run: float, weighted: bool) -> BothWays:
+        """Everything of a block up to the output projection.
 
         Products, attention with 2 operations for each query, key that it may see (whole blocks of keys) and channel
-        that the kernel computes of queries and of values, the norm (T 2 H b), rotations of queries and keys (T 2 b a
-        channel), and their norms if there are any (likewise). Context ranks have all slots of a share of the heads, and
-        copy what they exchange (likewise). A sequence counts as one segment, because nothing says
-        how long documents are.
+        that the kernel computes of queries and of values, and what element-wise operations move. Context ranks have all
+        slots of a share of the heads, and copy what they exchange. A sequence counts as one segment, because nothing
+        says how long documents are. The backward pass has twice the products, and of attention what its kernel says.
         """
-        rank, block, b = self.rank, self.rank.part.block, self.rank.width
+        rank, block = self.rank, self.rank.part.block
         batch = rank.config.training.micro_batch_size
         rows, head_size = batch * run, block.query // block.query_heads
-        kernel, rotated = rank.attention, block.query_heads + block.key_heads
-        ranks = rank.axes["context"]
+        kernel, ranks = rank.attention, rank.axes["context"]
         operations = block.query_heads / ranks * kernel.operations(head_size, weighted)
-        operations *= batch * kernel.pairs(ranks * run)
-        turned = rotated * kernel.channels(head_size, weighted)[0]
-        exchanged = 2 * (block.query + block.key * rank.key_repeats) if ranks > 1 else 0
-        numbers = rank.residual(rows) * block.hidden + rows * (turned + block.normed + exchanged)
-        return Work(self.products(rows, block.before), operations / self._attention_rate, self.moved(b * 2 * numbers))
+        attended = operations * batch * kernel.pairs(ranks * run) / self._attention_rate
+        channels, _ = kernel.channels(head_size, weighted)
+        copied = weighted and kernel.carried != "apart"
+        moved = of_attention(block, channels, copied, rank.width, self._fused, rank.residual(rows) / rows)
+        exchanged = 4 * (block.query + block.key * rank.key_repeats) if ranks > 1 else 0
+        return self._both_ways(rows, block.before, moved, exchanged, (attended, kernel.backward * attended))
 
     @property
     def _attention_rate(self) -> float:
         return self.cluster.peak * self.cluster.attention_share
 
-    def feed_forward(self, kept: float) -> Work:
-        """The rest of a block, forward: products, norm and two additions to the stream (T' 8 H b), the activation."""
+    @property
+    def _fused(self) -> bool:
+        return self.rank.config.training.compile
+
+    def feed_forward(self, kept: float) -> BothWays:
+        """The rest of a block: products, and what element-wise operations move."""
         block, rows = self.rank.part.block, self.rank.config.training.micro_batch_size * kept
-        numbers = 8 * self.rank.residual(rows) * block.hidden + rows * (block.expanded + block.activated)
-        return Work(self.products(rows, block.after), 0.0, self.moved(self.rank.width * numbers))
+        moved = of_feed_forward(block, self._fused, self.rank.residual(rows) / rows)
+        return self._both_ways(rows, block.after, moved)
+
+    def _both_ways(
+        self, rows: float, weights: tuple[Product, ...], moved: Moved, copied: float = 0.0, attended=(0.0, 0.0)
+    ) -> BothWays:
+        products, numbers = self.products(rows, weights), self.rank.width * rows
+        forward, backward = (self.moved(numbers * (way + copied)) for way in moved)
+        return BothWays(Work(products, attended[0], forward), Work(2 * products, attended[1], backward))
 
     def head(self) -> Work:
         """Head and loss, forward and backward: products, and 36 + 2 b bytes for each logit.
@@ -106,8 +131,7 @@ class Computation:
     def micro_batch(self) -> tuple[Work, float]:
         """All passes of one micro-batch; and of these, the backward pass of the first pass that has one.
 
-        A backward pass does twice the work of its forward pass, attention what its kernel says; what is recomputed
-        comes on top.
+        What is recomputed comes on top of a backward pass.
         """
         work, first_backward = Work(), 0.0
         rank, slots = self.rank, self.rank.slots(self.refinements)
@@ -116,11 +140,11 @@ class Computation:
         for index, (run, kept) in enumerate(slots):
             kept = kept if rank.last else run
             attended = self.attention(tokens * run, weighted=rank.chain.routed and index > 0) * layers
-            forward = attended + self.feed_forward(tokens * run) * (layers - 1) + self.feed_forward(tokens * kept)
-            work += forward
+            whole = attended + self.feed_forward(tokens * run) * (layers - 1) + self.feed_forward(tokens * kept)
+            work += whole.forward
             if index >= len(slots) - trained:
-                again = {"block": forward, "attention": attended, "none": Work()}[rank.recompute.of_pass(index)]
-                backward = forward * 2 + Work(attention=forward.attention * (rank.attention.backward - 2)) + again
+                again = {"block": whole.forward, "attention": attended.forward, "none": Work()}
+                backward = whole.backward + again[rank.recompute.of_pass(index)]
                 first_backward = first_backward or backward.total
                 work += backward
         if rank.last:

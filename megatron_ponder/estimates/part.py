@@ -61,8 +61,10 @@ class BlockSizes:
         query, key: of all its queries, and of all its keys, which are as many values.
         query_heads, key_heads: in how many heads.
         normed_heads: of these, whose queries or keys are normed.
+        rotated: channels of all queries and keys that are rotated.
         before: products up to queries, keys and values, for which every slot is wanted.
         after: the others, of the slots whose result somebody reads.
+        biased_before, biased_after: width of the outputs of these that have a bias.
         expanded: of what the feed-forward layer's first products put out, and it keeps for its backward pass.
         activated: of what its last product reads.
         residual: of all outputs in the residual stream of layers with weights.
@@ -77,8 +79,11 @@ class BlockSizes:
     query_heads: int
     key_heads: int
     normed_heads: int
+    rotated: int
     before: tuple[Product, ...]
     after: tuple[Product, ...]
+    biased_before: int
+    biased_after: int
     expanded: int
     activated: int
     residual: int
@@ -161,14 +166,14 @@ def part_sizes(
     table = built.head or built.embedding
     return PartSizes(
         parameters,
-        _block_sizes(next(iter(built.transformer.blocks.values()))),
+        _block_sizes(next(iter(built.transformer.blocks.values())), model.rotated_channels),
         () if built.router is None else tuple(_products(built.router)),
         0 if built.head is None else built.head.weight.shape[0],
         0 if table is None else table.weight.numel(),
     )
 
 
-def _block_sizes(block: Block) -> BlockSizes:
+def _block_sizes(block: Block, rotated: int) -> BlockSizes:
     attention, feed_forward, norm = block.attention, block.mlp, block.attention_norm
     query, key = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
     layers = [layer for layer in block.modules() if "weight" in getattr(layer, "specs", ())]
@@ -184,8 +189,11 @@ def _block_sizes(block: Block) -> BlockSizes:
         query_heads=heads[0],
         key_heads=heads[1],
         normed_heads=0 if attention.q_norm is None else sum(heads),
+        rotated=rotated * sum(heads),
         before=tuple(_products(attention, ColumnParallelLinear)),
         after=tuple(_products(attention, RowParallelLinear) + _products(feed_forward)),
+        biased_before=_biased(attention, ColumnParallelLinear),
+        biased_after=_biased(attention, RowParallelLinear) + _biased(feed_forward),
         expanded=sum(product.columns for product in _products(feed_forward, ColumnParallelLinear)),
         activated=feed_forward.down_proj.weight.shape[1],
         residual=sum(layer.weight.shape[0] for layer in residual),
@@ -197,5 +205,13 @@ def _block_sizes(block: Block) -> BlockSizes:
 
 def _products(module: nn.Module, kind: type[ShardedModule] = ShardedModule) -> list[Product]:
     """Of all layers of a kind inside a module, in order."""
+    return [Product(*reversed(layer.weight.shape)) for layer in _matrices(module, kind)]
+
+
+def _biased(module: nn.Module, kind: type[ShardedModule] = ShardedModule) -> int:
+    return sum(layer.weight.shape[0] for layer in _matrices(module, kind) if "bias" in layer.specs)
+
+
+def _matrices(module: nn.Module, kind: type[ShardedModule]) -> list[ShardedModule]:
     layers = (layer for layer in module.modules() if isinstance(layer, kind) and "weight" in layer.specs)
-    return [Product(*reversed(layer.weight.shape)) for layer in layers if layer.weight.dim() == 2]
+    return [layer for layer in layers if layer.weight.dim() == 2]
