@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all test-cluster test-cluster-short lint bench clean help
+.PHONY: demo quickstart test test-all test-cluster test-cluster-short lint bench clean help
 
 help:
+	@echo "make demo        a trained model answers, with the latent steps of every token"
 	@echo "make quickstart  train, evaluate, generate and export a small model on real text, on a CPU, in minutes"
 	@echo "make test        the tests, in minutes"
 	@echo "make test-all    the tests with the slow ones, one of which opens a page in Chromium"
@@ -23,6 +24,10 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev,mpi,eval]' -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps megatron-core -c constraints.txt
 	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/ponder generate --checkpoint examples/diagnostic/model --max-new-tokens 1 \
+		--prompt "follow b>c a>d c>b d>f e>a f>e = 1> a d 2> a f 3> a"
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/quickstart.py
