@@ -96,7 +96,8 @@ class Computation:
         copied = weighted and kernel.carried != "apart"
         moved = of_attention(block, channels, copied, rank.width, self._fused, rank.residual(rows) / rows)
         exchanged = 4 * (block.query + block.key * rank.key_repeats) if ranks > 1 else 0
-        return self._both_ways(rows, block.before, moved, exchanged, (attended, kernel.backward * attended))
+        rest = self._both_ways(rows, block.before, Moved(*(numbers + exchanged for numbers in moved)))
+        return rest + BothWays(Work(attention=attended), Work(attention=kernel.backward * attended))
 
     @property
     def _attention_rate(self) -> float:
@@ -112,12 +113,10 @@ class Computation:
         moved = of_feed_forward(block, self._fused, self.rank.residual(rows) / rows)
         return self._both_ways(rows, block.after, moved)
 
-    def _both_ways(
-        self, rows: float, weights: tuple[Product, ...], moved: Moved, copied: float = 0.0, attended=(0.0, 0.0)
-    ) -> BothWays:
-        products, numbers = self.products(rows, weights), self.rank.width * rows
-        forward, backward = (self.moved(numbers * (way + copied)) for way in moved)
-        return BothWays(Work(products, attended[0], forward), Work(2 * products, attended[1], backward))
+    def _both_ways(self, rows: float, weights: tuple[Product, ...], moved: Moved) -> BothWays:
+        products, width = self.products(rows, weights), self.rank.width * rows
+        forward, backward = (self.moved(width * numbers) for numbers in moved)
+        return BothWays(Work(products, 0.0, forward), Work(2 * products, 0.0, backward))
 
     def head(self) -> Work:
         """Head and loss, forward and backward: products, and 36 + 2 b bytes for each logit.
