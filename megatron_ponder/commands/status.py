@@ -133,6 +133,9 @@ def _quality(status: RunStatus) -> dict[str, str]:
     losses |= {f"validation loss, {name}": loss for name, loss in status.validation_losses.items()}
     when = f"after step {status.validation_step:,}" if status.validation_step else "before the first step"
     lines = {name: f"{_number(loss)} {when}" for name, loss in losses.items()}
+    if status.exact_loss is not None:
+        trained = None if status.exact_gap is None else status.exact_loss - status.exact_gap
+        lines["validation by exact"] = f"{_number(status.exact_loss)}, with R of training {_number(trained)}"
     for name, value in status.task_scores.items():
         lines[name.replace("/", " ")] = f"{_number(value)} after step {status.task_step:,}"
     return lines

@@ -122,6 +122,9 @@ class TrainingConfig:
     """Optimiser steps between validations; 0 for none."""
     eval_samples: int = number_field(512, 0, STEPS)
     """Validation sequences of each set, at most what it holds."""
+    exact_samples: int = number_field(16, 0, STEPS)
+    """The first so many of these are evaluated by `exact` too when the run ends, as the [model
+    decodes](training.md#a-validation-by-exact); 0 for none."""
     eval_at_start: bool | None = None
     """Validate before the first step too; unless given where a run starts from `checkpoint.initialize_from`, whose
     weights it tells about."""

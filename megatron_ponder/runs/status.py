@@ -14,7 +14,7 @@ from megatron_ponder.runs.metrics import METRICS, TASKS, metrics_in, names_of
 from megatron_ponder.runs.starts import read_end, read_starts
 
 RECENT = 50  # records that pace and rate are taken from
-LOSS = "validation_loss"
+LOSS, EXACT = "validation_loss", "validation_exact_loss"
 PATIENCE = 120.0  # seconds without a record that no pace makes suspicious
 
 
@@ -53,6 +53,8 @@ class RunStatus:
         validation_loss: of the last validation.
         validation_step: its step.
         validation_losses: of that validation, by the names of its sets; empty without names.
+        exact_loss: of the validation by `exact` at its end; None before.
+        exact_gap: that less the loss of the same samples with the R of training.
         task_scores: of the last evaluation of public tasks, by `NAME/METRIC`; empty without one.
         task_step: its step.
         mean_latent_steps: latent steps per token of the last step.
@@ -77,6 +79,8 @@ class RunStatus:
     validation_loss: float | None = None
     validation_step: int | None = None
     validation_losses: dict[str, float | None] = field(default_factory=dict)
+    exact_loss: float | None = None
+    exact_gap: float | None = None
     task_scores: dict[str, float | None] = field(default_factory=dict)
     task_step: int | None = None
     mean_latent_steps: float | None = None
@@ -132,6 +136,8 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         validation_loss=validation.get(LOSS),
         validation_step=validation.get("step"),
         validation_losses={name: validation[f"{LOSS}/{name}"] for name in names_of(LOSS, [validation])},
+        exact_loss=validation.get(EXACT),
+        exact_gap=validation.get("validation_exact_gap"),
         task_scores={name: scored[f"{TASKS}/{name}"] for name in names_of(TASKS, [scored])},
         task_step=scored.get("step"),
         mean_latent_steps=last.get("mean_latent_steps"),

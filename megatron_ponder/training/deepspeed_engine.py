@@ -171,14 +171,14 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, micro_batches: Sequence[Tensor], rounds: int, refinements: int, rule: Rule, each_step: bool
+        self, micro_batches: Sequence[Tensor], rounds: int, refinements: int | None, rule: Rule, each_step: bool
     ) -> Tensor:
         """Sums of a `Tally` over micro-batches, without gradients.
 
         Args:
             micro_batches: int64 (at most B, L + 1) each.
             rounds: the most micro-batches that any data-parallel rank has.
-            refinements: R.
+            refinements: R; None for `exact`, where the model is `whole`.
             rule: how a routing is applied.
             each_step: measure also what every step predicts by itself.
         """

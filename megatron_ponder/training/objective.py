@@ -32,7 +32,7 @@ class Objective(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        refinements: int,
+        refinements: int | None,
         rule: Rule,
         penalty_weight: float = 0.0,
         each_step: bool = False,
@@ -41,7 +41,7 @@ class Objective(nn.Module):
 
         Args:
             tokens: int64 (B, L + 1).
-            refinements: R.
+            refinements: R; None for `exact`, without gradients.
             rule: how a routing is applied.
             penalty_weight: λ.
             each_step: as in `measure`.
@@ -49,6 +49,8 @@ class Objective(nn.Module):
         Returns:
             As `measure`.
         """
+        if refinements is None:
+            return self.measure(self.model.exact(tokens[:, :-1], rule), tokens, penalty_weight)
         evaluate = partial(packed_jacobi, self.model) if self.packs(rule, each_step) else self.model.jacobi
         result = evaluate(tokens[:, :-1], refinements, rule, self.gradient_passes)
         return self.measure(result, tokens, penalty_weight, each_step)

@@ -46,6 +46,20 @@ def each_step_fields(tally: Tally) -> dict[str, Value]:
     return {"own_losses": losses, "latent_steps_follow_loss": tally.steps_follow_loss}
 
 
+def exact_fields(exact: Tally, trained: Tally) -> dict[str, Value]:
+    """Fields of the validation by `exact` at the end of a run.
+
+    Args:
+        exact: of the fixed point.
+        trained: of the same samples, with the R of training.
+    """
+    return {
+        "validation_exact_loss": exact.mean_loss,
+        "validation_exact_gap": exact.mean_loss - trained.mean_loss,
+        "validation_exact_mean_latent_steps": exact.mean_steps,
+    }
+
+
 def validation_fields(tally: Tally, pruned: Tally | None) -> dict[str, Value]:
     """Fields of a validation.
 

@@ -22,6 +22,9 @@ from megatron_ponder.training.boundary import Boundary
 from megatron_ponder.training.careful_reader import CarefulReader
 from megatron_ponder.training.deepspeed_engine import Engine
 
+# Refinements that stand for the fixed point where ranks share a model, of which each can sweep over all of it alone.
+DEEP = 32
+
 
 class Validation:
     """Measures cross-entropy and steps on the first held-out samples, with the largest R of training.
@@ -44,6 +47,8 @@ class Validation:
         """
         self._config, self._mesh, self._dataset, self._engine = config, mesh, dataset, engine
         self._boundary, self._watchdog = boundary, watchdog
+        self._refinements = config.ponder_training.evaluation_refinements
+        self._count = min(config.training.eval_samples, dataset.samples_per_epoch)
 
     def run(self, rule: Rule) -> tuple[Tally, Tally] | None:
         """Measure under the rule of training, and what pruning would make of it.
@@ -67,10 +72,32 @@ class Validation:
             rule: how a routing is applied.
             each_step: measure also what every step predicts by itself.
         """
-        training, mesh = self._config.training, self._mesh
-        size, count = training.micro_batch_size, min(training.eval_samples, self._dataset.samples_per_epoch)
+        return self._measure(rule, self._refinements, self._count, each_step)
+
+    def run_exact(self, rule: Rule) -> tuple[Tally, Tally] | None:
+        """Measure the first samples by the fixed point, as the model decodes, and with the largest R of training.
+
+        Where ranks share a model, `DEEP` refinements stand for the fixed point.
+
+        Args:
+            rule: how a routing is applied; there are latent steps, and passes that are iterated.
+
+        Returns:
+            Tallies of the fixed point and of training's R; None if the ranks are to stop.
+
+        Raises:
+            UserError: as `run`.
+        """
+        count = min(self._config.training.exact_samples, self._count)
+        shared = self._mesh.model.size > 1 or self._mesh.context.size > 1 or self._engine.shares_weights
+        trained = self._measure(rule, self._refinements, count, each_step=False)
+        exact = None if trained is None else self._measure(rule, DEEP if shared else None, count, each_step=False)
+        return None if exact is None else (exact, trained)
+
+    def _measure(self, rule: Rule, refinements: int | None, count: int, each_step: bool) -> Tally | None:
+        """Measure the first `count` samples, with R refinements or, where that is None, by `exact`."""
+        mesh, size, vocab_size = self._mesh, self._config.training.micro_batch_size, self._config.model.vocab_size
         share = Share(mesh.context.rank, mesh.context.size)
-        r, vocab_size = self._config.ponder_training.evaluation_refinements, self._config.model.vocab_size
         own = validation_batches(self._dataset, count, size, mesh.data.rank, mesh.data.size, vocab_size, share)
         rounds = math.ceil(math.ceil(count / mesh.data.size) / size)
         at_once = mesh.pipeline.size  # micro-batches that fill a pipeline
@@ -82,7 +109,9 @@ class Validation:
             if self._boundary.poll(reader.problem):
                 return None
             micro_batches = [tokens.to(mesh.device) for tokens in micro_batches]
-            sums = sums + self._engine.evaluate(micro_batches, min(at_once, rounds - first), r, rule, each_step)
+            sums = sums + self._engine.evaluate(
+                micro_batches, min(at_once, rounds - first), refinements, rule, each_step
+            )
         return _over_copies(sums, mesh)
 
 

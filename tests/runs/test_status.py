@@ -57,6 +57,9 @@ def test_a_real_run_that_has_finished(corpus):
     assert (status.state, status.step, status.steps) == ("finished", STEPS, STEPS)
     assert (status.loss, status.validation_loss) == (last["loss"], last["validation_loss"])
     assert status.validation_step == STEPS
+    assert (status.exact_loss, status.exact_gap) == (last["validation_exact_loss"], last["validation_exact_gap"])
+    trained = f"with R of training {status.exact_loss - status.exact_gap:.4f}"
+    assert lines_of(status)["validation by exact"] == f"{status.exact_loss:.4f}, {trained}"
     flops = sum(record["model_flops"] for record in read_metrics(run_dir))
     assert status.training_flops == pytest.approx(flops)
     assert read_manifest(run_dir / "checkpoints" / LATEST_NAME).state.training_flops == status.training_flops

@@ -205,7 +205,8 @@ def cut_off_in_validation(mesh: Mesh, whole: list[str], broken: list[str]) -> li
     """Validation follows the second step and asks three times; the signal comes to the second rank alone."""
     train(read_config(whole), mesh.device)
     seen = []
-    for looks in (3, 1, 10**9):  # in the second batch of it, in the second of going on with it, never
+    # In the second batch of it, in the second of going on with it, in the one by `exact` after the last step, never.
+    for looks in (3, 1, 16, 10**9):
         signals = AfterLooks(looks if mesh.data.rank == 1 else 10**9)
         reason = "finished"
         try:
@@ -226,6 +227,7 @@ def test_a_validation_that_is_cut_off_is_made_up_for(corpus, tmp_path):
         for run in (whole, broken)
     ]
     for seen in run_distributed(cut_off_in_validation, 2, *commands, time_limit=240):
-        assert seen == [("SIGUSR1", 2, False), ("SIGUSR1", 2, False), ("finished", 4, True)]
+        stopped = [("SIGUSR1", step, False) for step in (2, 2, 4)]
+        assert seen == [*stopped, ("finished", 4, False)]  # nothing is saved after the last
     assert ["validation_loss" in record for record in read_metrics(broken)] == [False, True, False, True]
     assert essentials(broken) == essentials(whole)

@@ -26,6 +26,8 @@ from tests.models import random_tokens
 
 # Samples: even, uneven, fewer than a micro-batch, fewer than ranks, more than the split holds.
 CASES = [(8, 2, 1), (7, 2, 1), (7, 3, 3), (2, 4, 3), (1, 2, 3), (10**9, 16, 1)]
+# Of these, by which the fixed point is measured: where the model is whole, and where ranks share its weights.
+EXACT = {1: 5, 2: 5}
 
 
 def prepared(
@@ -36,6 +38,7 @@ def prepared(
     pipeline = mesh.pipeline.size
     overrides = [
         f"--training.eval_samples={samples}",
+        "--training.exact_samples=5",
         f"--training.micro_batch_size={micro}",
         f"--training.global_batch_size={2 * micro}",
         f"--parallel.zero_stage={stage if pipeline == 1 else min(stage, 1)}",
@@ -52,20 +55,19 @@ def prepared(
 
 
 def validated(mesh: Mesh, arguments: list[str], cases: list[tuple[int, int, int]]) -> list:
-    """Of every case, on this rank: the tally of a validation, and of the first sequences of a training step."""
+    """Of every case, on this rank: the tally of a validation, of the first sequences of a training step, by `exact`."""
     tallies = []
     for case in cases:
         config, parts, model = prepared(arguments, *case, mesh)
         engine = Engine(Objective(model), config, mesh)
         boundary = Boundary(StopSignals(), None, mesh)
         rule = engine.rule("soft")
-        tally, without = (
-            Validation(config, mesh, parts.datasets["valid"], engine, boundary, Watchdog(0)).measure(rule, each_step)
-            for each_step in (True, False)
-        )
+        validation = Validation(config, mesh, parts.datasets["valid"], engine, boundary, Watchdog(0))
+        tally, without = (validation.measure(rule, each_step) for each_step in (True, False))
         assert without == tally._replace(own_losses=[0] * 3, first_squared=0, steps_first=0)
         own = step_batch(config).chunk(mesh.data.size)[mesh.data.rank].split(config.training.micro_batch_size)
-        tallies.append((tally, measure_each_step(mesh, engine, own, 1, rule)))
+        exact = validation.run_exact(engine.rule("hard")) if CASES.index(case) in EXACT else None
+        tallies.append((tally, measure_each_step(mesh, engine, own, 1, rule), exact))
     return tallies
 
 
@@ -115,7 +117,7 @@ def test_every_sample_once_and_as_in_evaluation(tallies, arguments, index):
     count, want, histogram = evaluated(tuple(arguments), CASES[index])
     assert min(histogram) > 0 or count < 8
     for rank in tallies:
-        tally, _ = rank[index]
+        tally, *_ = rank[index]
         assert tally.tokens == want.tokens
         assert tally.mean_loss == pytest.approx(want.cross_entropy, rel=1e-6)
         assert tally.steps == histogram
@@ -131,7 +133,23 @@ def test_the_first_sequences_of_a_training_step_tell_what_each_step_predicts(ran
         want = Tally.of(Objective(model)(first, 1, model.rule("soft"), each_step=True)[1].sum(0))
     assert min(want.own_losses) > 0
     for rank in tallies:
-        _, tally = rank[index]
+        _, tally, _ = rank[index]
         assert tally.steps == want.steps
         assert tally.own_losses == pytest.approx(want.own_losses, rel=1e-5)
         assert tally.steps_follow_loss == pytest.approx(want.steps_follow_loss, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("index", EXACT)
+def test_the_fixed_point_and_the_refinements_of_training_on_the_same_samples(tallies, arguments, index):
+    """Of a model that refinements change, whatever the grid."""
+    config, parts, model = prepared(arguments, *CASES[index])
+    hard, r = model.rule("hard", bias=0.0), config.ponder_training.evaluation_refinements
+    batches = [*validation_batches(parts.datasets["valid"], EXACT[index], 5, 0, 1)]
+    exact, trained, unrefined = (evaluate(model, batches, Setting(hard, way)) for way in (None, r, 0))
+    assert abs(exact.cross_entropy - unrefined.cross_entropy) > 1e-4
+    for rank in tallies:
+        *_, found = rank[index]
+        for tally, want in zip(found, (exact, trained), strict=True):
+            assert tally.tokens == want.tokens
+            assert tally.mean_loss == pytest.approx(want.cross_entropy, rel=1e-6)
+            assert tally.mean_steps == pytest.approx(want.mean_steps)
