@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ponder.evaluation.analysis_plan import PAPER_THRESHOLD, AnalysisPlan, Subject
 from megatron_ponder.evaluation.perplexity import Setting
-from megatron_ponder.evaluation.pondering import TokenMeasurements, contraction, measure, shuffled
+from megatron_ponder.evaluation.pondering import TokenMeasurements, contraction, measure, refined_losses, shuffled
 from megatron_ponder.evaluation.sources import flat_labels
 from megatron_ponder.evaluation.statistics import (
     equal_parts,
@@ -113,7 +113,7 @@ class _SubjectAnalysis:
             )
         self.benefit(own)
         if self.contraction():
-            self.gaps()
+            self.refinements(self.gaps())
         if stated is not None:
             self.depth(own, stated)
 
@@ -256,16 +256,22 @@ class _SubjectAnalysis:
                 **{f"s_{step}": float(share) for step, share in enumerate(distribution)},
             )
 
-    def gaps(self) -> None:
-        """What the hard rule and a few parallel passes change, against what they stand for."""
+    def gaps(self) -> float:
+        """What the hard rule and a few parallel passes change, against what they stand for.
+
+        Returns:
+            The loss of the fixed point by the model's own rule.
+        """
         hard, own = self.own.rule, self.model.inference.threshold
-        gaps = self.summary["gaps"] = []
+        gaps, at_own = [], 0.0
+        self.summary["gaps"] = gaps
         rules = [hard]
         if self.subject.decides:
             rules = [replace(hard, threshold=threshold) for threshold in sorted({PAPER_THRESHOLD, own})]
             soft = self.measure("soft–hard gap", Setting(replace(hard, kind="soft"), None)).loss.mean()
         for rule in rules:
             exact = self.measure("gaps", Setting(rule, None)).loss.mean()
+            at_own = exact if rule == hard else at_own
             threshold = {"threshold": rule.threshold if self.subject.decides else None}
             if self.subject.decides:
                 gaps.append({"of": "hard, exact", "from": "soft, exact", **threshold, "loss": float(exact - soft)})
@@ -273,6 +279,7 @@ class _SubjectAnalysis:
                 way = Setting(rule, refinements)
                 loss = self.measure("Jacobi–sequential gap", way).loss.mean() - exact
                 gaps.append({"of": way.name, "from": "hard, exact", **threshold, "loss": float(loss)})
+        return float(at_own)
 
     def contraction(self) -> bool:
         """Distance of the Jacobi iterates from their fixed point; whether there are iterates."""
@@ -293,6 +300,23 @@ class _SubjectAnalysis:
             "paper_factor": PAPER_FACTOR,
         }
         return True
+
+    def refinements(self, exact: float) -> None:
+        """Loss with R Jacobi refinements, beside that of the fixed point, which is given."""
+        sweep, rule = self.plan.refinement_sweep, self.own.rule
+        if not sweep:
+            return
+        self.announce(f"{self.subject.label}: {rule.kind}, R = {min(sweep)} .. {max(sweep)}")
+        for refinements, loss in refined_losses(self.model, self.batches, sweep, rule):
+            self.add(
+                "refinements",
+                rule=rule.kind,
+                refinements=refinements,
+                trained=refinements == self.subject.refinements,
+                loss=loss,
+                exact_loss=exact,
+                gap=loss - exact,
+            )
 
     def depth(self, own: TokenMeasurements, stated: np.ndarray) -> None:
         """Loss and K̂ by the true depth of what is predicted."""

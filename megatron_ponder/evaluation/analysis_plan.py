@@ -44,6 +44,7 @@ class AnalysisPlan:
         random_draws: random choices of K̂ that are measured at each τ.
         iterations: how many Jacobi iterates are compared with the fixed point.
         contraction_batches: on how many batches.
+        refinement_sweep: R of jacobi(R) whose losses are compared with that of the fixed point; none by an empty list.
         listed: tokens shown and listed one by one, the first of them.
     """
 
@@ -53,6 +54,7 @@ class AnalysisPlan:
     random_draws: int = number_field(3, 0, 10**6)
     iterations: int = number_field(8, 1, 10**6)
     contraction_batches: int = number_field(1, 1, 10**6)
+    refinement_sweep: tuple[int, ...] = number_field((0, 1, 2, 3, 4, 6, 8, 12, 16, 20, 30), 0, 10**6)
     listed: int = number_field(1000, 0, 10**9)
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class AnalysisPlan:
             return 2
         jacobi = len({0, 3, subject.refinements})
         if not subject.decides:
-            return 3 + jacobi
+            return 4 + jacobi
         thresholds, biases = self.sweep(subject.model)
         rules = len({PAPER_THRESHOLD, subject.model.inference.threshold})
-        return len(thresholds) * (1 + self.random_draws) + len(biases) + rules * (1 + jacobi) + 1
+        return len(thresholds) * (1 + self.random_draws) + len(biases) + rules * (1 + jacobi) + 2

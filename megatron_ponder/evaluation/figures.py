@@ -15,11 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from megatron_ponder.base.files import replacing
 from megatron_ponder.evaluation.analysis import HALVES, PAPER_FACTOR, Row
 from megatron_ponder.evaluation.statistics import mean_and_range
-from megatron_ponder.runs.style import STYLE, look, merged_labels
+from megatron_ponder.runs.style import STYLE, finish, look, merged_labels
 
 STEPS_LABEL = "mean latent steps per token (K̂)"
 LOSS_LABEL = "loss [nats per token]"
 PANELS_PER_ROW = 3
+LEAST_GAP = 1e-7  # nats, of what has no place on a logarithmic axis or is rounding
 CHARACTER = 0.021  # width of a character of a small label, as a share of the width of a panel
 
 
@@ -89,13 +90,6 @@ def _error_bars(panels: Sequence[Axes], rows: Sequence[Row], x: str, names: Sequ
         )  # fmt: skip
 
 
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _panels(count: int, shared_y: bool = True) -> tuple[Figure, list[Axes]]:
     columns = min(count, PANELS_PER_ROW)
     rows = -(-count // columns)
@@ -118,8 +112,8 @@ def quality_compute(rows: Sequence[Row]) -> Figure:
                 axes.plot(point[x], point["loss"], linestyle="none", label=label, **style | {"markersize": 8})
             _sweeps(axes, of_model, x, style)
             _random_control(axes, of_model, x, style)
-    _finish(panels[0], STEPS_LABEL, LOSS_LABEL)
-    _finish(panels[1], "MFLOPs of inference per token", "")
+    finish(panels[0], STEPS_LABEL, LOSS_LABEL)
+    finish(panels[1], "MFLOPs of inference per token", "")
     panels[0].set_xlim(left=-0.05)
     figure.suptitle(f"Quality and compute ({_settings(rows)})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -175,8 +169,8 @@ def benefit(rows: Sequence[Row]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.15)
     panels[0].axhline(0, color="black", linewidth=0.8)
-    _finish(panels[0], "latent steps of the token (K̂)", "ΔCE: step 0 less fused [nats]")
-    _finish(panels[1], "latent steps of the token (K̂)", "step-0 loss [nats]")
+    finish(panels[0], "latent steps of the token (K̂)", "ΔCE: step 0 less fused [nats]")
+    finish(panels[1], "latent steps of the token (K̂)", "step-0 loss [nats]")
     panels[1].legend(fontsize=8)
     figure.suptitle(f"Where steps help; mean ± standard error ({_settings(rows)})")
     return figure
@@ -198,7 +192,7 @@ def difficulty(rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
         axes.set_title(model, fontsize=9)
         axes.legend(fontsize=8)
-        _finish(axes, "step-0 loss, mean of each tenth of the tokens [nats]", STEPS_LABEL if axes is panels[0] else "")
+        finish(axes, "step-0 loss, mean of each tenth of the tokens [nats]", STEPS_LABEL if axes is panels[0] else "")
     figure.suptitle(f"Steps and difficulty ({_settings(rows)})")
     return figure
 
@@ -219,7 +213,7 @@ def shifting(rows: Sequence[Row]) -> Figure:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(model, fontsize=9, pad=18)
         axes.legend(fontsize=8, title="by step-0 loss", title_fontsize=8)
-        _finish(axes, STEPS_LABEL, "change of the loss [nats per token]" if axes is panels[0] else "")
+        finish(axes, STEPS_LABEL, "change of the loss [nats per token]" if axes is panels[0] else "")
     figure.suptitle(f"The router's choice shifted by α ({_settings(rows)})")
     return figure
 
@@ -259,8 +253,35 @@ def contraction(rows: Sequence[Row]) -> Figure:
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
-    _finish(axes, "Jacobi refinements (R)", "RMSE of hidden states to the fixed point")
+    finish(axes, "Jacobi refinements (R)", "RMSE of hidden states to the fixed point")
     figure.suptitle(f"Contraction of the Jacobi iterates ({', '.join(dict.fromkeys(_column(rows, 'rule')))} mask)")
+    return figure
+
+
+def refinements(rows: Sequence[Row]) -> Figure:
+    """Loss with R Jacobi refinements and at the fixed point, and the distance between the two."""
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    places = {r: place for place, r in enumerate(sorted({row["refinements"] for row in rows}))}
+    fixed_point = len(places)  # one place further
+    for model, style in _looks(rows).items():
+        of_model = sorted(_where(rows, model=model), key=lambda row: row["refinements"])
+        x = [places[row["refinements"]] for row in of_model]
+        panels[0].plot(x, _column(of_model, "loss"), linestyle="-", linewidth=1.2, label=model, **style)
+        panels[0].plot(fixed_point, of_model[-1]["exact_loss"], markerfacecolor="white", linestyle="none", **style)
+        gaps = [max(abs(row["gap"]), LEAST_GAP) for row in of_model]
+        panels[1].plot(x, gaps, linestyle="-", linewidth=1.2, **style)
+        for place, row, gap in zip(x, of_model, gaps, strict=True):
+            if row["trained"]:
+                for axes, y in ((panels[0], row["loss"]), (panels[1], gap)):
+                    axes.plot(place, y, "o", markersize=12, markerfacecolor="none", color=style["color"])
+    panels[1].set_yscale("log")
+    for axes, label in zip(panels, (LOSS_LABEL, "distance of the loss to that of exact [nats per token]"), strict=True):
+        more = {"exact": fixed_point} if axes is panels[0] else {}
+        axes.set_xticks([*places.values(), *more.values()], [*places, *more])
+        finish(axes, "Jacobi refinements (R)", label)
+    figure.suptitle(f"Loss with R refinements ({', '.join(dict.fromkeys(_column(rows, 'rule')))} rule)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -273,8 +294,8 @@ def depth(rows: Sequence[Row]) -> Figure:
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
-    _finish(panels[0], "true depth of the answer", LOSS_LABEL)
-    _finish(panels[1], "true depth of the answer", STEPS_LABEL)
+    finish(panels[0], "true depth of the answer", LOSS_LABEL)
+    finish(panels[1], "true depth of the answer", STEPS_LABEL)
     panels[0].legend(fontsize=8)
     figure.suptitle(f"Loss and steps by true depth; mean ± standard error ({_settings(rows)})")
     return figure
@@ -302,5 +323,10 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
         shifting,
     ),
     "contraction": ("How fast the parallel passes of training approach the model that they stand for.", contraction),
+    "refinements": (
+        "What the model loses with R parallel refinements in place of decoding token by token, which is open (left). "
+        "Ring: the largest R of training. A model whose loss is least at its own R has learnt to need it.",
+        refinements,
+    ),
     "depth": ("Loss and latent steps of answers of known depth.", depth),
 }

@@ -1,6 +1,6 @@
 """What a model does with its steps: losses token by token, with and without them, and under other choices of K̂."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -169,3 +169,46 @@ def contraction(model: PonderLM, batches: Sequence[Tensor], iterations: int) -> 
     fitted = int((rmse > noise).long().cumprod(0).sum())
     factor = None if fitted < 2 else float(np.exp(np.polyfit(np.arange(fitted), rmse[:fitted].log().numpy(), 1)[0]))
     return Contraction(rmse.tolist(), rms, factor, fitted)
+
+
+@torch.no_grad()
+def refined_losses(
+    model: PonderLM, batches: Iterable[Tensor], refinements: Sequence[int], rule: Rule
+) -> list[tuple[int, float]]:
+    """Measure the loss of jacobi(R) for several R, by one run of the passes of the largest.
+
+    Args:
+        model: in evaluation mode, whose passes are iterated.
+        batches: int64 (B, L + 1) each.
+        refinements: the numbers R.
+        rule: how a routing is applied; there are latent steps.
+
+    Returns:
+        Every R, rising, with nats per token.
+
+    Raises:
+        UserError: if a loss is not finite.
+    """
+    device, chosen = model.embedding.weight.device, sorted(set(refinements))
+    sums, tokens = dict.fromkeys(chosen, 0.0), 0
+    for batch in batches:
+        inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
+        tokens += labels.numel()
+        for refined, output in enumerate(_refined(model, inputs, chosen[-1], rule)):
+            if refined in sums:
+                losses = model.head(output.output_BLH, labels)[1]
+                check_finite(losses, Setting(rule, refined))
+                sums[refined] += float(losses.double().sum())
+    return [(refined, total / tokens) for refined, total in sums.items()]
+
+
+def _refined(model: PonderLM, inputs_BL: Tensor, most: int, rule: Rule) -> Iterator[PonderOutput]:
+    """What jacobi(0), jacobi(1) and so on would give, one after another: each goes on from the passes of the last."""
+    plan, batch, state = model.passes.plan(most), model.read(inputs_BL), None
+    unrefined = len(model.passes.plan(0)) - 1
+    for index in range(len(plan)):
+        result = model.run_pass(batch, state, rule)  # which keeps every slot, as no plan says which are read
+        if index >= unrefined:
+            yield model.output(result, rule, plan[: index + 1])
+        if index + 1 < len(plan):
+            state = model.next_state(result, rule, plan[index + 1])

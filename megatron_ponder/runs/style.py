@@ -28,6 +28,19 @@ def look(mode: str, number: int = 0) -> dict:
     return {"color": COLOURS.get(mode, OTHER_COLOUR), "marker": marker, "markersize": 5}
 
 
+def finish(axes, x: str, y: str) -> None:
+    """Give a panel the names of its axes, and the lines around and behind it.
+
+    Args:
+        axes: of Matplotlib.
+        x, y: what the axes show.
+    """
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def merged_labels(places: list[tuple[float, str]], character: float) -> list[tuple[float, str]]:
     """Labels of places on a line, where those that would cover each other become one, in the middle of theirs.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
-from megatron_ponder.evaluation.pondering import contraction, measure, shuffled
+from megatron_ponder.evaluation.pondering import contraction, measure, refined_losses, shuffled
 from megatron_ponder.model.router import Rule
 from tests.generation.sequential import Sequential, feed
 from tests.models import random_tokens, small_model
@@ -147,3 +147,15 @@ def test_nothing_to_measure(model):
         measure(model, [], Setting(model.rule("hard"), None))
     with pytest.raises(UserError, match="nothing to measure; give a longer text"):
         contraction(model, [], 3)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("mode", ["adaptive", "fixed"])
+def test_every_number_of_refinements_comes_of_one_run_of_the_passes(mode, kind):
+    model = small_model(router_scale=4.0, ponder__mode=mode, inference__threshold=0.3).eval()
+    rule = model.rule(kind)
+    got = refined_losses(model, BATCHES, (4, 0, 1), rule)
+    want = [(r, evaluate(model, BATCHES, Setting(rule, r)).cross_entropy) for r in (0, 1, 4)]
+    assert [r for r, _ in got] == [0, 1, 4]
+    assert [loss for _, loss in got] == pytest.approx([loss for _, loss in want], rel=1e-9)
+    assert len({round(loss, 6) for _, loss in got}) == 3
