@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -18,12 +19,13 @@ from megatron_ponder.config import read_config
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper")}
-SIZES["diagnostic"] = REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml"
+SIZES |= dict.fromkeys(("diagnostic", "depths"), REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml")
 COMPARISONS = {what: HERE / f"{what}.yaml" for what in ("variants", "costs")}
 # Of the sizes whose corpus is made here: words of the tokenizer, and what more than the standard library is read.
 VOCABULARY = {"cpu": 512, "gpu": 8192}
 CORPUS = {"cpu": (), "gpu": ("--packages",)}
-DIAGNOSTIC = ("--kinds", "follow", "--max-depth", "2", "--documents", "150000", "--questions", "1")
+DIAGNOSTIC = ("--kinds", "follow", "--documents", "150000", "--questions", "1")
+DEPTHS = {"diagnostic": 2, "depths": 4}  # lookups beyond the first, the most of them
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def plan_runs(size: str, output: Path, data: Path, seeds: Sequence[int], what: s
     own = chosen.get(size, chosen.get("text"))
     if own is None:
         raise UserError(f"{COMPARISONS[what].name} has no variants of size {size}; it has {', '.join(chosen)}")
-    variants = chosen.get("all", {}) | own
-    tokenizer = data / ("tokenizer.json" if size == "diagnostic" else "tokenizer.model")
+    variants = {name: values for name, values in (chosen.get("all", {}) | own).items() if values is not None}
+    tokenizer = data / ("tokenizer.json" if size in DEPTHS else "tokenizer.model")
     common = ("--config", str(SIZES[size]), "--checkpoint.resume", "auto")
     common += ("--data.path", str(data / "corpus_text_document"), "--tokenizer.path", str(tokenizer))
     runs = []
@@ -84,8 +86,9 @@ def prepare_data(size: str, folder: Path) -> None:
     """Make corpus, tokenizer and dataset unless they are there."""
     if (folder / "corpus_text_document.idx").exists():
         return
-    if size == "diagnostic":
-        _command("examples/diagnostic/make_corpus.py", "--output", str(folder), *DIAGNOSTIC)
+    if size in DEPTHS:
+        words = ("--output", str(folder), "--max-depth", str(DEPTHS[size]), *DIAGNOSTIC)
+        _command("examples/diagnostic/make_corpus.py", *words)
         _preprocess(folder / "diagnostic.jsonl", folder / "tokenizer.json", folder)
         return
     if size not in VOCABULARY:
@@ -138,6 +141,7 @@ def analyse(parts: Mapping[Path, Sequence[Run]], data: Path, samples: int, jobs:
         newest = max((run.folder / "checkpoints").stat().st_mtime for run in runs)
         if not done.exists() or done.stat().st_mtime < newest:
             options = ("--output", str(folder), "--samples", str(samples), *depths)
+            options += ("--device", "cuda") if torch.cuda.is_available() else ()
             commands[folder] = ("analyze", "--checkpoint", *checkpoints, *options)
     _run_all(commands, jobs, "analysis")
 

@@ -1,4 +1,4 @@
-"""Over all seeds: loss at equal tokens and at equal compute, as a table and a figure."""
+"""Over all seeds: loss at equal tokens and at equal compute, as a table."""
 
 import csv
 import json
@@ -9,23 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from megatron_ponder.base.files import replacing, write_atomically
-from megatron_ponder.runs.style import COLOURS, look
 
 HEADINGS = (
     "variant", "loss", "steps", "MFLOPs/token", "− fixed at these FLOPs", "− loop at these FLOPs",
     "− random K̂", "ρ(K̂, step-0)", "soft–hard", "Jacobi(3)", "contraction",
-)  # fmt: skip
-# Variants from which something is taken away, so that they are no points of their mode's curve.
-CONTROLS = ("adaptive-identity",)
-# Where the label of a point may stand, in points from it, the best place first.
-LABEL_PLACES = (
-    (7, 3, "left"), (-7, 3, "right"), (7, -9, "left"), (-7, -9, "right"), (0, 14, "center"), (0, -20, "center"),
 )  # fmt: skip
 
 
@@ -40,7 +29,7 @@ class Point(NamedTuple):
 
 
 def write_tables(folders: Mapping[int, Path], output: Path) -> str:
-    """Write table.md, table.csv and pareto.png from the analyses of all seeds.
+    """Write table.md and table.csv from the analyses of all seeds.
 
     Returns:
         The table in Markdown.
@@ -55,7 +44,6 @@ def write_tables(folders: Mapping[int, Path], output: Path) -> str:
         writer.writerow(("variant", "seed", "loss", "steps", "mflops", "loss_of_random_steps"))
         for seed, points in zip(folders, seeds, strict=True):
             writer.writerows((variant, seed, *point[:4]) for variant, point in points.items())
-    _draw(seeds, output / "pareto.png")
     if all((folder / "depth.csv").exists() for folder in folders.values()):
         by_depth = _by_depth(folders)
         write_atomically(output / "depths.md", by_depth)
@@ -109,7 +97,7 @@ def _row(variant: str, seeds: Sequence[dict[str, Point]]) -> list[str]:
     points = [points[variant] for points in seeds]
     cells = [variant, spread([point.loss for point in points])]
     cells += [f"{statistics.fmean(values):.2f}" for values in zip(*((p.steps, p.mflops) for p in points), strict=True)]
-    for names in _curves(seeds[0]).values():
+    for names in curves(seeds[0]).values():
         if variant in names or len(names) < 2:
             cells.append("")
         else:
@@ -126,9 +114,9 @@ def _row(variant: str, seeds: Sequence[dict[str, Point]]) -> list[str]:
     return cells
 
 
-def _curves(variants: Container[str]) -> dict[str, list[str]]:
+def curves(variants: Container[str]) -> dict[str, list[str]]:
     """Points of the curves of `fixed` and `loop`; between two of them the loss is taken to be linear in FLOPs."""
-    wanted = {mode: ("vanilla", f"{mode}-1", mode, f"{mode}-2") for mode in ("fixed", "loop")}
+    wanted = {mode: ("vanilla", mode, *(f"{mode}-{steps}" for steps in range(1, 5))) for mode in ("fixed", "loop")}
     return {mode: [name for name in names if name in variants] for mode, names in wanted.items()}
 
 
@@ -142,61 +130,3 @@ def at_equal_compute(points: Mapping[str, Point], variant: str, names: Sequence[
     """Loss of the curve through some variants at the FLOPs of another; the ends of the curve hold beyond it."""
     curve = sorted((points[name].mflops, points[name].loss) for name in names)
     return float(np.interp(points[variant].mflops, *zip(*curve, strict=True)))
-
-
-def _draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
-    """Every variant with its label, in the colour of its mode, and a line through the variants of each mode.
-
-    The lines of `fixed` and `loop` begin at vanilla, as the comparison at equal compute takes them.
-    """
-    figure = Figure(figsize=(8, 4.5))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    means, variants_of = {}, defaultdict(list)
-    for variant, point in seeds[0].items():
-        losses = [points[variant].loss for points in seeds]
-        means[variant] = (statistics.fmean(points[variant].mflops for points in seeds), statistics.fmean(losses))
-        mode = point.summary["mode"]
-        style = look(mode, len(variants_of[mode]))
-        bar = statistics.stdev(losses) if len(losses) > 1 else None
-        axes.errorbar(*means[variant], yerr=bar, capsize=3, linestyle="none", **style)
-        variants_of[mode].append(variant)
-    for mode, variants in variants_of.items():
-        on_line = [*_curves(means).get(mode, ()), *(variant for variant in variants if variant not in CONTROLS)]
-        line = zip(*sorted({means[variant] for variant in on_line}), strict=True)
-        axes.plot(*line, linewidth=0.8, alpha=0.6, color=COLOURS[mode], label=mode)
-    axes.set_xlabel("FLOPs of inference per token [M]")
-    axes.set_ylabel("validation loss [nats per token]")
-    best, worst = min(loss for _, loss in means.values()), max(points["vanilla"].loss for points in seeds)
-    axes.set_ylim(best - 0.15 * (worst - best), worst + 0.15 * (worst - best))
-    axes.margins(x=0.2)
-    axes.set_title("mean ± standard deviation over seeds; what lies above the frame is in the table", fontsize=10)
-    axes.grid(alpha=0.3)
-    label_points(axes, means, {variant: mode for mode, variants in variants_of.items() for variant in variants})
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=150, bbox_inches="tight")
-
-
-def label_points(axes: Axes, places: Mapping[str, tuple[float, float]], modes: Mapping[str, str]) -> list[Text]:
-    """Write its name beside every point inside the frame, where no other name or point is."""
-    axes.figure.canvas.draw()
-    points = axes.transData.transform(list(places.values()))
-    written = []
-    for name, place in places.items():
-        if not axes.get_ylim()[0] <= place[1] <= axes.get_ylim()[1]:
-            continue
-        tried = []
-        for across, up, side in LABEL_PLACES:
-            text = axes.annotate(
-                name, place, (across, up), textcoords="offset points", ha=side, fontsize=8, color=COLOURS[modes[name]]
-            )  # fmt: skip
-            box = text.get_window_extent()
-            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
-            covered = sum(box.overlaps(other.get_window_extent()) for other in written) + box.count_contains(points)
-            tried.append((covered + (not inside), len(tried), text))
-        best = min(tried, key=lambda attempt: attempt[:2])[2]
-        for _, _, text in tried:
-            if text is not best:
-                text.remove()
-        written.append(best)
-    return written

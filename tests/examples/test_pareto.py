@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 
 from megatron_ponder.runs.style import COLOURS
 from tests import REPOSITORY
+from tests.finished_runs import finished_runs, tiny_arguments
 
 PARETO = REPOSITORY / "examples" / "pareto"
 
 
-@pytest.mark.parametrize("size", ["cpu", "gpu", "paper", "diagnostic"])
+@pytest.mark.parametrize("size", ["cpu", "gpu", "paper", "diagnostic", "depths"])
 def test_a_dry_run_checks_every_run_and_starts_nothing(size, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(PARETO)
     from pareto import main
@@ -21,8 +21,13 @@ def test_a_dry_run_checks_every_run_and_starts_nothing(size, tmp_path, monkeypat
     (tmp_path / "data").mkdir()
     main(["--size", size, "--output", str(tmp_path), "--dry-run", "--seeds", "0", "7"])
     chosen = yaml.safe_load((PARETO / "variants.yaml").read_text())
-    variants = chosen["all"] | chosen.get(size, chosen["text"])
-    lines = capsys.readouterr().out.splitlines()
+    own = chosen["all"] | chosen.get(size, chosen["text"])
+    variants = [name for name, values in own.items() if values is not None]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if not line.startswith("#")]
+    pieces = [float(line.split()[3]) for line in printed if line.startswith("# piece")]
+    assert bool(pieces) == (size == "gpu")
+    assert all(0 < minutes <= 8 for minutes in pieces)
     assert len(lines) == 2 * len(variants)
     assert sum("--training.seed 7" in line for line in lines) == len(variants)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -45,6 +50,81 @@ def test_ways_of_training_more_cheaply_are_right_too(size, tmp_path, monkeypatch
 def test_what_training_cost_is_added_up_and_compared_within_a_seed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(PARETO)
     from costs import write_costs
+
+    runs, folders = written_runs(tmp_path)
+    table = write_costs(runs, folders, tmp_path)
+    _, _, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert first == ["vanilla", "5.000 ± 0.000", "", "0.00", "4.00", "1.00", "5", "1.00"]
+    assert second == ["adaptive", "4.050 ± 0.071", "-0.950 ± 0.071", "1.00", "6.00", "1.50", "5", "1.00"]
+    assert (tmp_path / "table.md").read_text() == table
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
+
+
+def test_runs_are_cut_into_pieces_that_go_on_from_each_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PARETO)
+    import pieces
+    from runs import Run
+
+    class Trained(Run):
+        finished = False
+
+    runs = [Trained(name, 0, (), tmp_path / name) for name in "abcde"]
+    assert [[run.variant for run in piece] for piece in pieces.cut(runs, [3, 3, 2, 9, 1], 8)] == [
+        [*"abc"],
+        ["d"],
+        ["e"],
+    ]
+    clock, done = iter([0.0, 3.0, 6.0, 0.0]), []
+    monkeypatch.setattr(pieces.time, "monotonic", lambda: next(clock))
+    assert pieces.train_for(runs, [3, 3, 3, 3, 3], 8, 1, lambda chosen, _: done.extend(chosen)) == 3
+    assert [run.variant for run in done] == ["a", "b"]
+    monkeypatch.setattr(Trained, "finished", True)
+    assert pieces.train_for(runs, [3, 3, 3, 3, 3], 8, 1, lambda chosen, _: done.extend(chosen)) == 0
+    assert len(done) == 2
+
+
+def test_only_what_is_missing_is_measured_of_generation(tmp_path, monkeypatch, corpus):
+    monkeypatch.syspath_prepend(PARETO)
+    import generation_times
+    from runs import Run
+
+    folder = finished_runs(corpus).whole
+    runs = [Run("adaptive", 0, tuple(tiny_arguments(corpus, folder)), folder)]
+    control = tuple(tiny_arguments(corpus, folder, ponder__router_input="token"))
+    runs.append(Run("adaptive-identity", 0, control, folder))
+    monkeypatch.setattr(generation_times, "PROMPTS", 2)
+    monkeypatch.setattr(generation_times, "GENERATED", 3)
+    path = tmp_path / "generation.jsonl"
+    (first,) = generation_times.measure_generation(runs, path, 1).items()
+    assert first[0] == ("adaptive", 0)
+    assert first[1] > 0
+    monkeypatch.setattr(generation_times, "_seconds", lambda loaded: 3 * first[1])
+    assert generation_times.measure_generation(runs, path, 3) == {("adaptive", 0): 3 * first[1]}
+    measured = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["seconds"] for line in measured] == [first[1], 3 * first[1], 3 * first[1]]
+    assert generation_times.measure_generation(runs, path, 1) == dict([first])
+    assert generation_times.measure_generation(runs, path, 0) == {}
+
+
+def test_refinements_are_averaged_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PARETO)
+    from refinement_tables import write_refinements
+
+    folders = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
+    assert write_refinements(folders, tmp_path) == ""
+    for seed, folder in folders.items():
+        folder.mkdir()
+        rows = ["model,mode,rule,refinements,trained,loss,exact_loss,gap"]
+        rows += [f"fixed-seed{seed},fixed,hard,{r},{r == 2},{3.0 - r + seed},{1.5 + seed},0" for r in (0, 2)]
+        (folder / "refinements.csv").write_text("\n".join(rows) + "\n")
+    heading, _, line = write_refinements(folders, tmp_path).splitlines()
+    assert heading == "| variant | R = 0 | R = 2 | exact |"
+    assert line == "| fixed | 3.500 ± 0.707 | 1.500 ± 0.707 | 2.000 ± 0.707 |"
+    assert (tmp_path / "refinements.png").read_bytes().startswith(b"\x89PNG")
+
+
+def written_runs(tmp_path: Path) -> tuple[list, dict[int, Path]]:
+    """Runs of two variants with their metrics, and the analyses of two seeds."""
     from runs import Run
 
     folders = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
@@ -57,13 +137,7 @@ def test_what_training_cost_is_added_up_and_compared_within_a_seed(tmp_path, mon
             records = [{"step": step, "model_flops": flops, "step_seconds": 2.0 + seed} for step in (1, 2)]
             (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             runs.append(run)
-    table = write_costs(runs, folders, tmp_path)
-    _, _, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    assert first == ["vanilla", "5.000 ± 0.000", "", "0.00", "4.00", "1.00", "5", "1.00"]
-    assert second == ["adaptive", "4.050 ± 0.071", "-0.950 ± 0.071", "1.00", "6.00", "1.50", "5", "1.00"]
-    assert (tmp_path / "table.md").read_text() == table
-    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
-    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
+    return runs, folders
 
 
 def summary(loss: float, steps: float, **more) -> dict:
@@ -132,25 +206,22 @@ def test_the_table_compares_at_equal_compute_over_seeds(tmp_path, monkeypatch):
     assert cells[6:] == ["-0.150 ± 0.071", "0.250 ± 0.000", "0.00200", "0.10100", "0.40 ± 0.00"]
     assert (tmp_path / "table.md").read_text() == table
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 9
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_mode_has_one_colour_and_a_line_through_its_variants_and_no_name_covers_another(monkeypatch, tmp_path):
+def test_a_mode_has_one_colour_and_a_line_through_its_variants_and_no_name_covers_another(monkeypatch):
     monkeypatch.syspath_prepend(PARETO)
-    import tables
+    import loss_figures
 
-    drawn = []
-    monkeypatch.setattr(tables, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
     places = {
         "vanilla": (2.9, 0.5), "fixed": (2.7, 1.0), "fixed-2": (2.6, 1.5), "adaptive": (2.71, 1.0),
         "adaptive-lambda-0.05": (2.7, 1.01), "adaptive-identity": (2.75, 0.9), "pause": (9.0, 1.0),
     }  # fmt: skip
-    points = {
-        name: tables.Point(loss, 1.0, mflops, None, {"mode": name.split("-")[0]})
+    runs = {
+        name: loss_figures.Measured(loss, name.split("-")[0], {"pareto": 1e6 * mflops})
         for name, (loss, mflops) in places.items()
     }
-    tables._draw([points], tmp_path / "pareto.png")
-    (axes,) = drawn[0].axes
+    figure = loss_figures.draw([runs], loss_figures.COSTS[0], modes=True)
+    (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     through = {
         mode: list(zip(line.get_ydata(), line.get_xdata(), strict=True))
@@ -159,7 +230,24 @@ def test_a_mode_has_one_colour_and_a_line_through_its_variants_and_no_name_cover
     }
     assert through["fixed"] == [places[name] for name in ("vanilla", "fixed", "fixed-2")]
     assert through["adaptive"] == [places[name] for name in ("adaptive", "adaptive-lambda-0.05")]
-    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    names = [text for text in axes.texts if text.get_text()]
+    colours = {text.get_text(): text.get_color() for text in names}
     assert colours == {name: COLOURS[name.split("-")[0]] for name in places if name != "pause"}
-    boxes = [text.get_window_extent() for text in axes.texts]
+    assert figure.get_suptitle() == "one seed; above the frame: pause (9.00)"
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in names]
     assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
+    points = axes.transData.transform([place[::-1] for place in places.values()])
+    assert not any(box.count_contains(points) for box in boxes)
+    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+def test_every_cost_has_a_figure(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PARETO)
+    from loss_figures import COSTS, write_figures
+
+    runs, folders = written_runs(tmp_path)
+    write_figures(runs, folders, {("vanilla", 0): 0.1, ("vanilla", 1): 0.2}, tmp_path, modes=True)
+    for cost in COSTS:
+        assert (tmp_path / f"{cost.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ("adaptive" in (tmp_path / f"{cost.name}.svg").read_text()) == (cost.name != "generation_time")
