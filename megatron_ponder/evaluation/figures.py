@@ -280,7 +280,8 @@ def refinements(rows: Sequence[Row]) -> Figure:
         more = {"exact": fixed_point} if axes is panels[0] else {}
         axes.set_xticks([*places.values(), *more.values()], [*places, *more])
         finish(axes, "Jacobi refinements (R)", label)
-    figure.suptitle(f"Loss with R refinements ({', '.join(dict.fromkeys(_column(rows, 'rule')))} rule)")
+    rules = (f"{rule}, jacobi(R)" for rule in dict.fromkeys(_column(rows, "rule")))
+    figure.suptitle(f"Loss with R refinements in place of token by token ({', '.join(rules)})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 

@@ -106,6 +106,21 @@ def test_contraction_shows_the_iterate_that_is_the_fixed_point(tables):
     assert shown["adaptive: 0, the fixed point itself"] == ([99], [0])
 
 
+def test_the_loss_with_refinements_lies_beside_that_of_the_fixed_point(tables):
+    rows = [row for row in tables["refinements"] if row["model"] == "fixed"]
+    assert [row["refinements"] for row in rows if row["trained"]] == [1]
+    figure = FIGURES["refinements"][1](rows)
+    places = [*range(len(rows))]
+    (losses, exact, ring), (gaps, _) = (axes.lines for axes in figure.axes)
+    assert (list(losses.get_xdata()), list(losses.get_ydata())) == (places, [row["loss"] for row in rows])
+    assert (list(exact.get_xdata()), list(exact.get_ydata())) == ([len(rows)], [rows[0]["exact_loss"]])
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1], [rows[1]["loss"]])
+    assert list(gaps.get_ydata()) == [max(abs(row["gap"]), 1e-7) for row in rows]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        *(str(row["refinements"]) for row in rows), "exact",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.01, 0.3])
 def test_no_two_labels_of_the_bias_cover_each_other(tables, spread):
     one = next(row for row in tables["shifting"] if row["model"] == "adaptive")
@@ -123,7 +138,7 @@ def test_axes_say_what_they_show(tables):
     for name, (caption, figure_of) in FIGURES.items():
         figure = figure_of(tables[name])
         assert caption
-        assert any(rule in figure.get_suptitle() for rule in ("hard, jacobi(1)", "soft mask")), name
+        assert any(rule in figure.get_suptitle() for rule in ("hard, jacobi(1)", "hard, jacobi(R)", "soft mask")), name
         for axes in figure.axes:
             assert axes.get_xlabel()
         assert figure.axes[0].get_ylabel()
