@@ -124,7 +124,7 @@ def draw(seeds: Sequence[Mapping[str, Measured]], cost: Cost, modes: bool) -> Fi
     if modes:
         _lines(axes, seeds[0], places, looks)
     finish(axes, cost.label, LOSS)
-    above = _frame(axes, {name: loss for name, (_, loss) in places.items()})
+    above = _frame(axes, {name: loss for name, (_, loss) in places.items()}, bars)
     over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     figure.suptitle(over + "".join(f"; above the frame: {name} ({places[name][1]:.2f})" for name in above))
     shown = {name: place for name, place in places.items() if name not in above}
@@ -145,12 +145,12 @@ def _lines(
         axes.plot(*line, linewidth=0.8, alpha=0.6, color=looks[variants[0]]["color"], label=mode)
 
 
-def _frame(axes: Axes, losses: Mapping[str, float]) -> list[str]:
+def _frame(axes: Axes, losses: Mapping[str, float], bars: Mapping[str, float]) -> list[str]:
     """Let the frame end above vanilla, and leave room for names; which variants it leaves out."""
     most = losses.get("vanilla", max(losses.values()))
-    others = [loss for name, loss in losses.items() if name.startswith("vanilla") or loss <= most]
-    best, worst = min(others), max(others)
-    room = 0.15 * (worst - best) or 0.05
+    others = [name for name, loss in losses.items() if name.startswith("vanilla") or loss <= most]
+    best, worst = min(losses[name] - bars[name] for name in others), max(losses[name] + bars[name] for name in others)
+    room = 0.1 * (worst - best) or 0.05
     axes.set_ylim(best - room, worst + room)
     axes.margins(x=0.2)
     return [name for name, loss in losses.items() if loss > worst + room]
@@ -215,4 +215,4 @@ def _tried(
 
 def _leader(colour: str) -> dict:
     """A thin line between a name and its point."""
-    return {"arrowstyle": "-", "linewidth": 0.5, "color": colour, "alpha": 0.7, "shrinkA": 0, "shrinkB": 4}
+    return {"arrowstyle": "-", "linewidth": 0.5, "color": colour, "alpha": 0.7, "shrinkA": 5, "shrinkB": 4}
