@@ -113,9 +113,14 @@ def _validate_ponder(config: Config) -> None:
         "from, or numbers with the weight of each, from 1 up",
     )
     _require(
-        training.latent_start == 0 or ponder.mode != "pause",
-        f"ponder_training.latent_start {training.latent_start} has no meaning with ponder.mode pause, whose output is "
-        "read from its pauses; leave it out",
+        ponder.latent_visibility == "all" or ponder.mode in ("fixed", "adaptive"),
+        f"ponder.latent_visibility {ponder.latent_visibility} has no meaning with ponder.mode {ponder.mode}; leave it "
+        "out, and for pause embeddings that no other token sees set ponder.mode to sps",
+    )
+    _require(
+        training.latent_start == 0 or ponder.mode not in ("pause", "sps"),
+        f"ponder_training.latent_start {training.latent_start} has no meaning with ponder.mode {ponder.mode}, whose "
+        "output is read from its pauses; leave it out",
     )
     warm = training.latent_start + training.latent_warmup
     _require(

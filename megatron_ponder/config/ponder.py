@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_ponder.config.declarations import STEPS, changeable, number_field
 
-Mode = Literal["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
+Mode = Literal["vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm"]
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class PonderConfig:
 
     mode: Mode = "adaptive"
     """`vanilla` (none), `fixed` (`latent_steps` for every token), `adaptive` (a router decides for each token), or a
-    [baseline](model.md#baselines): `pause` (`latent_steps` learned pause embeddings after every token), `loop` (all
-    blocks run `latent_steps` + 1 times) or `ponderlm` (likewise, each time with the mean embedding of the last
-    prediction)."""
+    [baseline](model.md#baselines): `pause` (`latent_steps` learned pause embeddings after every token), `sps` (the
+    same, seen by their own token alone), `loop` (all blocks run `latent_steps` + 1 times) or `ponderlm` (likewise, each
+    time with the mean embedding of the last prediction)."""
     latent_steps: int = number_field(3, 0, 256)
     """K, the most latent steps of a token."""
     router_input: Literal["hidden", "token"] = "hidden"
@@ -34,6 +34,10 @@ class PonderConfig:
     initial_latent_scale: float | Literal["auto"] = changeable(number_field(1.0, 1e-6, 1e6))
     """What a learned `latent_scale` begins with; `auto` as there."""
 
+    latent_visibility: Literal["all", "own"] = "all"
+    """Who sees the latent slots of a token in `fixed` and `adaptive`: its own and `all` later tokens, or its
+    [`own`](model.md#latents-that-no-other-token-sees) alone."""
+
     @property
     def steps(self) -> int:
         """Most latent steps of a token in this mode: `latent_steps`, or 0 for vanilla."""
@@ -43,6 +47,11 @@ class PonderConfig:
     def reads_hidden(self) -> bool:
         """Whether latent steps read hidden states, which `latent_scale` multiplies."""
         return self.mode in ("fixed", "adaptive", "loop")
+
+    @property
+    def own_latents(self) -> bool:
+        """Whether the slots of latent steps are seen by their own token alone."""
+        return self.mode == "sps" or self.latent_visibility == "own"
 
     @property
     def routes_by_token(self) -> bool:

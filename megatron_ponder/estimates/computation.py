@@ -91,13 +91,22 @@ class Computation:
         rows, head_size = batch * run, block.query // block.query_heads
         kernel, ranks = rank.attention, rank.axes["context"]
         operations = block.query_heads / ranks * kernel.operations(head_size, weighted)
-        attended = operations * batch * kernel.pairs(ranks * run) / self._attention_rate
+        attended = operations * batch * self._pairs(ranks * run) / self._attention_rate
         channels, _ = kernel.channels(head_size, weighted)
         copied = weighted and kernel.carried != "apart"
         moved = of_attention(block, channels, copied, rank.width, self._fused, rank.residual(rows) / rows)
         exchanged = 4 * (block.query + block.key * rank.key_repeats) if ranks > 1 else 0
         rest = self._both_ways(rows, block.before, Moved(*(numbers + exchanged for numbers in moved)))
         return rest + BothWays(Work(attention=attended), Work(attention=kernel.backward * attended))
+
+    def _pairs(self, run: float) -> float:
+        """Pairs of a query and a key that the kernel computes for a sequence of so many slots."""
+        rank, kernel = self.rank, self.rank.attention
+        if not rank.chain.own:
+            return kernel.pairs(run)
+        tokens = rank.length * rank.axes["context"]
+        slots = run / tokens
+        return slots * kernel.pairs(tokens) + run * (slots - 1) / 2
 
     @property
     def _attention_rate(self) -> float:

@@ -28,16 +28,20 @@ class PassFlops(NamedTuple):
     attention: float
 
 
-def block_flops(block: BlockSizes, run: float, kept: float) -> PassFlops:
+def block_flops(block: BlockSizes, run: float, kept: float, own: float | None = None) -> PassFlops:
     """One block: 2 T for each weight up to queries, keys and values; 2 T' for the others; attention 4 q T (T + 1) / 2.
+
+    Where tokens see the first slot of others alone, attention is 4 q (S L (L + 1) + L S (S - 1)) / 2.
 
     Args:
         block: of a whole model; its queries are q wide.
         run: T.
         kept: T', slots that the output projection and the feed-forward layer see.
+        own: S, if so; None where they see all.
     """
     matrices = 2 * run * _weights(block.before) + 2 * kept * _weights(block.after)
-    return PassFlops(matrices, 4 * block.query * run * (run + 1) / 2)
+    pairs = run * (run + 1) / 2 if own is None else run * (run / own + 1) / 2 + run * (own - 1) / 2
+    return PassFlops(matrices, 4 * block.query * pairs)
 
 
 def _weights(products: tuple[Product, ...]) -> int:
@@ -63,9 +67,11 @@ def forward_flops(
         mean_steps: as in `slots_of_passes`.
     """
     tokens, block, every = config.data.sequence_length, _whole(config).block, []
+    chain = passes_of(config.ponder)
     slots = slots_of_passes(config, refinements, latents, mean_steps)
     for index, (run, kept) in enumerate(slots):
-        inner, last = (block_flops(block, tokens * run, tokens * rest) for rest in (run, kept))
+        own = run if chain.own else None
+        inner, last = (block_flops(block, tokens * run, tokens * rest, own) for rest in (run, kept))
         layers, final = config.model.num_layers - 1, index == len(slots) - 1
         matrices = layers * inner.matrices + last.matrices
         matrices += _router_flops(config, final) + _prediction_flops(config, final)

@@ -139,7 +139,7 @@ class Rank:
         block, config = self.part.block, self.config
         head_size, grouped = config.model.head_size, block.key * self.key_repeats < block.query
         segmented = config.data.reset_at_eod or self.mean_steps is not None
-        call = Call(self.device, self.dtype, grouped, segmented, head_size=head_size)
+        call = Call(self.device, self.dtype, grouped, segmented, head_size, self.chain.own)
         return choose(call, config.training.attention_kernel)
 
     @property

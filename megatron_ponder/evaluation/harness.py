@@ -156,7 +156,7 @@ def evaluate_tasks(
         results = lm_eval.simple_evaluate(
             model, tasks=tasks.names, task_manager=tasks.manager, num_fewshot=shots, limit=limit, log_samples=False
         )
-    iterated = config["ponder_mode"] in ("fixed", "adaptive")
+    iterated = config["ponder_mode"] in ("fixed", "adaptive") and config.get("ponder_latent_visibility", "all") == "all"
     hard = f"jacobi({config['ponder_jacobi_iterations']})" if iterated else "exact"
     return TaskEvaluation(
         checkpoint=folder.name,

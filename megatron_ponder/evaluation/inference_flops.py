@@ -11,9 +11,10 @@ from megatron_ponder.model.ponder import PonderLM
 def inference_flops(executed_BL: Tensor, model: PonderLM) -> Tensor:
     """Σ_{k=0..K̂} layers · (2 · block parameters + 4 · H · n) + 2 · V · H for every token.
 
-    n counts the cached slots that a slot sees: where steps are interleaved, all up to itself, and in passes with keys
-    of their own, one of every token. Where every pass predicts, 2 · V · H counts once a pass, and reading a prediction
-    costs 2 · H for each of its likeliest tokens.
+    n counts the cached slots that a slot sees: where steps are interleaved, all up to itself, or the first slot of
+    every token and its own token's others if no other token sees these; in passes with keys of their own, one of every
+    token. Where every pass predicts, 2 · V · H counts once a pass, and reading a prediction costs 2 · H for each of
+    its likeliest tokens.
 
     Args:
         executed_BL: int64, K̂ of every token of every sequence.
@@ -23,7 +24,10 @@ def inference_flops(executed_BL: Tensor, model: PonderLM) -> Tensor:
     """
     whole, layers = part_sizes(model.model_config, model.ponder_config), model.model_config.num_layers
     slots = (executed_BL + 1).double()
-    if model.passes.interleaved:
+    if model.passes.own:
+        tokens = torch.arange(1, slots.shape[1] + 1, device=slots.device)
+        attended = slots * tokens + slots * (slots - 1) / 2
+    elif model.passes.interleaved:
         before = slots.cumsum(1) - slots
         attended = slots * before + slots * (slots + 1) / 2  # summed over the token's slots, each seeing itself
     else:

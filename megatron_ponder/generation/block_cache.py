@@ -185,7 +185,14 @@ class BlockCache:
 
     def _reading(self, prompt: PromptSlots, segment: Segment) -> Reading:
         row, start, count = segment
-        if prompt.window is None:
+        apart = None  # of every place, whether its slot is seen by the token alone whose number stands in `every`
+        if prompt.apart is not None:
+            final, tokens, first = prompt.apart
+            table = self.pool.tables[row, : blocks_of(start + count)]
+            every = np.full(len(table) * BLOCK, NOTHING)
+            every[: start + count] = [-1] * final + tokens
+            apart, orders = np.arange(len(every)) >= final + first, np.array(tokens)[start - final :]
+        elif prompt.window is None:
             table, orders = self.pool.tables[row, : blocks_of(start + count)], np.arange(start, start + count)
             every = np.arange(len(table) * BLOCK)
         else:
@@ -199,7 +206,11 @@ class BlockCache:
             orders = np.array(window.orders)[window.places]
         table_n, every_S, orders_T = upload([table, every, orders], self.log_w.device)
         log_w_S = self.log_w[table_n].flatten() if self._weighted else None
-        sees = VisibleKeys.of(every_S <= orders_T[:, None], log_w_S, self.keys)
+        seen_TS = every_S <= orders_T[:, None]
+        if apart is not None:
+            apart_S = upload([apart.astype(np.int64)], self.log_w.device)[0] > 0
+            seen_TS &= ~apart_S | (every_S == orders_T[:, None])
+        sees = VisibleKeys.of(seen_TS, log_w_S, self.keys)
         return Reading(slice(prompt.at, prompt.at + prompt.count), table_n, sees)
 
     def _move(self, finished: Finished) -> None:
@@ -235,6 +246,8 @@ class BlockCache:
                 sources, targets = upload([sources, targets], self.keys.device)
                 for tensor in (self.keys.transpose(0, 1), self.values.transpose(0, 1), self.log_w):
                     tensor[targets] = tensor[sources]
+            if not self.fixed:
+                self._hide(rows[shorter], lengths[shorter])
         missing = self.pool.missing(rows, lengths)
         if not self.fixed:
             self._fit(self.pool.used + missing)
@@ -243,6 +256,13 @@ class BlockCache:
             # What is read as it lies, and was never written, must be numbers and weigh nothing.
             self.keys[:, new], self.values[:, new], self.log_w[new] = 0, 0, DEAD
         self._written[rows] = lengths
+
+    def _hide(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Let what rows have written behind their slots weigh nothing, where it is read as it lies."""
+        counts = (np.minimum(self._written[rows], blocks_of(lengths) * BLOCK) - lengths).clip(0)
+        rows, places = np.repeat(rows, counts), np.repeat(lengths - counts.cumsum() + counts, counts)
+        places += np.arange(len(places))
+        self.log_w[self.pool.tables[rows, places // BLOCK], places % BLOCK] = DEAD
 
     def _read(self, row: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the blocks of the first slots of a row."""

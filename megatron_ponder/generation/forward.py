@@ -63,6 +63,20 @@ class Finished(NamedTuple):
     start: int
 
 
+class Apart(NamedTuple):
+    """Slots of tokens that are read, of which all but the first slots are seen by their own token alone.
+
+    Attributes:
+        final: slots of the sequence before these, which all of them see.
+        tokens: of every place behind those up to the last that runs, the token that its slot is of, from 0.
+        first: how many of these, in front, are first slots.
+    """
+
+    final: int
+    tokens: list[int]
+    first: int
+
+
 class PromptSlots(NamedTuple):
     """What a segment is, if it is of a prompt that is read.
 
@@ -71,12 +85,14 @@ class PromptSlots(NamedTuple):
         count: how many slots.
         last_token: index of the first slot of the last token if its logits are wanted, else None.
         window: where the slots are, if they are iterated; else they are final, and see each other and all before them.
+        apart: who sees whom, if slots of latent steps are seen by their own token alone.
     """
 
     at: int
     count: int
     last_token: int | None = None
     window: Window | None = None
+    apart: Apart | None = None
 
 
 class Begun(NamedTuple):

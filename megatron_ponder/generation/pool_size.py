@@ -56,7 +56,7 @@ def fitted(model: PonderLM, batching: Batching, free: int) -> tuple[Batching, in
         UserError: not one sequence would fit.
     """
     rows = batching.max_sequences * (model.passes.lanes + model.passes.iterated)  # with those of windows
-    longest = model.model_config.max_position_embeddings * (model.ponder_config.steps + 1)
+    longest = model.passes.most_slots(model.model_config.max_position_embeddings)
     wanted = min(batching.max_slots, batching.max_sequences * longest)
     stored = min(batching.prefix_slots, wanted)
     room = (free - rows - blocks_of(stored)) * BLOCK

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,13 +39,15 @@ class Match(NamedTuple):
 class Prefixes:
     """Which prompts are kept, up to a number of slots; the one not used for longest goes first."""
 
-    def __init__(self, max_slots: int, shortest: int) -> None:
+    def __init__(self, max_slots: int, shortest: int, slots: Callable[[Sequence[int]], int]) -> None:
         """Keep none yet.
 
         Args:
             max_slots: of all together; 0 to keep none.
             shortest: tokens from which on sharing is worth it.
+            slots: how many a cache keeps of tokens, by K̂ of each.
         """
+        self._slots = slots
         self._max_slots, self.shortest = max_slots, shortest
         self._stored: OrderedDict[int, StoredPrefix] = OrderedDict()
         self._keys = itertools.count()
@@ -58,7 +60,7 @@ class Prefixes:
             return None
         self._stored.move_to_end(key)
         executed = self._stored[key].executed[: shared[key]]
-        return Match(key, executed, len(executed) + sum(executed))
+        return Match(key, executed, self._slots(executed))
 
     def store(self, tokens: np.ndarray, executed: Sequence[int]) -> tuple[int | None, list[int]]:
         """Decide whether to keep a prompt that was just read.
@@ -66,7 +68,7 @@ class Prefixes:
         Returns:
             Its key, or None if it is not worth keeping; keys of others that go.
         """
-        slots = len(tokens) + sum(executed)
+        slots = self._slots(executed)
         known = any(shared_tokens(stored.tokens, tokens) == len(tokens) for stored in self._stored.values())
         if known or slots > self._max_slots or len(tokens) < self.shortest:
             return None, []

@@ -7,14 +7,24 @@ changed in a sweep, the token is final: it leaves the window, and another enters
 final after one sweep, which ran it as the sequential model does; contraction makes it many.
 
 Slots that the router prunes are not there, so that nothing is computed for them. Passes that are not iterated are run
-once, one after another, which is exact.
+once, one after another, which is exact; so are steps whose slots are seen by their own token alone.
 """
 
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_ponder.generation.forward import NOTHING, Finished, Forward, Outcome, PromptSlots, Segment, Window, latent
+from megatron_ponder.generation.forward import (
+    NOTHING,
+    Apart,
+    Finished,
+    Forward,
+    Outcome,
+    PromptSlots,
+    Segment,
+    Window,
+    latent,
+)
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.model.modes.pondering import Passes
 
@@ -226,6 +236,57 @@ class WholePiece(_RunOnce):
     def settle(self, outcome: Outcome, index: int) -> list[int]:
         self.done = True
         return [self._steps] * len(self._tokens)
+
+
+class ApartPiece:
+    """Tokens whose latent slots no other sees: every forward runs one step of those that take it, once.
+
+    Their first slots lie side by side in the cache, in which they stay; the others behind them, to be overwritten.
+    """
+
+    finished = None
+
+    def __init__(self, tokens: list[int], position: int, passes: Passes) -> None:
+        """Begin; arguments as of `IteratedPiece`."""
+        self._tokens, self._position, self._steps = tokens, position, passes.steps
+        self.width = len(tokens)
+        self._executed: list[int] = [0] * len(tokens)
+        self._log_w: list[list[float]] = [[0.0]] * len(tokens)
+        # Of the newest forward: its step, the tokens that it runs, where they begin in it and among those routed; and
+        # the token of every slot that there is, in the order of the cache.
+        self._step, self._running, self._at, self._routed, self._placed = 0, [*range(len(tokens))], 0, 0, []
+        self._before: dict[int, int] = {}
+
+    @property
+    def slots(self) -> int:
+        return len(self._placed) + len(self._running)
+
+    @property
+    def done(self) -> bool:
+        return not self._running
+
+    def add_to(self, forward: Forward, row: int, start: int) -> None:
+        step, at, before = self._step, len(forward), self._before
+        if step == 0:
+            self._routed = len(forward.routed)
+            forward.routed.extend(range(at, at + len(self._running)))
+        for index in self._running:
+            given = latent(step) if step else self._tokens[index]
+            forward.add(given, before.get(index, 0), self._position + index, self._log_w[index][step])
+        forward.segments.append(Segment(row, start + len(self._placed), len(self._running)))
+        self._placed = self._placed + self._running
+        apart = Apart(start, self._placed, len(self._tokens))
+        forward.prompts.append(PromptSlots(at, len(self._running), apart=apart))
+        self._at = at
+
+    def settle(self, outcome: Outcome, index: int) -> list[int]:
+        if self._step == 0:
+            routed = slice(self._routed, self._routed + len(self._tokens))
+            self._executed, self._log_w = outcome.executed[routed], outcome.log_w[routed]
+        self._before = {token: self._at + place for place, token in enumerate(self._running)}
+        self._step += 1
+        self._running = [token for token in self._running if self._executed[token] >= self._step]
+        return self._executed if self.done else []
 
 
 class LanePiece(_RunOnce):

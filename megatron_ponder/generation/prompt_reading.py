@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from megatron_ponder.generation.prompt_pieces import IteratedPiece, LanePiece, PromptPiece, WholePiece
+from megatron_ponder.generation.prompt_pieces import ApartPiece, IteratedPiece, LanePiece, PromptPiece, WholePiece
 from megatron_ponder.generation.sequences import Batching, Sequence
 from megatron_ponder.model.modes.pondering import Passes
 
@@ -48,21 +48,26 @@ class PromptReading:
 
     def _piece(self, sequence: Sequence) -> PromptPiece:
         prefill, begin = self._batching.prefill, sequence.fed
-        # What comes of the last token is to be known, for which it runs slot by slot if others are iterated.
-        end = len(sequence.ids) - 1 if self._passes.iterated else begin + prefill.chunk
+        # What comes of the last token is to be known, for which it runs slot by slot if its steps are apart in others.
+        last = len(sequence.ids) - 1
+        end = last if self._passes.iterated else begin + prefill.chunk
+        end = min(end, last) if self._passes.own else end
         tokens = sequence.ids[begin:end]
         if self._eod_id in tokens:  # a piece lies within one document
             tokens = tokens[: tokens.index(self._eod_id) + 1]
         if self._passes.iterated:
             row = self.window(sequence.row)
             return IteratedPiece(tokens, sequence.position, self._passes, prefill, self._tolerance, row)
+        if self._passes.own:
+            return ApartPiece(tokens, sequence.position, self._passes)
         kind = WholePiece if self._passes.interleaved else LanePiece
         return kind(tokens, sequence.position, self._passes, wanted=begin + len(tokens) == len(sequence.ids))
 
     def _fits(self, sequence: Sequence, piece: PromptPiece, live: list[Sequence]) -> bool:
         """Whether a window finds room beside all slots, now and when its sequence is alone."""
-        if not self._passes.iterated:
+        if not (self._passes.iterated or self._passes.own):
             return True
-        every = len(sequence.ids) * (self._passes.steps + 1) + piece.width * (self._passes.steps + 1)
+        most = piece.width * (self._passes.steps + 1)
+        every = self._passes.most_slots(len(sequence.ids)) + most
         used = sum(each.length + each.next_slots for each in live) - sequence.next_slots + piece.slots
         return max(every, used) <= self._batching.max_slots

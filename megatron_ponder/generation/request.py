@@ -48,13 +48,14 @@ class Generation:
         log_probabilities: of the generated tokens under the model itself, before temperature and the like.
         top_log_probabilities: likeliest tokens at each place with their log-probabilities, where they were asked for.
         executed_steps: K̂ of every token that was fed to the model: the prompt, then all generated but the last.
-        cached_slots: slots of these tokens, one each plus its executed steps.
+        cached_slots: slots of these tokens, one each plus its executed steps, where other tokens see these.
         text: of the generated tokens, up to a stop string; empty without a tokenizer.
         finish_reason: None while the sequence goes on.
         error: why it has failed, where it has.
         seconds_waited: between the request and the first forward for it.
         seconds_to_first: between the request and its first token.
         seconds: between the request and its end.
+        own_latents: whether executed steps are seen by their own token alone.
     """
 
     prompt: list[int]
@@ -68,7 +69,8 @@ class Generation:
     seconds_waited: float = 0.0
     seconds_to_first: float = 0.0
     seconds: float = 0.0
+    own_latents: bool = False
 
     @property
     def cached_slots(self) -> int:
-        return len(self.executed_steps) + sum(self.executed_steps)
+        return len(self.executed_steps) + (0 if self.own_latents else sum(self.executed_steps))

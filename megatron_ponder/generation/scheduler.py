@@ -65,7 +65,7 @@ class Scheduler:
         tolerance = None if self.batching.prefill is None else self.batching.prefill.tolerance
         tolerance = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
         self._reading = PromptReading(self._passes, self.batching, tolerance, eod_id)
-        self._prefixes = Prefixes(self.batching.prefix_slots, shortest=16)
+        self._prefixes = Prefixes(self.batching.prefix_slots, 16, self._passes.cached_slots)
         self.usage = Usage()
         self.live: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
@@ -101,9 +101,9 @@ class Scheduler:
                 f"the prompt has {len(request.prompt)} tokens and {request.max_new_tokens} new ones are asked for, but "
                 f"the model is meant for {limit}; shorten the prompt or ask for fewer"
             )
-        if tokens * (self._steps + 1) > self.batching.max_slots:
+        if (most := self._passes.most_slots(tokens)) > self.batching.max_slots:
             raise UserError(
-                f"{tokens} tokens may need {tokens * (self._steps + 1)} slots, but the cache is limited to "
+                f"{tokens} tokens may need {most} slots, but the cache is limited to "
                 f"{self.batching.max_slots}; raise max_slots, where memory is free for it, or ask for fewer tokens"
             )
         if not all(0 <= token < self._pieces for token in request.prompt):
@@ -125,7 +125,8 @@ class Scheduler:
         stream = None
         if self._tokenizer is not None:
             stream = TextStream(self._tokenizer, request.prompt, request.stop_strings)
-        generation, now = Generation(list(request.prompt)), time.perf_counter()
+        generation = Generation(list(request.prompt), own_latents=self._passes.own)
+        now = time.perf_counter()
         chooser = Chooser(request.sampling, request.prompt)
         sequence = Sequence(request, generation, chooser, stream, on_token, now, list(request.prompt))
         if request.max_new_tokens == 0:
@@ -205,6 +206,7 @@ class Scheduler:
             sequence.length += 1
             sequence.step += 1
             if complete:
+                sequence.length -= sequence.executed if self._passes.own else 0
                 self._complete(sequence, [sequence.executed], read)
         for index, sequence in enumerate(self._iterating):
             if forward.prompts[index].last_token is not None:
@@ -223,7 +225,7 @@ class Scheduler:
         while self.waiting and self._free_rows:
             sequence = self.waiting[0]
             tokens = np.array(sequence.ids)
-            most = len(tokens) * (self._steps + 1)
+            most = self._passes.most_slots(len(tokens))
             if used + most > self.batching.max_slots:
                 break  # in turn: a later, shorter one must not keep it waiting for ever
             self.waiting.popleft()
@@ -270,7 +272,7 @@ class Scheduler:
             self._windows += self._reading.windows([sequence.row])
         if executed:
             self._finished += [piece.finished] if piece.finished is not None else []
-            sequence.length += len(executed) + sum(executed)
+            sequence.length += self._passes.cached_slots(executed)
             self._complete(sequence, executed, read)
 
     def _make_room(self) -> None:

@@ -9,7 +9,8 @@ class PonderLMCache(Cache):
     """Keys and values of executed slots; steps that did not run are not there.
 
     Rows of a batch may have executed different numbers of slots, so each has its own length. Where steps see
-    only the same step of earlier tokens, each step has a lane of its own.
+    only the same step of earlier tokens, each step has a lane of its own. Where slots of steps are seen by their own
+    token alone, they are overwritten by the next one.
 
     Attributes:
         executed_steps: int64 (B, L), latent steps K̂ of every token so far; 0 at padding.
@@ -19,9 +20,9 @@ class PonderLMCache(Cache):
         outputs: (B, H), fused hidden state of the last token, 0 before the first; None in an empty cache.
     """
 
-    def __init__(self, batch_size: int, device: torch.device, lanes: int = 1) -> None:
+    def __init__(self, batch_size: int, device: torch.device, lanes: int = 1, own: bool = False) -> None:
         super().__init__(layers=[])
-        self._lanes, self._lane = lanes, 0
+        self._lanes, self._lane, self._own = lanes, 0, own
         self.executed_steps = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.lengths)
@@ -86,6 +87,8 @@ class PonderLMCache(Cache):
         column[rows_R] = executed_R
         self.executed_steps = torch.cat([self.executed_steps, column.unsqueeze(1)], 1)
         self.positions[rows_R] += 1
+        if self._own:
+            self.lengths[rows_R] -= executed_R
         if ended_R is not None:
             self.ended[rows_R] = ended_R
 

@@ -11,7 +11,8 @@ CHOICES = {
     "biases": ("none", "qkv", "all"),
     "hidden_act": ("silu", "gelu", "gelu_pytorch_tanh"),
     "rope_scaling_type": ("none", "linear", "llama3", "yarn"),
-    "ponder_mode": ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"),
+    "ponder_mode": ("vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm"),
+    "ponder_latent_visibility": ("all", "own"),
 }
 
 
@@ -42,7 +43,9 @@ class PonderLMConfig(PretrainedConfig):
         rope_attention_factor: factor on rotated queries and keys.
         use_parallel_residual: attention and feed-forward layer read the same input.
         ponder_mode: `vanilla` (no latent steps), `fixed` (ponder_max_steps for every token), `adaptive` (a router
-            decides for each token), or `pause`, `loop` or `ponderlm`, with which these are compared.
+            decides for each token), or `pause`, `sps`, `loop` or `ponderlm`, with which these are compared.
+        ponder_latent_visibility: who sees the latent slots of a token: its own and `all` later tokens, or its `own`
+            alone, as in `sps`; `all` in exports of older versions.
         ponder_max_steps: K, the most latent steps of a token.
         ponder_jacobi_iterations: R, refinement passes of `forward` without a cache.
         ponder_threshold: τ, a step is executed while its weight is at least this; raise it for speed.
@@ -94,6 +97,7 @@ class PonderLMConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         ponder_mode: str = "adaptive",
+        ponder_latent_visibility: str = "all",
         ponder_max_steps: int = 3,
         ponder_jacobi_iterations: int = 3,
         ponder_threshold: float = 1e-4,
@@ -111,7 +115,7 @@ class PonderLMConfig(PretrainedConfig):
                 "older versions lack: load those with the files that came with them, or export the model again"
             )
         self.norm, self.biases, self.hidden_act, self.ponder_mode = norm or "rms", biases, hidden_act, ponder_mode
-        self.rope_scaling_type = rope_scaling_type
+        self.rope_scaling_type, self.ponder_latent_visibility = rope_scaling_type, ponder_latent_visibility
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
@@ -164,6 +168,11 @@ class PonderLMConfig(PretrainedConfig):
     def ponder_steps(self) -> int:
         """Most latent steps of a token in this mode."""
         return 0 if self.ponder_mode == "vanilla" else self.ponder_max_steps
+
+    @property
+    def ponder_own(self) -> bool:
+        """Whether the slots of latent steps are seen by their own token alone."""
+        return self.ponder_mode == "sps" or self.ponder_latent_visibility == "own"
 
     @property
     def norm_eps(self) -> float:

@@ -162,6 +162,7 @@ def export_config(config: Config, tokenizer: ExportedTokenizer | None) -> Ponder
         eos_token_id=eod_id,
         pad_token_id=None if tokenizer is None else tokenizer.pad_id,
         ponder_mode=ponder.mode,
+        ponder_latent_visibility=ponder.latent_visibility,
         ponder_max_steps=ponder.latent_steps,
         ponder_jacobi_iterations=config.ponder_training.evaluation_refinements,
         ponder_threshold=inference.threshold,

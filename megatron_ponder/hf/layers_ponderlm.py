@@ -111,6 +111,27 @@ def eager_attention(
     return logits.softmax(-1, dtype=wide).to(v.dtype) @ v
 
 
+def visible(documents_BL: Tensor | None, ids_BL: Tensor, slots: int, own: bool) -> Tensor | None:
+    """Causal attention of so many slots a token, bool (B or 1, 1, T, T); None if nothing else is asked of it.
+
+    Args:
+        documents_BL: of every token the document in which attention stays; None if that is all of the sequence.
+        ids_BL: the tokens.
+        slots: of a token.
+        own: all but the first are seen by their own token alone.
+    """
+    seen = None
+    if documents_BL is not None:
+        documents_BT = documents_BL.repeat_interleave(slots, 1)
+        seen = (documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)).tril()
+    if own and slots > 1:
+        places = torch.arange(ids_BL.shape[1] * slots, device=ids_BL.device)
+        tokens = places // slots
+        of_tokens = ((places % slots == 0) | (tokens == tokens.unsqueeze(1))).tril().unsqueeze(0)
+        seen = of_tokens if seen is None else seen & of_tokens
+    return None if seen is None else seen.unsqueeze(1)
+
+
 class WideLinear(nn.Linear):
     """A linear layer that computes in fp32 or better, whatever the type of its weights and of autocast."""
 

@@ -1,7 +1,7 @@
 """What the latent steps of a token read, in each mode of PonderLM.
 
     vanilla, fixed, adaptive   a latent slot for each step, which reads the hidden state of the slot before it
-    pause                      a slot for each step, which reads a learned embedding
+    pause, sps                 a slot for each step, which reads a learned embedding
     loop                       the token's slot runs K + 1 times, and reads what it became
     ponderlm                   the same, and reads the token and the mean embeddings of its predictions
 
@@ -93,6 +93,7 @@ METHODS = {
     "fixed": Latents(),
     "adaptive": Latents(),
     "pause": Pauses(),
+    "sps": Pauses(),
     "loop": Loop(),
     "ponderlm": Predictions(),
 }

@@ -12,6 +12,10 @@ _STEPS = {
         "one is predicted."
     ),
     "pause": "Every token is followed by {steps} learned pause embeddings before the next one is predicted.",
+    "sps": (
+        "Every token is followed by {steps} learned pause embeddings before the next one is predicted, which no other "
+        "token sees, and which the key-value cache keeps no longer."
+    ),
     "loop": "Every token runs through all layers {steps} more times before the next one is predicted.",
     "ponderlm": (
         "Every token runs through all layers {steps} more times, each time with the mean embedding of the prediction "
@@ -85,6 +89,8 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
     passes = passes_of(ponder)
     if ponder.steps:
         rows["Most latent steps K"] = ponder.latent_steps
+    if ponder.latent_visibility != "all":
+        rows["Latent slots are seen by"] = "their own token alone"
     if ponder.latent_scale != 1:
         rows["Factor on latents"] = ponder.latent_scale
     if passes.iterated:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
-from .layers_ponderlm import PonderLMLatentScale, PonderLMModel, PonderLMRouter, ResidualLinear, RouterOutput
+from .layers_ponderlm import PonderLMLatentScale, PonderLMModel, PonderLMRouter, ResidualLinear, RouterOutput, visible
 from .methods_ponderlm import METHODS, Latents
 
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
@@ -112,7 +112,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         self.model = PonderLMModel(config)
         self.router = PonderLMRouter(config) if config.ponder_mode == "adaptive" else None
         self.latent_scale = PonderLMLatentScale(config)
-        pauses = config.ponder_mode == "pause"
+        pauses = config.ponder_mode in ("pause", "sps")
         self.pauses = nn.Embedding(config.ponder_steps, config.hidden_size) if pauses else None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -190,7 +190,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         if use_cache:
             if cache is None:
                 lanes = self.method.lanes(self.config.ponder_steps)
-                cache = PonderLMCache(len(input_ids), input_ids.device, lanes)
+                cache = PonderLMCache(len(input_ids), input_ids.device, lanes, self.config.ponder_own)
             fused, executed = self._run_tokens(input_ids, present, cache)
         else:
             fused, executed = self._run_passes(input_ids, present)
@@ -226,8 +226,10 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
 
     def _run_passes(self, ids_BL: Tensor, present_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Growth passes, Jacobi refinements and the final pass: fused hidden states (B, L, H), K̂ (B, L)."""
-        method, plan = self.method, self.method.plan(self.config.ponder_steps, self.config.ponder_jacobi_iterations)
-        eod_id = self.config.ponder_eod_id
+        own, eod_id = self.config.ponder_own, self.config.ponder_eod_id
+        # A token's latents are right once they have grown, if they depend on no other's.
+        refinements = 0 if own else self.config.ponder_jacobi_iterations
+        method, plan = self.method, self.method.plan(self.config.ponder_steps, refinements)
         ends_padded = present_BL is not None and not bool((present_BL[:, 1:] > present_BL[:, :-1]).any())
         # Nothing looks at padding that only follows, so that attention may be plainly causal, which is faster.
         positions, documents = document_layout(ids_BL, None if ends_padded and eod_id is None else present_BL, eod_id)
@@ -238,7 +240,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
                 inputs.flatten(1, 2),
                 positions.repeat_interleave(slots, 1),
                 None if log_w is None else log_w.flatten(1, 2),
-                None if documents is None else _visible(documents.repeat_interleave(slots, 1)),
+                visible(documents, ids_BL, slots, own),
             ).unflatten(1, (-1, slots))
             routing = self._route(hidden[:, :, 0], ran)
             if following:
@@ -371,8 +373,3 @@ def document_layout(ids_BL: Tensor, present_BL: Tensor | None, eod_id: int | Non
     count = present.long().cumsum(1)
     before = F.pad((count * ends).cummax(1).values, (1, -1))  # tokens of earlier documents
     return (count - 1 - before).clamp(min=0), documents.masked_fill(~present, -1)
-
-
-def _visible(documents_BT: Tensor) -> Tensor:
-    """Causal attention within documents, bool (B, 1, T, T)."""
-    return (documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)).tril().unsqueeze(1)

@@ -111,6 +111,7 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
         "model.family": family,
         **features(fields),
         "ponder.mode": fields.choice("ponder_mode", *get_args(Mode)),
+        "ponder.latent_visibility": fields.only("ponder_latent_visibility", "all", "own"),
         "ponder.latent_steps": fields.whole("ponder_max_steps", least=0),
         "ponder_training.jacobi_iterations": fields.whole("ponder_jacobi_iterations", least=0),
         "inference.threshold": fields.number("ponder_threshold"),

@@ -22,6 +22,7 @@ from torch.nn.attention import varlen
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.run import AttentionKernel
+from megatron_ponder.kernels.own_attention import own_attention
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segmented_attention import segmented_attention
 from megatron_ponder.kernels.segments import Segments
@@ -33,6 +34,18 @@ FOLDED_CHANNELS = 8
 DEAD = -1e4
 
 
+class OwnSlots(NamedTuple):
+    """Slots of which a token's first is seen by all that follow, and its others by the token alone.
+
+    Attributes:
+        count: S, slots a token.
+        places: int64 (T,), where they stand among S of each token, if tokens have unlike numbers; None if all have S.
+    """
+
+    count: int
+    places: Tensor | None = None
+
+
 class Call(NamedTuple):
     """What decides which kernel computes a call.
 
@@ -42,6 +55,7 @@ class Call(NamedTuple):
         grouped: fewer heads of keys and values than of queries.
         segmented: rows are of several segments.
         head_size: channels of a head.
+        own: all but the first slots of tokens are seen by their own alone.
     """
 
     device: str
@@ -49,6 +63,7 @@ class Call(NamedTuple):
     grouped: bool = False
     segmented: bool = False
     head_size: int = 64
+    own: bool = False
 
 
 class Kernel(NamedTuple):
@@ -59,7 +74,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         name: as in `training.attention_kernel`; several rows may share one.
-        compute: (q, k, v, scale, log_w, segments) → (B, T, N, D), as `attend`.
+        compute: (q, k, v, scale, log_w, segments) → (B, T, N, D), as `attend`; of own slots with S behind these.
         lacks: what a call would need for it, in words; None if it computes the call.
         carried: where log w travels: in further channels of queries, keys and values (`channels`), which it is given in
             place of log w; in those of values alone (`values`); by itself (`apart`).
@@ -69,7 +84,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
-    compute: Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Segments | None], Tensor]
+    compute: Callable[..., Tensor]
     lacks: Callable[[Call], str | None]
     carried: Literal["channels", "values", "apart"] = "channels"
     block: int = 1
@@ -101,6 +116,7 @@ def attend(
     segments: Segments | None = None,
     angles: Rotation | None = None,
     kernel: AttentionKernel = "auto",
+    own: OwnSlots | None = None,
 ) -> Tensor:
     """Causal attention; every call of it goes through here and is given the kernel that suits it.
 
@@ -109,9 +125,10 @@ def attend(
         k_BTMD, v_BTMD: keys and values of M heads; M divides N.
         scale: factor on the logits; 1/√D where keys have weights.
         log_w_BT: log weight of each key, in fp32 or better; None where every weight is 1.
-        segments: of the B · T slots; None if every row is one.
+        segments: of the B · T slots, or of their tokens where `own` is given; None if every row is one.
         angles: by which queries and keys are rotated first; None if they are already.
         kernel: the one to take.
+        own: which slots are seen by their own token alone; None for none.
 
     Returns:
         (B, T, N, D).
@@ -120,7 +137,11 @@ def attend(
         UserError: if that cannot compute the call.
     """
     head_size, grouped = v_BTMD.shape[-1], q_BTND.shape[2] != k_BTMD.shape[2]
-    chosen = choose(Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None, head_size), kernel)
+    call = Call(q_BTND.device.type, q_BTND.dtype, grouped, segments is not None, head_size, own is not None)
+    chosen = choose(call, kernel)
+    if own is not None:
+        q_BTND, k_BTMD = (_turned(x, angles, None) for x in (q_BTND, k_BTMD))
+        return _attend_own(chosen, q_BTND, k_BTMD, v_BTMD, scale, log_w_BT, segments, own)
     if log_w_BT is None or chosen.carried != "channels":
         q_BTND, k_BTMD = (_turned(x, angles, None) for x in (q_BTND, k_BTMD))
         return chosen.compute(q_BTND, k_BTMD, v_BTMD, scale, log_w_BT, segments)
@@ -136,14 +157,40 @@ def choose(call: Call, name: AttentionKernel = "auto") -> Kernel:
     Raises:
         UserError: if none of this name can.
     """
-    named = [kernel for kernel in _KERNELS if name in ("auto", kernel.name)]
+    named = [kernel for kernel in (_OWN_KERNELS if call.own else _KERNELS) if name in ("auto", kernel.name)]
     for kernel in named:
         if kernel.lacks(call) is None:
             return kernel
+    if not named:
+        raise UserError(
+            f"training.attention_kernel {name} has every slot see all before it, and not latent slots their own token "
+            "alone; set training.attention_kernel to auto",
+            shared=True,
+        )
     raise UserError(
         f"training.attention_kernel {name} needs {named[-1].lacks(call)}; set training.attention_kernel to auto",
         shared=True,
     )
+
+
+def _attend_own(
+    kernel: Kernel,
+    q_BTND: Tensor,
+    k_BTMD: Tensor,
+    v_BTMD: Tensor,
+    scale: float,
+    log_w_BT: Tensor | None,
+    segments: Segments | None,
+    own: OwnSlots,
+) -> Tensor:
+    """As `attend`, of own slots; where tokens have unlike numbers of them, with dead ones in between."""
+    if own.places is None:
+        return kernel.compute(q_BTND, k_BTMD, v_BTMD, scale, log_w_BT, segments, own.count)
+    total = len(segments.starts) * own.count
+    filled = lambda x, value: x.new_full((1, total, *x.shape[2:]), value).index_copy(1, own.places, x)
+    q, k, v = (filled(x, 0) for x in (q_BTND, k_BTMD, v_BTMD))
+    y_BTND = kernel.compute(q, k, v, scale, filled(log_w_BT, DEAD), segments, own.count)
+    return y_BTND.index_select(1, own.places)
 
 
 def _turned(x: Tensor, angles: Rotation | None, channels: Tensor | None) -> Tensor:
@@ -247,6 +294,23 @@ _KERNELS = (
         lambda call: _unless((not call.segmented, "data.reset_at_eod false")),
         carried="values",
         width=_flash_width,
+    ),
+)
+# Of slots of which all but a token's first are seen by their own token alone.
+_OWN_KERNELS = (
+    Kernel("sdpa", own_attention, lambda call: _unless((call.device == "cpu", "a CPU")), carried="apart", block=512),
+    Kernel(
+        "triton",
+        own_attention,
+        lambda call: _unless(
+            (call.device == "cuda", "a GPU"),
+            (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
+            (call.head_size <= 128, "heads of at most 128 channels, model.head_size"),
+        ),
+        carried="apart",
+        block=64,
+        width=padded,
+        backward=3.5,
     ),
 )
 

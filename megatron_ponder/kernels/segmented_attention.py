@@ -54,7 +54,7 @@ def segmented_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, scale: floa
     Returns:
         (T, N, D).
     """
-    return _attend(q_TND, k_TMD, v_TMD, segments.bounds, segments.starts, scale)[0]
+    return segmented_forward(q_TND, k_TMD, v_TMD, segments.bounds, segments.starts, scale)[0]
 
 
 def _pieces(bounds: list[int]) -> Iterator[_Piece]:
@@ -70,9 +70,11 @@ def _pieces(bounds: list[int]) -> Iterator[_Piece]:
 
 
 @torch.library.custom_op("megatron_ponder::segmented_attention", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def segmented_forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """The output (T, N, D), and the log of every query's sum of exponentials (N, T)."""
-    out, log_sums = _attend_fake(q, k, v, bounds, starts, scale)
+    out, log_sums = _forward_fake(q, k, v, bounds, starts, scale)
     for piece in _pieces(bounds.tolist()):
         computed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(piece.of, (q, k, v)), scale=scale, **piece.seeing(starts, q.dtype)
@@ -82,18 +84,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, starts: Tensor, sca
     return out, log_sums
 
 
-@_attend.register_fake
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, starts: Tensor, scale: float) -> tuple:
+@segmented_forward.register_fake
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, starts: Tensor, scale: float) -> tuple:
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
 
 
 @torch.library.custom_op("megatron_ponder::segmented_attention_backward", mutates_args=())
-def _differentiate(
+def segmented_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, bounds: Tensor, starts: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = _differentiate_fake(grad, q, k, v, out, log_sums, bounds, starts, scale)
+    gradients = _backward_fake(grad, q, k, v, out, log_sums, bounds, starts, scale)
     for piece in _pieces(bounds.tolist()):
         computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *map(piece.of, (grad, q, k, v, out)), log_sums[None, :, piece.begin : piece.end].contiguous(), 0.0,
@@ -104,8 +106,8 @@ def _differentiate(
     return gradients
 
 
-@_differentiate.register_fake
-def _differentiate_fake(grad, q, k, v, out, log_sums, bounds, starts, scale) -> tuple:
+@segmented_backward.register_fake
+def _backward_fake(grad, q, k, v, out, log_sums, bounds, starts, scale) -> tuple:
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -116,7 +118,7 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:
     q, k, v, bounds, starts, out, log_sums = ctx.saved_tensors
-    return *_differentiate(grad, q, k, v, out, log_sums, bounds, starts, ctx.scale), None, None, None
+    return *segmented_backward(grad, q, k, v, out, log_sums, bounds, starts, ctx.scale), None, None, None
 
 
-_attend.register_autograd(_backward, setup_context=_keep)
+segmented_forward.register_autograd(_backward, setup_context=_keep)

@@ -81,11 +81,11 @@ def weighted_attention(
     inputs = [x.contiguous() for x in (q_BTND, k_BTMD, v_BTMD)]
     log_w = None if log_w_BT is None else log_w_BT.float().contiguous()
     if segments is None:
-        return _attend(*inputs, log_w, None, None, scale)[0]
+        return weighted_forward(*inputs, log_w, None, None, scale)[0]
     inputs = [x.flatten(0, 1).unsqueeze(0) for x in inputs]
     assert inputs[0].numel() < 2**31  # offsets within a row are int32
     log_w = None if log_w is None else log_w.view(1, -1)
-    return _attend(*inputs, log_w, segments.starts, segments.ends, scale)[0].view(q_BTND.shape)
+    return weighted_forward(*inputs, log_w, segments.starts, segments.ends, scale)[0].view(q_BTND.shape)
 
 
 def constants(head_size: int, group: int, blocks: Blocks, weighted: bool, segmented: bool) -> dict[str, Any]:
@@ -124,13 +124,13 @@ def _launch_options(
 
 
 @torch.library.custom_op("megatron_ponder::weighted_attention", mutates_args=())
-def _attend(
+def weighted_forward(
     q: Tensor, k: Tensor, v: Tensor, log_w: Tensor | None, starts: Tensor | None, ends: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output (B, T, N, D), and log2 of every query's sum of exponentials (B, N, T)."""
     from megatron_ponder.kernels.triton_code.weighted_attention import forward
 
-    out, log_sums = _attend_fake(q, k, v, log_w, starts, ends, scale)
+    out, log_sums = _forward_fake(q, k, v, log_w, starts, ends, scale)
     batch, length, heads, _ = q.shape
     blocks, compiled_for = _launch_options(q, k, log_w, starts)
     forward[-(-length // blocks.forward.queries), batch * heads](
@@ -140,20 +140,20 @@ def _attend(
     return out, log_sums
 
 
-@_attend.register_fake
-def _attend_fake(q, k, v, log_w, starts, ends, scale) -> tuple[Tensor, Tensor]:
+@weighted_forward.register_fake
+def _forward_fake(q, k, v, log_w, starts, ends, scale) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("megatron_ponder::weighted_attention_backward", mutates_args=())
-def _differentiate(
+def weighted_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_w: Tensor | None, starts: Tensor | None, ends: Tensor | None,
     out: Tensor, log_sums: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, and of log w by head of keys (B, M, T), which is empty without weights."""
     from megatron_ponder.kernels.triton_code.weighted_attention import backward_keys, backward_queries
 
-    gradients = _differentiate_fake(grad, q, k, v, log_w, starts, ends, out, log_sums, scale)
+    gradients = _backward_fake(grad, q, k, v, log_w, starts, ends, out, log_sums, scale)
     (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
     grad, products, factor = grad.contiguous(), torch.empty_like(log_sums), scale * math.log2(math.e)
     weights, seen = q if log_w is None else log_w, (q, q) if starts is None else (starts, ends)
@@ -169,8 +169,8 @@ def _differentiate(
     return gradients
 
 
-@_differentiate.register_fake
-def _differentiate_fake(grad, q, k, v, log_w, starts, ends, out, log_sums, scale) -> tuple[Tensor, ...]:
+@weighted_backward.register_fake
+def _backward_fake(grad, q, k, v, log_w, starts, ends, out, log_sums, scale) -> tuple[Tensor, ...]:
     of_w = (0,) if log_w is None else (k.shape[0], k.shape[2], k.shape[1])
     return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(of_w, dtype=torch.float32)
 
@@ -181,8 +181,8 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx, grad: Tensor, _: Tensor) -> tuple:
-    *of_qkv, of_w = _differentiate(grad, *ctx.saved_tensors, ctx.scale)
+    *of_qkv, of_w = weighted_backward(grad, *ctx.saved_tensors, ctx.scale)
     return *of_qkv, of_w.sum(1) if ctx.needs_input_grad[3] else None, None, None, None
 
 
-_attend.register_autograd(_backward, setup_context=_keep)
+weighted_forward.register_autograd(_backward, setup_context=_keep)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.config.run import AttentionKernel
-from megatron_ponder.kernels.attention import attend
+from megatron_ponder.kernels.attention import OwnSlots, attend
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.norms import RMSNorm
@@ -42,11 +42,12 @@ class Slots(NamedTuple):
         angles: of the T slots.
         log_w_BT: log weight of each slot as a key, on all tensor ranks; None where every weight is 1. Of context ranks
             those of all, as attention sees them, and so for segments.
-        segments: of the B · T slots; None if every row is one.
+        segments: of the B · T slots, or of tokens where `own` is given; None if every row is one.
         kept: the slots of every token whose result is wanted; or int64, those of all of them.
         kernel: as in `training.attention_kernel`.
         packed: they are those of a packed pass, of which every forward has another number.
         shares: which of a row's slots context ranks have; None if this rank has them all.
+        own: how they are those of tokens, if all but the first are seen by their own token alone.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Slots(NamedTuple):
     kernel: AttentionKernel = "auto"
     packed: bool = False
     shares: SlotShares | None = None
+    own: OwnSlots | None = None
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
@@ -103,11 +105,11 @@ class Attention(ShardedModule):
         if cache is not None:
             y = cache.attend(rotate(q, slots.angles), rotate(k, slots.angles), v, scale)
         elif slots.shares is None:
-            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles, slots.kernel)
+            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, slots.angles, slots.kernel, slots.own)
         else:
             q, k = rotate(q, slots.angles), rotate(k, slots.angles)
             q, k, v = (take_heads(x, slots.shares) for x in (q, k, v))
-            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, kernel=slots.kernel)
+            y = attend(q, k, v, scale, slots.log_w_BT, slots.segments, kernel=slots.kernel, own=slots.own)
             y = take_slots(y, slots.shares)
         y = slots.keep(y.flatten(2), slots.tokens)
         return self.o_proj(y, slots.tokens)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ponder.kernels.attention import OwnSlots
 from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.ponder import Batch, PonderLM, PonderOutput
@@ -267,8 +268,12 @@ class PackedPasses:
         if model.context.size > 1:
             whole, shares = _of_all_shares(packing, rows, model.context)
             log_w_1T = None if log_w_1T is None else all_slots(log_w_1T, shares)
-        tokens = geometry.tokens * model.context.size
+        tokens, own = geometry.tokens * model.context.size, None
         segments = _segments(geometry.segments(1), whole, rows, tokens, tokens * self.plan[index])
+        if model.passes.own and index > 0:
+            slots = self.plan[index]
+            own = OwnSlots(slots, whole.token_T * slots + whole.step_T)
+            segments = _segments(geometry.segments(1), Packing.of(torch.zeros_like(whole.ran_N)), rows, tokens, tokens)
         return Slots(
             len(packing.token_T),
             angles,
@@ -277,6 +282,7 @@ class PackedPasses:
             kernel=model.attention_kernel,
             packed=True,
             shares=shares,
+            own=own,
         )
 
 

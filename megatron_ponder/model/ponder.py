@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.config.run import AttentionKernel
+from megatron_ponder.kernels.attention import OwnSlots
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.ends import Back, Front, Head, LatentScale
 from megatron_ponder.model.fixed_point import settle
@@ -257,14 +258,16 @@ class PonderLM(nn.Module):
         kept = self.passes.kept(index, plan) if plan else slice(None)
         log_w_BT = None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens)
         shares = self._shares(geometry.tokens * slots_per_token)
+        own = OwnSlots(slots_per_token) if self.passes.own and slots_per_token > 1 else None
         slots = Slots(
             geometry.tokens,
             geometry.angles(slots_per_token, self.model_config, x_BTH.dtype),
             log_w_BT if log_w_BT is None or shares is None else all_slots(log_w_BT, shares),
-            geometry.segments(slots_per_token),
+            geometry.segments(slots_per_token if own is None else 1),
             slice(None) if kept == slice(0, slots_per_token) else kept,
             self.attention_kernel,
             shares=shares,
+            own=own,
         )
         with span(f"pass {index}: {slots_per_token} slots a token"):
             return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))

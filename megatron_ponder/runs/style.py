@@ -1,18 +1,19 @@
 """The look of all figures: a mode has one colour and one marker, whichever figure it is in."""
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers do it in greyscale.
+# Okabe and Ito's colours and a wine red of Tol's, which colour-blind readers tell apart; markers do it in greyscale.
 COLOURS = {
     "vanilla": "#009E73",
     "fixed": "#D55E00",
     "adaptive": "#0072B2",
     "pause": "#56B4E9",
+    "sps": "#882255",
     "loop": "#CC79A7",
     "ponderlm": "#E69F00",
 }
-MARKERS = {"vanilla": "^", "fixed": "s", "adaptive": "o", "pause": "P", "loop": "D", "ponderlm": "v"}
+MARKERS = {"vanilla": "^", "fixed": "s", "adaptive": "o", "pause": "P", "sps": "H", "loop": "D", "ponderlm": "v"}
 # Of modes that have none of their own, and of further models of a mode in the same figure.
 OTHER_COLOUR = "#000000"
-FURTHER_MARKERS = ("X", "*", "<", ">", "p", "h", "d", "8")
+FURTHER_MARKERS = ("X", "*", "<", ">", "p", "d", "8")
 STYLE = {"svg.hashsalt": "megatron_ponder", "svg.fonttype": "none", "axes.axisbelow": True, "font.size": 9}
 
 

@@ -28,7 +28,7 @@ MACHINES = {
 }
 # Too large for these.
 TOO_LARGE = {"--cpu": ("1b", "1.4b", "2.8b"), "--gpus 1 --memory-gib 24": ("1b", "1.4b", "2.8b")}
-MODES = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
+MODES = ("vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm")
 
 
 def check_file(file: Path, hardware: Hardware) -> Config:

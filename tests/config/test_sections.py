@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from megatron_ponder.config import (
     validate,
 )
 from megatron_ponder.config.layout import fits_schedule
+from megatron_ponder.config.ponder import Mode
 from megatron_ponder.estimates.schedule_walk import stages_on_paper
 from megatron_ponder.model.ponder import PonderLM
 from tests import REPOSITORY
@@ -99,7 +101,7 @@ def test_derived_fields_of_the_model(given_fields, expected):
     assert {name: getattr(model, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm"])
 def test_embedding_scale_and_steps_follow_the_mode(mode):
     config = read(ponder__mode=mode, model__hidden_size=96, ponder__latent_steps=2)
     assert config.ponder.embedding_scale == (1.0 if mode == "vanilla" else math.sqrt(2.5 * 96))
@@ -626,7 +628,7 @@ def configurations(draw) -> Config:
         norm_epsilon=draw(st.floats(1e-12, 1e-3)),
         tie_embeddings=draw(st.booleans()),
     )
-    ponder = PonderConfig(mode=draw(st.sampled_from(["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"])))
+    ponder = PonderConfig(mode=draw(st.sampled_from(get_args(Mode))))
     ponder_training = PonderTrainingConfig(
         jacobi_iterations=draw(st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=4)),
         gradient_passes=draw(st.none() | st.integers(1, 9)),
@@ -702,7 +704,7 @@ def test_examples_have_the_size_of_their_name_in_every_mode(name):
     number, unit = re.fullmatch(r"\w+_([\d.]+)([mb])", name).groups()
     nominal = float(number) * {"m": 1e6, "b": 1e9}[unit]
     dimensions = LLAMA.get(name) or PYTHIA.get(name)
-    for mode in ("vanilla", "fixed", "adaptive", "pause"):
+    for mode in ("vanilla", "fixed", "adaptive", "pause", "sps"):
         config = read_config(["--config", str(EXAMPLES / f"{name}.yaml"), "--ponder.mode", mode])
         assert config.ponder.mode == mode
         assert (config.model.hidden_size, config.model.num_layers, config.model.num_heads) == dimensions[:3]
@@ -711,7 +713,7 @@ def test_examples_have_the_size_of_their_name_in_every_mode(name):
         sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
         assert sizes["transformer"] == stack_size(name)
         assert sizes["embedding"] == sizes["head"] == config.model.vocab_size * config.model.hidden_size
-        assert sizes.get("pauses") == (3 * config.model.hidden_size if mode == "pause" else None)
+        assert sizes.get("pauses") == (3 * config.model.hidden_size if mode in ("pause", "sps") else None)
         assert sizes.get("router") == (4 * config.model.hidden_size + 4 if mode == "adaptive" else None)
         assert abs(sum(sizes.values()) / nominal - 1) < (0.11 if name in LLAMA else 0.02)
 

@@ -121,6 +121,8 @@ ACTIVATIONS = [
     {"ponder__mode": "fixed"} | LEARNED,
     {"ponder__mode": "vanilla"},
     {"ponder__mode": "pause"},
+    {"ponder__mode": "sps"},
+    {"ponder__latent_visibility": "own"},
     {"ponder__mode": "loop", "model__family": "gpt_neox"},
     {"ponder__mode": "ponderlm"},
     {"ponder__mode": "ponderlm", "training__recompute": "block"},

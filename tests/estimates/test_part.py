@@ -18,7 +18,7 @@ LAYOUTS = list(itertools.product([1, 2, 4], [1, 2, 3]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "ponderlm"])
+@pytest.mark.parametrize("mode", ["vanilla", "fixed", "adaptive", "pause", "sps", "ponderlm"])
 @pytest.mark.parametrize("router", [0, 24])
 def test_parameters_of_every_rank(family, mode, router):
     for tensor, pipeline in LAYOUTS:

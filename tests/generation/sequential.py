@@ -19,6 +19,11 @@ class ListCache:
     values: Tensor | None = None
     log_w: list[Tensor] = field(default_factory=list)
 
+    def forget(self, slots: int) -> None:
+        """Keep so many of the first slots."""
+        self.keys, self.values = self.keys[:, :, :slots], self.values[:, :, :slots]
+        self.log_w = self.log_w[:slots]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.keys = k if self.keys is None else torch.cat([self.keys, k], 2)
@@ -108,7 +113,8 @@ def ponderlm(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, 
     return hidden, steps
 
 
-DEFINITIONS = {each.__name__: each for each in (fixed, adaptive, pause, loop, ponderlm)} | {"vanilla": fixed}
+DEFINITIONS = {each.__name__: each for each in (fixed, adaptive, pause, loop, ponderlm)}
+DEFINITIONS |= {"vanilla": fixed, "sps": pause}
 
 
 @torch.no_grad()
@@ -117,6 +123,9 @@ def feed(model, rule, state: Sequential, token: int) -> Tensor:
     define = DEFINITIONS[model.ponder_config.mode]
     output, steps = define(model, rule, state, model.embed(torch.tensor([token])))
     state.position += 1
+    if model.ponder_config.mode == "sps" or model.ponder_config.latent_visibility == "own":
+        for cache in state.caches[0]:  # later tokens see its first slot alone
+            cache.forget(state.position)
     state.outputs.append(output[0])
     state.executed.append(steps)
     if token == model.eod_id:

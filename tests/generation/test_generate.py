@@ -26,7 +26,7 @@ def timeless(results: list[Generation]) -> list[Generation]:
     return [replace(result, seconds_waited=0.0, seconds_to_first=0.0, seconds=0.0) for result in results]
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "fixed", "vanilla", "pause", "loop", "ponderlm"])
+@pytest.mark.parametrize("mode", ["adaptive", "fixed", "vanilla", "pause", "sps", "loop", "ponderlm"])
 def test_batch_equals_one_at_a_time(mode):
     model = small_model(router_scale=3.0, ponder__mode=mode, ponder__latent_steps=3, inference__threshold=0.2)
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 5, 9, 2)]
@@ -36,7 +36,8 @@ def test_batch_equals_one_at_a_time(mode):
         assert (result.tokens, result.executed_steps) == (alone.tokens, alone.executed_steps)
         assert result.log_probabilities == pytest.approx(alone.log_probabilities, abs=1e-9)
         assert len(result.tokens) == 12
-        assert result.cached_slots == len(result.executed_steps) + sum(result.executed_steps)
+        kept = 0 if mode == "sps" else sum(result.executed_steps)
+        assert result.cached_slots == len(result.executed_steps) + kept
     if mode == "adaptive":
         assert len({step for result in together for step in result.executed_steps}) > 2
 

@@ -71,7 +71,7 @@ class Watched(StaticRunner):
 
 @pytest.mark.parametrize(
     ("mode", "family"),
-    [("adaptive", "llama"), ("pause", "llama"), ("loop", "gpt_neox"), ("ponderlm", "llama")]
+    [("adaptive", "llama"), ("pause", "llama"), ("sps", "llama"), ("loop", "gpt_neox"), ("ponderlm", "llama")]
     + [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("fixed", "llama"), ("vanilla", "gpt_neox"))],
 )
 def test_replayed_forwards_equal_the_definition(mode, family, monkeypatch):

@@ -26,7 +26,7 @@ from tests.hf.exported import hugging_face, weights_of
 from tests.models import random_tokens, small_config, small_model
 
 FAMILIES = [{"model__family": "llama", "model__num_kv_heads": 2}, {"model__family": "gpt_neox"}]
-MODES = [{"ponder__mode": mode} for mode in ("vanilla", "fixed", "pause", "loop", "ponderlm")]
+MODES = [{"ponder__mode": mode} for mode in ("vanilla", "fixed", "pause", "sps", "loop", "ponderlm")]
 MODES.append({"inference__threshold": 0.3})
 LENGTHS = [4, 9, 1, 6]
 EOD = 7

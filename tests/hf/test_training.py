@@ -55,7 +55,7 @@ class Saved:
         return sum(self._sizes.values())
 
 
-MODES = ["vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm"]
+MODES = ["vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm"]
 
 
 @pytest.mark.parametrize(("family", "mode", "reentrant"), in_pairs(FAMILIES, MODES, [False, True]))

@@ -19,7 +19,7 @@ from tests.models import LEARNED, random_tokens, small_model
 
 FAMILIES = [{"model__family": "llama", "model__num_kv_heads": 2}, {"model__family": "gpt_neox"}]
 MODES = ["vanilla", "fixed", "adaptive"]
-ALL_MODES = [*MODES, "pause", "loop", "ponderlm"]
+ALL_MODES = [*MODES, "pause", "sps", "loop", "ponderlm"]
 TINY = {"model__hidden_size": 16, "model__num_heads": 2, "model__ffn_hidden_size": 16}
 
 

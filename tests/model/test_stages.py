@@ -11,7 +11,7 @@ from megatron_ponder.model.transformer import ModelPart
 from tests.models import LEARNED, random_tokens, small_model
 
 BATCH, LENGTH, LAYERS, EOD = 2, 7, 4, 7
-MODES = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
+MODES = ("vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm")
 MODELS = [(family, mode) for family in ("llama", "gpt_neox") for mode in MODES]
 # Blocks of each part.
 CUTS = {2: (1, 3), 3: (1, 2, 1)}

@@ -51,7 +51,7 @@ def test_the_count_sees_what_waits():
     assert seen.counts["_local_scalar_dense"] >= 4
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "adaptive", "pause", "loop", "ponderlm"])
+@pytest.mark.parametrize("mode", ["vanilla", "adaptive", "pause", "sps", "loop", "ponderlm"])
 def test_a_micro_batch_waits_for_nothing(mode):
     model = small_model(ponder__mode=mode, model__num_layers=1)
     assert waits(model, "hard" if mode == "adaptive" else "soft") == {}

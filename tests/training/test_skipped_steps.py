@@ -34,7 +34,7 @@ OTHERS = {
     "all": MODELS["llama ponderlm"],
 }
 VALUES = (math.nan, math.inf, -math.inf)
-MODES_OF = ("vanilla", "fixed", "adaptive", "pause", "loop", "ponderlm")
+MODES_OF = ("vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm")
 STAGES = {
     f"zero{stage} {precision}": LLAMA | {"parallel__zero_stage": stage, "training__precision": precision}
     for stage in (0, 1, 2, 3)

@@ -15,6 +15,7 @@ _PASSES = {
     "fixed": Passes,
     "adaptive": RoutedPasses,
     "pause": PausePasses,
+    "sps": PausePasses,
     "loop": LoopPasses,
     "ponderlm": PonderLMPasses,
 }
@@ -22,4 +23,4 @@ _PASSES = {
 
 def passes_of(ponder: PonderConfig) -> Passes:
     """The passes of a mode."""
-    return _PASSES[ponder.mode](ponder.steps)
+    return _PASSES[ponder.mode](ponder.steps, ponder.own_latents)

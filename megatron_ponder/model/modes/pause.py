@@ -1,4 +1,7 @@
-"""`pause`: one pass over the tokens, each with K learned pause embeddings behind it."""
+"""`pause`: one pass over the tokens, each with K learned pause embeddings behind it.
+
+`sps` has the same, but no other token sees them (`Passes.own`): state–prediction separation, arXiv 2607.01218.
+"""
 
 from torch import Tensor
 

@@ -1,5 +1,6 @@
 """The modes of the paper, `vanilla`, `fixed` and `adaptive`: what is asked of the passes of any mode, and theirs."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -86,6 +87,7 @@ class Passes:
 
     Attributes:
         steps: K.
+        own: the slots of latent steps are seen by their own token alone.
         interleaved: every pass reads the embedded tokens, with their latents between them; otherwise only the first
             does, and each pass has keys of its own.
         routed: a router weighs the steps of each token.
@@ -98,8 +100,8 @@ class Passes:
     predicts = False
     state_type = PassState
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, own: bool = False) -> None:
+        self.steps, self.own = steps, own
 
     def learned_inputs(self, hidden_size: int, axis: Axis, initialize: Initializer) -> dict[str, ShardedModule]:
         """What else the mode learns at the front, by its name in the model; each is called with the scale of inputs.
@@ -113,8 +115,11 @@ class Passes:
 
     @property
     def iterated(self) -> bool:
-        """Whether the passes approach a fixed point, for which R matters; otherwise they are the definition."""
-        return self.steps > 0
+        """Whether the passes approach a fixed point, for which R matters; otherwise they are the definition.
+
+        Where a token's latents depend on tokens and on its own latents alone, they are right once they have grown.
+        """
+        return self.steps > 0 and not self.own
 
     def plan(self, refinements: int, latents: bool = True) -> tuple[int, ...]:
         """Slots per token of every pass.
@@ -127,7 +132,7 @@ class Passes:
 
     def full_plan(self, refinements: int) -> tuple[int, ...]:
         """Slots per token of every pass with latent steps and R refinements."""
-        return pass_slots(self.steps, refinements)
+        return pass_slots(self.steps, refinements if self.iterated else 0)
 
     def kept(self, index: int, plan: tuple[int, ...]) -> slice:
         """The slots of pass `index` whose hidden states anybody reads."""
@@ -155,6 +160,14 @@ class Passes:
             next_slots: slots per token of the next pass.
         """
         return leave_pass(result.hidden_BLSH, log_w_BLK, next_slots)
+
+    def most_slots(self, tokens: int) -> int:
+        """The most slots that a cache holds of so many tokens; of those that no other token sees, the newest's."""
+        return tokens + self.steps if self.own else tokens * (self.steps + 1)
+
+    def cached_slots(self, executed: Sequence[int]) -> int:
+        """Those that it keeps of complete tokens, by the latent steps of each."""
+        return len(executed) + (0 if self.own else sum(executed))
 
     @property
     def lanes(self) -> int:

@@ -21,7 +21,8 @@ from megatron_ponder.training.objective import Objective
 from tests.generation.sequential import decode
 from tests.models import random_tokens, small_config, small_model
 
-BASELINES = ("pause", "loop", "ponderlm")
+BASELINES = ("pause", "sps", "loop", "ponderlm")
+PAUSES = ("pause", "sps")
 VOCABULARY = 173  # more than the likeliest that a prediction is read through
 EOD = 7
 
@@ -43,7 +44,7 @@ def test_the_passes_are_the_sequential_definition(mode, family, steps):
     want, executed = decode(model, rule, tokens[0])
     assert executed.tolist() == [steps] * 24
     for got in (model.jacobi(tokens, 2, rule), model.exact(tokens, rule)):
-        assert got.passes == (1 if mode == "pause" else steps + 1)
+        assert got.passes == (1 if mode in PAUSES else steps + 1)
         assert (model.head(got.output_BLH[0]) - model.head(want)).abs().max() < 1e-9
 
 
@@ -125,7 +126,7 @@ def test_gradients_are_those_of_a_naive_loop(mode, family):
 @pytest.mark.parametrize("mode", BASELINES)
 def test_gradients_of_embeddings_by_finite_differences(mode):
     model, tokens = baseline(mode, steps=1), random_tokens(1, 4, VOCABULARY)
-    parameter = model.pauses.weight if mode == "pause" else model.embedding.weight
+    parameter = model.pauses.weight if mode in PAUSES else model.embedding.weight
     direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     start = parameter.detach().clone()
 
@@ -169,7 +170,7 @@ def test_baselines_begin_as_the_paper_s_modes_do(family):
     fixed = dict(models["fixed"].named_parameters())
     for mode in BASELINES:
         own = dict(models[mode].named_parameters())
-        assert own.keys() - fixed.keys() == ({"pauses.weight"} if mode == "pause" else set())
+        assert own.keys() - fixed.keys() == ({"pauses.weight"} if mode in PAUSES else set())
         assert all(torch.equal(own[name], weight) for name, weight in fixed.items())
         assert models[mode].ponder_config.embedding_scale == models["fixed"].ponder_config.embedding_scale
     pauses = models["pause"].pauses(models["pause"].ponder_config.embedding_scale)
@@ -186,7 +187,7 @@ def test_one_row_of_evaluation(mode):
 def test_plans(mode):
     passes = passes_of(small_config(ponder__mode=mode, ponder__latent_steps=3).ponder)
     for refinements in (0, 2):
-        assert passes.plan(refinements) == ((4,) if mode == "pause" else (1, 1, 1, 1))
+        assert passes.plan(refinements) == ((4,) if mode in PAUSES else (1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("mode", BASELINES)
@@ -198,11 +199,13 @@ def test_flops_by_a_loop_over_cached_slots(mode):
     for position in range(5):
         want = 0
         for step in range(3):
-            cache = 0 if mode == "pause" else step
+            cache = 0 if mode in PAUSES else step
             keys[cache] += 1
             want += 2 * blocks + 4 * config.num_layers * config.hidden_size * keys[cache]
             if mode == "ponderlm" and step < 2:
                 want += 2 * VOCABULARY * config.hidden_size + 2 * CANDIDATES * config.hidden_size
+        if mode == "sps":
+            keys[0] -= 2  # pauses, which no other token sees
         assert got[0, position] == want + 2 * VOCABULARY * config.hidden_size
 
 
