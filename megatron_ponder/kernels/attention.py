@@ -33,6 +33,9 @@ FOLDED_CHANNELS = 8
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
 DEAD = -1e4
 
+# Up to so many slots of a row, a mask costs a CPU less than attention of further slots by themselves.
+_SHORT = 192
+
 
 class OwnSlots(NamedTuple):
     """Slots of which a token's first is seen by all that follow, and its others by the token alone.
@@ -40,10 +43,14 @@ class OwnSlots(NamedTuple):
     Attributes:
         count: S, slots a token.
         places: int64 (T,), where they stand among S of each token, if tokens have unlike numbers; None if all have S.
+        rows: of as many tokens each, in which those places lie one behind the other.
+        tokens: of all rows.
     """
 
     count: int
     places: Tensor | None = None
+    rows: int = 1
+    tokens: int = 0
 
 
 class Call(NamedTuple):
@@ -185,12 +192,38 @@ def _attend_own(
 ) -> Tensor:
     """As `attend`, of own slots; where tokens have unlike numbers of them, with dead ones in between."""
     if own.places is None:
-        return kernel.compute(q_BTND, k_BTMD, v_BTMD, scale, log_w_BT, segments, own.count)
-    total = len(segments.starts) * own.count
-    filled = lambda x, value: x.new_full((1, total, *x.shape[2:]), value).index_copy(1, own.places, x)
-    q, k, v = (filled(x, 0) for x in (q_BTND, k_BTMD, v_BTMD))
-    y_BTND = kernel.compute(q, k, v, scale, filled(log_w_BT, DEAD), segments, own.count)
-    return y_BTND.index_select(1, own.places)
+        short = q_BTND.shape[1] <= _SHORT and q_BTND.device.type == "cpu"
+        compute = _masked if short else kernel.compute
+        return compute(q_BTND, k_BTMD, v_BTMD, scale, log_w_BT, segments, own.count)
+
+    def filled(x: Tensor, value: float) -> Tensor:
+        every = x.new_full((1, own.tokens * own.count, *x.shape[2:]), value)
+        return every.index_copy(1, own.places, x).view(own.rows, -1, *x.shape[2:])
+
+    whole = (filled(x, 0) for x in (q_BTND, k_BTMD, v_BTMD))
+    y_BTND = _attend_own(kernel, *whole, scale, filled(log_w_BT, DEAD), segments, OwnSlots(own.count))
+    return y_BTND.flatten(0, 1).unsqueeze(0).index_select(1, own.places)
+
+
+def _masked(
+    q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float, log_w_BT: Tensor | None, segments: Segments | None,
+    slots: int,
+) -> Tensor:  # fmt: skip
+    """As `own_attention`, with a mask of T × T: of few slots the quickest on a CPU."""
+    places, head_size, grouped = torch.arange(q_BTND.shape[1]), v_BTMD.shape[-1], q_BTND.shape[2] != k_BTMD.shape[2]
+    token = places // slots
+    seen = ((places % slots == 0) | (token == token[:, None])).tril()[None, None]
+    if segments is not None:
+        starts = segments.starts.view(len(q_BTND), -1).repeat_interleave(slots, 1)
+        seen = seen & (starts[:, :, None] == starts[:, None])[:, None]
+    if log_w_BT is not None:
+        of_q, of_k = folded_channels(log_w_BT, head_size, k_BTMD)
+        q_BTND, k_BTMD = _turned(q_BTND, None, of_q), _turned(k_BTMD, None, of_k)
+        v_BTMD = F.pad(v_BTMD, (0, FOLDED_CHANNELS))
+    q, k, v = (x.transpose(1, 2) for x in (q_BTND, k_BTMD, v_BTMD))
+    bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2)[..., :head_size]
 
 
 def _turned(x: Tensor, angles: Rotation | None, channels: Tensor | None) -> Tensor:

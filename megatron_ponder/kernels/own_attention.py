@@ -148,8 +148,8 @@ def _by_slot(x: Tensor) -> Tensor:
 def _attend_tokens(q: Tensor, k: Tensor, v: Tensor, tokens: _Tokens, scale: float) -> tuple[Tensor, Tensor]:
     """All slots see first slots: (B, L, M, S, G, D), and the logs of sums of exponentials (B, L, M, S, G)."""
     shape, q = q.shape, q.flatten(2, 4)
-    if q.is_cuda:
-        inputs = [x.contiguous() if tokens.starts is None else x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)]
+    if _in_triton(q):
+        inputs = (_in_rows(x, tokens) for x in (q, k, v))
         out, log_sums = weighted_forward(*inputs, None, tokens.starts, tokens.ends, scale)
         out, log_sums = out.view(q.shape), log_sums.transpose(1, 2).contiguous().mul_(math.log(2))
     elif tokens.bounds is not None:
@@ -168,11 +168,8 @@ def _differentiate_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries and of first slots, through these."""
     shape, (grad, q, out, log_sums) = q.shape, (x.flatten(2, 4) for x in (grad, q, out, log_sums))
-    if q.is_cuda:
-        segmented = tokens.starts is not None
-        grad, q, k, v, out, log_sums = (
-            x.flatten(0, 1).unsqueeze(0) if segmented else x.contiguous() for x in (grad, q, k, v, out, log_sums)
-        )
+    if _in_triton(q):
+        grad, q, k, v, out, log_sums = (_in_rows(x, tokens) for x in (grad, q, k, v, out, log_sums))
         log_sums = (log_sums / math.log(2)).transpose(1, 2).contiguous()
         of_tokens = None, tokens.starts, tokens.ends
         of_q, of_k, of_v, _ = weighted_backward(grad, q, k, v, *of_tokens, out, log_sums, scale)
@@ -187,6 +184,16 @@ def _differentiate_tokens(
         of_q, of_k, of_v = (x.transpose(1, 2) for x in gradients)
     rows = shape[:2]
     return of_q.reshape(shape), of_k.reshape(*rows, *of_k.shape[-2:]), of_v.reshape(*rows, *of_v.shape[-2:])
+
+
+def _in_triton(q: Tensor) -> bool:
+    """Whether the kernel of GPUs computes what first slots are asked."""
+    return q.is_cuda
+
+
+def _in_rows(x: Tensor, tokens: _Tokens) -> Tensor:
+    """As that kernel wants it: rows one behind the other if they have segments."""
+    return (x if tokens.starts is None else x.flatten(0, 1).unsqueeze(0)).contiguous()
 
 
 def _own_logits(q_BLMKGD: Tensor, k_BLKMD: Tensor, log_w: Tensor | None, slots: int, scale: float) -> Tensor:

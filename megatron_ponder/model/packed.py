@@ -269,11 +269,12 @@ class PackedPasses:
             whole, shares = _of_all_shares(packing, rows, model.context)
             log_w_1T = None if log_w_1T is None else all_slots(log_w_1T, shares)
         tokens, own = geometry.tokens * model.context.size, None
-        segments = _segments(geometry.segments(1), whole, rows, tokens, tokens * self.plan[index])
         if model.passes.own and index > 0:
             slots = self.plan[index]
-            own = OwnSlots(slots, whole.token_T * slots + whole.step_T)
-            segments = _segments(geometry.segments(1), Packing.of(torch.zeros_like(whole.ran_N)), rows, tokens, tokens)
+            own = OwnSlots(slots, whole.token_T * slots + whole.step_T, rows, rows * tokens)
+            segments = geometry.segments(1)
+        else:
+            segments = _segments(geometry.segments(1), whole, rows, tokens, tokens * self.plan[index])
         return Slots(
             len(packing.token_T),
             angles,

@@ -23,6 +23,8 @@ MODELS = {
     "llama-fixed": {"ponder__mode": "fixed", "ponder__latent_scale": 0.3},
     "gpt_neox-adaptive": {"model__family": "gpt_neox"} | LEARNED,
     "llama-pause": {"ponder__mode": "pause"},
+    "llama-sps": {"ponder__mode": "sps"},
+    "gpt_neox-own": {"model__family": "gpt_neox", "ponder__latent_visibility": "own"},
     "gpt_neox-loop": {"model__family": "gpt_neox", "ponder__mode": "loop"},
     "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301, "model__tie_embeddings": True},
 }

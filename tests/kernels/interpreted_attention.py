@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ponder.kernels import triton_attention
+from megatron_ponder.kernels import own_attention, triton_attention
 from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.kernels.triton_attention import Blocks, Layout, weighted_attention
 
@@ -86,6 +86,21 @@ def dead_keys_are_not_there():
     assert torch.equal(*outputs)
 
 
+def own_slots():
+    """Slots that their own token alone sees, with this kernel for what first slots are asked."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 18, n, 16, requires_grad=True) for n in (2, 1, 1)]
+    log_w = torch.randn(2, 6, 3).index_fill_(2, torch.tensor([0]), 0).flatten(1).requires_grad_()
+    for segments in (None, segments_of(2, 6)):
+        results = []
+        for in_triton in (True, False):
+            own_attention._in_triton = lambda _, chosen=in_triton: chosen
+            y = own_attention.own_attention(*inputs, 0.25, log_w, segments, 3)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [*inputs, log_w])])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def one_graph():
     """A compiler takes it in one piece, with its gradient, and gets the same."""
     torch.manual_seed(0)
@@ -110,6 +125,7 @@ def main(what: str) -> None:
         compare(2, 19, 2, 1, 24, weighted=True, segmented=True)
         compare(1, 37, 1, 1, 16, weighted=True, segmented=False)
         dead_keys_are_not_there()
+        own_slots()
     elif what == "compiled":
         one_graph()
     else:

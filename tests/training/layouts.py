@@ -41,6 +41,7 @@ MODELS = {
     "mixed features": MIXED,
     "llama pause": {"ponder__mode": "pause"},
     "llama sps": {"ponder__mode": "sps", "model__num_kv_heads": 2},
+    "gpt_neox own": {"ponder__latent_visibility": "own", "model__family": "gpt_neox"} | LEARNED,
     "tied": {"model__tie_embeddings": True, "model__num_kv_heads": 2},
     "gpt_neox loop": {"ponder__mode": "loop", "model__family": "gpt_neox", "ponder__latent_scale": 0.3},
     # more tokens than a prediction is read through, and tensor ranks with unequal parts of them

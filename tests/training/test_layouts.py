@@ -65,6 +65,7 @@ QUICK = {
         "gpt_neox fixed",
         "llama adaptive",
         "llama pause",
+        "llama sps",
         "gpt_neox loop",
         "llama ponderlm",
         "tied",
@@ -73,7 +74,7 @@ QUICK = {
     ),
     "tp2 pp2": ("llama adaptive", "muon"),
     "pp2 dp2 zero1": ("gpt_neox adaptive", "tied", "growing batch"),
-    "cp2": ("gpt_neox adaptive", "mixed features", "pruned gpt_neox, documents"),
+    "cp2": ("gpt_neox adaptive", "mixed features", "pruned gpt_neox, documents", "pruned own, documents"),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
 # Of every layout.
@@ -81,6 +82,7 @@ PRUNED = {
     "pruned llama": LLAMA | LEARNED | {"ponder_training__prune_start": 0},
     "pruned gpt_neox, documents": NEOX
     | {"ponder_training__prune_start": 0, "ponder__latent_steps": 3, "data__reset_at_eod": True},
+    "pruned own, documents": MODELS["gpt_neox own"] | {"ponder_training__prune_start": 0, "data__reset_at_eod": True},
 }
 OF_MUON = {
     "muon": LLAMA | MUON,
@@ -106,6 +108,7 @@ COMPILED = {
     "compiled": LLAMA | {"training__compile": True},
     "compiled, recompute": NEOX | {"training__compile": True, "training__recompute": "block"},
     "compiled, pruned": LLAMA | {"training__compile": True, "ponder_training__prune_start": 0},
+    "compiled, own": MODELS["gpt_neox own"] | {"training__compile": True, "training__recompute": "block"},
 }
 VARIANTS = {
     "tp2 dp2 zero1": COMPILED | {"compiled, zero2": LLAMA | {"training__compile": True, "parallel__zero_stage": 2}},
