@@ -90,7 +90,7 @@ def _train(runs: list[Run], arguments: argparse.Namespace) -> bool:
         train(runs, arguments.jobs)
         return True
     begun = not all(run.finished for run in runs)
-    seconds = [estimated_seconds(run, arguments.size) for run in runs]
+    seconds = estimated_seconds(runs, arguments.size)
     left = train_for(runs, seconds, 60 * arguments.minutes, arguments.jobs, train)
     if left or begun:
         print(f"{left or 'no'} runs are left: the same command {'goes on' if left else 'measures them'}")
@@ -103,7 +103,7 @@ def _print(runs: list[Run], arguments: argparse.Namespace) -> None:
         read_config(run.arguments)  # refuses what is wrong
     pieces, minutes = [runs], {}
     if arguments.size == "gpu":
-        seconds = [estimated_seconds(run, arguments.size) for run in runs]
+        seconds = estimated_seconds(runs, arguments.size)
         minutes = {run.folder: needed / 60 for run, needed in zip(runs, seconds, strict=True)}
         pieces = cut(runs, seconds, 60 * (arguments.minutes or PIECE))
     for number, piece in enumerate(pieces, 1):

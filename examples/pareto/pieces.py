@@ -16,8 +16,14 @@ GPU = "H100-SXM"
 START = 20.0  # seconds from a command to its first step, assumed
 
 
-def estimated_seconds(run: Run, size: str) -> float:
-    """Seconds that a run takes on one H100, as `ponder estimate` has it, and its start."""
+def estimated_seconds(runs: Sequence[Run], size: str) -> list[float]:
+    """Seconds that each run takes on one H100, as `ponder estimate` has it, and its start; the same for every seed."""
+    of_variant = {run.variant: run for run in runs}
+    seconds = {variant: _estimated(run, size) for variant, run in of_variant.items()}
+    return [seconds[run.variant] for run in runs]
+
+
+def _estimated(run: Run, size: str) -> float:
     config = read_config([*run.arguments, "--model.vocab_size", str(VOCABULARY[size])])
     hardware = hardware_of(Cluster(nodes=1, gpus_per_node=1, gpu=GPU), config.training.precision)
     tokens = samples_of(config.training, config.training.steps) * config.data.sequence_length

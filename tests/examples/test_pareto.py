@@ -1,14 +1,16 @@
 """The comparison of modes: its configurations are right, and its table says what was measured."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from megatron_ponder.runs.style import COLOURS
 from tests import REPOSITORY
-from tests.finished_runs import finished_runs, tiny_arguments
+from tests.models import random_tokens
 
 PARETO = REPOSITORY / "examples" / "pareto"
 
@@ -83,16 +85,18 @@ def test_runs_are_cut_into_pieces_that_go_on_from_each_other(tmp_path, monkeypat
     assert len(done) == 2
 
 
-def test_only_what_is_missing_is_measured_of_generation(tmp_path, monkeypatch, corpus):
+def test_only_what_is_missing_is_measured_of_generation(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(PARETO)
     import generation_times
     from runs import Run
 
-    folder = finished_runs(corpus).whole
-    runs = [Run("adaptive", 0, tuple(tiny_arguments(corpus, folder)), folder)]
-    control = tuple(tiny_arguments(corpus, folder, ponder__router_input="token"))
-    runs.append(Run("adaptive-identity", 0, control, folder))
-    monkeypatch.setattr(generation_times, "PROMPTS", 2)
+    shutil.copytree(
+        REPOSITORY / "examples" / "diagnostic" / "model", tmp_path / "run" / "checkpoints" / "step-00000001"
+    )
+    given = {"adaptive": (), "adaptive-identity": ("--ponder.router_input", "token")}
+    runs = [Run(variant, 0, arguments, tmp_path / "run") for variant, arguments in given.items()]
+    prompts = SimpleNamespace(batches=[random_tokens(2, 9)])
+    monkeypatch.setattr(generation_times, "split_batches", lambda *_: prompts)
     monkeypatch.setattr(generation_times, "GENERATED", 3)
     path = tmp_path / "generation.jsonl"
     (first,) = generation_times.measure_generation(runs, path, 1).items()
