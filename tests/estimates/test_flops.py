@@ -88,6 +88,15 @@ def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
     assert stacks == pytest.approx(BATCH * expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("overrides", [{"ponder__mode": "sps"}, {"ponder__latent_visibility": "own"}])
+def test_attention_of_slots_that_their_own_token_sees_by_a_loop(overrides):
+    config = small_config(data__sequence_length=LENGTH, ponder__latent_steps=3, **overrides)
+    for flops, (slots, _) in zip(forward_flops(config, R), slots_of_passes(config, R), strict=True):
+        pairs = sum(token + 1 + step for token in range(LENGTH) for step in range(slots))
+        assert flops.attention == config.model.num_layers * 4 * config.model.hidden_size * pairs
+    assert [slots for slots, _ in slots_of_passes(config, 7)] == ([4] if "ponder__mode" in overrides else [1, 2, 3, 4])
+
+
 def test_a_step_by_hand():
     config = small_config(ponder__mode="fixed", data__sequence_length=8, training__global_batch_size=6)
     # K = 2, R = 1: passes of 1, 2, 3, 3 slots; the last block finishes 1, 2, 2 and 1 of them
