@@ -34,7 +34,7 @@ FOLDED_CHANNELS = 8
 DEAD = -1e4
 
 # Up to so many slots of a row, a mask costs a CPU less than attention of further slots by themselves.
-_SHORT = 192
+_SHORT = 256
 
 
 class OwnSlots(NamedTuple):

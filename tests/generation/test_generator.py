@@ -5,10 +5,13 @@ import torch
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.generation.generator import Generator
+from megatron_ponder.generation.request import Request
+from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.parallel.mesh import Mesh
 from tests.distributed import run_distributed
 from tests.generation.arrivals import MODELS, expected, generated
-from tests.models import small_model
+from tests.generation.sequential import continue_greedily
+from tests.models import random_tokens, small_model
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2), "pp3": (1, 3)}
 
@@ -84,3 +87,22 @@ def test_ranks(name, layout, dtype, tolerance, sequential):
 def test_a_router_that_reads_the_token_alone_is_refused():
     with pytest.raises(UserError, match="router_input token, a control that cannot generate"):
         Generator(small_model(ponder__router_input="token").eval())
+
+
+@pytest.mark.parametrize("overrides", [{"ponder__mode": "sps"}, {"ponder__latent_visibility": "own"}])
+def test_slots_that_their_own_token_sees_are_kept_no_longer(overrides):
+    model = small_model(router_scale=3.0, ponder__latent_steps=3, inference__threshold=0.2, **overrides).eval()
+    prompt = random_tokens(1, 7)[0].tolist()
+    held, reserved = [], []
+    # 37 tokens, of which each may run 4 slots
+    with Generator(model, batching=Batching(max_slots=40, prefix_slots=0)) as generator:
+        sequence = generator.submit(Request(tuple(prompt), 30))
+        while sequence.generation.finish_reason is None:
+            generator.step()
+            held.append(generator.cached_slots)
+            reserved.append(generator._runners[0].cache.reserved)
+    tokens, _, executed = continue_greedily(model, model.rule("hard"), prompt, 30)
+    assert sequence.generation.tokens == tokens
+    assert sum(executed) > len(executed)
+    assert max(held) <= 36 + 3 and max(reserved) == 64
+    assert sequence.generation.cached_slots == 36
