@@ -91,7 +91,7 @@ def _measured(
     points, found = read_points(folder, seed), {}
     for run in (run for run in runs if run.seed == seed):
         point, (flops, seconds) = points[run.variant], training_cost(run)
-        costs = {"pareto": 1e6 * point.mflops, "kv_entries": 1 + point.steps}
+        costs = {"pareto": 1e6 * point.mflops, "kv_entries": point.summary.get("kv_entries", 1 + point.steps)}
         costs |= {"training_flops": flops, "training_time": seconds}
         if (run.variant, seed) in times:
             costs["generation_time"] = times[run.variant, seed]

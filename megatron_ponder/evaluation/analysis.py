@@ -98,6 +98,7 @@ class _SubjectAnalysis:
             "tokens": len(own.loss),
             "loss": float(own.loss.mean()),
             "mean_steps": float(own.executed.mean()),
+            "kv_entries": self.model.passes.kv_entries(float(own.executed.mean())),
             "missing": [],
         }
         self.sequences(own)

@@ -118,7 +118,7 @@ def evaluate(
         bits_per_byte=loss / math.log(2) / size if size else None,
         mean_steps=mean_steps,
         step_shares=shares,
-        kv_entries=1 if model.passes.own else 1 + mean_steps,
+        kv_entries=model.passes.kv_entries(mean_steps),
         flops=flops / tokens,
         passes=passes,
     )

@@ -169,6 +169,10 @@ class Passes:
         """Those that it keeps of complete tokens, by the latent steps of each."""
         return len(executed) + (0 if self.own else sum(executed))
 
+    def kv_entries(self, mean_steps: float) -> float:
+        """Cached slots of a token in the mean, where so many latent steps are executed."""
+        return 1.0 if self.own else 1 + mean_steps
+
     @property
     def lanes(self) -> int:
         """How many lines of keys a sequence has: one, or one for each pass with keys of its own."""

@@ -178,6 +178,13 @@ def test_baselines_begin_as_the_paper_s_modes_do(family):
     assert pauses.square().mean(1).sqrt().tolist() == pytest.approx([1, 1], rel=0.1)
 
 
+def test_what_a_cache_keeps():
+    alone, others = (passes_of(small_config(ponder__mode=mode).ponder) for mode in ("sps", "pause"))
+    assert (alone.kv_entries(1.5), others.kv_entries(1.5)) == (1, 2.5)
+    assert (alone.cached_slots([2, 2]), others.cached_slots([2, 2])) == (2, 6)
+    assert (alone.most_slots(5), others.most_slots(5)) == (7, 15)
+
+
 @pytest.mark.parametrize("mode", BASELINES)
 def test_one_row_of_evaluation(mode):
     assert [setting.name for setting in settings(baseline(mode), None, None, [0, 3])] == ["hard, exact"]
