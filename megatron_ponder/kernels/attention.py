@@ -33,7 +33,7 @@ FOLDED_CHANNELS = 8
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
 DEAD = -1e4
 
-# Up to so many slots of a row, a mask costs a CPU less than attention of further slots by themselves.
+# Up to so many slots of a row without weights, a mask costs a CPU less than attention of further slots by themselves.
 _SHORT = 256
 
 
@@ -192,7 +192,7 @@ def _attend_own(
 ) -> Tensor:
     """As `attend`, of own slots; where tokens have unlike numbers of them, with dead ones in between."""
     if own.places is None:
-        short = q_BTND.shape[1] <= _SHORT and q_BTND.device.type == "cpu"
+        short = log_w_BT is None and q_BTND.shape[1] <= _SHORT and q_BTND.device.type == "cpu"
         compute = _masked if short else kernel.compute
         return compute(q_BTND, k_BTMD, v_BTMD, scale, log_w_BT, segments, own.count)
 
@@ -206,24 +206,24 @@ def _attend_own(
 
 
 def _masked(
-    q_BTND: Tensor, k_BTMD: Tensor, v_BTMD: Tensor, scale: float, log_w_BT: Tensor | None, segments: Segments | None,
+    q_BTND: Tensor,
+    k_BTMD: Tensor,
+    v_BTMD: Tensor,
+    scale: float,
+    _: Tensor | None,
+    segments: Segments | None,
     slots: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As `own_attention`, with a mask of T × T: of few slots the quickest on a CPU."""
-    places, head_size, grouped = torch.arange(q_BTND.shape[1]), v_BTMD.shape[-1], q_BTND.shape[2] != k_BTMD.shape[2]
+    places, grouped = torch.arange(q_BTND.shape[1]), q_BTND.shape[2] != k_BTMD.shape[2]
     token = places // slots
     seen = ((places % slots == 0) | (token == token[:, None])).tril()[None, None]
     if segments is not None:
         starts = segments.starts.view(len(q_BTND), -1).repeat_interleave(slots, 1)
         seen = seen & (starts[:, :, None] == starts[:, None])[:, None]
-    if log_w_BT is not None:
-        of_q, of_k = folded_channels(log_w_BT, head_size, k_BTMD)
-        q_BTND, k_BTMD = _turned(q_BTND, None, of_q), _turned(k_BTMD, None, of_k)
-        v_BTMD = F.pad(v_BTMD, (0, FOLDED_CHANNELS))
     q, k, v = (x.transpose(1, 2) for x in (q_BTND, k_BTMD, v_BTMD))
     bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -torch.inf)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
-    return y.transpose(1, 2)[..., :head_size]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def _turned(x: Tensor, angles: Rotation | None, channels: Tensor | None) -> Tensor:
