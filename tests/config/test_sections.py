@@ -266,6 +266,14 @@ def test_a_key_with_nothing_behind_it_is_refused(key, said, tmp_path):
             "weight; set that to at least 12",
         ),
         (
+            {"ponder__mode": "pause", "ponder__latent_visibility": "own"},
+            "ponder.latent_visibility own has no meaning with ponder.mode pause; leave it out",
+        ),
+        (
+            {"ponder__mode": "sps", "ponder_training__latent_start": 5},
+            "latent_start 5 has no meaning with ponder.mode sps",
+        ),
+        (
             {"ponder_training__penalty_start": 5},
             "ponder_training.penalty_start 5 must lie between 0 and ponder_training.penalty_end 0",
         ),
