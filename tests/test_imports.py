@@ -31,7 +31,7 @@ FLOORS = [
     "commands",
 ]
 # Copied into every export, where the package is not installed.
-SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "methods", "cache")]
+SHIPPED = [f"{part}_ponderlm.py" for part in ("configuration", "modeling", "layers", "exits", "methods", "cache")]
 LIGHT = [part for part in FLOORS if part not in ("hf", "training", "evaluation", "serving", "commands")]
 WITHOUT_PYTORCH = ["base", "config", "cluster", "runs"]
 OPTIONAL = [

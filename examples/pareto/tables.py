@@ -35,6 +35,9 @@ def write_tables(folders: Mapping[int, Path], output: Path) -> str:
         The table in Markdown.
     """
     seeds = [read_points(folder, seed) for seed, folder in folders.items()]
+    seeds = [
+        points | _exits(points, folder, seed) for points, (seed, folder) in zip(seeds, folders.items(), strict=True)
+    ]
     rows = [_row(variant, seeds) for variant in seeds[0]]
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -72,9 +75,7 @@ def _by_depth(folders: Mapping[int, Path]) -> str:
 def read_points(folder: Path, seed: int) -> dict[str, Point]:
     """The runs of a seed by variant, from the folder of its analysis."""
     summaries = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["models"]
-    with (folder / "quality_compute.csv").open(encoding="utf-8", newline="") as rows:
-        measured = list(csv.DictReader(rows))
-    points = {}
+    measured, points = _measured(folder), {}
     for label, summary in summaries.items():
         own = [row for row in measured if row["model"] == label and row["threshold"] == _text(summary["threshold"])]
         random = [float(row["loss"]) for row in own if row["sweep"] == "random"]
@@ -87,6 +88,26 @@ def read_points(folder: Path, seed: int) -> dict[str, Point]:
             summary,
         )
     return points
+
+
+def _measured(folder: Path) -> list[dict[str, str]]:
+    """Every point of the sweeps of an analysis."""
+    with (folder / "quality_compute.csv").open(encoding="utf-8", newline="") as rows:
+        return list(csv.DictReader(rows))
+
+
+def _exits(points: Mapping[str, Point], folder: Path, seed: int) -> dict[str, Point]:
+    """`fixed` whose tokens stop by their confidence, at the FLOPs of `adaptive`, between the thresholds measured."""
+    rows, exits = [row for row in _measured(folder) if row["model"] == f"fixed-seed{seed}"], {}
+    for measure in ("entropy", "margin"):
+        of_measure = [row for row in rows if row["sweep"] == measure]
+        curve = sorted(tuple(float(row[name]) for name in ("mflops", "loss", "mean_steps")) for row in of_measure)
+        if curve and "adaptive" in points:
+            mflops, losses, steps = zip(*curve, strict=True)
+            at = min(max(points["adaptive"].mflops, mflops[0]), mflops[-1])
+            loss, mean_steps = (float(np.interp(at, mflops, values)) for values in (losses, steps))
+            exits[f"fixed-{measure}"] = Point(loss, mean_steps, at, None, {"mode": "fixed"})
+    return exits
 
 
 def _text(value: float | None) -> str:

@@ -57,7 +57,9 @@ def main(argv: Sequence[str]) -> None:
         "--depths", type=expand_user, help="prefix of the indexed dataset that holds the true depth of every token"
     )
     add_options(
-        parser, AnalysisPlan, "refinements", "thresholds", "biases", "random_draws", "refinement_sweep", "listed"
+        parser,
+        AnalysisPlan,
+        *("refinements", "thresholds", "biases", "entropies", "margins", "random_draws", "refinement_sweep", "listed"),
     )
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     arguments = parser.parse_args(argv)

@@ -28,6 +28,7 @@ from megatron_ponder.config.command_options import add_options
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
 from megatron_ponder.evaluation.sources import SPLIT_HELP, split_batches, text_batches
 from megatron_ponder.generation.loading import Setup
+from megatron_ponder.model.exits import Exit
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse the command line, evaluate, print a table."""
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--checkpoint", type=Path, help="run folder or checkpoint folder")
-    add_options(parser, Setup, "threshold", "router_bias")
+    add_options(parser, Setup, "threshold", "router_bias", "confidence_exit")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON to this file")
     text = parser.add_argument_group("on text")
     text.add_argument("--text", type=Path, help="a UTF-8 text file to evaluate on, in place of the split")
@@ -73,6 +74,9 @@ def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, di
     for_tasks = (arguments.export, arguments.tasks_path, arguments.limit, arguments.num_fewshot)
     if any(given is not None for given in for_tasks):
         raise UserError("--export, --tasks-path, --limit and --num-fewshot go with --tasks; name the tasks to run")
+    exit = None if arguments.confidence_exit is None else Exit.read(arguments.confidence_exit)
+    if exit is not None and arguments.refinements is not None:
+        raise UserError("--confidence-exit is evaluated exactly, as generation runs it; leave out --refinements")
     loaded = load_model(arguments.checkpoint)
     if arguments.text:
         batches, data = text_batches(loaded, arguments.text)
@@ -81,7 +85,7 @@ def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, di
     refinements = arguments.refinements
     if refinements is None:
         refinements = sorted({0, loaded.config.ponder_training.evaluation_refinements})
-    ways = settings(loaded.model, arguments.threshold, arguments.router_bias, refinements)
+    ways = settings(loaded.model, arguments.threshold, arguments.router_bias, refinements, exit)
     progress = track(ways, "evaluating", console=console, disable=not console.is_terminal, transient=True)
     results = [evaluate(loaded.model, batches, way, _byte_counter(loaded)) for way in progress]
     inference = loaded.config.inference
@@ -90,6 +94,7 @@ def _on_text(arguments: argparse.Namespace, console: Console) -> tuple[Table, di
         "data": data,
         "threshold": inference.threshold if arguments.threshold is None else arguments.threshold,
         "router_bias": inference.router_bias if arguments.router_bias is None else arguments.router_bias,
+        "confidence_exit": None if exit is None else str(exit),
         "evaluations": [result.as_dict() for result in results],
     }
     return _table(results, loaded), content
@@ -112,6 +117,10 @@ def _on_tasks(arguments: argparse.Namespace, console: Console) -> tuple[Table, d
 
     if arguments.text or arguments.data or arguments.refinements is not None:
         raise UserError("--text, --data and --refinements do not go with --tasks; run one command for each")
+    if arguments.confidence_exit is not None:
+        raise UserError(
+            "--confidence-exit does not go with --tasks; set ponder_confidence_exit in an --export's config"
+        )
     if (arguments.export is None) == (arguments.checkpoint is None):
         raise UserError("tasks run on a --checkpoint or an --export; give one of them")
     if arguments.export and (arguments.threshold is not None or arguments.router_bias is not None):

@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_options(parser.add_argument_group("continuations"), Options)
 
     work = parser.add_argument_group("computation")
-    add_options(work, Setup, "threshold", "router_bias")
+    add_options(work, Setup, "threshold", "router_bias", "confidence_exit")
     work.add_argument("--prefill", choices=("jacobi", "sequential"), default="jacobi", help="how prompts are read")
     add_options(work, Prefill, "refinements", "tolerance", "chunk")
     add_options(work, Batching, "max_sequences", "max_slots")

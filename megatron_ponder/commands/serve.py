@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--api-key-file", type=Path, help="a file with the key that clients must send")
     add_options(parser.add_argument_group("where it listens"), serving.Address)
     work = parser.add_argument_group("computation")
-    add_options(work, Setup, "threshold", "router_bias", "precision", "tensor", "pipeline")
+    add_options(work, Setup, "threshold", "router_bias", "confidence_exit", "precision", "tensor", "pipeline")
     add_options(work, Batching, "max_sequences", "max_slots")
     limits = parser.add_argument_group("limits")
     add_options(limits, serving.Patience)

@@ -109,6 +109,7 @@ class _SubjectAnalysis:
             self.strings(own)
         else:
             self.quality("trained", own)
+            self.exits()
             self.summary["missing"].append(
                 f"sweeps, steps by difficulty and shifts of the router: mode {config.mode} has no router"
             )
@@ -155,17 +156,24 @@ class _SubjectAnalysis:
                     loss_change=float(loss - reference[half]),
                 )
 
+    def exits(self) -> None:
+        """Loss against mean K̂ where tokens stop by their confidence."""
+        for exit in self.plan.exits if self.subject.can_exit else ():
+            setting = Setting(replace(self.own.rule, exit=exit), None)
+            self.quality(exit.measure, self.measure("confidence exit", setting))
+
     def at(self, what: str, rule, own: TokenMeasurements) -> TokenMeasurements:
         setting = replace(self.own, rule=rule)
         return own if setting == self.own else self.measure(what, setting)
 
     def quality(self, sweep: str, measured: TokenMeasurements, seed: int | None = None) -> None:
         decides, rule = self.subject.decides, measured.setting.rule
+        threshold = rule.threshold if decides else None
         self.add(
             "quality_compute",
             evaluation=measured.setting.name,
             sweep=sweep,
-            threshold=rule.threshold if decides else None,
+            threshold=threshold if rule.exit is None else rule.exit.threshold,
             bias=rule.bias if decides else None,
             own=measured.setting == self.own,
             seed=seed,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ponder.config.declarations import check_ranges, number_field
+from megatron_ponder.model.exits import Exit, can_exit
 from megatron_ponder.model.ponder import PonderLM
 
 # The threshold that the paper uses.
@@ -31,6 +32,11 @@ class Subject:
         """Whether it has a router."""
         return self.model.router is not None
 
+    @property
+    def can_exit(self) -> bool:
+        """Whether its tokens can stop by a confidence exit."""
+        return can_exit(self.model.ponder_config)
+
 
 @dataclass(frozen=True)
 class AnalysisPlan:
@@ -41,6 +47,8 @@ class AnalysisPlan:
             it, unless given.
         thresholds: τ of the sweep; that of the model is added.
         biases: α of the sweep; that of the model is added.
+        entropies: in nats, of the sweep of the exit by entropy in a model of mode `fixed`, always `exact`.
+        margins: of probabilities, of the sweep of the exit by margin in such a model, always `exact`.
         random_draws: random choices of K̂ that are measured at each τ.
         iterations: how many Jacobi iterates are compared with the fixed point.
         contraction_batches: on how many batches.
@@ -51,6 +59,8 @@ class AnalysisPlan:
     refinements: int | None = number_field(None, 0, 10**6)
     thresholds: tuple[float, ...] = number_field((1e-4, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9), 0, 1)
     biases: tuple[float, ...] = number_field((-4.0, -2.0, -1.0, 1.0, 2.0, 4.0), -1000, 1000)
+    entropies: tuple[float, ...] = number_field((0.0, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0), 0, 1000)
+    margins: tuple[float, ...] = number_field((0.1, 0.3, 0.5, 0.7, 0.9, 0.99), 0, 2)
     random_draws: int = number_field(3, 0, 10**6)
     iterations: int = number_field(8, 1, 10**6)
     contraction_batches: int = number_field(1, 1, 10**6)
@@ -65,6 +75,11 @@ class AnalysisPlan:
         own = model.inference
         return sorted({*self.thresholds, own.threshold}), sorted({*self.biases, own.router_bias})
 
+    @property
+    def exits(self) -> list[Exit]:
+        """Those of the sweeps."""
+        return [Exit("entropy", nats) for nats in self.entropies] + [Exit("margin", lead) for lead in self.margins]
+
     def measurements(self, subject: Subject) -> int:
         """How many things are announced for a subject, at most."""
         config = subject.model.ponder_config
@@ -72,7 +87,7 @@ class AnalysisPlan:
             return 2
         jacobi = len({0, 3, subject.refinements})
         if not subject.decides:
-            return 4 + jacobi
+            return 4 + jacobi + (len(self.exits) if subject.can_exit else 0)
         thresholds, biases = self.sweep(subject.model)
         rules = len({PAPER_THRESHOLD, subject.model.inference.threshold})
         return len(thresholds) * (1 + self.random_draws) + len(biases) + rules * (1 + jacobi) + 2

@@ -21,6 +21,7 @@ STEPS_LABEL = "mean latent steps per token (K̂)"
 LOSS_LABEL = "loss [nats per token]"
 PANELS_PER_ROW = 3
 LEAST_GAP = 1e-7  # nats, of what has no place on a logarithmic axis or is rounding
+EXITS = {"entropy": "-.", "margin": (0, (1, 1))}  # sweeps of confidence exits, and their lines
 CHARACTER = 0.021  # width of a character of a small label, as a share of the width of a panel
 
 
@@ -101,7 +102,7 @@ def _panels(count: int, shared_y: bool = True) -> tuple[Figure, list[Axes]]:
 
 
 def quality_compute(rows: Sequence[Row]) -> Figure:
-    """Loss against mean K̂, and against FLOPs: curves over τ and α, their random control, points of other modes."""
+    """Loss against mean K̂, and against FLOPs: curves over τ, α and exits, a random control, points of other modes."""
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, x in zip(panels, ("mean_steps", "mflops"), strict=True):
@@ -115,18 +116,20 @@ def quality_compute(rows: Sequence[Row]) -> Figure:
     finish(panels[0], STEPS_LABEL, LOSS_LABEL)
     finish(panels[1], "MFLOPs of inference per token", "")
     panels[0].set_xlim(left=-0.05)
-    figure.suptitle(f"Quality and compute ({_settings(rows)})")
+    figure.suptitle(f"Quality and compute ({_settings([row for row in rows if row['sweep'] not in EXITS])})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def _sweeps(axes: Axes, rows: Sequence[Row], x: str, style: dict) -> None:
-    """One model's curves over τ (filled) and α (open), and a ring around its own τ and α."""
-    for sweep, line, symbol in (("threshold", "-", "τ"), ("bias", "--", "α")):
+    """One model's curves over τ (filled), α and exits (open), and a ring around its own τ and α."""
+    exits = tuple((measure, line, f"exit by {measure}") for measure, line in EXITS.items())
+    for sweep, line, symbol in (("threshold", "-", "τ"), ("bias", "--", "α"), *exits):
         curve = sorted(_where(rows, sweep=sweep), key=lambda row: row[x])
         if curve:
             face = style["color"] if sweep == "threshold" else "white"
-            label = f"{curve[0]['model']}: {symbol} from {curve[-1][sweep]:g} to {curve[0][sweep]:g}"
+            least, most = (row["bias" if sweep == "bias" else "threshold"] for row in (curve[0], curve[-1]))
+            label = f"{curve[0]['model']}: {symbol} from {most:g} to {least:g}"
             axes.plot(
                 *(_column(curve, name) for name in (x, "loss")),
                 linestyle=line, markerfacecolor=face, linewidth=1.2, label=label, **style,
@@ -304,9 +307,10 @@ def depth(rows: Sequence[Row]) -> Figure:
 
 FIGURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
     "quality_compute": (
-        "Loss against compute. Filled markers: sweep of the threshold τ. Open markers: sweep of the router bias α. "
-        "Ring: the model's own τ and α. Crosses: the same numbers of steps given to tokens drawn at random, with the "
-        "range over the draws. Single markers: models without a router.",
+        "Loss against compute. Filled markers: sweep of the threshold τ. Open markers: sweep of the router bias α, or "
+        "of the confidence at which tokens of a fixed model stop (exact, with the head after every slot). Ring: the "
+        "model's own τ and α. Crosses: the same numbers of steps given to tokens drawn at random, with the range over "
+        "the draws. Single markers: models without a router.",
         quality_compute,
     ),
     "benefit": (

@@ -156,12 +156,13 @@ def evaluate_tasks(
         results = lm_eval.simple_evaluate(
             model, tasks=tasks.names, task_manager=tasks.manager, num_fewshot=shots, limit=limit, log_samples=False
         )
+    exit = config.get("ponder_confidence_exit")
     iterated = config["ponder_mode"] in ("fixed", "adaptive") and config.get("ponder_latent_visibility", "all") == "all"
-    hard = f"jacobi({config['ponder_jacobi_iterations']})" if iterated else "exact"
+    hard = f"jacobi({config['ponder_jacobi_iterations']})" if iterated and not exit else "exact"
     return TaskEvaluation(
         checkpoint=folder.name,
         harness=lm_eval.__version__,
-        setting=f"hard, {hard}",
+        setting=f"{exit or 'hard'}, {hard}",
         threshold=config["ponder_threshold"],
         router_bias=config["ponder_router_bias"],
         tasks=list(_scores(results)),

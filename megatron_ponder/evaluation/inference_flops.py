@@ -8,16 +8,18 @@ from megatron_ponder.model.modes.ponderlm import candidates
 from megatron_ponder.model.ponder import PonderLM
 
 
-def inference_flops(executed_BL: Tensor, model: PonderLM) -> Tensor:
+def inference_flops(executed_BL: Tensor, model: PonderLM, exits: bool = False) -> Tensor:
     """Σ_{k=0..K̂} layers · (2 · block parameters + 4 · H · n) + 2 · V · H for every token.
 
     n counts the cached slots that a slot sees: where steps are interleaved, all up to itself, or the first slot of
     every token and its own token's others if no other token sees these; in passes with keys of their own, one of every
     token. Where every pass predicts, 2 · V · H counts once a pass, and reading a prediction costs 2 · H for each of
-    its likeliest tokens.
+    its likeliest tokens; where an exit looks at every prediction, it counts once a slot.
 
     Args:
         executed_BL: int64, K̂ of every token of every sequence.
+        model: its sizes are read.
+        exits: whether the steps ended by a confidence exit.
 
     Returns:
         fp64 (B, L).
@@ -36,4 +38,4 @@ def inference_flops(executed_BL: Tensor, model: PonderLM) -> Tensor:
     if model.passes.predicts:
         mixture = 2 * candidates(whole.columns) * whole.block.hidden
         return flops + 2 * whole.table * slots + mixture * (slots - 1)
-    return flops + 2 * whole.table
+    return flops + 2 * whole.table * (slots if exits else 1)

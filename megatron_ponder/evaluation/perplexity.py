@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.evaluation.inference_flops import inference_flops
+from megatron_ponder.model.exits import Exit
 from megatron_ponder.model.ponder import PonderLM
 from megatron_ponder.model.router import Rule
 
@@ -27,9 +28,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Its name in tables: `hard, exact` or `soft, jacobi(3)`."""
+        """Its name in tables: `hard, exact` or `soft, jacobi(3)`, or `entropy:0.5, exact` with such an exit."""
         evaluation = "exact" if self.refinements is None else f"jacobi({self.refinements})"
-        return f"{self.rule.kind}, {evaluation}"
+        return f"{self.rule.exit or self.rule.kind}, {evaluation}"
 
 
 @dataclass
@@ -101,7 +102,7 @@ def evaluate(
         check_finite(losses, setting)
         loss += float(losses.double().sum())
         tokens += labels.numel()
-        flops += float(inference_flops(executed, model).sum())
+        flops += float(inference_flops(executed, model, setting.rule.exit is not None).sum())
         histogram += torch.bincount(executed.flatten(), minlength=steps + 1).cpu()
         passes = max(passes, result.passes)
         if count_bytes is not None:
@@ -137,11 +138,23 @@ def check_finite(numbers: Tensor, setting: Setting) -> None:
         )
 
 
-def settings(model: PonderLM, threshold: float | None, bias: float | None, refinements: Sequence[int]) -> list[Setting]:
-    """Soft and hard × jacobi(R) for every R given, and exact.
+def settings(
+    model: PonderLM,
+    threshold: float | None,
+    bias: float | None,
+    refinements: Sequence[int],
+    exit: Exit | None = None,
+) -> list[Setting]:
+    """Soft and hard × jacobi(R) for every R given, and exact; with an exit, hard and exact, without it and with it.
 
     Without a router soft and hard are the same thing; without an iteration so are jacobi(R) and exact.
+
+    Raises:
+        UserError: tokens of this model cannot stop by the exit.
     """
+    if exit is not None:
+        exit.check(model.ponder_config)
+        return [Setting(model.rule("hard", threshold, bias, each), None) for each in (None, exit)]
     kinds = ["hard"] if model.router is None else ["soft", "hard"]
     ways = [*refinements, None] if model.passes.iterated else [None]
     return [Setting(model.rule(kind, threshold, bias), way) for kind in kinds for way in ways]

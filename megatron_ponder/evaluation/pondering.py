@@ -25,7 +25,7 @@ class TokenMeasurements:
         setting: how the model was evaluated.
         tokens: int64 (N,), what was read.
         labels: int64 (N,), what came next.
-        executed: int64 (N,), latent steps that ran: K̂ under the hard rule, else all.
+        executed: int64 (N,), latent steps that ran: K̂ under the hard rule or by an exit, else all.
         loss: fp64 (N,), nats of predicting the label.
         first_loss: fp64 (N,), the same from the hidden state before any latent step; None where the model does not
             show it.
@@ -86,12 +86,12 @@ def measure(model: PonderLM, batches: Iterable[Tensor], setting: Setting) -> Tok
             "labels": labels,
             "executed": executed,
             "loss": model.head(result.output_BLH, labels)[1],
-            "flops": inference_flops(executed, model),
+            "flops": inference_flops(executed, model, setting.rule.exit is not None),
         }
         check_finite(found["loss"], way)
         if result.hidden_BLSH.shape[2] == steps + 1:
             found["first_loss"] = model.head(result.hidden_BLSH[:, :, 0], labels)[1]
-        if result.routing is not None:
+        if model.router is not None:
             found["distribution"] = result.routing.log_s.exp()
         for name, values in found.items():
             columns.setdefault(name, []).append(values.flatten(0, 1).cpu())

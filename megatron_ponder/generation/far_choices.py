@@ -93,11 +93,12 @@ def due_wishes(forward: Forward, executed: list[int]) -> list[int]:
         forward: whose decoding sequences want logits only in slots that may be the last of their token.
         executed: K̂ of its routed slots' tokens.
     """
-    routed = iter(executed)
-    due = []
-    for index, (step, wanted) in enumerate(zip(forward.steps, forward.wanted, strict=True)):
-        last = step > 0 or next(routed) == 0
-        due += [index] * (wanted and last)
+    last = dict(zip(forward.deciding, executed, strict=False))  # of the others, what is wanted is the last
+    due = [
+        index
+        for index, (step, wanted) in enumerate(zip(forward.steps, forward.wanted, strict=True))
+        if wanted and last.get(index, step) == step
+    ]
     return due + list(range(len(forward.steps), len(forward.choices.wishes)))
 
 

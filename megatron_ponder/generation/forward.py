@@ -149,7 +149,8 @@ class Forward:
         segments: of all slots, in their order; the first R of one slot each.
         steps: R, which step of its token each decoding sequence runs; 0 is the token itself.
         wanted: R, whether the logits are wanted if this slot is the last of its token, which it may be.
-        routed: indices of token slots, whose routing decides K̂; of the decoding sequences' first.
+        routed: indices of slots after which K̂ may be known, those of the decoding sequences first: of tokens, which
+            routing decides; with an exit, of all.
         prompts: the segments that are of prompts.
         finished: slots of windows to move, before all else.
         stored: prompts to keep, after that: a key, the row of the cache and the slots from its first on.
@@ -178,6 +179,11 @@ class Forward:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def deciding(self) -> list[int]:
+        """Those of `routed` that are of decoding sequences."""
+        return [index for index in self.routed if index < len(self.steps)]
+
     def add(self, token: int, source: int, position: int, log_w: float) -> None:
         """Append one slot."""
         self.tokens.append(token)
@@ -191,7 +197,8 @@ class Outcome:
     """What the last part of the model says of a forward.
 
     Attributes:
-        executed: K̂ of each routed slot's token; empty where all tokens take the same steps.
+        executed: K̂ of each routed slot's token, as far as it is known: K while no exit was taken; empty where all
+            tokens take the same steps.
         log_w: log weights (K + 1) as keys of each routed slot's token; empty likewise.
         logits: (n, V) of the next token: of the wanted sequences that completed their token, in their order, then of
             the prompts that wanted them. None where the last rank of a pipeline has chosen by them.

@@ -47,7 +47,7 @@ def generate(
         prompts: texts, which need the tokenizer; token ids, at least one each; or requests, for which the arguments
             from `max_new_tokens` to `samples` do not hold. An empty text is continued as a document begins.
         max_new_tokens: of each continuation.
-        rule: τ and α; the model's own unless given.
+        rule: τ, α and the exit; the model's own unless given.
         sampling: greedy unless given; sample i of a prompt draws from its `seed` + i.
         stop_ids: tokens that end a continuation, and are kept as its last.
         on_token: called with the index of the result after each of its tokens and at its end, on the rank that

@@ -55,12 +55,13 @@ class Generator:
         Args:
             model: in evaluation mode; this rank's part. Its weights must not change while the generator is in use.
             mesh: tensor and pipeline ranks; a single process unless given.
-            rule: τ and α; the model's own unless given.
+            rule: τ, α and the exit; the model's own unless given.
             batching: limits, of each group of sequences; on GPUs, slots are no more than memory is free for.
             tokenizer: for text and stop strings.
 
         Raises:
-            UserError: the model's router does not read what generation gives it, or a GPU has no room for a cache.
+            UserError: the model's router does not read what generation gives it, tokens cannot stop by the exit, or a
+                GPU has no room for a cache.
         """
         if model.ponder_config.routes_by_token:
             raise UserError("the model was trained with ponder.router_input token, a control that cannot generate")
@@ -68,6 +69,8 @@ class Generator:
         weight = next(model.parameters())
         batching = batching or Batching()
         rule = rule or model.rule("hard")
+        if rule.exit is not None:
+            rule.exit.check(model.ponder_config)
         self._tensor = mesh.tensor
         self._rank, self._ranks = mesh.pipeline.rank, mesh.pipeline.size
         self._ring = Mailbox(build_edges(mesh.pipeline), weight) if self._ranks > 1 else None
@@ -91,6 +94,7 @@ class Generator:
                     model.eod_id,
                     weight.dtype,
                     chooses=self._ranks == 1,
+                    exits=rule.exit is not None,
                 )
                 for _ in self._runners
             ]

@@ -20,7 +20,8 @@ from megatron_ponder.generation.ranks import build_ranks, check_sizes
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.scheduler import Scheduler
 from megatron_ponder.generation.sequences import Batching
-from megatron_ponder.model.router import Rule
+from megatron_ponder.model.exits import Exit
+from megatron_ponder.model.router import Rule, rule_of
 from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh
 
@@ -37,6 +38,9 @@ class Setup:
         pipeline: ranks that share the stack of layers.
         threshold: τ; the trained model's unless given.
         router_bias: α, of which a positive one buys more steps; the trained model's unless given.
+        confidence_exit: of a model of mode `fixed`: a token's steps end where its prediction has fewer than X nats, by
+            `entropy:X`, or where the likeliest next token leads by a probability of X, by `margin:X`; none end unless
+            given.
         precision: of the computation; that of training on a GPU, and fp32 on a CPU, unless given.
         batching: how many at a time, and how prompts are read.
     """
@@ -46,11 +50,21 @@ class Setup:
     pipeline: int = number_field(1, 1, 1 << 16)
     threshold: float | None = number_field(None, 0, 1)
     router_bias: float | None = number_field(None, -1000, 1000)
+    confidence_exit: str | None = None
     precision: Literal["fp32", "bf16"] | None = None
     batching: Batching = field(default_factory=Batching)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    @property
+    def exit(self) -> Exit | None:
+        """What `confidence_exit` says.
+
+        Raises:
+            UserError: it is none.
+        """
+        return None if self.confidence_exit is None else Exit.read(self.confidence_exit)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class CheckedSetup:
         setup: as it was wanted.
         folder: the checkpoint, whose files are undamaged.
         config: of the model.
-        rule: τ and α.
+        rule: τ, α and the exit.
         precision: a name of `PRECISIONS`.
     """
 
@@ -97,11 +111,9 @@ def check_setup(setup: Setup, launch: Launch, device: torch.device, copies: bool
     verify(folder, read_manifest(folder))
     config = read_config_of(folder)
     check_sizes(config.model, setup.tensor, setup.pipeline, launch.world_size, copies)
-    rule = Rule(
-        True,
-        config.inference.threshold if setup.threshold is None else setup.threshold,
-        config.inference.router_bias if setup.router_bias is None else setup.router_bias,
-    )
+    if setup.exit is not None:
+        setup.exit.check(config.ponder)
+    rule = rule_of(config.inference, "hard", setup.threshold, setup.router_bias, setup.exit)
     precision = setup.precision or (config.training.precision if device.type == "cuda" else "fp32")
     return CheckedSetup(setup, folder, config, rule, precision)
 

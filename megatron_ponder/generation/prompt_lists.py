@@ -57,6 +57,7 @@ def begin_file(file: ResultFile, checked: CheckedSetup, tasks: Sequence[Task]) -
             "list of prompts": fingerprint(tasks),
             "threshold": checked.rule.threshold,
             "router bias": checked.rule.bias,
+            **({} if checked.rule.exit is None else {"confidence exit": str(checked.rule.exit)}),
             "prefill": repr(checked.setup.batching.prefill),
             "precision": checked.precision,
         }

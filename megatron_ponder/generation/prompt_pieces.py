@@ -73,7 +73,7 @@ class _Token:
         id: of it.
         index: from the first that is iterated.
         log_w: log weights (K + 1) by the newest routing.
-        executed: K̂ by that.
+        executed: K̂ by that, or, with an exit, as far as the newest sweep knows it.
         living: how many of its slots there are, from the first on.
         sweeps: that it has taken part in.
         changed: whether the newest one has changed any of its slots, or which they are.
@@ -92,7 +92,14 @@ class IteratedPiece:
     """Tokens of which those in a window are iterated."""
 
     def __init__(
-        self, tokens: list[int], position: int, passes: Passes, prefill: Prefill, tolerance: float, row: int
+        self,
+        tokens: list[int],
+        position: int,
+        passes: Passes,
+        prefill: Prefill,
+        tolerance: float,
+        row: int,
+        exits: bool = False,
     ) -> None:
         """Begin.
 
@@ -103,7 +110,9 @@ class IteratedPiece:
             prefill: how to iterate.
             tolerance: as in `Prefill`, with its default resolved.
             row: of the cache, for what is not final.
+            exits: as in `Scheduler`.
         """
+        self._exits = exits
         self._slots, self._position, self._row = passes.steps + 1, position, row
         self._refinements, self._tolerance = prefill.refinements, tolerance
         self.width = min(prefill.chunk, len(tokens))
@@ -127,11 +136,12 @@ class IteratedPiece:
         step, at, before = self._step, len(forward), {}
         if step == 0:
             self._begin_sweep()
-            self._routed = len(forward.routed)
-            forward.routed.extend(range(at, at + len(self._running)))
         else:
             before = {token.index: self._at + place for place, token in enumerate(self._running)}
             self._running = [token for token in self._running if token.executed >= step]
+        if step == 0 or self._exits:
+            self._routed = len(forward.routed)
+            forward.routed.extend(range(at, at + len(self._running)))
         for token in self._running:
             given = latent(step) if step else token.id
             forward.add(given, before.get(token.index, 0), self._position + token.index, token.log_w[step])
@@ -145,7 +155,7 @@ class IteratedPiece:
     def settle(self, outcome: Outcome, index: int) -> list[int]:
         for token, change in zip(self._running, outcome.changes[index], strict=True):
             token.changed |= change > self._tolerance  # what is not a number stays so, however often it is run
-        if self._step == 0:
+        if self._step == 0 or self._exits:
             self._route(outcome)
         self._step += 1
         if any(token.executed >= self._step for token in self._running):

@@ -10,7 +10,9 @@ from megatron_ponder.model.modes.pondering import Passes
 class PromptReading:
     """Begins pieces of prompts."""
 
-    def __init__(self, passes: Passes, batching: Batching, tolerance: float, eod_id: int | None) -> None:
+    def __init__(
+        self, passes: Passes, batching: Batching, tolerance: float, eod_id: int | None, exits: bool = False
+    ) -> None:
         """Begin none.
 
         Args:
@@ -18,8 +20,10 @@ class PromptReading:
             batching: limits.
             tolerance: as in `Prefill`, with its default resolved.
             eod_id: the token with which a document ends, if documents are kept apart.
+            exits: as in `Scheduler`.
         """
         self._passes, self._batching, self._tolerance, self._eod_id = passes, batching, tolerance, eod_id
+        self._exits = exits
 
     def begin(self, live: list[Sequence]) -> None:
         """Give sequences that are between two tokens a piece of their prompt, where it is worth it and fits."""
@@ -57,7 +61,7 @@ class PromptReading:
             tokens = tokens[: tokens.index(self._eod_id) + 1]
         if self._passes.iterated:
             row = self.window(sequence.row)
-            return IteratedPiece(tokens, sequence.position, self._passes, prefill, self._tolerance, row)
+            return IteratedPiece(tokens, sequence.position, self._passes, prefill, self._tolerance, row, self._exits)
         if self._passes.own:
             return ApartPiece(tokens, sequence.position, self._passes)
         kind = WholePiece if self._passes.interleaved else LanePiece

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.generation.block_cache import BlockCache
@@ -39,11 +38,23 @@ class Arrived(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Routing of F slots: K̂, log weights as keys, weights of the steps in the output."""
+    """What is decided after F slots.
+
+    Attributes:
+        executed_F: int64, K̂, or K while no exit is taken.
+        log_w_FK: log weights as keys.
+        weights_FK: of the steps in the output; None where the last step is the output.
+        logits_FV: by which exits are taken; None where they are not.
+    """
 
     executed_F: Tensor
     log_w_FK: Tensor
-    weights_FK: Tensor
+    weights_FK: Tensor | None = None
+    logits_FV: Tensor | None = None
+
+    def first(self, count: int) -> "Routed":
+        """The same of the first so many slots."""
+        return Routed(*(None if part is None else part[:count] for part in self))
 
 
 class Runner:
@@ -60,12 +71,12 @@ class Runner:
 
         Args:
             model: in evaluation mode; this rank's part.
-            rule: τ and α; they are applied by the hard rule, whatever its kind.
+            rule: τ, α and the exit; they are applied by the hard rule, whatever its kind.
             rows: sequences that may be live.
             blocks: of the cache; as many as are needed unless given.
         """
         self.model, self._passes, self._lanes = model, model.passes, model.passes.lanes
-        self._rule = Rule("hard", rule.threshold, rule.bias)
+        self._rule = Rule("hard", rule.threshold, rule.bias, exit=rule.exit)
         weight = next(model.parameters())
         config, self._steps = model.model_config, model.ponder_config.steps
         row_slots = config.max_position_embeddings * (self._steps + 1) // self._lanes
@@ -116,7 +127,8 @@ class Runner:
         if not forward:
             return Outcome([], [], hidden_TH.new_empty(0, self.model.model_config.vocab_size), [])
         arrived = self._arrived
-        routed = self.route(hidden_TH if arrived.routed_F is None else hidden_TH[arrived.routed_F])
+        after = (hidden_TH, arrived.slots.steps)
+        routed = self.route(*(after if arrived.routed_F is None else (part[arrived.routed_F] for part in after)))
         decoded_RH = self.fuse(arrived, hidden_TH, routed) if forward.steps else hidden_TH[:0]
         read = [self._last_output(forward, prompt, hidden_TH, routed) for prompt in forward.prompts]
         changes = [
@@ -128,14 +140,15 @@ class Runner:
         self.read_TX = self._passes.read_by_latents(self.model.back, hidden_TH, arrived.unfinished_n)
         slots = len(hidden_TH if arrived.routed_F is None else arrived.routed_F)
         known = known_of(routed, changes, slots, self._steps)
-        return self._outcome(forward, known, decoded_RH, [output for output in read if output is not None])
+        read = [output for output in read if output is not None]
+        return self._outcome(forward, known, decoded_RH, read, routed)
 
     def _upload(self, forward: Forward, numbers: SlotNumbers) -> Arrived:
         decoding = len(forward.steps)
         rows = numbers.rows[:decoding] // self._lanes
         latents = np.flatnonzero(numbers.steps)
         unfinished = np.flatnonzero(numbers.steps < self._steps) if self._passes.predicts else latents[:0]
-        routed = [*range(decoding), *forward.routed[forward.steps.count(0) :]] if forward.prompts else []
+        routed = [*range(decoding), *forward.routed[len(forward.deciding) :]] if forward.prompts else []
         if forward.prompts and self.cache.fixed:
             numbers = numbers.padded(bucket(len(forward)), self.cache.unused_slot)
         arrays = [np.stack(numbers), latents, unfinished, np.array(routed, np.int64), rows]
@@ -159,8 +172,12 @@ class Runner:
         self._inputs_TH = x_TH
         return x_TH
 
-    def route(self, hidden_FH: Tensor) -> Routed | None:
-        """The routing of slots; None where every token takes all steps and the last is the output."""
+    def route(self, hidden_FH: Tensor, steps_F: Tensor) -> Routed | None:
+        """What is decided after slots, each with its latent step; None where all run and the last one is the output."""
+        if self._rule.exit is not None:
+            logits_FV = self.model.back.logits(hidden_FH)
+            executed_F = torch.where(self._rule.exit.confident(logits_FV), steps_F, self._steps)
+            return Routed(executed_F, logits_FV.new_zeros(len(steps_F), self._steps + 1), logits_FV=logits_FV)
         routing = self.model.route(hidden_FH, self._rule)
         if routing is None:
             return None
@@ -168,7 +185,7 @@ class Runner:
 
     def fuse(self, arrived: Arrived, hidden_TH: Tensor, routed: Routed | None) -> Tensor:
         """Advance the outputs of the decoding sequences by their slots, (R, H); a first slot begins one."""
-        if routed is None:
+        if routed is None or routed.weights_FK is None:
             return hidden_TH[: len(arrived.rows_R)]
         rows_R = arrived.rows_R
         steps_R1 = arrived.slots.steps[: len(rows_R), None]
@@ -188,7 +205,7 @@ class Runner:
         token_SH = hidden_TH[prompt.last_token : prompt.at + prompt.count]
         if routed is None:
             return token_SH[-1:]
-        index = len(forward.steps) - forward.steps.count(0) + forward.routed.index(prompt.last_token)
+        index = len(forward.steps) - len(forward.deciding) + forward.routed.index(prompt.last_token)
         weights_K = routed.weights_FK[index].to(token_SH.dtype)
         return weights_K[: len(token_SH)].unsqueeze(0) @ token_SH
 
@@ -202,41 +219,37 @@ class Runner:
         known_PH[places_S] = now_SH
         return changes_S
 
-    def _outcome(self, forward: Forward, known: "Known", decoded_RH: Tensor, read: list[Tensor]) -> Outcome:
+    def _outcome(
+        self, forward: Forward, known: "Known", decoded_RH: Tensor, read: list[Tensor], routed: Routed | None
+    ) -> Outcome:
         """What the scheduler needs to know, with logits of the sequences that have completed their token."""
         rows = [segment.row // self._lanes for segment in forward.segments[: len(forward.steps)]]
-        begun = [index for index, step in enumerate(forward.steps) if step == 0]
-        for index in begun:
+        for index in forward.deciding:
             self._executed_r[rows[index]] = known.executed[index]
         completed = [
             index
             for index, (row, step, wanted) in enumerate(zip(rows, forward.steps, forward.wanted, strict=True))
             if wanted and step == self._executed_r[row]
         ]
+        predicted = routed is not None and routed.logits_FV is not None  # then no prompt ends in a piece, and has read
+        given = routed.logits_FV[: len(rows)] if predicted else decoded_RH
         if len(completed) < len(rows):
-            decoded_RH = decoded_RH[upload([np.array(completed, np.int64)], decoded_RH.device)[0]]
-        output_nH = torch.cat([decoded_RH, *read]) if read else decoded_RH
-        routed = [*begun, *range(len(rows), len(known.executed))]
+            given = given[upload([np.array(completed, np.int64)], given.device)[0]]
+        decided = [*forward.deciding, *range(len(rows), len(known.executed))]
         changes = iter(known.changes)
         counts = [0 if prompt.window is None else prompt.count for prompt in forward.prompts]
         return Outcome(
-            [known.executed[index] for index in routed],
-            [known.log_w[index] for index in routed],
-            self._logits(output_nH),
+            [known.executed[index] for index in decided],
+            [known.log_w[index] for index in decided],
+            given if predicted else self._logits(torch.cat([given, *read]) if read else given),
             [list(islice(changes, count)) for count in counts],
         )
 
     def _logits(self, output_nH: Tensor) -> Tensor:
-        """(n, V), gathered from the tensor ranks."""
-        axis, vocab_size = self.model.axis, self.model.model_config.vocab_size
+        """(n, V), of no matter how few."""
         if not len(output_nH):
-            return output_nH.new_empty(0, vocab_size)
-        logits = self.model.head(output_nH)
-        if axis.size > 1:
-            parts = [torch.empty_like(logits) for _ in range(axis.size)]
-            dist.all_gather(parts, logits.contiguous(), group=axis.group)
-            logits = torch.cat(parts, -1)
-        return logits[:, :vocab_size]
+            return output_nH.new_empty(0, self.model.model_config.vocab_size)
+        return self.model.back.logits(output_nH)
 
 
 class Known(NamedTuple):

@@ -47,6 +47,7 @@ class Scheduler:
         eod_id: int | None = None,
         dtype: torch.dtype = torch.float32,
         chooses: bool = True,
+        exits: bool = False,
     ) -> None:
         """Start without requests.
 
@@ -57,6 +58,7 @@ class Scheduler:
             eod_id: the token after which the model begins anew, if documents are kept apart.
             dtype: of the model, which decides when a fixed point is reached.
             chooses: tokens itself, by logits; else the last rank of a pipeline does, which is told what it has to know.
+            exits: each slot may be the last of its token, which is known after it; else that is after the first.
         """
         self._model, self._steps, self._passes = model, ponder.steps, passes_of(ponder)
         self.batching = batching or Batching()
@@ -64,7 +66,7 @@ class Scheduler:
         self._pieces = pieces_of(model, tokenizer)
         tolerance = None if self.batching.prefill is None else self.batching.prefill.tolerance
         tolerance = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
-        self._reading = PromptReading(self._passes, self.batching, tolerance, eod_id)
+        self._reading = PromptReading(self._passes, self.batching, tolerance, eod_id, exits)
         self._prefixes = Prefixes(self.batching.prefix_slots, 16, self._passes.cached_slots)
         self.usage = Usage()
         self.live: list[Sequence] = []
@@ -77,7 +79,7 @@ class Scheduler:
         self._iterating: list[Sequence] = []
         self._stored: list[tuple[int, int, int]] = []
         self._dropped: list[int] = []
-        self._chooses, self._wishes = chooses, Wishes()
+        self._chooses, self._exits, self._wishes = chooses, exits, Wishes()
 
     @property
     def idle(self) -> bool:
@@ -164,8 +166,9 @@ class Scheduler:
         self._decoding = [sequence for sequence in self.live if sequence.piece is None]
         self._iterating = [sequence for sequence in self.live if sequence.piece is not None]
         for sequence in self._decoding:
-            if sequence.step == 0:
+            if sequence.step == 0 or self._exits:
                 forward.routed.append(len(forward))
+            if sequence.step == 0:
                 forward.add(sequence.ids[sequence.fed], 0, sequence.position, 0.0)
             else:
                 forward.add(latent(sequence.step), sequence.source, sequence.position, sequence.log_w[sequence.step])
@@ -173,7 +176,8 @@ class Scheduler:
             start = sequence.length // self._passes.lanes
             forward.segments.append(Segment(self._lane(sequence.row, lane), start, 1))
             forward.steps.append(sequence.step)
-            forward.wanted.append(not sequence.reading and sequence.step in (0, sequence.executed))
+            may_end = self._exits or sequence.step in (0, sequence.executed)
+            forward.wanted.append(may_end and not sequence.reading)
         for sequence in self._iterating:
             start = sequence.length // self._passes.lanes
             sequence.piece.add_to(forward, self._lane(sequence.row, 0), start)
@@ -196,7 +200,7 @@ class Scheduler:
         read: list[Sequence] = []
         for index, sequence in enumerate(self._decoding):
             sequence.source = index
-            if sequence.step == 0:
+            if sequence.step == 0 or self._exits:
                 sequence.executed, sequence.log_w = next(routings)
             complete = sequence.step == sequence.executed
             if complete and forward.wanted[index]:

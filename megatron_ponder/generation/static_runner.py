@@ -76,8 +76,8 @@ class StaticRunner(Runner):
         inputs_TH, _, read_TX, routed, fused_TH = self._decoded
         count = len(forward)
         self._inputs_TH, self._hidden_TH, self.read_TX = inputs_TH[:count], hidden_TH, read_TX[:count]
-        routed = None if routed is None else Routed(*(part[:count] for part in routed))
-        return self._outcome(forward, known_of(routed, [], count, self._steps), fused_TH[:count], [])
+        routed = None if routed is None else routed.first(count)
+        return self._outcome(forward, known_of(routed, [], count, self._steps), fused_TH[:count], [], routed)
 
     def decode(self, arrived: Arrived, read_TX: Tensor, inputs_TH: Tensor) -> Decoded:
         """Run slots of which each belongs to another sequence, with no wait, and no shape but that of the arguments.
@@ -94,7 +94,7 @@ class StaticRunner(Runner):
             latent_TH = self._passes.latent_inputs(model.front, LatentReads(read_TX, inputs_TH, every, slots.steps))
             x_TH = torch.where(slots.steps.unsqueeze(1) > 0, latent_TH, x_TH)
         hidden_TH = model.run_slots(x_TH, slots.positions, self.cache.layers)
-        routed = self.route(hidden_TH)
+        routed = self.route(hidden_TH, slots.steps)
         fused_TH = self.fuse(arrived, hidden_TH, routed)
         read_TX = self._passes.read_by_latents(model.back, hidden_TH, None)
         return Decoded(x_TH, hidden_TH, read_TX, routed, fused_TH)

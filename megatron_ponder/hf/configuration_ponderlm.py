@@ -6,6 +6,8 @@ transformers.
 
 from transformers import PretrainedConfig
 
+from .exits_ponderlm import check_exit
+
 CHOICES = {
     "norm": ("rms", "layer"),
     "biases": ("none", "qkv", "all"),
@@ -50,6 +52,9 @@ class PonderLMConfig(PretrainedConfig):
         ponder_jacobi_iterations: R, refinement passes of `forward` without a cache.
         ponder_threshold: τ, a step is executed while its weight is at least this; raise it for speed.
         ponder_router_bias: α, added k times to the router's logit of step k; positive buys more steps.
+        ponder_confidence_exit: of mode `fixed`, `entropy:X` or `margin:X` (exits_ponderlm.py): a token stops at the
+            first slot whose prediction has fewer than X nats, or whose likeliest token leads by X; then `forward`
+            without a cache runs token by token, too, without gradients. None runs every step.
         ponder_router_hidden_size: width of a hidden layer in the router; 0 for a linear router.
         ponder_eod_id: token that ends a document: attention does not reach across it and positions restart after it.
             None if documents are not told apart.
@@ -102,6 +107,7 @@ class PonderLMConfig(PretrainedConfig):
         ponder_jacobi_iterations: int = 3,
         ponder_threshold: float = 1e-4,
         ponder_router_bias: float = 0.0,
+        ponder_confidence_exit: str | None = None,
         ponder_router_hidden_size: int = 0,
         ponder_eod_id: int | None = None,
         ponder_pieces: int | None = None,
@@ -121,6 +127,7 @@ class PonderLMConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be one of {', '.join(allowed)}")
         if not 0 <= ponder_threshold <= 1:
             raise ValueError(f"ponder_threshold is {ponder_threshold}; it must lie between 0 (every step runs) and 1")
+        check_exit(ponder_confidence_exit, ponder_mode, ponder_latent_visibility)
         if isinstance(latent_scale, str) and latent_scale != "learned":
             raise ValueError(f"latent_scale is {latent_scale}; it must be a number or learned")
         if self.norm == "rms":
@@ -150,6 +157,7 @@ class PonderLMConfig(PretrainedConfig):
         self.ponder_jacobi_iterations = ponder_jacobi_iterations
         self.ponder_threshold = ponder_threshold
         self.ponder_router_bias = ponder_router_bias
+        self.ponder_confidence_exit = ponder_confidence_exit
         self.ponder_router_hidden_size = ponder_router_hidden_size
         self.ponder_eod_id = ponder_eod_id
         self.ponder_pieces = ponder_pieces

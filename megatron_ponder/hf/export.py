@@ -26,7 +26,9 @@ from megatron_ponder.hf.pretrained_config import AUTO_MAP
 from megatron_ponder.hf.weights import to_export
 
 # The files that define the model for transformers; they import each other and nothing else of ours.
-MODEL_FILES = tuple(f"{part}_ponderlm.py" for part in ("configuration", "cache", "layers", "methods", "modeling"))
+MODEL_FILES = tuple(
+    f"{part}_ponderlm.py" for part in ("configuration", "cache", "exits", "layers", "methods", "modeling")
+)
 DataType = Literal["float32", "bfloat16"]
 
 

@@ -294,3 +294,18 @@ class PonderLMRouter(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.output(h if self.hidden is None else F.gelu(self.hidden(h)))
+
+
+def document_layout(ids_BL: Tensor, present_BL: Tensor | None, eod_id: int | None) -> tuple[Tensor, Tensor | None]:
+    """RoPE positions (B or 1, L), and document numbers (B, L) if attention is to stay within documents.
+
+    Padding belongs to document -1 and does not count in positions.
+    """
+    if eod_id is None and present_BL is None:
+        return torch.arange(ids_BL.shape[1], device=ids_BL.device).unsqueeze(0), None
+    present = torch.ones_like(ids_BL, dtype=torch.bool) if present_BL is None else present_BL
+    ends = torch.zeros_like(ids_BL) if eod_id is None else ((ids_BL == eod_id) & present).long()
+    documents = ends.cumsum(1) - ends
+    count = present.long().cumsum(1)
+    before = F.pad((count * ends).cummax(1).values, (1, -1))  # tokens of earlier documents
+    return (count - 1 - before).clamp(min=0), documents.masked_fill(~present, -1)

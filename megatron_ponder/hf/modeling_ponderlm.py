@@ -18,14 +18,22 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_ponderlm import PonderLMCache
 from .configuration_ponderlm import PonderLMConfig
-from .layers_ponderlm import PonderLMLatentScale, PonderLMModel, PonderLMRouter, ResidualLinear, RouterOutput, visible
+from .exits_ponderlm import check_exit, stopped
+from .layers_ponderlm import (
+    PonderLMLatentScale,
+    PonderLMModel,
+    PonderLMRouter,
+    ResidualLinear,
+    RouterOutput,
+    document_layout,
+    visible,
+)
 from .methods_ponderlm import METHODS, Latents
 
 # A key of this log weight gets probability exactly 0 in every floating-point type, and stays finite in bf16.
@@ -157,7 +165,8 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         """Next-token logits.
 
         Without a cache, all tokens are evaluated in parallel by growth passes, `config.ponder_jacobi_iterations`
-        refinements and a final pass. With a cache, tokens run one by one after those in the cache, without gradients.
+        refinements and a final pass. With a cache, tokens run one by one after those in the cache, without gradients;
+        with `config.ponder_confidence_exit` always.
         At padding, the output is that of the last token before it, so that what follows the last column follows the
         text on whichever side it is padded.
 
@@ -184,10 +193,15 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             raise ValueError("PonderLM needs input_ids")
         cache = past_key_values if cache is None else cache
         use_cache = use_cache or cache is not None
-        if use_cache and labels is not None and self.training:
-            raise ValueError("with a cache there are no gradients; train with use_cache=False and no past_key_values")
+        exit = self.config.ponder_confidence_exit
+        check_exit(exit, self.config.ponder_mode, self.config.ponder_latent_visibility)
+        by_token = use_cache or exit is not None
+        if by_token and labels is not None and self.training:
+            raise ValueError(
+                "with a cache there are no gradients; train with neither one nor use_cache nor ponder_confidence_exit"
+            )
         present = self._present(input_ids, attention_mask, cache)
-        if use_cache:
+        if by_token:
             if cache is None:
                 lanes = self.method.lanes(self.config.ponder_steps)
                 cache = PonderLMCache(len(input_ids), input_ids.device, lanes, self.config.ponder_own)
@@ -200,7 +214,9 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = PonderLMOutput(loss=loss, logits=logits, executed_steps=executed, **{CACHE: cache})
+        output = PonderLMOutput(
+            loss=loss, logits=logits, executed_steps=executed, **{CACHE: cache if use_cache else None}
+        )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _present(self, ids_BL: Tensor, mask: Tensor | None, cache: PonderLMCache | None) -> Tensor | None:
@@ -279,17 +295,21 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         """Run the slots of one token in each of these rows: fused hidden states (R, H), K̂ (R,)."""
         log_w = None if self.router is None else torch.zeros(len(rows_R), dtype=torch.float32, device=x_RH.device)
         hidden = self._run_slot(x_RH, log_w, rows_R, cache)
-        routing = self._route(hidden)
+        routing, exit = self._route(hidden), self.config.ponder_confidence_exit
         fusion = routing.fusion.to(hidden.dtype)
-        fused = fusion[:, :1] * hidden
+        fused, executed = fusion[:, :1] * hidden, routing.executed
         for step in range(1, int(routing.executed.max()) + 1):
-            runs = (routing.executed >= step).nonzero().squeeze(1)
+            if exit is not None:
+                executed = stopped(self.lm_head(hidden), executed, step - 1, exit)
+            runs = (executed >= step).nonzero().squeeze(1)
+            if not len(runs):
+                break
             x_RH, hidden = x_RH.clone(), hidden.clone()
             x_RH[runs] = self.method.next_step(self, step, x_RH[runs], hidden[runs])
             log_w = None if routing.log_w is None else routing.log_w[runs, step]
             hidden[runs] = self._run_slot(x_RH[runs], log_w, rows_R[runs], cache, step)
             fused = fused + fusion[:, step : step + 1] * hidden  # of weight 0 in the rows that did not run
-        return fused, routing.executed
+        return fused if exit is None else hidden, executed
 
     def _run_slot(
         self, x_RH: Tensor, log_w_R: Tensor | None, rows_R: Tensor, cache: PonderLMCache, step: int = 0
@@ -358,18 +378,3 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
             "logits_to_keep": 1,
             "pieces_alone": True,
         }
-
-
-def document_layout(ids_BL: Tensor, present_BL: Tensor | None, eod_id: int | None) -> tuple[Tensor, Tensor | None]:
-    """RoPE positions (B or 1, L), and document numbers (B, L) if attention is to stay within documents.
-
-    Padding belongs to document -1 and does not count in positions.
-    """
-    if eod_id is None and present_BL is None:
-        return torch.arange(ids_BL.shape[1], device=ids_BL.device).unsqueeze(0), None
-    present = torch.ones_like(ids_BL, dtype=torch.bool) if present_BL is None else present_BL
-    ends = torch.zeros_like(ids_BL) if eod_id is None else ((ids_BL == eod_id) & present).long()
-    documents = ends.cumsum(1) - ends
-    count = present.long().cumsum(1)
-    before = F.pad((count * ends).cummax(1).values, (1, -1))  # tokens of earlier documents
-    return (count - 1 - before).clamp(min=0), documents.masked_fill(~present, -1)

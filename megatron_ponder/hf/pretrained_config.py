@@ -107,6 +107,7 @@ def _ponderlm(fields: Fields) -> dict[str, object]:
     family = fields.choice("base_family", *FAMILIES)
     features = _features if fields.anything("norm") is not None else FORMER_EXPORTS.get(family, _features)
     fields.harmless(["ponder_pieces"])  # which is the tokenizer's
+    fields.only("ponder_confidence_exit", None)
     return {
         "model.family": family,
         **features(fields),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ponder.config import ModelConfig, PonderConfig
@@ -113,6 +114,15 @@ class Back(NamedTuple):
     head: Head
     axis: Axis
     vocab_size: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) from hidden states (..., H), both on all tensor ranks."""
+        own = self.head(hidden)
+        if self.axis.size > 1:
+            parts = [torch.empty_like(own) for _ in range(self.axis.size)]
+            dist.all_gather(parts, own.contiguous(), group=self.axis.group)
+            own = torch.cat(parts, -1)
+        return own[..., : self.vocab_size]
 
     def likeliest(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The largest logits and their ids, (..., n) each, from hidden states (..., H) on all tensor ranks."""

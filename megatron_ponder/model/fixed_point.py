@@ -2,10 +2,10 @@
 
 A sweep runs, one forward after another, slot 0 of some tokens, slot 1, and so on up to K̂ of each: a latent slot reads
 the hidden state that the same sweep gave the slot before it, and all see the newest keys of the slots before them. What
-the router prunes is not run. A token that a sweep has left as it was, and all that it sees too, is final: it is not run
-again, and another takes its place. The first of a segment is final after one sweep, which runs it as the sequential
-model does; contraction makes it many. Prompts are read alike (`generation/prompt_pieces.py`), out of a cache that
-sequences share; here all slots of a batch lie in place, row after row.
+the router prunes, or an exit spares, is not run. A token that a sweep has left as it was, and all that it sees too, is
+final: it is not run again, and another takes its place. The first of a segment is final after one sweep, which runs it
+as the sequential model does; contraction makes it many. Prompts are read alike (`generation/prompt_pieces.py`), out of
+a cache that sequences share; here all slots of a batch lie in place, row after row.
 """
 
 import math
@@ -20,9 +20,9 @@ from torch.linalg import vector_norm
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.kernels.rotary import Rotation
 from megatron_ponder.model.attention import Slots
-from megatron_ponder.model.ends import LatentScale
+from megatron_ponder.model.ends import Back, LatentScale
 from megatron_ponder.model.geometry import Geometry
-from megatron_ponder.model.router import Router, Routing, Rule, key_log_weights
+from megatron_ponder.model.router import Router, Routing, Rule, given_steps, key_log_weights
 from megatron_ponder.model.transformer import Transformer
 
 # Tokens that are run together on a GPU, which nobody has measured.
@@ -36,7 +36,8 @@ class Swept(Protocol):
         model_config, ponder_config: what it was built from.
         transformer: all of its blocks.
         latent_scale: makes latents of hidden states.
-        router: None where every token takes all steps.
+        router: None where every token takes all steps, or those before an exit.
+        back: what predicts, for exits.
     """
 
     model_config: ModelConfig
@@ -44,6 +45,7 @@ class Swept(Protocol):
     transformer: Transformer
     latent_scale: LatentScale
     router: Router | None
+    back: Back
 
     def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
         """The routing from what the router reads, (..., H)."""
@@ -54,7 +56,7 @@ class Settled(NamedTuple):
 
     Attributes:
         hidden_BLSH: hidden states of all slots; zeros where a slot was pruned.
-        routing: the newest; None without a router.
+        routing: the newest; None without a router or an exit.
         slots_PB: int64, slots that each sweep ran of each sequence.
     """
 
@@ -112,7 +114,7 @@ class _Sweeps:
         hidden_NSH: hidden states.
         weights_NS: log weight of every slot as a key; −∞ where there is none.
         living_N: int64, slots of every token that there are, from the first on.
-        executed_N: int64, latent steps that it is to run by the newest routing.
+        executed_N: int64, latent steps that it is to run by the newest routing, or by the newest prediction.
         final_N: whether it is run no more.
     """
 
@@ -160,6 +162,8 @@ class _Sweeps:
         routing = None
         if self._routing is not None:
             routing = Routing(*(part.unflatten(0, self._shape) for part in self._routing))
+        elif self._rule.exit is not None:
+            routing = given_steps(self.executed_N.unflatten(0, self._shape), self.steps, hidden_BLSH.dtype)
         return Settled(hidden_BLSH, routing, torch.stack(self._slots_PB).cpu())
 
     def _run_step(self, tokens_n: Tensor, step: int) -> None:
@@ -177,6 +181,10 @@ class _Sweeps:
         self._take(tokens_n, step, h_nH)
         if step == 0 and self._model.router is not None:
             self._route(tokens_n, x_nH if self._model.ponder_config.routes_by_token else h_nH)
+        if self._rule.exit is not None:
+            confident_n = self._rule.exit.confident(self._model.back.logits(h_nH))
+            self.executed_N[tokens_n] = torch.where(confident_n, step, self.steps)
+            self.weights_NS[tokens_n] = self.weights_NS[tokens_n].where(self._prune(tokens_n), -math.inf)
 
     def _place(self, tokens_n: Tensor, step: int) -> None:
         """Look where slots are and what they see."""
@@ -215,11 +223,15 @@ class _Sweeps:
             every[tokens_n] = part
         if rule.kind == "hard":
             self.executed_N[tokens_n] = routing.executed
+        weights_nS = key_log_weights(routing, rule).to(self.weights_NS.dtype)
+        self.weights_NS[tokens_n] = weights_nS.where(self._prune(tokens_n), -math.inf)
+
+    def _prune(self, tokens_n: Tensor) -> Tensor:
+        """Let the slots die that some tokens are not to run; which of theirs there are, (n, K + 1)."""
         living_n = self.living_N[tokens_n].clamp(max=self.executed_N[tokens_n] + 1)
         self._changed_N[tokens_n] |= living_n < self.living_N[tokens_n]
         self.living_N[tokens_n] = living_n
-        weights_nS = key_log_weights(routing, rule).to(self.weights_NS.dtype)
-        self.weights_NS[tokens_n] = weights_nS.where(self._there(living_n), -math.inf)
+        return self._there(living_n)
 
     def _there(self, living_n: Tensor) -> Tensor:
         """Which slots there are of tokens that have so many, (n, K + 1)."""

@@ -14,6 +14,7 @@ from megatron_ponder.config.run import AttentionKernel
 from megatron_ponder.kernels.attention import OwnSlots
 from megatron_ponder.model.attention import LayerCache, Slots
 from megatron_ponder.model.ends import Back, Front, Head, LatentScale
+from megatron_ponder.model.exits import Exit
 from megatron_ponder.model.fixed_point import settle
 from megatron_ponder.model.geometry import Geometry
 from megatron_ponder.model.modes import passes_of
@@ -28,6 +29,7 @@ from megatron_ponder.model.router import (
     fusion_weights,
     key_log_weights,
     route,
+    rule_of,
 )
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
@@ -48,7 +50,7 @@ class PonderOutput:
         output_BLH: what the head reads, on all tensor ranks: h_{t,0}, h_{t,K} or the fused ĥ_t, by mode.
         hidden_BLSH: hidden states of the final pass's slots, of the last slot alone where only that is the output; with
             sequence parallelism those of this rank's tokens.
-        routing: the final pass's routing; None unless the mode is `adaptive`.
+        routing: the final pass's routing, or the steps before an exit; None where neither decides.
         slots_PB: int64, slots that each pass ran of each sequence.
         steps: the most latent steps that a token could take: K, or 0 under the rule `none`.
     """
@@ -154,10 +156,11 @@ class PonderLM(nn.Module):
         """Where tokens are predicted, in the last part."""
         return Back(self.head, self.axis, self.model_config.vocab_size)
 
-    def rule(self, kind: RuleKind, threshold: float | None = None, bias: float | None = None) -> Rule:
+    def rule(
+        self, kind: RuleKind, threshold: float | None = None, bias: float | None = None, exit: Exit | None = None
+    ) -> Rule:
         """A rule for `jacobi` and `exact`, with the configured τ and α unless others are given."""
-        own = self.inference
-        return Rule(kind, own.threshold if threshold is None else threshold, own.router_bias if bias is None else bias)
+        return rule_of(self.inference, kind, threshold, bias, exit)
 
     def jacobi(
         self, tokens_BL: Tensor, refinements: int, rule: Rule, gradient_passes: int | None = None
@@ -167,9 +170,10 @@ class PonderLM(nn.Module):
         Args:
             tokens_BL: int64 ids.
             refinements: R.
-            rule: how a routing is applied.
+            rule: how a routing is applied; without an exit, as slots beyond it would be run.
             gradient_passes: let gradients flow through the last so many passes only; None for all.
         """
+        assert rule.exit is None
         plan = self.passes.plan(refinements, rule.latents)
         batch = self.read(tokens_BL)
         state = None
@@ -195,7 +199,12 @@ class PonderLM(nn.Module):
 
         Returns:
             The output; hidden states of slots that the rule prunes are zeros, and `slots_PB` is of sweeps.
+
+        Raises:
+            UserError: the rule has an exit, by which tokens of this mode cannot stop.
         """
+        if rule.exit is not None:
+            rule.exit.check(self.ponder_config)
         if not (self.passes.iterated and rule.latents):
             return self.jacobi(tokens_BL, 0, rule)
         batch = self.read(tokens_BL)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.config import ModelConfig, PonderConfig
+from megatron_ponder.config import InferenceConfig, ModelConfig, PonderConfig
 from megatron_ponder.kernels.attention import DEAD
+from megatron_ponder.model.exits import Exit
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.sharding import ParameterSpec, ShardedModule, constant, normal
 
@@ -45,6 +46,7 @@ class Rule:
             steps, as in `fixed` mode, and the router learns nothing; `none`, no token takes any, so that one pass over
             the tokens is all there is, in every mode.
         share: of `all`, w of every latent step: the output is so much of the last one and the rest of the first slot.
+        exit: of `hard` without a router, what ends a token's steps; all of them run unless given.
         threshold: τ.
         bias: α, added k times to the logit of step k.
         executed: int64 (B, L), K̂ of every token in place of what τ gives, for comparison with other choices.
@@ -55,6 +57,7 @@ class Rule:
     bias: float = 0.0
     executed: Tensor | None = None
     share: float = 1.0
+    exit: Exit | None = None
 
     @property
     def latents(self) -> bool:
@@ -64,6 +67,18 @@ class Rule:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold {self.threshold} is not a weight; choose it between 0 (every step runs) and 1")
+
+
+def rule_of(
+    own: InferenceConfig,
+    kind: RuleKind,
+    threshold: float | None = None,
+    bias: float | None = None,
+    exit: Exit | None = None,
+) -> Rule:
+    """A rule with the configured τ and α unless others are given."""
+    threshold, bias = own.threshold if threshold is None else threshold, own.router_bias if bias is None else bias
+    return Rule(kind, threshold, bias, exit=exit)
 
 
 class _Replicated(ShardedModule):
@@ -120,6 +135,19 @@ def route(logits: Tensor, rule: Rule) -> Routing:
     log_w = tails - log_total
     chosen = executed_steps(log_w, rule.threshold) if rule.executed is None else rule.executed
     return Routing(logits - log_total, log_w, chosen)
+
+
+def given_steps(executed: Tensor, steps: int, dtype: torch.dtype) -> Routing:
+    """The routing by which tokens take the steps given, each of weight 1 as a key, and the last one is the output.
+
+    Args:
+        executed: int64 (...), K̂.
+        steps: K.
+        dtype: of the weights.
+    """
+    last = torch.arange(steps + 1, device=executed.device) == executed.unsqueeze(-1)
+    log_s = torch.full(last.shape, DEAD, dtype=dtype, device=executed.device).masked_fill(last, 0)
+    return Routing(log_s, torch.zeros_like(log_s), executed)
 
 
 def executed_steps(log_w: Tensor, threshold: float) -> Tensor:

@@ -14,6 +14,7 @@ from tests.models import small_config, small_model
 
 TOOL = REPOSITORY / "tools" / "analyze_pondering.py"
 QUICK = ["--samples", "6", "--refinements", "1", "--thresholds", "0.5", "--biases", "1", "--random-draws", "1"]
+QUICK += ["--entropies", "1", "--margins", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,12 @@ def test_several_modes_and_depths(tool, diagnostic):
     assert content["data"] == "the valid part of corpus_text_document"
     assert list(content["models"]) == ["adaptive", "fixed", "vanilla"]
     assert (output / "depth.svg").is_file()
-    assert {row["sweep"] for row in rows(output / "quality_compute.csv") if row["model"] != "adaptive"} == {"trained"}
+    sweeps = {(row["model"], row["sweep"]) for row in rows(output / "quality_compute.csv")}
+    trained = {(mode, "trained") for mode in ("fixed", "vanilla")}
+    assert {sweep for sweep in sweeps if sweep[0] != "adaptive"} == trained | {
+        ("fixed", "entropy"),
+        ("fixed", "margin"),
+    }
 
     # the depths that the table counts are those of the tokens that it is about, found in the text again
     words = [

@@ -117,6 +117,13 @@ def test_a_folder_without_tokenizer_and_data(tool, corpus, tmp_path):
     assert "fixed" in out
     assert "–" in out
     assert "soft" not in out
+    shares = {"entropy:0": " 0.0% 100.0% ", "entropy:inf": " 100.0% 0.0% 0.0% "}
+    for exit, shown in shares.items():
+        options = ["--data", corpus.dataset, "--samples", "1", "--confidence-exit", exit]
+        code, out, error = tool("--checkpoint", tmp_path / "bare", *options)
+        assert (code, error) == (0, "")
+        assert [line for line in out.splitlines() if "hard, exact" in line and "100.0%" in line]
+        assert [line for line in out.splitlines() if f"{exit}, exact" in line and shown in line]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +134,10 @@ def test_a_folder_without_tokenizer_and_data(tool, corpus, tmp_path):
         (["--text", "no/such.txt"], "No such file or directory (no/such.txt)", "check the path"),
         (["--samples", "0"], "there is nothing to evaluate", "another split"),
         (["--threshold", "-1"], "threshold is -1; its range is 0 to 1", "see --help"),
+        (["--confidence-exit", "entropy"], "entropy:nan is no confidence exit", "choose entropy:X"),
+        (["--confidence-exit", "margin:0.5"], "is for a model of mode fixed, not for one of mode adaptive", "leave it"),
+        (["--confidence-exit", "margin:1", "--refinements", "2"], "is evaluated exactly", "leave out --refinements"),
+        (["--tasks", "x", "--confidence-exit", "margin:1"], "does not go with --tasks", "in an --export"),
         (["--limit", "5"], "--limit and --num-fewshot go with --tasks", "name the tasks to run"),
         (["--tasks", "x", "--text", "README.md"], "do not go with --tasks", "run one command for each"),
         (["--tasks", "x", "--export", "out"], "on a --checkpoint or an --export", "give one of them"),

@@ -144,6 +144,8 @@ def test_generation_stops_at_the_end_of_a_document(tool, corpus, tmp_path):
     [
         (["--max-new-tokens", "999"], "999 new ones are asked for, but the model is meant for 256", "ask for fewer"),
         (["--threshold", "1.5"], "threshold is 1.5", "its range is 0 to 1"),
+        (["--confidence-exit", "margin"], "margin:nan is no confidence exit", "choose entropy:X"),
+        (["--confidence-exit", "margin:1"], "for a model of mode fixed, not for one of mode adaptive", "leave it out"),
         (["--top-p", "0"], "top_p is 0", "its range is 1e-6 to 1"),
         (["--temperature", "-1"], "temperature is -1", "its range is 0, or 1e-6 to 100"),
         (["--temperature", "nan"], "temperature is nan", "its range is 0, or"),

@@ -186,6 +186,7 @@ def test_mistakes_are_one_line(ponder, checkpoint, tmp_path):
             ("--checkpoint", checkpoint, "--max-connections", 10**9): "allow more, or",
             ("--checkpoint", checkpoint, "--router-bias", "inf"): "router_bias is inf; its range is -1,000 to 1,000",
             ("--checkpoint", checkpoint, "--port", 0, "--threshold", 2): "threshold is 2; its range is 0 to 1",
+            ("--checkpoint", checkpoint, "--port", 0, "--confidence-exit", "margin:1"): "is for a model of mode fixed",
             ("--checkpoint", tmp_path / "missing", "--port", 0): "holds no complete checkpoint; give a run folder",
             ("--checkpoint", tmp_path / "bare", "--port", 0): "has no tokenizer; train with tokenizer.path set",
         }

@@ -7,7 +7,9 @@ from megatron_ponder.evaluation.analysis import Analysis, analyse
 from megatron_ponder.evaluation.analysis_plan import AnalysisPlan, Subject
 from tests.models import random_tokens, small_model
 
-PLAN = AnalysisPlan(refinements=1, thresholds=(0.1, 0.6), biases=(-2.0, 2.0), random_draws=2, iterations=4, listed=60)
+EXITS = {"entropies": (0.0, 1000.0), "margins": (0.001,)}
+SWEEPS = {"thresholds": (0.1, 0.6), "biases": (-2.0, 2.0)} | EXITS
+PLAN = AnalysisPlan(refinements=1, random_draws=2, iterations=4, listed=60, **SWEEPS)
 # A token that would end a script if the page did not escape it, spaces and a line end.
 PIECES = ["</script>", "▁word", "\\n", "<b>", "&amp;"]
 

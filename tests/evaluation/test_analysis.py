@@ -10,11 +10,13 @@ from megatron_ponder.evaluation.analysis_plan import AnalysisPlan, Subject
 from megatron_ponder.evaluation.perplexity import Setting, evaluate
 from megatron_ponder.evaluation.pondering import contraction, measure, shuffled
 from megatron_ponder.evaluation.statistics import rank_correlation
+from megatron_ponder.model.exits import Exit
 from tests.models import random_tokens, small_model
 
 BATCHES = [random_tokens(2, 21, seed=0), random_tokens(1, 12, seed=1)]
 DEPTHS = [random_tokens(2, 21, vocab_size=4, seed=2) - 1, random_tokens(1, 12, vocab_size=4, seed=3) - 1]
-PLAN = AnalysisPlan(refinements=1, thresholds=(0.2, 0.6), biases=(-2.0, 2.0), random_draws=2, iterations=3, listed=30)
+SWEEPS = {"thresholds": (0.2, 0.6), "biases": (-2.0, 2.0), "entropies": (0.0, 1000.0), "margins": (0.001,)}
+PLAN = AnalysisPlan(refinements=1, random_draws=2, iterations=3, listed=30, **SWEEPS)
 LABELS = {"a": "adaptive", "f": "fixed", "v": "vanilla"}
 
 
@@ -48,6 +50,22 @@ def rows_of(analysis, table, **values):
     return [row for row in analysis.tables[table] if all(row[name] == value for name, value in values.items())]
 
 
+def test_exits_of_a_fixed_model_are_exact_and_of_no_other(analysis, subjects):
+    model, rows = subjects["f"].model, analysis.tables["quality_compute"]
+    exits = [row for row in rows if row["sweep"] in ("entropy", "margin")]
+    wanted = [("entropy", 0.0), ("entropy", 1000.0), ("margin", 0.001)]
+    assert [(row["model"], row["sweep"], row["threshold"]) for row in exits] == [("f", *exit) for exit in wanted]
+    for row in exits:
+        exit = Exit(row["sweep"], row["threshold"])
+        want = evaluate(model, BATCHES, Setting(model.rule("hard", exit=exit), None))
+        assert row["evaluation"] == f"{exit}, exact" == want.setting
+        assert row["loss"] == pytest.approx(want.cross_entropy)
+        assert row["mflops"] == pytest.approx(want.flops / 1e6)
+        assert row["mean_steps"] == pytest.approx(want.mean_steps)
+    assert [row["mean_steps"] for row in exits[:2]] == [2, 0]
+    assert 0 < exits[2]["mean_steps"] < 2
+
+
 def test_what_comes_is_announced(subjects, announced, analysis):
     for label, subject in subjects.items():
         assert PLAN.measurements(subject) == sum(line.startswith(f"{label}: ") for line in announced)
@@ -74,8 +92,8 @@ def test_quality_and_compute(analysis, subjects):
                     drawn = measure(model, BATCHES, Setting(shuffled(measured, control["seed"]), 1))
                     assert control["loss"] == pytest.approx(drawn.loss.mean())
     for label, steps in (("f", 2), ("v", 0)):
-        (row,) = rows_of(analysis, "quality_compute", model=label)
-        assert (row["sweep"], row["mean_steps"], row["threshold"]) == ("trained", steps, None)
+        (row,) = rows_of(analysis, "quality_compute", model=label, sweep="trained")
+        assert (row["mean_steps"], row["threshold"]) == (steps, None)
         want = evaluate(subjects[label].model, BATCHES, Setting(model.rule("hard"), 1))
         assert row["loss"] == pytest.approx(want.cross_entropy)
 

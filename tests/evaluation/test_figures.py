@@ -51,7 +51,10 @@ def test_a_figure_is_drawn_from_its_rows(tables):
             ordered = sorted((row for row in rows if row["sweep"] == sweep), key=lambda row: row[x])
             assert columns(ordered, x, "loss") in drawn
         for model in ("fixed", "vanilla"):
-            assert columns([row for row in tables["quality_compute"] if row["model"] == model], x, "loss") in drawn
+            trained = [row for row in tables["quality_compute"] if (row["model"], row["sweep"]) == (model, "trained")]
+            assert columns(trained, x, "loss") in drawn
+        exits = [row for row in tables["quality_compute"] if row["sweep"] == "entropy"]
+        assert columns(sorted(exits, key=lambda row: row[x]), x, "loss") in drawn
     for name, panel, (x, y) in (
         ("benefit", 0, ("steps", "gain")),
         ("benefit", 1, ("steps", "first_loss")),

@@ -168,7 +168,10 @@ def write_analysis(folder: Path, seed: int, shift: float) -> None:
             {"models": {f"{name}-seed{seed}": model | {"mode": name.split("-")[0]} for name, model in models.items()}}
         )
     )
-    rows = ["model,sweep,threshold,loss,mflops"]
+    rows = ["model,sweep,threshold,loss,mflops,mean_steps"]
+    exits = (("entropy,0", 4.0, 3.4, 2.0), ("entropy,1", 4.2 + shift, 2.0, 1.0), ("entropy,9", 6.0, 1.0, 0.0))
+    exits += (("margin,0.9", 4.1, 2.9, 1.8), ("margin,0.5", 4.4, 1.7, 0.5))
+    rows += [f"fixed-seed{seed},{exit},{loss},{mflops},{steps}" for exit, loss, mflops, steps in exits]
     rows += [
         f"{name}-seed{seed},trained,,0,{mflops}" for name, mflops in (("vanilla", 1), ("fixed-1", 2), ("fixed", 3))
     ]
@@ -208,8 +211,12 @@ def test_the_table_compares_at_equal_compute_over_seeds(tmp_path, monkeypatch):
     # At 1.5 MFLOPs the curve through vanilla and fixed-1 is at 4.8.
     assert cells[1:6] == ["4.050 ± 0.071", "1.00", "1.50", "-0.750 ± 0.071", ""]
     assert cells[6:] == ["-0.150 ± 0.071", "0.250 ± 0.000", "0.00200", "0.10100", "0.40 ± 0.00"]
+    # Between the thresholds that take less and more; an exit by margin takes more than that with all of its own.
+    exits = {line.split("|")[1].strip(): line.split("|")[2:5] for line in table.splitlines() if "| fixed-" in line}
+    assert [cell.strip() for cell in exits["fixed-entropy"]] == ["5.125 ± 0.035", "0.50", "1.50"]
+    assert [cell.strip() for cell in exits["fixed-margin"]] == ["4.400 ± 0.000", "0.50", "1.70"]
     assert (tmp_path / "table.md").read_text() == table
-    assert len((tmp_path / "table.csv").read_text().splitlines()) == 9
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 13
 
 
 def test_a_mode_has_one_colour_and_a_line_through_its_variants_and_no_name_covers_another(monkeypatch):

@@ -9,7 +9,9 @@ from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.sequences import Batching
+from megatron_ponder.model.exits import Exit
 from megatron_ponder.model.ponder import PonderLM
+from megatron_ponder.model.router import Rule
 from tests.generation.sequential import continue_greedily
 from tests.models import LEARNED, random_tokens, small_model
 
@@ -26,6 +28,7 @@ MODELS = {
     "llama-sps": {"ponder__mode": "sps"},
     "gpt_neox-own": {"model__family": "gpt_neox", "ponder__latent_visibility": "own"},
     "gpt_neox-loop": {"model__family": "gpt_neox", "ponder__mode": "loop"},
+    "llama-exit": {"ponder__mode": "fixed"},
     "llama-ponderlm": {"ponder__mode": "ponderlm", "model__vocab_size": 301, "model__tie_embeddings": True},
 }
 
@@ -33,9 +36,12 @@ MODELS = {
 SEEDS = {"gpt_neox-adaptive": 2}
 
 
+EXITS = {"llama-exit": Exit("entropy", 3.4)}
+
+
 def arrivals_model(name: str):
     """A model whose tokens take all numbers of steps."""
-    return small_model(
+    model = small_model(
         SEEDS.get(name, 0),
         router_scale=3.0,
         ponder__latent_steps=3,
@@ -44,6 +50,15 @@ def arrivals_model(name: str):
         model__max_position_embeddings=256,
         **MODELS[name],
     ).eval()
+    if name in EXITS:  # by predictions that differ
+        with torch.no_grad():
+            model.head.weight *= 12
+    return model
+
+
+def rule_of_arrivals(name: str, model: PonderLM) -> Rule:
+    """By which its tokens stop."""
+    return model.rule("hard", exit=EXITS.get(name))
 
 
 def prompts() -> list[list[int]]:
@@ -55,7 +70,7 @@ def prompts() -> list[list[int]]:
 def expected(name: str) -> list[tuple[list[int], list[float], list[int]]]:
     """Tokens, log-probabilities and K̂ of each, one at a time, which takes seconds."""
     model = arrivals_model(name)
-    return [continue_greedily(model, model.rule("hard"), prompt, NEW) for prompt in prompts()]
+    return [continue_greedily(model, rule_of_arrivals(name, model), prompt, NEW) for prompt in prompts()]
 
 
 def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[list, int] | None:
@@ -74,7 +89,7 @@ def generated(mesh, name: str, dtype: torch.dtype, sequential: bool) -> tuple[li
         )
         load_weights(model, whole.state_dict())
     batching = Batching(max_sequences=6, prefill=None if sequential else Prefill(chunk=32, shortest=8))
-    with Generator(model.to(dtype), mesh, batching=batching) as generator:
+    with Generator(model.to(dtype), mesh, rule_of_arrivals(name, model), batching) as generator:
         if generator.drives:
             generator.keep_alive()
             sequences = []

@@ -63,10 +63,20 @@ def latent_scale(model) -> Tensor | float:
     return model.latent_scale.log.exp() if scale == "learned" else scale
 
 
+def sure(p: Tensor, exit) -> bool:
+    """Whether probabilities of the next token allow to stop."""
+    if exit.measure == "entropy":
+        return bool(-(p * p.log()).sum() < exit.threshold)
+    first, second = p.sort(descending=True).values[:2]
+    return bool(first - second >= exit.threshold)
+
+
 def fixed(model, rule, state: Sequential, embedded: Tensor) -> tuple[Tensor, int]:
-    """Every latent slot reads the slot before it; no step for `vanilla`."""
+    """Every latent slot reads the slot before it, up to one that is sure enough; no step for `vanilla`."""
     hidden, steps = state.run(model, embedded), model.ponder_config.steps
-    for _ in range(steps):
+    for step in range(steps):
+        if rule.exit is not None and sure(model.head(hidden)[0].softmax(-1), rule.exit):
+            return hidden, step
         hidden = state.run(model, latent_scale(model) * hidden)
     return hidden, steps
 

@@ -10,6 +10,7 @@ from megatron_ponder.generation.runner import Runner
 from megatron_ponder.generation.sampling import Sampling
 from megatron_ponder.generation.scheduler import Scheduler
 from megatron_ponder.generation.sequences import Batching
+from megatron_ponder.model.exits import Exit
 from tests.models import random_tokens, small_model
 
 RULES = [
@@ -23,6 +24,8 @@ RULES = [
 # Room for few of the sequences at a time, so that some are sent back to waiting and read again.
 BATCHING = Batching(max_sequences=4, max_slots=220, prefill=Prefill(chunk=8, shortest=2))
 
+EXIT = Exit("margin", 0.005)
+
 
 def requests() -> list[Request]:
     prompts = [random_tokens(1, 3 + 4 * index, seed=index)[0].tolist() for index in range(len(RULES))]
@@ -34,9 +37,17 @@ def requests() -> list[Request]:
 
 def generated(model, far: bool) -> tuple[list[tuple], int, FarChooser]:
     """What comes of the requests, how often a sequence was sent back, and who chose."""
-    scheduler = Scheduler(model.model_config, model.ponder_config, BATCHING, dtype=torch.float64, chooses=not far)
+    rule = model.rule("hard", exit=EXIT if model.ponder_config.mode == "fixed" else None)
+    scheduler = Scheduler(
+        model.model_config,
+        model.ponder_config,
+        BATCHING,
+        dtype=torch.float64,
+        chooses=not far,
+        exits=rule.exit is not None,
+    )
     runner, chooser = (
-        Runner(model, model.rule("hard"), BATCHING.max_sequences),
+        Runner(model, rule, BATCHING.max_sequences),
         FarChooser(model.model_config.vocab_size),
     )
     sequences = [scheduler.submit(request) for request in requests()]
@@ -56,7 +67,7 @@ def generated(model, far: bool) -> tuple[list[tuple], int, FarChooser]:
     return results, scheduler.usage.preempted, chooser
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "vanilla"])
+@pytest.mark.parametrize("mode", ["adaptive", "vanilla", "fixed"])
 def test_far_choices_are_those_of_one_process(mode):
     model = small_model(router_scale=3.0, ponder__mode=mode, ponder__latent_steps=3, inference__threshold=0.2).eval()
     near, far = generated(model, far=False), generated(model, far=True)

@@ -16,6 +16,7 @@ from megatron_ponder.generation.request import Request
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.generation.slot_numbers import bucket
 from megatron_ponder.generation.static_runner import StaticRunner, padded_size
+from megatron_ponder.model.exits import Exit
 from tests.generation.sequential import continue_greedily
 from tests.models import LEARNED, random_tokens, small_model
 
@@ -72,20 +73,22 @@ class Watched(StaticRunner):
 @pytest.mark.parametrize(
     ("mode", "family"),
     [("adaptive", "llama"), ("pause", "llama"), ("sps", "llama"), ("loop", "gpt_neox"), ("ponderlm", "llama")]
+    + [("exit", "llama")]
     + [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("fixed", "llama"), ("vanilla", "gpt_neox"))],
 )
 def test_replayed_forwards_equal_the_definition(mode, family, monkeypatch):
     scale = LEARNED if mode in ("adaptive", "loop") else {}
     model = small_model(
         router_scale=3.0,
-        ponder__mode=mode,
+        ponder__mode="fixed" if mode == "exit" else mode,
         model__family=family,
         inference__threshold=0.2,
         model__vocab_size=131,
         **scale,
     ).eval()
+    rule = model.rule("hard", exit=Exit("margin", 0.002) if mode == "exit" else None)
     monkeypatch.setattr(generators, "Runner", Watched)
-    with Generator(model, batching=BATCHING) as generator:
+    with Generator(model, rule=rule, batching=BATCHING) as generator:
         sequences = [generator.submit(Request(tuple(prompt), NEW)) for prompt in PROMPTS]
         generator.run()
         generator.keep_alive()
@@ -95,7 +98,7 @@ def test_replayed_forwards_equal_the_definition(mode, family, monkeypatch):
     assert runner.cache.reserved == 0
     assert runner.cache.capacity == 32 * (5 + 3 * (model.passes.lanes + model.passes.iterated))
     for prompt, sequence in zip(PROMPTS, sequences, strict=True):
-        tokens, values, executed = continue_greedily(model, model.rule("hard"), prompt, NEW)
+        tokens, values, executed = continue_greedily(model, rule, prompt, NEW)
         assert sequence.generation.tokens == tokens
         assert sequence.generation.executed_steps == executed
         assert sequence.generation.log_probabilities == pytest.approx(values, abs=1e-9)

@@ -19,8 +19,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from megatron_ponder.generation.generate import generate
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.modeling_ponderlm import PonderLMForCausalLM
+from megatron_ponder.model.exits import Exit
 from tests.grids import in_pairs
 from tests.hf.exported import hugging_face, weights_of
 from tests.models import random_tokens, small_config, small_model
@@ -70,6 +72,29 @@ def logged():
         warnings.simplefilter("always")
         yield lambda: [*messages, *(str(item.message) for item in caught)]
     logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("exit", ["entropy:3.4", "margin:0.05"])
+def test_a_confidence_exit_is_that_of_the_model(exit):
+    model = small_model(ponder__mode="fixed", ponder__latent_steps=3).eval()
+    with torch.no_grad():
+        model.head.weight *= 12
+    twin, tokens, rule = hugging_face(model), random_tokens(2, 12), model.rule("hard", exit=Exit.read(exit))
+    twin.config.ponder_confidence_exit = exit
+    want, got = model.exact(tokens, rule), twin(tokens)
+    assert torch.equal(got.executed_steps, want.routing.executed)
+    assert len(got.executed_steps.unique()) == 4
+    assert (got.logits - model.head(want.output_BLH)).abs().max() < 1e-9
+    assert got.past_key_values is None
+    (alone,) = generate(model, [tokens[0].tolist()], 8, rule=rule)
+    continued = twin.generate(tokens[:1], max_new_tokens=8, return_dict_in_generate=True)
+    assert continued.sequences[0, 12:].tolist() == alone.tokens
+    assert continued.past_key_values.executed_steps[0].tolist() == alone.executed_steps
+    with pytest.raises(ValueError, match="nor ponder_confidence_exit"):
+        twin.train()(tokens, labels=tokens)
+    twin.config.ponder_mode = "loop"
+    with pytest.raises(ValueError, match="for ponder_mode fixed, not for loop"):
+        twin(tokens)
 
 
 @pytest.mark.parametrize(("family", "mode", "side"), in_pairs(FAMILIES, MODES, ["left", "right", "both"]))

@@ -321,7 +321,7 @@ def test_what_is_missing_is_initialised_and_no_more(tmp_path):
     [
         ("base_family", "gpt2"),
         *(("norm", "batch"), ("biases", "some"), ("hidden_act", "relu")),
-        *(("ponder_mode", "often"), ("ponder_threshold", 1.5)),
+        *(("ponder_mode", "often"), ("ponder_threshold", 1.5), ("ponder_confidence_exit", "margin")),
     ],
 )
 def test_configurations_that_make_no_sense(name, value):
