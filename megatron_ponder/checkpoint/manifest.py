@@ -203,6 +203,7 @@ _VALID: dict[str, Callable[[object], bool]] = {
     "validated": lambda value: isinstance(value, bool),
     "penalty_factor": _is_number,
     "penalty_steps": lambda value: value is None or _is_number(value),
+    "penalty_shares": lambda value: value is None or (isinstance(value, list) and all(map(_is_number, value))),
     "averaged": _is_mapping(_is_text, _is_number),
     "layout": _is_mapping(_is_text, lambda value: _is_count(value) or _is_text(value)),
 }

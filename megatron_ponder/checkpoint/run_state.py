@@ -17,6 +17,8 @@ class RunState:
         training_flops: model FLOPs of all these steps; None of a run that began before they were counted.
         penalty_factor: what a target for the mean number of steps has made of the scheduled penalty.
         penalty_steps: mean K̂ of the last optimiser step that it was steered by; None if there was none.
+        penalty_shares: mean of s over the tokens of the last optimiser step, from which a penalty on the batch
+            goes on; None if there was none.
     """
 
     step: int = 0
@@ -27,6 +29,7 @@ class RunState:
     training_flops: float | None = 0.0
     penalty_factor: float = 1.0
     penalty_steps: float | None = None
+    penalty_shares: list[float] | None = None
 
     def advance(self, samples: int, tokens: int, flops: float) -> None:
         """Count a further step, which has consumed some samples of some tokens and taken some model FLOPs."""

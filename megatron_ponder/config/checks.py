@@ -128,17 +128,6 @@ def _validate_ponder(config: Config) -> None:
         f"ponder_training.latent_warmup {training.latent_warmup} ends after ponder_training.router_start "
         f"{training.router_start}, from which the router gives latent steps their weight; set that to at least {warm}",
     )
-    _require(
-        training.penalty_start <= training.penalty_end,
-        f"ponder_training.penalty_start {training.penalty_start} must lie between 0 and ponder_training.penalty_end "
-        f"{training.penalty_end}",
-    )
-    target = training.target_latent_steps
-    _require(
-        target is None or (target < ponder.latent_steps and training.penalty_weight > 0),
-        f"ponder_training.target_latent_steps {target} must lie between 0 and ponder.latent_steps "
-        f"{ponder.latent_steps}, and needs a ponder_training.penalty_weight above 0 to begin with, such as 0.01",
-    )
 
 
 def _validate_parallel(parallel: ParallelConfig) -> None:

@@ -77,9 +77,16 @@ class PonderTrainingConfig:
     router_start: int = number_field(0, 0, STEPS)
     """Optimiser step from which the router decides; before, every token takes all latent steps, [as in `fixed`
     mode](training.md#how-many-steps)."""
+    penalty: Literal["token", "batch"] = "token"
+    """What of the router λ weighs in the loss: `token`, the mean over tokens of the sum of w over latent steps; or
+    `batch`, the [divergence](training.md#how-many-steps) of the mean of s over the global batch from `penalty_prior`,
+    by which tokens may differ as they like while their mean is the prior."""
+    penalty_prior: float | list[float] | None = number_field(None, 0, 1, above=True, below=True)
+    """Of `penalty: batch`: the wanted shares of tokens that take 0, 1 … K latent steps, which sum to 1; or a rate, the
+    share of those that have come to a step which stop there, by which they fall geometrically."""
     penalty_weight: float = number_field(0.0, 0, 1e6)
-    """λ, weight of the mean sum of w over latent steps in the loss; unused without a router, so that one configuration
-    serves every mode."""
+    """λ, weight in the loss of what `penalty` says; unused without a router, so that one configuration serves every
+    mode."""
     penalty_start: int = number_field(0, 0, STEPS)
     """Optimiser step from which the penalty is warmed up linearly."""
     penalty_end: int = number_field(0, 0, STEPS)
@@ -99,6 +106,13 @@ class PonderTrainingConfig:
     def router_decides(self) -> int:
         """Optimiser step from which the router decides: `router_start`, but not before latent steps begin."""
         return max(self.latent_start, self.router_start)
+
+    def prior(self, latent_steps: int) -> tuple[float, ...] | None:
+        """Wanted shares of tokens that take 0, 1 … K = `latent_steps` latent steps; None with `penalty: token`."""
+        if self.penalty_prior is None or isinstance(self.penalty_prior, list):
+            return None if self.penalty_prior is None else tuple(self.penalty_prior)
+        falling = [(1 - self.penalty_prior) ** steps for steps in range(latent_steps + 1)]
+        return tuple(share / sum(falling) for share in falling)
 
     @property
     def refinement_choices(self) -> tuple[int, ...]:

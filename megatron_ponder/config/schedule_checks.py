@@ -17,6 +17,8 @@ def validate_schedules(config: Config) -> None:
     _validate_decay(config.optimizer)
     _validate_lengths(config)
     _validate_ramp(config.training)
+    _validate_penalty(config)
+    _validate_prior(config)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -96,4 +98,41 @@ def _validate_ramp(training: TrainingConfig) -> None:
         increments <= MOST_INCREMENTS,
         f"training.batch_size_ramp has {increments:,} increments, and at most {MOST_INCREMENTS:,} are looked at; "
         "choose a larger one",
+    )
+
+
+def _validate_penalty(config: Config) -> None:
+    ponder, training = config.ponder, config.ponder_training
+    _require(
+        training.penalty_start <= training.penalty_end,
+        f"ponder_training.penalty_start {training.penalty_start} must lie between 0 and ponder_training.penalty_end "
+        f"{training.penalty_end}",
+    )
+    target = training.target_latent_steps
+    _require(
+        target is None or (target < ponder.latent_steps and training.penalty_weight > 0),
+        f"ponder_training.target_latent_steps {target} must lie between 0 and ponder.latent_steps "
+        f"{ponder.latent_steps}, and needs a ponder_training.penalty_weight above 0 to begin with, such as 0.01",
+    )
+
+
+def _validate_prior(config: Config) -> None:
+    ponder, training = config.ponder, config.ponder_training
+    prior, choices = training.penalty_prior, ponder.latent_steps + 1
+    _require(
+        training.penalty == "token" or (prior is not None and training.penalty_weight > 0),
+        "ponder_training.penalty batch needs a penalty_prior, such as the rate 0.5, and a penalty_weight, such as 1",
+    )
+    _require(
+        training.penalty == "batch" or prior is None,
+        f"ponder_training.penalty_prior {prior} is for ponder_training.penalty batch; set that, or leave it out",
+    )
+    _require(
+        training.penalty == "token" or training.target_latent_steps is None,
+        "ponder_training.penalty batch leads to the steps of its prior; leave ponder_training.target_latent_steps out",
+    )
+    fits = not isinstance(prior, list) or (len(prior) == choices and abs(sum(prior) - 1) < 1e-3)
+    _require(
+        fits or ponder.mode != "adaptive",
+        f"ponder_training.penalty_prior {prior} must be {choices} shares that sum to 1, of tokens by latent steps",
     )

@@ -198,7 +198,7 @@ class PonderLMForCausalLM(PonderLMPreTrainedModel, GenerationMixin):
         by_token = use_cache or exit is not None
         if by_token and labels is not None and self.training:
             raise ValueError(
-                "with a cache there are no gradients; train with neither one nor use_cache nor ponder_confidence_exit"
+                "with a cache there are no gradients; train with use_cache=False and no ponder_confidence_exit"
             )
         present = self._present(input_ids, attention_mask, cache)
         if by_token:

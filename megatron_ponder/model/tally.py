@@ -55,6 +55,11 @@ class Tally(NamedTuple):
         return sum(k * count for k, count in enumerate(self.steps)) / self.tokens
 
     @property
+    def mean_shares(self) -> list[float]:
+        """Mean of s_k over tokens, for every k."""
+        return [weight / self.tokens for weight in self.weights]
+
+    @property
     def mean_loss(self) -> float:
         """Cross-entropy in nats per token."""
         return self.cross_entropy / self.tokens

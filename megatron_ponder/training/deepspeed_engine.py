@@ -32,7 +32,7 @@ from megatron_ponder.parallel.replicated import replicated_parameters, sum_gradi
 from megatron_ponder.parallel.sharding import declarations
 from megatron_ponder.training.clipping import clip_gradients
 from megatron_ponder.training.interruption import Interruption
-from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.objective import Objective, PenaltyWeights
 from megatron_ponder.training.optimizer import build_optimizer
 from megatron_ponder.training.pipelined import PipelinedObjective
 
@@ -115,7 +115,7 @@ class Engine:
         return self.model.rule(kind, bias=0.0)
 
     def forward_backward(
-        self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: float, scale: float
+        self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: PenaltyWeights, scale: float
     ) -> Tensor:
         """Forward and backward of this rank's micro-batches of a step; gradients are summed over the copies of it.
 
@@ -123,7 +123,7 @@ class Engine:
             micro_batches: int64 (B, L + 1) each.
             refinements: R.
             rule: how a routing is applied.
-            penalty: λ.
+            penalty: as in `Objective.measure`.
             scale: factor on the sum over tokens; 1 / supervised tokens of the whole step, over all ranks.
 
         Returns:

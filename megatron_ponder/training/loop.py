@@ -171,7 +171,7 @@ class TrainingLoop:
         own = self._measure_each_step(own_batches, plan)
         with self._interruption.possible(self._boundary.step_seconds):
             sums = self._engine.forward_backward(
-                own_batches, plan.refinements, plan.rule, plan.penalty_weight, self._scale()
+                own_batches, plan.refinements, plan.rule, self._penalty.weights(state.step), self._scale()
             )
         self._watch.mark()
         norm = self._engine.step(plan.learning_rate)
@@ -179,7 +179,7 @@ class TrainingLoop:
         tally = self._cross(sums)
         routes = self._routed and plan.rule.latents
         if routes and math.isfinite(norm):
-            self._penalty.observe(state.step, tally.mean_steps)
+            self._penalty.observe(state.step, tally.mean_steps, tally.mean_shares)
         flops = self._costs.flops(plan, tally)
         state.advance(self._batch, tally.tokens, flops)
         self._watchdog.beat()
@@ -195,7 +195,7 @@ class TrainingLoop:
             **records.rate_fields(plan.learning_rate, self._config, self._routed),
             "penalty_weight": plan.penalty_weight,
             "refinements": plan.refinements,
-            **records.step_fields(tally, plan.penalty_weight),
+            **records.step_fields(tally, plan.penalty_weight, self._penalty.of(tally)),
             **(records.router_fields(tally, self._config.ponder.steps) if routes else {}),
             **own,
             **drift,

@@ -1,6 +1,7 @@
 """The training loss of a micro-batch, as a module, because that is what DeepSpeed wraps."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,6 +15,9 @@ from megatron_ponder.model.spans import span
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.context import whole_rows
 from megatron_ponder.parallel.regions import enter
+
+# λ, the weight of every latent step of a token; or a weight for each number of them, by which s_0 … s_K count.
+PenaltyWeights = float | Sequence[float]
 
 
 class Objective(nn.Module):
@@ -34,7 +38,7 @@ class Objective(nn.Module):
         tokens: Tensor,
         refinements: int | None,
         rule: Rule,
-        penalty_weight: float = 0.0,
+        penalty: PenaltyWeights = 0.0,
         each_step: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Evaluate one micro-batch.
@@ -43,38 +47,38 @@ class Objective(nn.Module):
             tokens: int64 (B, L + 1).
             refinements: R; None for `exact`, without gradients.
             rule: how a routing is applied.
-            penalty_weight: λ.
-            each_step: as in `measure`.
+            penalty, each_step: as in `measure`.
 
         Returns:
             As `measure`.
         """
         if refinements is None:
-            return self.measure(self.model.exact(tokens[:, :-1], rule), tokens, penalty_weight)
+            return self.measure(self.model.exact(tokens[:, :-1], rule), tokens, penalty)
         evaluate = partial(packed_jacobi, self.model) if self.packs(rule, each_step) else self.model.jacobi
         result = evaluate(tokens[:, :-1], refinements, rule, self.gradient_passes)
-        return self.measure(result, tokens, penalty_weight, each_step)
+        return self.measure(result, tokens, penalty, each_step)
 
     def packs(self, rule: Rule, each_step: bool = False) -> bool:
         """Whether slots that the rule prunes are not run; `each_step` asks for the states of all."""
         return self.packed and packable(self.model, rule) and not each_step
 
     def measure(
-        self, result: PonderOutput, tokens: Tensor, penalty_weight: float, each_step: bool = False
+        self, result: PonderOutput, tokens: Tensor, penalty: PenaltyWeights, each_step: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The loss of a model's output.
 
         Args:
             result: the output for the first L tokens.
             tokens: int64 (B, L + 1).
-            penalty_weight: λ.
+            penalty: λ, or λ c_0 … λ c_K.
             each_step: measure also what every step of a routed model predicts by itself, without gradients; that takes
                 K + 1 more products with the head.
 
         Returns:
-            The sum over tokens of cross-entropy and λ Σ_{k ≥ 1} w_k, with its gradient, in nats; and for each sequence
-            the detached sums of a `Tally`, packed. A loss that is not finite has gradients that are
-            not numbers, even where the mathematics gives finite ones, so that the gradient norm alone tells of both.
+            The sum over tokens of cross-entropy and λ Σ_{k ≥ 1} w_k, which is λ Σ_k k s_k, or λ Σ_k c_k s_k, with its
+            gradient, in nats; and for each sequence the detached sums of a `Tally`, packed. A loss that is not finite
+            has gradients that are not numbers, even where the mathematics gives finite ones, so that the gradient norm
+            alone tells of both.
         """
         steps, labels_BL = self.model.ponder_config.steps, tokens[:, 1:]
         with span("loss"):
@@ -83,7 +87,10 @@ class Objective(nn.Module):
         sums = {"cross_entropy": losses_BL.sum(1, dtype=torch.float64)} | self._work(result)
         if result.routing is not None:
             penalties_BL, executed_BL = result.routing.log_w[..., 1:].exp().sum(-1), result.routing.executed
-            loss = loss + penalty_weight * penalties_BL.sum()
+            if isinstance(penalty, (int, float)):
+                loss = loss + penalty * penalties_BL.sum()
+            else:
+                loss = loss + weighed(result.routing, penalty).sum()
             sums |= {"penalty": penalties_BL.detach().sum(1, dtype=torch.float64)} | _spread(result.routing)
             if each_step:
                 sums |= self._own_losses(result, labels_BL)
@@ -118,6 +125,11 @@ class Objective(nn.Module):
             "first_squared": first_BL.square().sum(1),
             "steps_first": (first_BL * result.routing.executed).sum(1),
         }
+
+
+def weighed(routing: Routing, weights: Sequence[float]) -> Tensor:
+    """Σ_k weight_k s_k of every token, (B, L)."""
+    return sum(weight * s_k for weight, s_k in zip(weights, routing.log_s.exp().unbind(-1), strict=True))
 
 
 def counted(executed_BL: Tensor, steps: int) -> Tensor:

@@ -14,7 +14,7 @@ from megatron_ponder.parallel.edges import build_edges
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.pipeline import ScheduleKind, build_schedule, run_step
 from megatron_ponder.training.interruption import Interruption
-from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.objective import Objective, PenaltyWeights
 
 
 class PipelinedObjective:
@@ -37,13 +37,14 @@ class PipelinedObjective:
         """
         self._objective, self._mesh, self._dtype, self._kind = objective, mesh, dtype, kind
         self._edges, self._schedules = build_edges(mesh.pipeline), {}
-        self._penalty = self._scale = 0.0
+        self._penalty: PenaltyWeights = 0.0
+        self._scale = 0.0
         self._each_step = False
         self._sums: list[Tensor] = []
         self.interruption: Interruption | None = None
 
     def forward_backward(
-        self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: float, scale: float
+        self, micro_batches: Sequence[Tensor], refinements: int, rule: Rule, penalty: PenaltyWeights, scale: float
     ) -> Tensor:
         """All micro-batches of a step; gradients add up in the parameters.
 
@@ -51,7 +52,7 @@ class PipelinedObjective:
             micro_batches: int64 (B, L + 1) each, the same on all pipeline ranks.
             refinements: R.
             rule: how a routing is applied.
-            penalty: λ.
+            penalty: as in `Objective.measure`.
             scale: factor on the loss.
 
         Returns:

@@ -5,9 +5,14 @@ from megatron_ponder.model.tally import Tally
 from megatron_ponder.runs.metrics import Value
 
 
-def step_fields(tally: Tally, penalty_weight: float) -> dict[str, Value]:
-    """Fields of every training step's record about its loss."""
-    penalty = tally.penalty / tally.tokens
+def step_fields(tally: Tally, penalty_weight: float, penalty: float) -> dict[str, Value]:
+    """Fields of every training step's record about its loss.
+
+    Args:
+        tally: of the step.
+        penalty_weight: λ.
+        penalty: what it weighs.
+    """
     return {
         "loss": tally.mean_loss + penalty_weight * penalty,
         "cross_entropy": tally.mean_loss,
@@ -73,7 +78,7 @@ def validation_fields(tally: Tally, pruned: Tally | None) -> dict[str, Value]:
     return fields | {
         "validation_pruned_loss": pruned.mean_loss,
         "validation_latent_step_histogram": tally.steps,
-        "validation_weights": [weight / tally.tokens for weight in tally.weights],
+        "validation_weights": tally.mean_shares,
         "validation_router_entropy": tally.entropy / tally.tokens,
         **{f"validation_{name}": value for name, value in each_step_fields(tally).items()},
     }

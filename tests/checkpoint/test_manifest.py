@@ -13,7 +13,15 @@ from tests.checkpoint.saved import fields_of, put, put_without_checksum
 
 WHOLE = Manifest(
     RunState(
-        118, 944, 15104, skipped=[3, 118], validated=False, training_flops=3e21, penalty_factor=0.25, penalty_steps=1.5
+        118,
+        944,
+        15104,
+        skipped=[3, 118],
+        validated=False,
+        training_flops=3e21,
+        penalty_factor=0.25,
+        penalty_steps=1.5,
+        penalty_shares=[0.75, 0.25],
     ),
     data_fingerprint="ab12",
     tensors={"weight/a.b": "t.safetensors", "exp_avg/a.b": "t.safetensors"},
@@ -54,7 +62,8 @@ def test_one_from_before_there_were_checksums_is_read(folder):
     fields = fields_of(folder)
     put_without_checksum(folder, fields)
     assert read_manifest(folder) == WHOLE
-    for later in ("layout", "tokens", "skipped", "validated", "training_flops", "penalty_factor", "penalty_steps"):
+    penalty = ("penalty_factor", "penalty_steps", "penalty_shares")
+    for later in ("layout", "tokens", "skipped", "validated", "training_flops", *penalty):
         del fields[later]  # than the first manifests
     put_without_checksum(folder, fields)
     found = read_manifest(folder)
@@ -98,6 +107,7 @@ NONSENSE = [
     ("validated", [0, None, "false"]),
     ("penalty_factor", [None, -0.5, "1", True, [1.0], 10**400]),
     ("penalty_steps", [-0.5, "1", False]),
+    ("penalty_shares", [0.5, ["1"], [True], {}, [-0.5]]),
     ("layout", [None, [], {"tensor": 1.5}, {"tensor": None}, {"tensor": {}}]),
     ("surprise", [1]),
 ]

@@ -240,6 +240,13 @@ def test_a_key_with_nothing_behind_it_is_refused(key, said, tmp_path):
 # Validation -------------------------------------------------------------------------------------------------------
 
 
+ON_BATCH = {
+    "ponder_training__penalty": "batch",
+    "ponder_training__penalty_weight": 1,
+    "ponder_training__penalty_prior": 0.5,
+}
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -277,6 +284,22 @@ def test_a_key_with_nothing_behind_it_is_refused(key, said, tmp_path):
             {"ponder_training__penalty_start": 5},
             "ponder_training.penalty_start 5 must lie between 0 and ponder_training.penalty_end 0",
         ),
+        (
+            {"ponder_training__penalty": "batch", "ponder_training__penalty_weight": 1},
+            "needs a penalty_prior, such as the",
+        ),
+        (
+            {"ponder_training__penalty": "batch", "ponder_training__penalty_prior": 0.5},
+            "and a penalty_weight, such as 1",
+        ),
+        ({"ponder_training__penalty_prior": 0.5}, "penalty_prior 0.5 is for ponder_training.penalty batch; set that"),
+        (ON_BATCH | {"ponder_training__penalty_prior": "[0.5, 0.5]"}, "must be 4 shares that sum to 1"),
+        (ON_BATCH | {"ponder_training__penalty_prior": "[0.5, 0.5, 0.5, 0.5]"}, "must be 4 shares that sum to 1"),
+        (
+            ON_BATCH | {"ponder_training__penalty_prior": "[0.5, 0.5, 0.0, 0.0]"},
+            "penalty_prior is 0; its range is above 0",
+        ),
+        (ON_BATCH | {"ponder_training__target_latent_steps": 1}, "leave ponder_training.target_latent_steps out"),
         ({"parallel__tensor": 8}, "8 does not divide model.num_heads 12; the largest that works is parallel.tensor 4"),
         (
             {"parallel__tensor": 6, "model__num_kv_heads": 4},
@@ -354,6 +377,9 @@ def test_contradictions_are_refused(overrides, said):
     [
         {"ponder__mode": "vanilla", "ponder__latent_steps": 0},
         {"ponder__mode": "fixed", "ponder_training__penalty_weight": 0.1},
+        ON_BATCH,
+        ON_BATCH | {"ponder_training__penalty_prior": "[0.4, 0.3, 0.2, 0.1]"},
+        ON_BATCH | {"ponder_training__penalty_prior": "[0.6, 0.4]", "ponder__mode": "loop"},
         {"ponder__mode": "ponderlm", "parallel__pipeline": 2, "ponder_training__penalty_weight": 0.1},
         {"training__eval_interval": 0, "training__eval_samples": 0},
         {"inference__threshold": 0},

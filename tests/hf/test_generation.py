@@ -90,7 +90,7 @@ def test_a_confidence_exit_is_that_of_the_model(exit):
     continued = twin.generate(tokens[:1], max_new_tokens=8, return_dict_in_generate=True)
     assert continued.sequences[0, 12:].tolist() == alone.tokens
     assert continued.past_key_values.executed_steps[0].tolist() == alone.executed_steps
-    with pytest.raises(ValueError, match="nor ponder_confidence_exit"):
+    with pytest.raises(ValueError, match="no ponder_confidence_exit"):
         twin.train()(tokens, labels=tokens)
     twin.config.ponder_mode = "loop"
     with pytest.raises(ValueError, match="for ponder_mode fixed, not for loop"):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ponder.checkpoint.run_state import RunState
 from megatron_ponder.config import Config
 from megatron_ponder.config.batch_sizes import batch_size, samples_of
 from megatron_ponder.model.build import build_part
@@ -22,6 +23,7 @@ from megatron_ponder.parallel.sharding import declarations, initialize
 from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.deepspeed_engine import Engine
 from megatron_ponder.training.objective import Objective
+from megatron_ponder.training.penalty import Penalty
 from megatron_ponder.training.replicas import differing_replicas
 from megatron_ponder.training.schedules import training_rule
 from megatron_ponder.training.state import gradients_of, state_of
@@ -155,7 +157,7 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
     engine = Engine(Objective(model_for(config, mesh), packed=True), config, mesh)
     torch.compiler.reset()  # of the case before
     compile_blocks(engine.model, config, mesh.device, backend="aot_eager")
-    rule = training_rule(0, config)
+    rule, penalty = training_rule(0, config), Penalty(config, RunState())
     before, steps, evaluations = weights(engine), [], []
     for step in range(STEPS):
         evaluations.append({item: evaluate(engine, config, mesh, *item) for item in wanted})
@@ -163,11 +165,11 @@ def train(mesh: Mesh, layout: Layout, case: dict, wanted: tuple[Evaluation, ...]
         own, scale = torch.chunk(batch, mesh.data.size)[mesh.data.rank], 1 / (len(batch) * layout.length)
         own = own_share(own, mesh)
         micro_batches = own.split(config.training.micro_batch_size)
-        penalty = config.ponder_training.penalty_weight
-        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty, scale)
+        sums = engine.forward_backward(micro_batches, REFINEMENTS[step], rule, penalty.weights(step), scale)
         gradients = gradients_of(engine)
         norm = engine.step(RATE)
         steps.append(Step(over_copies(sums, mesh), gradients, norm))
+        penalty.observe(step, steps[-1].tally.mean_steps, steps[-1].tally.mean_shares)
     return Run(before, steps, weights(engine), evaluations, differing_replicas(engine))
 
 
@@ -243,7 +245,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
     """PyTorch alone, the whole batch at once; it must be able to tell right from wrong."""
     config = Layout().config(dict(items))
     objective = Objective(model_for(config))
-    model, rule = objective.model, training_rule(0, config)
+    model, rule, penalty = objective.model, training_rule(0, config), Penalty(config, RunState())
     parameters = dict(model.named_parameters())
     optimizers = optimizers_of_pytorch(parameters, config)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -260,7 +262,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
                 }
             )
         tokens = batch_of(config, step)
-        total, sums = objective(tokens, REFINEMENTS[step], rule, config.ponder_training.penalty_weight)
+        total, sums = objective(tokens, REFINEMENTS[step], rule, penalty.weights(step))
         (total / tokens[:, 1:].numel()).backward()
         gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         clipping = config.optimizer.gradient_clipping
@@ -270,6 +272,7 @@ def _alone(items: tuple[tuple], wanted: tuple[Evaluation, ...]) -> Run:
                 optimizer.step()
         model.zero_grad()
         steps.append(Step(Tally.of(sums.sum(0)), gradients, norm))
+        penalty.observe(step, steps[-1].tally.mean_steps, steps[-1].tally.mean_shares)
         assert norm > clipping, "nothing is clipped"
         assert all(gradient.norm() > 0 for gradient in gradients.values()), "a gradient is 0"
         assert model.router is None or sum(count > 0 for count in steps[-1].tally.steps) > 1, "all tokens decide alike"

@@ -59,6 +59,7 @@ QUICK = {
         *(model for model in MODELS if model not in ("llama fixed", "gpt_neox vanilla", "tied")),
         "pruned llama",
         "growing batch",
+        "penalty on the batch",
     ),
     "pp2": (
         "gpt_neox vanilla",
@@ -73,8 +74,14 @@ QUICK = {
         "slow router",
     ),
     "tp2 pp2": ("llama adaptive", "muon"),
-    "pp2 dp2 zero1": ("gpt_neox adaptive", "tied", "growing batch"),
-    "cp2": ("gpt_neox adaptive", "mixed features", "pruned gpt_neox, documents", "pruned own, documents"),
+    "pp2 dp2 zero1": ("gpt_neox adaptive", "tied", "growing batch", "penalty on the batch, pruned"),
+    "cp2": (
+        "gpt_neox adaptive",
+        "mixed features",
+        "pruned gpt_neox, documents",
+        "pruned own, documents",
+        "penalty on the batch",
+    ),
 }
 LLAMA, NEOX = MODELS["llama adaptive"], MODELS["gpt_neox adaptive"]
 # Of every layout.
@@ -90,7 +97,16 @@ OF_MUON = {
 }
 SLOW_ROUTER = {"slow router": LLAMA | {"optimizer__router_learning_rate_factor": 0.25}}
 SLOW_ROUTER |= {"muon, slow router": SLOW_ROUTER["slow router"] | MUON}
-CASES = MODELS | PRUNED | OF_MUON | SLOW_ROUTER
+ON_BATCH = {
+    "penalty on the batch": LLAMA
+    | {
+        "ponder_training__penalty": "batch",
+        "ponder_training__penalty_prior": "[0.7, 0.2, 0.1]",
+        "ponder_training__penalty_weight": 3.0,
+    }
+}
+ON_BATCH["penalty on the batch, pruned"] = ON_BATCH["penalty on the batch"] | {"ponder_training__prune_start": 0}
+CASES = MODELS | PRUNED | OF_MUON | SLOW_ROUTER | ON_BATCH
 
 
 def growing(layout: Layout) -> dict[str, dict]:

@@ -82,6 +82,12 @@ STEERED = [
     "--ponder.router_initial_bias=0",
     "--inference.threshold=0.35",
 ]
+ON_BATCH = [
+    "--ponder_training.penalty=batch",
+    "--ponder_training.penalty_prior=[0.5, 0.3, 0.2]",
+    "--ponder_training.penalty_weight=2",
+    "--ponder_training.router_start=6",
+]
 AROUND_SWITCHES = tuple(step for switch in (6, 12, 18) for step in (switch - 1, switch, switch + 1))
 MUON = ["--optimizer.name=muon", "--optimizer.muon_learning_rate=2e-3"]
 # Steps of 2 sequences up to the tenth, of 4 up to the fifteenth, then of 6: the run is killed in the middle.
@@ -89,6 +95,7 @@ GROWING = ["--training.global_batch_size=6", "--training.micro_batch_size=1", "-
 CASES = [
     pytest.param(["--parallel.zero_stage=1", *STEERED], 1, id="zero1-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=0"], 1, id="zero0-fp32", marks=pytest.mark.slow),
+    pytest.param(ON_BATCH, 1, id="penalty-on-batch", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=1", "--training.precision=bf16"], 1, id="zero1-bf16", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=2", "--training.precision=bf16"], 2, id="zero2-bf16", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=2", *MUON], 2, id="zero2-muon", marks=pytest.mark.slow),
