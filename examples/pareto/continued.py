@@ -3,9 +3,10 @@
     python examples/pareto/continued.py --output runs/continued
 
 The same command goes on where it was stopped; what is finished is not done again. The output then holds the plain
-models of continued.yaml, what each became when it was exported and imported again, the runs, and table.md, which has
-what is finished and grows with every run. All of it is done in this process, one run after another. With --untrained
-the imports are measured as they are, and table.md says what each does to the loss before anything is trained.
+models of continued.yaml, what each became when it was exported and imported again, the runs, table.md, and
+continued.png: how far the loss of each way lies above that of the first, means of 20 steps. Both have what is finished,
+and grow with every run. All of it is done in this process, one run after another. With --untrained the imports are
+measured as they are, and untrained.md says what each does to the loss before anything is trained.
 """
 
 import argparse
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from pass_gradients import by_pass
 from rich.console import Console
 from runs import HERE, SIZES, Run, prepare_data
 
 from megatron_ponder.base.errors import command
-from megatron_ponder.base.files import write_atomically
+from megatron_ponder.base.files import replacing, write_atomically
 from megatron_ponder.base.launch import discover
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.commands.export_hf import main as export_hf
@@ -32,6 +35,7 @@ from megatron_ponder.evaluation.sources import split_batches
 from megatron_ponder.hf.starting_point import complete
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.style import look
 from megatron_ponder.training.trainer import train
 
 SAMPLES = 16  # of the validation part, for what is measured here
@@ -174,6 +178,14 @@ def table(continuations: Sequence[Continuation], dataset: Path) -> str:
     return "\n".join(parts)
 
 
+def write(continuations: Sequence[Continuation], output: Path, dataset: Path) -> str:
+    """Write table.md and continued.png of those that are finished; the table."""
+    found = table(continuations, dataset)
+    write_atomically(output / "table.md", found)
+    draw(continuations, output / "continued.png")
+    return found
+
+
 def untrained(continuations: Sequence[Continuation], dataset: Path) -> str:
     """What imports compute before they are trained, a table for every base, in Markdown."""
     parts = []
@@ -189,9 +201,35 @@ def untrained(continuations: Sequence[Continuation], dataset: Path) -> str:
     return "\n".join(parts)
 
 
+def draw(continuations: Sequence[Continuation], path: Path) -> None:
+    """Draw how far the losses of those that are finished lie above those of the first, a panel for every base."""
+    bases = list(dict.fromkeys(each.base for each in continuations))
+    figure = Figure(figsize=(6 * len(bases), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, base in zip(figure.subplots(1, len(bases), squeeze=False)[0], bases, strict=True):
+        first, *others = (each.run for each in continuations if each.base == base)
+        modes: list[str] = []
+        for run in (run for run in others if first.finished and run.finished):
+            pairs = zip(read_metrics(run.folder), read_metrics(first.folder), strict=True)
+            above = [own["cross_entropy"] - plain["cross_entropy"] for own, plain in pairs if own["step"]]
+            means = [statistics.fmean(above[at : at + AROUND]) for at in range(len(above) - AROUND + 1)]
+            modes.append(load_config(run.folder / "config.yaml").ponder.mode)
+            style = look(modes[-1], modes.count(modes[-1]) - 1) | {"markevery": AROUND, "linewidth": 1}
+            axes.plot(range(AROUND, len(above) + 1), means, label=run.variant, **style)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(
+            title=base, xlabel="optimiser step", ylabel=f"loss above {first.variant}'s [nats], {AROUND} steps' mean"
+        )
+        axes.grid(alpha=0.3)
+        if modes:
+            axes.legend(fontsize=7)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=150, format="png")
+
+
 @command
 def main(argv: Sequence[str]) -> None:
-    """Make the data, train plain models, import them, continue, measure, write the table."""
+    """Make the data, train plain models, import them, continue, measure, write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--data", type=Path, help="folder of corpus and tokenizer; data/ in the output unless given")
@@ -213,9 +251,12 @@ def main(argv: Sequence[str]) -> None:
             import_base(base, each, chosen["continued"][each.run.variant], text)
             if not (arguments.untrained or each.run.finished):
                 train(read_config(complete(each.run.arguments)), device)
-                write_atomically(output / "table.md", table(continuations, data / "corpus_text_document"))
-    found = (untrained if arguments.untrained else table)(continuations, data / "corpus_text_document")
-    write_atomically(output / "table.md", found)
+                write(continuations, output, data / "corpus_text_document")
+    if arguments.untrained:
+        found = untrained(continuations, data / "corpus_text_document")
+        write_atomically(output / "untrained.md", found)
+    else:
+        found = write(continuations, output, data / "corpus_text_document")
     Console(highlight=False).print(found, soft_wrap=True)
 
 

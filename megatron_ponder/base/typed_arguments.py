@@ -5,6 +5,7 @@ import re
 import types
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,6 +13,7 @@ import yaml
 
 import megatron_ponder
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.whole_numbers import whole_number
 from megatron_ponder.base.yaml_files import dump_yaml, load_yaml
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ def parse(parser: "jsonargparse.ArgumentParser", kind: type, arguments: Sequence
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations that jsonargparse announces to library authors
-            namespace = parser.parse_args(list(arguments), defaults=False)  # the dataclasses know theirs
+            words = [_written_out(kind, argument) for argument in arguments]
+            namespace = parser.parse_args(words, defaults=False)  # the dataclasses know theirs
             parts = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
         raise UserError(_in_words(kind, " ".join(str(error).split()))) from error
@@ -121,6 +124,16 @@ def wanted(kind: Any) -> str:
     if is_dataclass(kind):
         return f"keys {', '.join(item.name for item in fields(kind))}"
     return _NAMES[kind] if kind in (bool, str) else f"a {_NAMES[kind]}"
+
+
+def _written_out(kind: type, argument: str) -> str:
+    """An option as it is, but for a whole number with an exponent, which jsonargparse takes for one with a fraction."""
+    name, _, value = argument.removeprefix("--").partition("=")
+    type_ = type_of(kind, name)
+    if int in (type_, *get_args(type_)):
+        with suppress(ValueError):
+            return f"--{name}={whole_number(value)}"
+    return argument
 
 
 def _in_words(kind: type, message: str) -> str:

@@ -1,7 +1,8 @@
 """YAML as people mean it, read in one place: configurations, descriptions of clusters and of tasks.
 
 It differs from PyYAML in what it refuses (a key that is there twice, of which one would be dropped in silence) and in
-what it takes for a number: `010` is ten, `1e-4` is a number, and `24:00:00` and `2026-01-31` are text.
+what it takes for a number: `010` is ten, `1e-4` is a number, `1e6` a whole one, and `24:00:00` and `2026-01-31` are
+text.
 """
 
 import re
@@ -12,11 +13,11 @@ import yaml
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.texts import check_text, read_text
+from megatron_ponder.base.whole_numbers import LONGEST_NUMBER, whole_number
 
 LARGEST_FILE = 1 << 20  # bytes; what is meant to be read has a hundred lines
 MOST_VALUES = 20_000  # with aliases followed
 DEEPEST = 32
-LONGEST_NUMBER = 40  # characters; 64 bits have 20 digits
 
 _WHOLE = re.compile(r"[-+]?([0-9][0-9_]*|0x[0-9a-fA-F]+)$")
 _NUMBER = re.compile(
@@ -84,8 +85,12 @@ class Loader(yaml.SafeLoader):
         return int(text, 16 if "x" in text else 10)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
-        """A number with a fraction or an exponent, infinity, or what is no number."""
-        return float(self._digits(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
+        """A number with a fraction or an exponent, which may make it whole, infinity, or what is no number."""
+        text = self._digits(node).lower()
+        try:
+            return whole_number(text)
+        except ValueError:
+            return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
     @staticmethod
     def _digits(node: yaml.ScalarNode) -> str:

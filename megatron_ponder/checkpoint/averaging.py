@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import expected_tensors
 from megatron_ponder.checkpoint.folders import MANIFEST, newest_checkpoints, resolve_checkpoint
@@ -17,7 +18,8 @@ from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.reader import TensorReader, open_tensors, read_config_of, tokenizer_path
 from megatron_ponder.checkpoint.tensor_files import write_tensors
 from megatron_ponder.checkpoint.writer import require_free, staged, write_description
-from megatron_ponder.config import Config, architecture
+from megatron_ponder.config import Config
+from megatron_ponder.config.sections import architecture_changes
 from megatron_ponder.data.tokenizer import load_tokenizer
 
 
@@ -107,7 +109,8 @@ class _Averages(Mapping[str, Tensor]):
 def _shares(folders: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
     weights = [1.0] * len(folders) if weights is None else weights
     if len(weights) != len(folders):
-        raise UserError(f"--weights has {len(weights)} numbers for {len(folders)} checkpoints; give one for each")
+        numbers, checkpoints = counted(len(weights), "number"), counted(len(folders), "checkpoint")
+        raise UserError(f"--weights has {numbers} for {checkpoints}; give one for each")
     if not all(0 < weight < math.inf for weight in weights):
         raise UserError(
             f"--weights {' '.join(map(str, weights))}: give numbers above 0, which are divided by their sum"
@@ -132,13 +135,11 @@ def _common(folders: Sequence[Path]) -> tuple[Config, Path | None]:
 
 
 def _require_same_model(config: Config, last: Path, other: Config, folder: Path) -> None:
-    ours = architecture(config) | {"data.reset_at_eod": config.data.reset_at_eod}
-    theirs = architecture(other) | {"data.reset_at_eod": other.data.reset_at_eod}
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise UserError(
-                f"{key} is {theirs[key]} in {folder} and {value} in {last}; average checkpoints of one model"
-            )
+    changes, resets = architecture_changes(config, other), (other.data.reset_at_eod, config.data.reset_at_eod)
+    if len(set(resets)) > 1:
+        changes["data.reset_at_eod"] = resets
+    for key, (theirs, ours) in changes.items():
+        raise UserError(f"{key} is {theirs} in {folder} and {ours} in {last}; average checkpoints of one model")
 
 
 def _common_shapes(

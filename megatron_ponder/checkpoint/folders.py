@@ -8,6 +8,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import did_you_mean, write_atomically
 
@@ -96,8 +97,8 @@ def newest_checkpoints(path: Path, count: int) -> list[Path]:
     found = [checkpoint for checkpoint in checkpoints_in(folder) if checkpoint.name <= latest.name]
     if len(found) < count:
         raise UserError(
-            f"{folder} has {len(found)} checkpoints up to the latest, not {count}; take so many, or let runs keep more "
-            "with checkpoint.keep or checkpoint.keep_every"
+            f"{folder} has {counted(len(found), 'checkpoint')} up to the latest, not {count}; take so many, or let "
+            "runs keep more with checkpoint.keep or checkpoint.keep_every"
         )
     return found[-count:]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.cluster.description import Cluster, Machines, read_cluster
 from megatron_ponder.cluster.gpus import GPUS
-from megatron_ponder.config.command_options import add_options
+from megatron_ponder.config.command_options import Number, add_options
+from megatron_ponder.config.declarations import Range
 
 MACHINES = [item.name for item in fields(Machines)]
 
@@ -19,7 +20,8 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--cluster", type=Path, metavar="FILE", help="a description in YAML, which ponder submit reads too"
     )
-    where.add_argument("--gpus", type=int, metavar="N", help="in all, on full nodes or a part of one, for --nodes")
+    in_all = Number("gpus", int, Range(1, 10**7))
+    where.add_argument("--gpus", type=in_all, metavar="N", help="in all, on full nodes or a part of one, for --nodes")
     add_options(where, Machines)
     parser.set_defaults(**dict.fromkeys(MACHINES))  # what is not given is the file's
 

@@ -24,7 +24,8 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_writable, write_atomically
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.config.command_options import add_options, from_options
+from megatron_ponder.config.command_options import Number, add_options, from_options
+from megatron_ponder.config.declarations import STEPS, Range
 from megatron_ponder.evaluation.analysis import Analysis, analyse
 from megatron_ponder.evaluation.analysis_plan import AnalysisPlan
 from megatron_ponder.evaluation.figures import draw, write_rows
@@ -52,7 +53,9 @@ def main(argv: Sequence[str]) -> None:
         "--data", type=expand_user, help="dataset prefix; that of the first checkpoint's training run unless given"
     )
     parser.add_argument("--split", default="valid", help=SPLIT_HELP)
-    parser.add_argument("--samples", type=int, default=32, help="samples of the split (default: 32)")
+    parser.add_argument(
+        "--samples", type=Number("samples", int, Range(1, STEPS)), default=32, help="samples of the split (default: 32)"
+    )
     parser.add_argument(
         "--depths", type=expand_user, help="prefix of the indexed dataset that holds the true depth of every token"
     )

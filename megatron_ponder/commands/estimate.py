@@ -16,7 +16,6 @@ of generation on one GPU cannot be faster than.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +28,9 @@ from megatron_ponder.cluster.hardware import Hardware, hardware_of
 from megatron_ponder.cluster.machine_options import add_machine_options, chosen_cluster, described_cluster
 from megatron_ponder.config import Config, read_config
 from megatron_ponder.config.batch_sizes import samples_of
-from megatron_ponder.estimates.budget import Budget
+from megatron_ponder.config.command_options import Number
+from megatron_ponder.config.declarations import Range
+from megatron_ponder.estimates.budget import TOKENS, Budget
 from megatron_ponder.hf.starting_point import complete
 
 
@@ -40,16 +41,24 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--config", type=expand_user, required=True, metavar="FILE", help="of the run; dotted keys override it"
     )
-    parser.add_argument("--tokens", type=float, help="token budget; that of training.steps unless given")
+    parser.add_argument("--tokens", type=TOKENS, help="token budget; that of training.steps unless given")
     parser.add_argument(
-        "--mean-latent-steps", type=float, metavar="K", help="of a token once training prunes; its budget, or K / 2"
+        "--mean-latent-steps",
+        type=Number("mean_latent_steps", float, Range(0, 10**6)),
+        metavar="K",
+        help="of a token once training prunes; its budget, or K / 2",
     )
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--decoding", action="store_true", help="the least time of generation's forwards on one GPU")
-    parser.add_argument("--top", type=int, default=10, help="layouts to show (default: 10)")
+    parser.add_argument(
+        "--top", type=Number("top", int, Range(1, 10**6)), default=10, help="layouts to show (default: 10)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
     parser.add_argument(
-        "--dry-run", type=int, metavar="RANKS", help="start those of so many ranks that differ, and take a step of each"
+        "--dry-run",
+        type=Number("dry_run", int, Range(1, 10**7)),
+        metavar="RANKS",
+        help="start those of so many ranks that differ, and take a step of each",
     )
     add_machine_options(parser)
     arguments, overrides = parser.parse_with_overrides(argv)
@@ -136,8 +145,6 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
     for name in ("search", "decoding", "json", "tokens", "mean_latent_steps", "gpus", "nodes"):
         if _given(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} and --dry-run are two questions; leave one out")
-    if arguments.dry_run < 1:
-        raise UserError(f"--dry-run is {arguments.dry_run}; give the number of ranks of the run")
     from megatron_ponder.base.launch import Launch
     from megatron_ponder.training import rehearsal
 
@@ -168,8 +175,6 @@ def _budget(arguments: argparse.Namespace, config: Config) -> Budget:
     """What the run is given."""
     own = samples_of(config.training, config.training.steps) * config.data.sequence_length
     tokens = own if arguments.tokens is None else arguments.tokens
-    if not 0 < tokens < math.inf:
-        raise UserError(f"--tokens is {tokens:g}; give a positive number, such as 30e9")
     if arguments.mean_latent_steps is not None:
         _check_mean(arguments.mean_latent_steps, config)
     return Budget(tokens, arguments.mean_latent_steps)
@@ -184,5 +189,5 @@ def _check_mean(mean: float, config: Config) -> None:
             "--mean-latent-steps is for runs that come to leave out slots, and this one runs all; set "
             "ponder_training.prune_start, and leave ponder_training.packed true"
         )
-    if not 0 <= mean <= config.ponder.steps:
+    if mean > config.ponder.steps:
         raise UserError(f"--mean-latent-steps is {mean:g}; give a number from 0 to latent_steps, {config.ponder.steps}")

@@ -24,7 +24,8 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_output, write_atomically
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
-from megatron_ponder.config.command_options import add_options
+from megatron_ponder.config.command_options import Number, add_options
+from megatron_ponder.config.declarations import STEPS, Range
 from megatron_ponder.evaluation.perplexity import Evaluation, evaluate, settings
 from megatron_ponder.evaluation.sources import SPLIT_HELP, split_batches, text_batches
 from megatron_ponder.generation.loading import Setup
@@ -43,16 +44,34 @@ def main(argv: Sequence[str]) -> None:
     text.add_argument("--text", type=Path, help="a UTF-8 text file to evaluate on, in place of the split")
     text.add_argument("--data", type=expand_user, help="dataset prefix; that of the training run unless given")
     text.add_argument("--split", default="valid", help=SPLIT_HELP)
-    text.add_argument("--samples", type=int, default=64, help="samples of the split (default: 64)")
-    text.add_argument("--refinements", type=int, nargs="*", help="R of jacobi(R); default: 0 and the largest trained")
+    text.add_argument(
+        "--samples", type=Number("samples", int, Range(1, STEPS)), default=64, help="samples of the split (default: 64)"
+    )
+    text.add_argument(
+        "--refinements",
+        type=Number("refinements", int, Range(0, 1000)),
+        nargs="*",
+        help="R of jacobi(R); default: 0 and the largest trained",
+    )
     tasks = parser.add_argument_group("on tasks, in place of text")
     tasks.add_argument("--tasks", nargs="+", help="names of tasks, groups or patterns of lm-evaluation-harness")
     tasks.add_argument("--tasks-path", type=Path, help="folder with task files of your own")
     tasks.add_argument("--prepare", action="store_true", help="find the tasks and fetch their data, and end")
     tasks.add_argument("--export", type=Path, help="an export to evaluate, in place of a checkpoint")
-    tasks.add_argument("--limit", type=int, help="documents of each task; all unless given")
-    tasks.add_argument("--num-fewshot", type=int, help="solved examples before a question; the task's unless given")
-    tasks.add_argument("--batch-size", type=int, default=8, help="sequences in a forward (default: 8)")
+    tasks.add_argument(
+        "--limit", type=Number("limit", int, Range(1, STEPS)), help="documents of each task; all unless given"
+    )
+    tasks.add_argument(
+        "--num-fewshot",
+        type=Number("num_fewshot", int, Range(0, 10**6)),
+        help="solved examples before a question; the task's unless given",
+    )
+    tasks.add_argument(
+        "--batch-size",
+        type=Number("batch_size", int, Range(1, 10**6)),
+        default=8,
+        help="sequences in a forward (default: 8)",
+    )
     arguments = parser.parse_args(argv)
 
     if arguments.output:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.checkpoint.folders import CONFIG, checkpoints_in, find_checkpoint, is_hugging_face
 from megatron_ponder.checkpoint.manifest import read_manifest
@@ -73,7 +74,7 @@ def find(path: Path) -> Found:
 def _dataset(path: Path) -> Found:
     prefix = _prefix(path)
     indexed, manifest = IndexedDataset(prefix), read_dataset_manifest(prefix)
-    facts = {"tokens": f"{indexed.num_tokens:,} in {indexed.num_documents:,} documents, {indexed.dtype.name}"}
+    facts = {"tokens": f"{indexed.num_tokens:,} in {counted(indexed.num_documents, 'document')}, {indexed.dtype.name}"}
     facts["tokenizer"] = "unknown, it has no manifest"
     if manifest is not None:
         facts["tokenizer"] = f"{manifest.tokenizer[:16]} with {manifest.vocab_size:,} tokens, {manifest.eod_id} the end"
@@ -97,7 +98,7 @@ def _checkpoint(path: Path) -> Found:
     manifest, config = read_manifest(folder), load_config(folder / CONFIG)
     kinds = {key.partition("/")[0] for key in manifest.tensors}
     facts = facts_of(config)
-    facts["trained"] = f"{manifest.state.step:,} steps, {manifest.state.samples:,} samples"
+    facts["trained"] = f"{counted(manifest.state.step, 'step')}, {counted(manifest.state.samples, 'sample')}"
     facts["holds"] = "weights alone, to start from" if kinds == {WEIGHT} else "the whole state of a run"
     if manifest.averaged:
         facts["average of"] = ", ".join(f"{share:.4f} × {of}" for of, share in manifest.averaged.items())

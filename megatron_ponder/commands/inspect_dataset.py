@@ -9,8 +9,11 @@ Example:
 from collections.abc import Sequence
 
 from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.paths import expand_user
+from megatron_ponder.config.command_options import Number
+from megatron_ponder.config.declarations import STEPS, Range
 from megatron_ponder.data.dataset_manifest import read_dataset_manifest
 from megatron_ponder.data.dataset_summary import length_histogram, verify
 from megatron_ponder.data.indexed_dataset import VERSION, IndexedDataset
@@ -27,14 +30,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--tokenizer", type=expand_user, help="shows samples as text, and gives the vocabulary that --verify checks"
     )
-    parser.add_argument("--samples", type=int, default=3, help="documents to show, evenly spaced (default: 3)")
-    parser.add_argument("--sample-tokens", type=int, default=64, help="tokens to show of each (default: 64)")
+    documents, tokens = (Number(name, int, Range(0, STEPS)) for name in ("samples", "sample_tokens"))
+    parser.add_argument("--samples", type=documents, default=3, help="documents to show, evenly spaced (default: 3)")
+    parser.add_argument("--sample-tokens", type=tokens, default=64, help="tokens to show of each (default: 64)")
     parser.add_argument(
         "--verify", action="store_true", help="read everything: offsets, bounds, ids below the vocabulary, checksums"
     )
     arguments = parser.parse_args(argv)
-    if min(arguments.samples, arguments.sample_tokens) < 0:
-        raise UserError("--samples and --sample-tokens count documents and tokens: set them to 0 or more")
     dataset = IndexedDataset(arguments.dataset)
     dataset.check_index()
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
@@ -55,7 +57,8 @@ def show_header(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
     """
     print(f"{dataset.prefix}: version {VERSION}, tokens of type {dataset.dtype.name}")
     print(
-        f"  {len(dataset):,} sequences, {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens, "
+        f"  {counted(len(dataset), 'sequence')}, {counted(dataset.num_documents, 'document')}, "
+        f"{counted(dataset.num_tokens, 'token')}, "
         f"{dataset.num_tokens / dataset.num_documents:,.1f} tokens per document"
     )
     manifest = read_dataset_manifest(dataset.prefix)
@@ -89,7 +92,7 @@ def show_samples(dataset: IndexedDataset, tokenizer: Tokenizer | None, samples: 
         whole = dataset.read_document(number)
         ids = whole[:length].tolist()
         text = " ".join(map(str, ids)) if tokenizer is None else on_one_line(tokenizer.decode(ids))
-        print(f"document {number:,}, {len(whole):,} tokens: {text}{' ...' if len(whole) > length else ''}")
+        print(f"document {number:,}, {counted(len(whole), 'token')}: {text}{' ...' if len(whole) > length else ''}")
 
 
 def on_one_line(text: str) -> str:

@@ -7,6 +7,7 @@ Example:
 from collections.abc import Sequence
 
 from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import command
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.data.merging import merge_datasets
@@ -24,4 +25,4 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     dataset = merge_datasets(arguments.input, arguments.output_prefix)
-    print(f"{dataset.prefix}: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens")
+    print(f"{dataset.prefix}: {counted(dataset.num_documents, 'document')}, {counted(dataset.num_tokens, 'token')}")

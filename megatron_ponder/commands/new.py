@@ -25,6 +25,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.config.commented import commented_yaml
 from megatron_ponder.config.known_sizes import SIZES, size_of
 from megatron_ponder.config.ponder import Mode
+from megatron_ponder.estimates.budget import TOKENS
 
 
 @command
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--mode", choices=get_args(Mode), default="adaptive", help="of latent steps (default: adaptive)"
     )
-    parser.add_argument("--tokens", type=float, help="to train on (default: 20 for each parameter)")
+    parser.add_argument("--tokens", type=TOKENS, help="to train on (default: 20 for each parameter)")
     parser.add_argument("--output", type=Path, required=True, help="file to write, which must not exist")
     parser.add_argument("--cpu", action="store_true", help="one process on the processors of this machine")
     add_machine_options(parser)
@@ -65,8 +66,6 @@ def _check(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     if arguments.output.exists():
         raise UserError(f"{arguments.output} exists already; choose another --output, or remove it")
     check_output(arguments.output)
-    if arguments.tokens is not None and not 0 < arguments.tokens < float("inf"):
-        raise UserError(f"--tokens is {arguments.tokens:g}; give a positive number, such as 30e9")
     others = [word for word in words[::2] if word != "--memory-gib"]
     if arguments.cpu and others:
         raise UserError(f"--cpu and {others[0]} are two machines; leave one out")

@@ -16,7 +16,8 @@ from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.environment import without_local_rank
 from megatron_ponder.base.errors import command
 from megatron_ponder.base.paths import expand_user
-from megatron_ponder.config.command_options import add_options
+from megatron_ponder.config.command_options import Number, add_options
+from megatron_ponder.config.declarations import Range
 from megatron_ponder.data.inputs import Source
 from megatron_ponder.data.preprocessing import Team, preprocess
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--tokenizer", type=expand_user, required=True, help="a .model or tokenizer.json file, or a folder with one"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes per rank that tokenise (default: 1)")
+    several = Number("workers", int, Range(1, 10**4))
+    parser.add_argument("--workers", type=several, default=1, help="processes per rank that tokenise (default: 1)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end token")
     arguments = parser.parse_args(without_local_rank(argv))
     # Here, because every worker imports this file again and has no use for PyTorch, which this one imports.

@@ -22,6 +22,8 @@ from rich.table import Table
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.durations import format_duration
 from megatron_ponder.base.errors import UserError, command, describe
+from megatron_ponder.config.command_options import Number
+from megatron_ponder.config.declarations import SECONDS, Range
 from megatron_ponder.runs.status import RunStatus, run_status
 
 
@@ -31,10 +33,11 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("status", __doc__)
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a folder that training writes into")
     parser.add_argument("--json", action="store_true", help="one JSON object a run, each on a line of its own")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show the table anew every so many seconds")
+    seconds = Number("watch", float, Range(0, SECONDS, above=True))
+    parser.add_argument("--watch", type=seconds, metavar="SECONDS", help="show the table anew every so many seconds")
     arguments = parser.parse_args(argv)
-    if arguments.watch is not None and (arguments.json or arguments.watch <= 0):
-        raise UserError("--watch takes a positive number of seconds and shows a table; leave --json out")
+    if arguments.watch is not None and arguments.json:
+        raise UserError("--watch shows a table; leave --json out")
     console = Console()
     if not console.is_terminal:
         console.width = 160  # as wide as the table needs, whatever the reader of a pipe takes
@@ -110,6 +113,8 @@ def lines_of(status: RunStatus) -> dict[str, str]:
     lines |= _quality(status)
     if status.mean_latent_steps is not None:
         lines["latent steps/token"] = f"{status.mean_latent_steps:.2f}"
+    if status.latent_scale is not None:
+        lines["factor on latents"] = f"{status.latent_scale:.4f}"
     if status.training_flops is not None:
         lines["training compute"] = f"{status.training_flops:.3g} FLOPs"
     if status.tokens_per_second is not None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
 from megatron_ponder.base.paths import expand_user
-from megatron_ponder.config.command_options import add_options
+from megatron_ponder.config.command_options import Number, add_options
+from megatron_ponder.config.declarations import Range
 from megatron_ponder.data.inputs import Source
 from megatron_ponder.data.tokenizer_training import train_tokenizer
 
@@ -20,10 +21,11 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("train-tokenizer", __doc__)
     add_options(parser, Source)
     parser.add_argument("--output-prefix", type=expand_user, required=True, help="path of the tokenizer without .model")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
+    size = Number("vocab_size", int, Range(1, 2**31))
+    parser.add_argument("--vocab-size", type=size, required=True, help="number of tokens")
     parser.add_argument(
         "--sample-bytes",
-        type=int,
+        type=Number("sample_bytes", int, Range(1, 2**50)),
         default=256 << 20,
         help="train on a random sample of at most this much text (default: 256 MiB)",
     )

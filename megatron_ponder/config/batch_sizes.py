@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.config.run import TrainingConfig
 
 
@@ -24,8 +25,9 @@ def describe_batches(training: TrainingConfig, samples: int) -> str:
     """The global batches in words that leave out nothing on which they depend, after so many samples."""
     sizes, ramp = batch_sizes(training), training.batch_size_ramp
     if ramp is None or samples >= ramp.samples:
-        return f"{sizes[-1]:,} sequences"
-    return f"{sizes[0]:,} sequences and {sizes.step:,} more at a time up to {sizes[-1]:,} at sample {ramp.samples:,}"
+        return counted(sizes[-1], "sequence")
+    first = counted(sizes[0], "sequence")
+    return f"{first} and {sizes.step:,} more at a time up to {sizes[-1]:,} at sample {ramp.samples:,}"
 
 
 def samples_of(training: TrainingConfig, steps: float, samples: int = 0) -> float:

@@ -76,7 +76,7 @@ def read_ramp(name: str, value: object) -> object:
     value = _structure(name, value, RAMP)
     if value in (None, "null"):
         return value
-    words = value.split() if isinstance(value, str) else value
+    words = _structure(name, f"[{', '.join(value.split())}]", RAMP) if isinstance(value, str) else value
     if isinstance(words, list) and len(words) == len(_RAMP):
         return dict(zip(_RAMP, words, strict=True))
     if not isinstance(value, dict):

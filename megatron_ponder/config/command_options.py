@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from megatron_ponder.base.paths import expand_user
+from megatron_ponder.base.whole_numbers import whole_number
 from megatron_ponder.config.declarations import Range, is_path, range_of, written
 
 Kind = TypeVar("Kind")
@@ -103,7 +104,7 @@ class Number:
             argparse.ArgumentTypeError: it is none, or out of its range.
         """
         try:
-            value = self._kind(text)
+            value = whole_number(text) if self._kind is int else self._kind(text)
         except ValueError:
             a_number = "a whole number" if self._kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {a_number}") from None

@@ -10,7 +10,8 @@ from typing import Any, get_args
 from megatron_ponder.base.errors import UserError, warn
 from megatron_ponder.base.paths import user_path
 from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of, type_of, wanted
-from megatron_ponder.base.yaml_files import LONGEST_NUMBER, dump_yaml, read_mapping
+from megatron_ponder.base.whole_numbers import LONGEST_NUMBER
+from megatron_ponder.base.yaml_files import dump_yaml, read_mapping
 from megatron_ponder.config.blends import read_blend, read_phases, read_ramp, read_sets, read_split
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of

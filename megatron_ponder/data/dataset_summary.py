@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.data.dataset_manifest import changed, fingerprint, manifest_path, read_dataset_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
@@ -54,7 +55,8 @@ def verify(prefix: str | Path, vocab_size: int | None) -> list[str]:
     """
     dataset = IndexedDataset(prefix)
     dataset.check_index()
-    done = [f"index: {len(dataset):,} sequences and {dataset.num_documents:,} documents follow one another"]
+    documents = counted(dataset.num_documents, "document")
+    done = [f"index: {counted(len(dataset), 'sequence')} and {documents} follow one another"]
     manifest = read_dataset_manifest(prefix)
     if vocab_size is None and manifest is not None:
         vocab_size = manifest.vocab_size

@@ -1,6 +1,7 @@
 """Micro-batches of one data-parallel rank, in an order that does not depend on how the work is divided."""
 
 import signal
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -46,6 +47,7 @@ def batches(
 
     Raises:
         UserError: a sample cannot be read, or has an id that the model does not know.
+        RuntimeError: reading has failed by a bug, whose traceback is in it, or a process that reads has died.
     """
     size_at = global_batch_size if callable(global_batch_size) else lambda _: global_batch_size
     own = (consumed_samples, size_at, data_rank, data_size)
@@ -85,7 +87,7 @@ def validation_batches(
     smaller, and a rank may have one less than another, or none.
 
     Raises:
-        UserError: see `batches`.
+        UserError, RuntimeError: see `batches`.
     """
     stop = samples * (data_rank + 1) // data_size
     starts = range(samples * data_rank // data_size, stop, micro_batch_size)
@@ -94,10 +96,19 @@ def validation_batches(
 
 
 def _read(loader: DataLoader) -> Generator[Tensor, None, None]:
-    for content in loader:
-        if isinstance(content, str):
-            raise UserError(content)
-        yield content
+    failure: Exception | None = None
+    try:
+        for content in loader:
+            if isinstance(content, Exception):
+                failure = content
+                break
+            yield content
+    except Exception as error:
+        failure = RuntimeError(f"reading ahead has failed: {error}")
+    # Out here nothing holds the loader any more. Its processes end with it, and a traceback through it would keep them,
+    # for which this process waits at its end.
+    if failure is not None:
+        raise failure
 
 
 def _loader(
@@ -121,19 +132,22 @@ def _loader(
 
 
 class _Careful(Dataset):
-    """Gives what has gone wrong in place of samples, as text, because errors of workers arrive as tracebacks."""
+    """Gives what has gone wrong in place of samples, as an error to raise, for which no process waits: see `_read`."""
 
     def __init__(self, samples: Samples, share: Share, vocab_size: int | None) -> None:
         self._samples, self._share, self._vocab_size = samples, share, vocab_size
 
-    def __getitems__(self, positions: range) -> list[np.ndarray] | str:
+    def __getitems__(self, positions: range) -> list[np.ndarray] | Exception:
         try:
             content = [self._samples.read(position, self._share) for position in positions]
             if self._vocab_size is not None:
                 self._check_ids(positions, content)
             return content
         except (UserError, OSError) as error:
-            return describe(error)
+            return UserError(describe(error))
+        except Exception as error:
+            what = f"reading samples {positions.start:,} to {positions[-1]:,} has failed"
+            return RuntimeError(f"{what}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
 
     def _check_ids(self, positions: range, content: list[np.ndarray]) -> None:
         """Refuse samples with ids that the model cannot embed, which a dataset gets when its file is damaged."""
@@ -152,8 +166,8 @@ class _Careful(Dataset):
             )
 
 
-def _stack(samples: list[np.ndarray] | str) -> Tensor | str:
-    return samples if isinstance(samples, str) else torch.from_numpy(np.stack(samples))
+def _stack(samples: list[np.ndarray] | Exception) -> Tensor | Exception:
+    return samples if isinstance(samples, Exception) else torch.from_numpy(np.stack(samples))
 
 
 def _prepare_worker(worker: int) -> None:

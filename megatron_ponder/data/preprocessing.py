@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ponder.base.claims import Claim
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.files import make_folder
 from megatron_ponder.data.corpus import cut_inputs, no_documents, read_range
@@ -80,7 +81,8 @@ class PreprocessingReport:
     def __str__(self) -> str:
         new = self.new_text_bytes / 1e6
         lines = [
-            f"{self.prefix}.bin, .idx and .json: {self.documents:,} documents, {self.tokens:,} tokens",
+            f"{self.prefix}.bin, .idx and .json: {counted(self.documents, 'document')}, "
+            f"{counted(self.tokens, 'token')}",
             f"{self.text_bytes / self.tokens:.2f} bytes per token; "
             f"{new:.1f} MB in {self.seconds:.1f} s, {new / self.seconds:.1f} MB/s",
         ]

@@ -2,6 +2,12 @@
 
 from typing import NamedTuple
 
+from megatron_ponder.config.command_options import Number
+from megatron_ponder.config.declarations import Range
+
+# Of a command line.
+TOKENS = Number("tokens", float, Range(1, 10**18))
+
 
 class Budget(NamedTuple):
     """What a run is given.

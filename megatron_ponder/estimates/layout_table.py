@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.config import Config
 from megatron_ponder.config.layout import describe_grid, group_sizes
 from megatron_ponder.estimates.activations import most_in_flight
@@ -32,11 +33,12 @@ def describe_layout(config: Config, data: int, device: str) -> str:
     flags += [f"optimiser on {parallel.offload_optimizer}"] if parallel.offload_optimizer != "none" else []
     flags += [parallel.pipeline_schedule] if parallel.pipeline > 1 else []
     lines = [
-        f"{grid['model'] * grid['copies']} ranks: {describe_grid(grid)}; {', '.join(flags)}",
-        f"a step: {sequences:,} sequences, {sequences * tokens:,} tokens, {slots:,} latent slots",
-        f"a micro-batch: {training.micro_batch_size} sequences, {_span(map(len, plans))} passes of "
-        f"{_span(map(sum, plans))} slots a token",
-        f"each data rank: {count} micro-batches{_in_flight(ranks)}",
+        f"{counted(grid['model'] * grid['copies'], 'rank')}: {describe_grid(grid)}; {', '.join(flags)}",
+        f"a step: {counted(sequences, 'sequence')}, {counted(sequences * tokens, 'token')}, "
+        f"{counted(slots, 'latent slot')}",
+        f"a micro-batch: {counted(training.micro_batch_size, 'sequence')}, {_span(map(len, plans), 'pass')} of "
+        f"{_span(map(sum, plans), 'slot')} a token",
+        f"each data rank: {counted(count, 'micro-batch')}{_in_flight(ranks)}",
         "",
         f"{'pipeline':>8} {'blocks':>7} {'with':<18} {'parameters':>10} │ expected peak of tensors, GiB a rank",
         f"{'rank':>8} {'':>7} {'':<18} {'a rank':>10} │ {'weights':>7} {'grads':>5} {'optim':>5} {'activ.':>6} "
@@ -63,6 +65,6 @@ def _in_flight(ranks: list[Rank]) -> str:
     return f", {last:.0f} to {first:.0f} forward passes in flight on a pipeline rank"
 
 
-def _span(numbers: Iterable[int]) -> str:
-    numbers = sorted(set(numbers))
-    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+def _span(numbers: Iterable[int], noun: str) -> str:
+    least, *_, most = sorted([*numbers] * 2)
+    return f"{least} to " * (least < most) + counted(most, noun)

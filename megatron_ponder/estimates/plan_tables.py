@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.cluster.hardware import GIB, Hardware
 from megatron_ponder.estimates.budget import Budget
 from megatron_ponder.estimates.layout_table import describe_layout
@@ -15,9 +16,8 @@ SECONDS_PER_DAY = 86400
 
 def heading(hardware: Hardware) -> str:
     """What the cluster is taken to be."""
-    nodes = "1 node" if hardware.nodes == 1 else f"{hardware.nodes} nodes"
     return (
-        f"{nodes} of {hardware.gpus_per_node} {hardware.name}: "
+        f"{counted(hardware.nodes, 'node')} of {hardware.gpus_per_node} {hardware.name}: "
         f"{hardware.peak / 1e12:,.0f} TFLOP/s (reached: {hardware.matrix_share:.0%} in products, "
         f"{hardware.attention_share:.0%} in attention), memory {hardware.memory_bandwidth / 1e9:,.0f} GB/s, "
         f"links {hardware.intra_bandwidth / 1e9:,.0f} GB/s in a node and {hardware.inter_bandwidth / 1e9:,.0f} between "
@@ -125,9 +125,9 @@ def does_not_fit(plan: Plan, hardware: Hardware, plans: Sequence[Plan]) -> str:
 def nothing_fits(hardware: Hardware) -> str:
     """One line for a model that is too large."""
     return (
-        f"no layout of this model fits into {hardware.usable_memory / GIB:.1f} GiB on each of {hardware.ranks} ranks; "
-        "use more nodes, or offload the optimiser with --parallel.zero_stage 3 (of Muon 2) "
-        "--parallel.offload_optimizer cpu"
+        f"no layout of this model fits into {hardware.usable_memory / GIB:.1f} GiB on each of "
+        f"{counted(hardware.ranks, 'rank')}; use more nodes, or offload the optimiser with "
+        "--parallel.zero_stage 3 (of Muon 2) --parallel.offload_optimizer cpu"
     )
 
 

@@ -12,6 +12,7 @@ from collections import deque
 import numpy as np
 import torch
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import ModelConfig, PonderConfig
 from megatron_ponder.data.tokenizer import Tokenizer
@@ -99,9 +100,10 @@ class Scheduler:
         """
         tokens, limit = len(request.prompt) + request.max_new_tokens, self._model.max_position_embeddings
         if tokens > limit:
+            has = counted(len(request.prompt), "token")
             raise UserError(
-                f"the prompt has {len(request.prompt)} tokens and {request.max_new_tokens} new ones are asked for, but "
-                f"the model is meant for {limit}; shorten the prompt or ask for fewer"
+                f"the prompt has {has} and {request.max_new_tokens} new ones are asked for, but the model is meant "
+                f"for {limit}; shorten the prompt or ask for fewer"
             )
         if (most := self._passes.most_slots(tokens)) > self.batching.max_slots:
             raise UserError(

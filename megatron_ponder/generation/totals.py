@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.generation.generator import Generator
 from megatron_ponder.generation.request import Generation
 
@@ -110,4 +111,4 @@ class TaskProgress:
         self._bar.update(self._task, completed=done, description=speed)
         if not (self._silent or self._terminal) and now - self._line_at > SECONDS_BETWEEN_LINES:
             self._line_at = now
-            print(f"{done:,} of {self._total:,} sequences  {speed}", file=sys.stderr, flush=True)
+            print(f"{done:,} of {counted(self._total, 'sequence')}  {speed}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import Config, ModelConfig, read_config
 from megatron_ponder.config.families import FAMILIES
@@ -62,9 +63,9 @@ def facts_of(config: Config) -> dict[str, str]:
         config: resolved.
     """
     model, ponder = config.model, config.ponder
-    layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers:,} layers"
+    layers = counted(model.num_layers, "layer")
     sizes = f"{layers} of {model.hidden_size:,}, feed-forward {model.ffn_hidden_size:,}"
-    heads = f"{model.num_heads:,} heads of {model.head_size:,}, {model.num_kv_heads:,} of keys and values"
+    heads = f"{counted(model.num_heads, 'head')} of {model.head_size:,}, {model.num_kv_heads:,} of keys and values"
     facts = {"sizes": f"{sizes}; {heads}; vocabulary {model.vocab_size or 0:,}", "features": _features(model)}
     facts["positions"] = f"up to {model.max_position_embeddings:,}, {_rope(model)}"
     scale = f"{ponder.steps} of them, embeddings × {ponder.embedding_scale:.6g}"

@@ -1,5 +1,6 @@
 """The README.md of an export."""
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.config import Config
 from megatron_ponder.hf.measured import table
 from megatron_ponder.model.modes import passes_of
@@ -85,7 +86,7 @@ def model_card(config: Config, dtype: str, parameters: int, measured: str | None
         "Mode": ponder.mode,
     }
     if averaged:
-        rows["Weights averaged over"] = f"{averaged} checkpoints"
+        rows["Weights averaged over"] = counted(averaged, "checkpoint")
     passes = passes_of(ponder)
     if ponder.steps:
         rows["Most latent steps K"] = ponder.latent_steps

@@ -44,6 +44,10 @@ class LatentScale(ShardedModule):
             return hidden * self.log.to(wide).exp().to(hidden.dtype)
         return hidden if self._number == 1 else hidden * self._number
 
+    def learned_so_far(self) -> float:
+        """The factor that has been learned, as latents are multiplied by it; the host waits for it."""
+        return float(self.log.detach().float().exp())
+
 
 class Front(NamedTuple):
     """Where tokens enter, and where hidden states enter again.

@@ -58,6 +58,7 @@ class RunStatus:
         task_scores: of the last evaluation of public tasks, by `NAME/METRIC`; empty without one.
         task_step: its step.
         mean_latent_steps: latent steps per token of the last step.
+        latent_scale: the factor on latents that has been learned, of a run that learns it.
         training_flops: model FLOPs of all steps so far, where they are known.
         tokens_per_second: mean over the last records, validation and saving included.
         mfu: of the last step, where it is known.
@@ -84,6 +85,7 @@ class RunStatus:
     task_scores: dict[str, float | None] = field(default_factory=dict)
     task_step: int | None = None
     mean_latent_steps: float | None = None
+    latent_scale: float | None = None
     training_flops: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
@@ -141,6 +143,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
         task_scores={name: scored[f"{TASKS}/{name}"] for name in names_of(TASKS, [scored])},
         task_step=scored.get("step"),
         mean_latent_steps=last.get("mean_latent_steps"),
+        latent_scale=last.get("latent_scale"),
         training_flops=last.get("training_flops"),
         tokens_per_second=tokens / pace if pace else last.get("tokens_per_second"),
         mfu=last.get("mfu"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.declarations import range_of
 from megatron_ponder.data.tokenizer import Tokenizer
@@ -203,9 +204,10 @@ def requests_for(completion: Completion, model: ServedModel, most: int) -> list[
     for prompt in prompts:
         ids = prompt if isinstance(prompt, list) else model.tokenizer.encode(prompt) or [model.tokenizer.eod_id]
         if len(ids) + completion.max_tokens > model.max_tokens:
+            has = counted(len(ids), "token")
             message = (
-                f"the prompt has {len(ids)} tokens and max_tokens is {completion.max_tokens}, but the model is meant "
-                f"for {model.max_tokens}; shorten the prompt or ask for fewer"
+                f"the prompt has {has} and max_tokens is {completion.max_tokens}, but the model is meant for "
+                f"{model.max_tokens}; shorten the prompt or ask for fewer"
             )
             raise RefusedError(400, message, "prompt", "context_length_exceeded")
         for sample in range(completion.samples):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.manifest import Manifest
-from megatron_ponder.checkpoint.reader import read_config_of
 from megatron_ponder.config import Config
 from megatron_ponder.config.batch_sizes import describe_batches
 from megatron_ponder.config.sections import architecture_changes, turns_positions
@@ -13,12 +13,13 @@ from megatron_ponder.model.modes import passes_of
 from megatron_ponder.training.schedules import describe_learning_rate, learning_rate
 
 
-def all_changes(folder: Path, manifest: Manifest, config: Config, data_fingerprint: str) -> list[str]:
+def all_changes(folder: Path, manifest: Manifest, stored: Config, config: Config, data_fingerprint: str) -> list[str]:
     """Say all that is otherwise.
 
     Args:
         folder: of the checkpoint.
         manifest: of the checkpoint.
+        stored: configuration of the checkpoint.
         config: to go on with.
         data_fingerprint: of the data that follow.
 
@@ -26,16 +27,25 @@ def all_changes(folder: Path, manifest: Manifest, config: Config, data_fingerpri
         UserError: as `schedule_changed`.
     """
     state = manifest.state
-    lines = schedule_changed(folder, state.step, config) + batches_changed(folder, state.samples, config)
-    return lines + positions_changed(folder, config) + data_changed(folder, manifest, config, data_fingerprint)
+    lines = schedule_changed(folder, state.step, stored, config) + batches_changed(state.samples, stored, config)
+    lines += positions_changed(stored, config)
+    was, now = (each.data.sequence_length for each in (stored, config))
+    if was != now:
+        lines.append(f"data.sequence_length was {was} and is {now}")
+    if manifest.data_fingerprint is not None and not same_past(
+        manifest.data_fingerprint, data_fingerprint, state.samples
+    ):
+        lines.append(f"the data are not those that {folder} was trained on; their sample {state.samples:,} comes next")
+    return lines
 
 
-def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
+def schedule_changed(folder: Path, step: int, stored: Config, config: Config) -> list[str]:
     """Say that learning rates go on by another schedule than that of the checkpoint.
 
     Args:
         folder: of the checkpoint.
         step: optimiser steps that it has done.
+        stored: configuration of the checkpoint.
         config: to go on with.
 
     Returns:
@@ -44,7 +54,7 @@ def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
     Raises:
         UserError: a decay is to have begun that the checkpoint knows nothing of.
     """
-    stored, steps = read_config_of(folder), config.training.steps
+    steps = config.training.steps
     before, after = (stored.training.steps, stored.optimizer), (steps, config.optimizer)
     was, now = (describe_learning_rate(step, *each) for each in (before, after))
     factors = [each.optimizer.router_learning_rate_factor for each in (stored, config)]
@@ -53,9 +63,9 @@ def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
         begin = steps - (config.optimizer.decay_steps or 0)
         if begin < step and learning_rate(step - 1, *before) != learning_rate(step - 1, *after):
             raise UserError(
-                f"the decay of optimizer.schedule wsd would begin at step {begin}, but {folder} has done {step} steps "
-                f"by another ({was}); set optimizer.decay_steps to at most {steps - step}, or training.steps to at "
-                f"least {step + config.optimizer.decay_steps}"
+                f"the decay of optimizer.schedule wsd would begin at step {begin}, but {folder} has done "
+                f"{counted(step, 'step')} by another ({was}); set optimizer.decay_steps to at most {steps - step}, "
+                f"or training.steps to at least {step + config.optimizer.decay_steps}"
             )
         lines.append(f"the schedule of the learning rate was {was}; from step {step:,} on it is {now}")
     if factors[0] != factors[1] and passes_of(config.ponder).routed:
@@ -63,52 +73,31 @@ def schedule_changed(folder: Path, step: int, config: Config) -> list[str]:
     return lines
 
 
-def batches_changed(folder: Path, samples: int, config: Config) -> list[str]:
+def batches_changed(samples: int, stored: Config, config: Config) -> list[str]:
     """Say that steps are of other global batches than they were to be.
 
     Args:
-        folder: of the checkpoint.
-        samples: that it has consumed.
+        samples: that the checkpoint has consumed.
+        stored: its configuration.
         config: to go on with.
 
     Returns:
         One line, or none where they are the same.
     """
-    was, now = (describe_batches(each.training, samples) for each in (read_config_of(folder), config))
+    was, now = (describe_batches(each.training, samples) for each in (stored, config))
     return [] if was == now else [f"the global batch was {was}; from sample {samples:,} on it is {now}"]
 
 
-def positions_changed(folder: Path, config: Config) -> list[str]:
+def positions_changed(stored: Config, config: Config) -> list[str]:
     """Say that positions are rotated otherwise than in a checkpoint.
 
     Args:
-        folder: of the checkpoint.
+        stored: configuration of the checkpoint.
         config: to go on with.
 
     Returns:
         One line, or none where they are not.
     """
-    changes = architecture_changes(config, read_config_of(folder)).items()
+    changes = architecture_changes(config, stored).items()
     told = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changes if turns_positions(key))
     return [told] if told else []
-
-
-def data_changed(folder: Path, manifest: Manifest, config: Config, data_fingerprint: str) -> list[str]:
-    """Say that other data follow than those that a checkpoint was trained on, which has been allowed.
-
-    Args:
-        folder: of the checkpoint.
-        manifest: of the checkpoint.
-        config: to go on with.
-        data_fingerprint: of the data that follow.
-
-    Returns:
-        A line for the length of sequences and one for the data, or none where they are the same.
-    """
-    samples, lines = manifest.state.samples, []
-    was, now = read_config_of(folder).data.sequence_length, config.data.sequence_length
-    if was != now:
-        lines.append(f"data.sequence_length was {was} and is {now}")
-    if manifest.data_fingerprint is not None and not same_past(manifest.data_fingerprint, data_fingerprint, samples):
-        lines.append(f"the data are not those that {folder} was trained on; their sample {samples:,} comes next")
-    return lines

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import Preempted, UserError
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.base.watchdog import Watchdog
@@ -197,6 +198,7 @@ class TrainingLoop:
             "refinements": plan.refinements,
             **records.step_fields(tally, plan.penalty_weight, self._penalty.of(tally)),
             **(records.router_fields(tally, self._config.ponder.steps) if routes else {}),
+            **records.scale_fields(self._engine.model.latent_scale),
             **own,
             **drift,
             **self._end_watch(flops, tally),
@@ -208,7 +210,7 @@ class TrainingLoop:
         """Take the global batch of the step, and say so where it is not that of the one before."""
         before, self._batch = self._batch, batch_size(self._config.training, self._state.samples)
         if self._batch != before:
-            self._output.say(f"step {self._state.step}  from here a step is {self._batch:,} sequences")
+            self._output.say(f"step {self._state.step}  from here a step is {counted(self._batch, 'sequence')}")
 
     def _read(self) -> list[Tensor]:
         """Read this rank's micro-batches of the step, onto its device."""
@@ -252,7 +254,7 @@ class TrainingLoop:
         drift = together(partial(mend_replicas, self._engine, step, allowed, self._remedy()))
         if drift is None:
             return {}
-        what = f"{drift.parameters} parameters had drifted apart by {drift.size:.1e} of their norm"
+        what = f"{counted(drift.parameters, 'parameter')} had drifted apart by {drift.size:.1e} of their norm"
         self._output.say(f"step {step}  warning: {what}; all ranks have the first one's again")
         return {"replica_drift": drift.size}
 

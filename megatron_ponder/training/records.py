@@ -1,6 +1,7 @@
 """The numbers of `metrics.jsonl` that a tally gives, by the names under which they are written."""
 
 from megatron_ponder.config import Config
+from megatron_ponder.model.ends import LatentScale
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.runs.metrics import Value
 
@@ -43,6 +44,15 @@ def router_fields(tally: Tally, most_steps: int) -> dict[str, Value]:
     """
     below = 1 - tally.mean_steps / most_steps
     return {"router_entropy": tally.entropy / tally.tokens, "below_threshold": below}
+
+
+def scale_fields(scale: LatentScale | None) -> dict[str, Value]:
+    """Further fields of a training step of a model that learns the factor on its latents.
+
+    Args:
+        scale: of this rank's part of the model, as the step has left it; None where it has none.
+    """
+    return {"latent_scale": scale.learned_so_far()} if scale is not None and scale.learned else {}
 
 
 def each_step_fields(tally: Tally) -> dict[str, Value]:

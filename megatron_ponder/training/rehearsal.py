@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.config import Config, check_layout, data_parallel_size, micro_batches, resolve
 from megatron_ponder.config.layout import describe_grid, group_sizes, own_length, spoken_axes
@@ -83,9 +84,9 @@ def rehearsal_table(config: Config, ranks: int, rehearsed: Sequence[Rehearsed]) 
     """
     data, training = data_parallel_size(config, ranks), config.training
     sizes = group_sizes(config.parallel, data)
+    count, size = micro_batches(config, data), counted(training.micro_batch_size, "sequence")
     table = Table(
-        title=f"{ranks:,} ranks: {describe_grid(sizes)}; {micro_batches(config, data)} "
-        f"micro-batches of {training.micro_batch_size} sequences a step"
+        title=f"{counted(ranks, 'rank')}: {describe_grid(sizes)}; {counted(count, 'micro-batch')} of {size} a step"
     )
     axes = spoken_axes(sizes)
     for heading in ("rank", *axes, "blocks", "with", "parameters", "GiB", "groups", "samples", "seconds"):

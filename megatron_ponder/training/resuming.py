@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import check_state
 from megatron_ponder.checkpoint.folders import (
@@ -63,13 +64,14 @@ def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str
         trained = weights is not None and not is_hugging_face(weights)
         if trained:
             verify_together(weights)
-        changes = together(lambda: positions_changed(weights, config)) if trained else []
+        changes = together(lambda: positions_changed(read_config_of(weights), config)) if trained else []
         return Start(RunState(validated=not validates_at_start(config)), None, weights, doubts, changes)
-    manifest = together(lambda: check_resumable(resumed, config, data_fingerprint, tokenizer_fingerprint))
+    stored = together(lambda: read_config_of(resumed))
+    manifest = together(lambda: check_resumable(resumed, stored, config, data_fingerprint, tokenizer_fingerprint))
     if manifest.state.tokens is None:
-        manifest.state.tokens = manifest.state.samples * together(lambda: read_config_of(resumed)).data.sequence_length
-    doubts += together(lambda: latents_taken_away(resumed, manifest.state.step, config))
-    changes = together(lambda: all_changes(resumed, manifest, config, data_fingerprint))
+        manifest.state.tokens = manifest.state.samples * stored.data.sequence_length
+    doubts += latents_taken_away(resumed, manifest.state.step, stored, config)
+    changes = together(lambda: all_changes(resumed, manifest, stored, config, data_fingerprint))
     return Start(manifest.state, resumed, resumed, doubts, changes)
 
 
@@ -89,18 +91,19 @@ def _given_weights(path: Path) -> Path:
     return path if is_hugging_face(path) else resolve_checkpoint(path)
 
 
-def latents_taken_away(folder: Path, step: int, config: Config) -> list[str]:
+def latents_taken_away(folder: Path, step: int, stored: Config, config: Config) -> list[str]:
     """Say that latent steps, which a checkpoint was trained with, are to be taken away and to begin once more.
 
     Args:
         folder: of the checkpoint.
         step: optimiser steps that it has done.
+        stored: configuration of the checkpoint.
         config: to go on with.
 
     Returns:
         One line, or none where it is not so.
     """
-    before, now = read_config_of(folder).ponder_training.latent_start, config.ponder_training.latent_start
+    before, now = (each.ponder_training.latent_start for each in (stored, config))
     if not (config.ponder.steps and before < step < now):
         return []
     return [
@@ -135,8 +138,8 @@ def find_resume(config: Config) -> tuple[Path | None, list[str]]:
             damage.append(str(error))
     if damage:
         raise UserError(
-            f"all {len(damage)} checkpoints in {candidates[0].parent} are damaged ({damage[0]}); resume from a copy "
-            "with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew",
+            f"nothing whole is left of {counted(len(damage), 'checkpoint')} in {candidates[0].parent} ({damage[0]}); "
+            "resume from a copy with --checkpoint.resume FOLDER, or choose another --training.run_dir to start anew",
             shared=True,
         )
     branch = config.checkpoint.branch_from
@@ -170,15 +173,24 @@ def _pointer_problem(config: Config) -> list[str]:
     return [problem] if problem is not None and config.checkpoint.resume == "auto" else []
 
 
-def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Manifest:
+def check_resumable(
+    folder: Path, stored: Config, config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None
+) -> Manifest:
     """The manifest of a checkpoint that this run can go on from.
+
+    Args:
+        folder: of the checkpoint.
+        stored: configuration of the checkpoint.
+        config: to go on with.
+        data_fingerprint: of the data that follow.
+        tokenizer_fingerprint: of the run's tokenizer; None without one.
 
     Raises:
         UserError: if it was made from other data or with another tokenizer, or is ahead of this run.
     """
     manifest = read_manifest(folder)
-    stored = manifest.data_fingerprint
-    same = stored is None or same_past(stored, data_fingerprint, manifest.state.samples)
+    seen = manifest.data_fingerprint
+    same = seen is None or same_past(seen, data_fingerprint, manifest.state.samples)
     if not same and not config.checkpoint.allow_data_change:
         alone = isinstance(config.data.path, str) and not config.data.phases
         what = f"the dataset {config.data.path}" if alone else "a dataset, a weight, a phase that has begun"
@@ -193,7 +205,7 @@ def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokeniz
             f"the tokenizer {config.tokenizer.path} is not the one that {folder} was trained with; "
             "set tokenizer.path to the tokenizer of that run"
         )
-    before = read_config_of(folder).optimizer.name
+    before = stored.optimizer.name
     if before != config.optimizer.name:
         raise UserError(
             f"{folder} was trained with optimizer.name {before}, and {config.optimizer.name} cannot go on with what "
@@ -201,7 +213,8 @@ def check_resumable(folder: Path, config: Config, data_fingerprint: str, tokeniz
         )
     if manifest.state.step > config.training.steps:
         raise UserError(
-            f"{folder} has done {manifest.state.step} steps already; set training.steps to more than that to go on"
+            f"{folder} has done {counted(manifest.state.step, 'step')} already; set training.steps to more than that "
+            "to go on"
         )
     return manifest
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.checkpoint.folders import is_hugging_face
 from megatron_ponder.config import Config, data_parallel_size, to_yaml
@@ -113,7 +114,8 @@ def _headline(config: Config, mesh: Mesh, parts: RunParts, start: Start) -> str:
         begins += f" of {start.resumed}"
     return (
         f"{begins}: {config.model.description}, {ponder.mode}, {steps}; {training.precision} on {mesh.device.type}; "
-        f"{parts.datasets['train'].samples_per_epoch:,} samples of {config.data.sequence_length} tokens an epoch, "
+        f"{counted(parts.datasets['train'].samples_per_epoch, 'sample')} of "
+        f"{counted(config.data.sequence_length, 'token')} an epoch, "
         f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} a step"
     )
 
@@ -121,5 +123,5 @@ def _headline(config: Config, mesh: Mesh, parts: RunParts, start: Start) -> str:
 def _validation_sets(config: Config, parts: RunParts) -> str:
     """How many samples a validation reads of each set, which may hold fewer than it is to read."""
     sets, most = validation_sets(parts.datasets, config.data), config.training.eval_samples
-    counts = (f"{min(most, samples.samples_per_epoch):,} samples of {name}" for name, samples in sets.items())
+    counts = (f"{counted(min(most, samples.samples_per_epoch), 'sample')} of {name}" for name, samples in sets.items())
     return f"validation on {', '.join(counts)}"

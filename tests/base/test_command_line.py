@@ -45,8 +45,8 @@ def test_every_argument_of_a_command_is_a_path_or_known_to_be_none(command, monk
         if action.nargs != 0 and action.type is None and action.choices is None and name not in ("--help", "--version"):
             assert name in WORDS, f"{command} {name}: type=Path or expand_user if it is a path, else add it here"
         if action.type is not None:
-            known = isinstance(action.type, Number) or action.type in (Path, expand_user, int, float)
-            assert known or action.choices or name in WORDS
+            known = isinstance(action.type, Number) or action.type in (Path, expand_user)
+            assert known or action.choices or name in WORDS, f"{command} {name}: a number has a range, see Number"
 
 
 def parse(*arguments: str) -> argparse.Namespace:

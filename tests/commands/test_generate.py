@@ -293,7 +293,7 @@ def test_nothing_begins_when_a_line_of_many_is_wrong(tool, run_dir, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     code, out, error = tool(*command)
     assert (code, out, error.count("\n")) == (2, "", 1)
-    assert "prompts.jsonl line 701: the prompt has 1 tokens and 256 new ones are asked for" in error
+    assert "prompts.jsonl line 701: the prompt has 1 token and 256 new ones are asked for" in error
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 

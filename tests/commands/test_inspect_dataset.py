@@ -23,7 +23,7 @@ def test_merge_and_inspect(ponder, corpus, tmp_path):
     ("command", "arguments", "message"),
     [
         ("inspect-dataset", ["nowhere"], "error: nowhere.bin does not exist"),
-        ("inspect-dataset", ["nowhere", "--samples", "-1"], "error: --samples and --sample-tokens count"),
+        ("inspect-dataset", ["nowhere", "--samples", "-1"], "error: argument --samples: samples is -1; its range is 0"),
         ("merge", ["--input", "nowhere", "--output-prefix", "out"], "error: nowhere.bin does not exist"),
     ],
 )

@@ -90,7 +90,7 @@ def test_what_is_written_trains_on_its_machine(ponder, tmp_path, size, mode, mac
         ("--size tiny", "say which machine"),
         ("--size tiny --cpu --gpus 2", "--cpu and --gpus are two machines"),
         ("--size tiny --gpus 1", "--memory-gib is not known"),
-        ("--size tiny --cpu --tokens 0", "--tokens is 0; give a positive number"),
+        ("--size tiny --cpu --tokens 0", "tokens is 0; its range is 1 to 1e18"),
         ("--size tiny --gpu B300 --gpus 1", "no GPU is known as B300"),
         ("--size pythia-2.8b --gpus 1 --memory-gib 16", "no layout of this model fits into 14.4 GiB"),
         ("--size tiny --cpu --model.num_heads 5", "model.hidden_size 64 is not divisible"),

@@ -64,7 +64,7 @@ def test_what_is_given_has_the_type_of_the_field(monkeypatch):
     monkeypatch.setenv("HOME", "/home/baker")
     arguments = parsed(
         "--heat=200",
-        "--trays=2",
+        "--trays=2e0",
         "--fan",
         "--kind",
         "electric",
@@ -87,6 +87,8 @@ def test_what_is_given_has_the_type_of_the_field(monkeypatch):
     [
         ("--trays 10", "argument --trays: trays is 10; its range is 1 to 9; see --help"),
         ("--trays many", "'many' is not a whole number"),
+        ("--trays 1e1", "argument --trays: trays is 10; its range is 1 to 9; see --help"),
+        ("--trays 1e-1", "'1e-1' is not a whole number"),
         ("--heat nan", "heat is nan; its range is 0 to 300"),
         ("--timers 5 61", "timers is 61; its range is 0 to 60"),
         ("--timers", "expected at least one argument"),

@@ -36,6 +36,7 @@ from megatron_ponder.config import (
 )
 from megatron_ponder.config.layout import fits_schedule
 from megatron_ponder.config.ponder import Mode
+from megatron_ponder.config.run import BatchRampConfig
 from megatron_ponder.estimates.schedule_walk import stages_on_paper
 from megatron_ponder.model.ponder import PonderLM
 from tests import REPOSITORY
@@ -198,8 +199,29 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "number"),
+    [
+        ("training.steps", "1e6", 10**6),
+        ("training.steps", "2.5e3", 2500),
+        ("ponder_training.latent_start", "1e3", 1000),
+        ("ponder_training.jacobi_iterations", "[1e0, 2]", [1, 2]),
+        ("training.batch_size_ramp", "4 4 1e3", BatchRampConfig(4, 4, 1000)),
+        ("optimizer.learning_rate", "1e0", 1.0),
+    ],
+)
+def test_a_whole_number_may_have_an_exponent(key, value, number, tmp_path):
+    section, name = key.split(".")
+    (tmp_path / "run.yaml").write_text(f"{section}:\n  {name}: {value}\n", encoding="utf-8")
+    for arguments in ([f"--{key}={value}"], ["--config", str(tmp_path / "run.yaml")]):
+        found = getattr(getattr(read_config(arguments), section), name)
+        assert found == number and type(found) is type(number)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "got"),
     [
+        ("training.steps", "1e13", "training.steps is 1e13; its range is 1 to 1e12"),
+        ("training.steps", "1e-3", "training.steps is 0.001; write a whole number"),
         ("model.hidden_size", "wide", "wide"),
         ("model.hidden_size", "1.5", "1.5"),
         ("model.hidden_size", "true", "true; write a whole number"),

@@ -1,4 +1,7 @@
+import multiprocessing
+import os
 import re
+import signal
 from itertools import islice
 
 import numpy as np
@@ -102,6 +105,48 @@ class ReportsItsProcess:
 def test_workers_use_one_thread_and_flush_denormals():
     (settings,) = next(batches(ReportsItsProcess(), 0, 2, 2, 0, 1, num_workers=1))
     assert settings.tolist() == [[1, 1], [1, 1]]
+
+
+class Fails:
+    """Samples of which those from some position on cannot be read, by a fault that nobody has thought of."""
+
+    def __init__(self, fault, first: int = 3) -> None:
+        self._fault, self._first = fault, first
+
+    def read(self, position, share):
+        if position >= self._first:
+            self._fault()
+        return np.arange(3)
+
+
+def no_such_key() -> None:
+    raise KeyError("colour")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (no_such_key, r"^reading samples 2 to 3 has failed: KeyError: 'colour'\nTraceback (.|\n)*, in no_such_key\n"),
+        (die, "^reading ahead has failed: DataLoader worker"),
+    ],
+)
+def test_processes_end_whatever_goes_wrong_in_one_of_them(fault, said):
+    """Also while somebody holds the traceback; the exit of this process would wait for them for ever."""
+    before = set(multiprocessing.active_children())
+    loader = batches(Fails(fault), 0, 2, 2, 0, 1, num_workers=2)
+    with pytest.raises(RuntimeError, match=said) as caught:
+        list(islice(loader, 9))
+    assert caught.tb
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_what_goes_wrong_without_processes_is_said_as_well():
+    with pytest.raises(RuntimeError, match=r"^reading samples 2 to 3 has failed: KeyError: .colour"):
+        list(islice(batches(Fails(no_such_key), 0, 2, 2, 0, 1), 9))
 
 
 @pytest.mark.parametrize("samples", [0, 1, 2, 7, 12, 30])

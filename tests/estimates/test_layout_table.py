@@ -44,6 +44,6 @@ def test_the_table():
 def test_the_table_of_one_process():
     config = read_config(["--model.vocab_size=100", "--ponder.mode=vanilla", "--training.global_batch_size=8"])
     text = describe_layout(config, 1, "cpu")
-    assert text.startswith("1 ranks: 1 tensor × 1 data × 1 pipeline; ZeRO 1, bf16\n")
-    assert ", 0 latent slots\na micro-batch: 8 sequences, 1 passes of 1 slots a token\n" in text
+    assert text.startswith("1 rank: 1 tensor × 1 data × 1 pipeline; ZeRO 1, bf16\n")
+    assert ", 0 latent slots\na micro-batch: 8 sequences, 1 pass of 1 slot a token\n" in text
     assert "in flight" not in text

@@ -205,7 +205,7 @@ def generated_on(mesh, folder) -> list[Generation]:
     ],
 )
 def test_all_ranks_get_the_results_of_one_process(corpus, tmp_path, tensor, pipeline, copies):
-    overrides = TEXT_MODEL | {"model__num_layers": 3}
+    overrides = TEXT_MODEL | {"model__num_layers": 3, "model__tie_embeddings": True}
     weights = {name: parameter.detach() for name, parameter in small_model(**overrides).named_parameters()}
     write_weights_checkpoint(tmp_path / "model", weights, small_config(**overrides), corpus.tokenizer)
     world_size = tensor * pipeline * copies

@@ -81,7 +81,8 @@ def test_the_names_are_those_that_are_written(corpus):
 
 
 def test_a_run_under_way(run_dir):
-    write(run_dir, [record(step, **({"validation_loss": 4.5} if step == 20 else {})) for step in range(1, 201)])
+    validated = {20: {"validation_loss": 4.5}}
+    write(run_dir, [record(step, latent_scale=1 + step / 1000, **validated.get(step, {})) for step in range(1, 201)])
     status = run_status(run_dir, now=BEGUN + 405)
     assert status.state == "running"
     assert status.step == 200
@@ -90,6 +91,7 @@ def test_a_run_under_way(run_dir):
     assert status.tokens_per_second == 4 * 16 / 2
     assert (status.validation_loss, status.validation_step) == (4.5, 20)  # far before the last records
     assert RECENT < 180
+    assert (status.latent_scale, lines_of(status)["factor on latents"]) == (1.2, "1.2000")
 
 
 def test_every_validation_set_has_its_loss(run_dir):

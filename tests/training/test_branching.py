@@ -12,7 +12,7 @@ from megatron_ponder.checkpoint.folders import CONFIG, resolve_checkpoint
 from megatron_ponder.checkpoint.load import load_weights
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
 from megatron_ponder.checkpoint.reader import open_tensors
-from megatron_ponder.config import load_config, to_yaml
+from megatron_ponder.config import Config, load_config
 from megatron_ponder.model.build import build_part
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.parallel.mesh import Mesh
@@ -150,29 +150,29 @@ def test_a_folder_that_has_checkpoints_goes_on_from_them(branches, tmp_path):
         assert start(branches.decayed) == branches.decayed / "checkpoints" / "step-00000008"
 
 
-def changed(folder: Path, step: int, **now) -> list[str]:
-    return schedule_changed(folder, step, small_config(**BARE, **now))
+def changed(stored: Config, step: int, **now) -> list[str]:
+    return schedule_changed(Path("checkpoint"), step, stored, small_config(**BARE, **now))
 
 
-def test_other_batches_are_said(tmp_path):
+def test_other_batches_are_said():
     full = {"training__global_batch_size": 8, "training__micro_batch_size": 1}
-    (tmp_path / CONFIG).write_text(to_yaml(small_config(**full, training__batch_size_ramp="2 2 90")), encoding="utf-8")
-    assert batches_changed(tmp_path, 40, small_config(**full, training__batch_size_ramp="2 2 90")) == []
-    (line,) = batches_changed(tmp_path, 40, small_config(**full))
+    ramped = small_config(**full, training__batch_size_ramp="2 2 90")
+    assert batches_changed(40, ramped, ramped) == []
+    (line,) = batches_changed(40, ramped, small_config(**full))
     was = "2 sequences and 2 more at a time up to 8 at sample 90"
     assert line == f"the global batch was {was}; from sample 40 on it is 8 sequences"
-    assert batches_changed(tmp_path, 90, small_config(**full)) == []
+    assert batches_changed(90, ramped, small_config(**full)) == []
 
 
-def test_another_schedule_is_said_and_one_that_lies_in_the_past_is_refused(tmp_path):
+def test_another_schedule_is_said_and_one_that_lies_in_the_past_is_refused():
     decays = {"optimizer__schedule": "wsd", "optimizer__decay_steps": 10}
-    (tmp_path / CONFIG).write_text(to_yaml(small_config(**BARE, training__steps=100, **decays)), encoding="utf-8")
-    assert changed(tmp_path, 95, training__steps=100, **decays) == []
-    (line,) = changed(tmp_path, 50, training__steps=60, **decays)
+    stored = small_config(**BARE, training__steps=100, **decays)
+    assert changed(stored, 95, training__steps=100, **decays) == []
+    (line,) = changed(stored, 50, training__steps=60, **decays)
     assert "linear from step 90 to 3e-05 at step 100; from step 50 on it is" in line
-    (line,) = changed(tmp_path, 50, training__steps=100)
+    (line,) = changed(stored, 50, training__steps=100)
     assert line.endswith("on it is cosine from 0.0003 after 2 steps of warm-up to 3e-05 at step 100")
-    changes = changed(tmp_path, 95, training__steps=100, **decays, optimizer__router_learning_rate_factor=0.1)
+    changes = changed(stored, 95, training__steps=100, **decays, optimizer__router_learning_rate_factor=0.1)
     assert changes == ["the factor on the router's learning rate was 1, and is 0.1"]
     with pytest.raises(UserError, match=r"begin at step 45, but .* has done 50 steps .*at most 5, or .* at least 60"):
-        changed(tmp_path, 50, training__steps=55, **decays)
+        changed(stored, 50, training__steps=55, **decays)

@@ -5,6 +5,7 @@ import pytest
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
+from megatron_ponder.checkpoint.reader import read_config_of
 from megatron_ponder.config import read_config
 from megatron_ponder.data.preprocessing import preprocess
 from megatron_ponder.data.tokenizer_training import train_tokenizer
@@ -31,7 +32,7 @@ def phases(*given) -> str:
 def go_on(folder, arguments):
     """What a run from a checkpoint does first."""
     config, parts = open_parts(read_config(arguments))
-    return check_resumable(folder, config, parts.data_fingerprint, None)
+    return check_resumable(folder, read_config_of(folder), config, parts.data_fingerprint, None)
 
 
 def test_a_run_of_one_dataset_may_get_phases_from_where_it_stands_on(corpus, runs, tmp_path):

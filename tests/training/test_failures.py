@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ponder.commands.ponder import start
+from megatron_ponder.data.dataset import TokenDataset
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.deepspeed_engine import Engine
 from tests import REPOSITORY
@@ -79,6 +80,33 @@ def test_an_error_of_one_rank_ends_all(corpus, tmp_path, tensor, pipeline):
     assert "rank 0: ended, because rank 1 failed: ArithmeticError: the sky is falling on this rank" in other
     assert "Traceback" not in other
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def fail_to_read() -> None:
+    """The program of a rank whose data cannot be read from some sample on, for a reason that nobody has thought of."""
+    real = TokenDataset.read
+
+    def read(dataset: TokenDataset, position: int, *arguments):
+        if 12 <= position < 1000:
+            raise KeyError("the colour of this sample")
+        return real(dataset, position, *arguments)
+
+    TokenDataset.read = read
+    start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_goes_wrong_in_a_process_that_reads_ends_all(corpus, tmp_path, ranks):
+    layout = {"parallel__pipeline": ranks, "training__steps": 10**6, "data__num_workers": 2}
+    arguments = tiny_arguments(corpus, tmp_path / "run", **layout)
+    with (tmp_path / "output").open("w") as output:
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        processes = [
+            Forked("train", *arguments, program=fail_to_read, env=env, **streams) for env in environments(ranks)
+        ]
+    wait_for(lambda: "has failed: KeyError: 'the colour" in (tmp_path / "output").read_text(), processes, seconds=120)
+    assert end_all(processes, SECONDS) == [1] * ranks
 
 
 @pytest.mark.slow

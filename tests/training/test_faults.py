@@ -371,7 +371,7 @@ def test_a_damaged_latest_checkpoint_is_passed_over(ranks):
     assert "going on after step 4" in seen.printed
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 9))
     end = alike(ranks, "all damaged").end
-    assert end.startswith("UserError: all 2 checkpoints in ")
+    assert end.startswith("UserError: nothing whole is left of 2 checkpoints in ")
     assert "choose another --training.run_dir to start anew" in end
 
 

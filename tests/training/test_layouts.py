@@ -139,6 +139,7 @@ VARIANTS = {
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
         "tied, zero bubble": MODELS["tied"] | {"parallel__pipeline_schedule": "zero_bubble"},
         "tied, zero0": MODELS["tied"] | {"parallel__zero_stage": 0},
+        "tied, compiled": MODELS["tied"] | {"training__compile": True},
         "tied ponderlm": MODELS["tied"] | {"ponder__mode": "ponderlm", "model__vocab_size": 301},
         "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
         "pruned, zero bubble": PRUNED["pruned gpt_neox, documents"] | {"parallel__pipeline_schedule": "zero_bubble"},
@@ -165,6 +166,10 @@ VARIANTS = {
         "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
         "pruned, recompute attention": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "attention"},
         "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
+    },
+    "pp4": {
+        "tied, zero bubble": MODELS["tied"] | {"parallel__pipeline_schedule": "zero_bubble"},
+        "learned factor, zero bubble": NEOX | {"parallel__pipeline_schedule": "zero_bubble"},
     },
     "cp4": {"one head of keys": LLAMA | {"model__num_kv_heads": 1}},
     "cp2 pp2": {

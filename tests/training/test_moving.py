@@ -98,6 +98,7 @@ def check(folder: Path, source: str, target: str) -> None:
     for expected, got in zip(stayed, moved, strict=True):
         for key in ("loss", "cross_entropy", "penalty", "grad_norm"):
             assert got[key] == pytest.approx(expected[key], rel=1e-5), (key, expected["step"])
+        assert got.get("latent_scale") == pytest.approx(expected.get("latent_scale"), rel=1e-6), expected["step"]
         for key in ("samples", "refinements", "learning_rate", "router_learning_rate", "latent_step_histogram"):
             assert got[key] == expected[key], (key, expected["step"])
     assert moved[-1]["validation_loss"] == pytest.approx(stayed[-1]["validation_loss"], rel=1e-5)
@@ -107,12 +108,15 @@ def check(folder: Path, source: str, target: str) -> None:
 @pytest.fixture(scope="module")
 def quick(corpus, tmp_path_factory) -> Path:
     # Both ends of a pipeline then hold the embedding, and a checkpoint holds it once.
-    return run_pairs(corpus, tmp_path_factory.mktemp("quick"), QUICK, model__tie_embeddings="true")
+    learned = {"ponder__latent_scale": "learned", "ponder__initial_latent_scale": 0.5}
+    return run_pairs(corpus, tmp_path_factory.mktemp("quick"), QUICK, model__tie_embeddings="true", **learned)
 
 
 @pytest.mark.parametrize(("source", "target"), QUICK)
 def test_a_run_moves(quick, source, target):
     check(quick, source, target)
+    scales = [record["latent_scale"] for record in read_metrics(quick / f"{source}-{target}")]
+    assert len({0.5, *scales}) == 1 + len(scales), "it is learned"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.optimizer_state import KINDS
 from megatron_ponder.checkpoint.reader import open_tensors
-from megatron_ponder.config import to_yaml
 from megatron_ponder.runs.metrics import read_metrics
 from megatron_ponder.training.resuming import latents_taken_away
 from megatron_ponder.training.step_watch import MEASURED
@@ -71,7 +70,8 @@ def assert_same_run(broken, whole):
         assert torch.equal(got[key], tensor), key
 
 
-# The penalty begins with the state that an earlier step has left, and what is trained changes on the way.
+# The penalty begins with the state that an earlier step has left, and what is trained changes on the way. So does the
+# factor on latents.
 STEERED = [
     "--ponder_training.latent_start=6",
     "--ponder_training.jacobi_iterations={0: 1, 2: 3}",
@@ -80,6 +80,7 @@ STEERED = [
     "--ponder_training.target_rate=0.1",
     "--ponder_training.prune_start=18",
     "--ponder.router_initial_bias=0",
+    "--ponder.latent_scale=learned",
     "--inference.threshold=0.35",
 ]
 ON_BATCH = [
@@ -144,6 +145,7 @@ def test_killed_around_every_switch_of_what_is_trained(run_arguments, tmp_path, 
     steps = [record["mean_latent_steps"] for record in read_metrics(whole)]
     assert steps[:12] == [0] * 6 + [2] * 6
     assert any(0 < mean < 2 for mean in steps[18:])  # slots are left out
+    assert len({record["latent_scale"] for record in read_metrics(whole)}) > 12  # from the first latents on
     assert_same_run(broken, whole)
 
 
@@ -169,9 +171,9 @@ def test_latent_steps_that_would_be_taken_away_again_are_said(tmp_path):
     def later(start: int, **overrides):
         return small_config(ponder_training__latent_start=start, **overrides)
 
-    (tmp_path / "config.yaml").write_text(to_yaml(later(3)), encoding="utf-8")
-    (said,) = latents_taken_away(tmp_path, 5, later(9))
+    folder = tmp_path / "checkpoint"
+    (said,) = latents_taken_away(folder, 5, later(3), later(9))
     assert said.startswith("ponder_training.latent_start is 9, so that tokens have no latent steps again until then, ")
     assert said.endswith("was trained with them from step 3 on; set it to 3 to go on with them")
     for step, config in ((3, later(9)), (9, later(9)), (5, later(3)), (5, later(9, ponder__mode="vanilla"))):
-        assert latents_taken_away(tmp_path, step, config) == []
+        assert latents_taken_away(folder, step, later(3), config) == []
