@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ponder.base.counts import counted
+from megatron_ponder.base.counts import counted, first_of
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import expected_tensors
 from megatron_ponder.checkpoint.folders import MANIFEST, newest_checkpoints, resolve_checkpoint
@@ -149,11 +149,10 @@ def _common_shapes(
     expected = expected_tensors(Manifest(), config)
     for folder, reader in zip(folders, readers, strict=True):
         held = {f"{WEIGHT}/{name}": reader.shape(WEIGHT, name) for name in reader.names(WEIGHT)}
-        different = sorted(key for key in expected.keys() | held.keys() if expected.get(key) != held.get(key))
+        different = [key for key in expected.keys() | held.keys() if expected.get(key) != held.get(key)]
         if different:
             raise UserError(
-                f"{folder} and its own configuration differ in {different[0]} and {len(different) - 1} more tensors; "
-                "leave it out"
+                f"{folder} and its own configuration differ in {first_of(different, 'tensor')}; leave it out"
             )
     return expected
 

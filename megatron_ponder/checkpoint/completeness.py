@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from megatron_ponder.base.counts import first_of
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.finite import require_finite
 from megatron_ponder.checkpoint.manifest import Manifest
@@ -51,8 +52,7 @@ def check_state(folder: Path, manifest: Manifest, files: Iterable[str]) -> None:
     different = expected.keys() ^ manifest.tensors.keys()
     if different:
         raise UserError(
-            f"{folder} and its own configuration differ in {min(different)} and {len(different) - 1} more tensors; "
-            "use another checkpoint"
+            f"{folder} and its own configuration differ in {first_of(different, 'tensor')}; use another checkpoint"
         )
     held = manifest.tensors_by_file()
     for name in held.keys() & set(files):

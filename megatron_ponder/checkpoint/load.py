@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ponder.base.counts import first_of
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
@@ -92,9 +93,7 @@ def load_weights(model: PonderLM, weights: Mapping[str, torch.Tensor]) -> None:
     expected = {name: (parameter, spec, axis) for name, parameter, spec, axis in declarations(model)}
     different = expected.keys() ^ weights.keys() if model.part.is_whole else expected.keys() - weights.keys()
     if different:
-        raise UserError(
-            f"the checkpoint and the model differ in {min(different)} and {len(different) - 1} more tensors"
-        )
+        raise UserError(f"the weights and the model differ in {first_of(different, 'tensor')}")
     for name, (parameter, spec, axis) in expected.items():
         whole = weights[name]
         if tuple(whole.shape) != spec.shape:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from megatron_ponder.base.counts import first_of
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.completeness import expected_tensors, holds_weights_alone
 from megatron_ponder.checkpoint.finite import not_finite
@@ -108,8 +109,7 @@ class Inspection:
             if file.problem is not None:
                 raise damaged(self.folder, file.name, file.problem)
         if self.missing:
-            others = len(self.missing) - 1
-            raise UserError(f"{self.folder} lacks {self.missing[0]} and {others} more tensors; use another checkpoint")
+            raise UserError(f"{self.folder} lacks {first_of(self.missing, 'tensor')}; use another checkpoint")
         for tensor in self.tensors:
             if tensor.nan or tensor.infinite:
                 raise UserError(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ponder.base.counts import first_of
 from megatron_ponder.base.errors import UserError
 
 # Bytes that are read or written at once: few enough to be still in the cache when their checksum is taken.
@@ -98,7 +99,7 @@ def tensors_problem(path: Path, keys: Collection[str]) -> str | None:
         with safe_open(path, framework="pt") as file:  # which refuses shapes and offsets that do not fit the file
             different = set(keys) ^ set(file.keys())
             if different:
-                return f"and the manifest differ in {min(different)} and {len(different) - 1} more tensors"
+                return f"and the manifest differ in {first_of(different, 'tensor')}"
             odd = next((key for key in keys if file.get_slice(key).get_dtype() != "F32"), None)
             return None if odd is None else f"holds {odd} as {file.get_slice(odd).get_dtype()} where F32 was written"
     except SafetensorError as error:

@@ -54,7 +54,12 @@ class PretrainedWeights(Mapping[str, Tensor]):
         self._tie(described, given.model.tie_embeddings)
         # An export whose steps are as it says has every part that it says.
         whole = theirs["model_type"] == "ponderlm" and config.ponder == given.ponder
-        self._fresh = _require_fit(described, config, whole)
+        try:
+            self._fresh = _require_fit(described, config, whole)
+        except UserError as error:
+            raise UserError(
+                f"{model_dir}: {error}; download the model again, with the config.json of its weights"
+            ) from None
         self._names = dict.fromkeys([*described, *self._fresh])
 
     def __getitem__(self, name: str) -> Tensor:

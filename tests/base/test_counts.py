@@ -1,4 +1,4 @@
-from megatron_ponder.base.counts import counted
+from megatron_ponder.base.counts import counted, first_of
 
 
 def test_one_is_one_and_others_are_several():
@@ -8,3 +8,11 @@ def test_one_is_one_and_others_are_several():
         "3 passes",
         "12,000 micro-batches",
     )
+
+
+def test_the_others_are_counted():
+    assert [first_of(names, "tensor") for names in (["b"], ["b", "a"], {"c", "b", "a"})] == [
+        "b",
+        "a and 1 more tensor",
+        "a and 2 more tensors",
+    ]

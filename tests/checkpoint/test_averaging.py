@@ -112,7 +112,7 @@ def test_what_makes_no_average_is_refused(tmp_path):
         average([folders[0], save(tmp_path / "nan", broken)], tmp_path / "out")
     less = tensors_of_a_run()
     del less["weight/head.weight"]
-    with pytest.raises(UserError, match=r"differ in weight/head.weight and 0 more tensors"):
+    with pytest.raises(UserError, match=r"differ in weight/head.weight; leave it out"):
         average([folders[0], save(tmp_path / "less", less)], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "less", "nan"]
     with pytest.raises(UserError, match="exists already"):

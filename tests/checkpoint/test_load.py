@@ -120,7 +120,7 @@ def test_a_pipeline_rank_refuses_a_checkpoint_that_lacks_its_parameters(tmp_path
     weights = read_weights(tmp_path / "c")
     last = PonderLM(config.model, config.ponder, part=ModelPart(range(1, 2), first=False))
     load_weights(last, {name: weight for name, weight in weights.items() if name != "embedding.weight"})
-    with pytest.raises(UserError, match=r"differ in head.weight and 0 more tensors"):
+    with pytest.raises(UserError, match=r"differ in head.weight$"):
         load_weights(last, {name: weight for name, weight in weights.items() if name != "head.weight"})
 
 
@@ -128,9 +128,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
     model, _ = save(tmp_path / "c")
     weights = read_weights(tmp_path / "c")
     other = small_config(ponder__mode="fixed", model__vocab_size=VOCABULARY)
-    with pytest.raises(UserError, match=r"differ in router.output.bias and 1 more tensors"):
+    with pytest.raises(UserError, match=r"differ in router.output.bias and 1 more tensor$"):
         load_weights(PonderLM(other.model, other.ponder), weights)
-    with pytest.raises(UserError, match=r"differ in head.weight and 0 more tensors"):
+    with pytest.raises(UserError, match=r"differ in head.weight$"):
         load_weights(model, {name: weight for name, weight in weights.items() if name != "head.weight"})
     with pytest.raises(UserError, match=r"head.weight has shape \(400, 31\), but the configuration says \(400, 32\)"):
         load_weights(model, weights | {"head.weight": weights["head.weight"][:, 1:]})

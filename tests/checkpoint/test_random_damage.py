@@ -170,8 +170,8 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(run, kind):
 def test_a_checkpoint_without_the_state_of_its_model_is_passed_over(run):
     newer = run / "checkpoints" / NEWER
     for change, said in (
-        ({"exp_avg/head.weight": None}, "differ in exp_avg/head.weight and 0 more tensors; use another checkpoint"),
-        ({"weight/extra": torch.ones(2)}, "differ in weight/extra and 0 more tensors"),
+        ({"exp_avg/head.weight": None}, "differ in exp_avg/head.weight; use another checkpoint"),
+        ({"weight/extra": torch.ones(2)}, "differ in weight/extra; use"),
         ({"weight/head.weight": torch.ones(8, 61)}, r"has shape (8, 61) where (61, 8) belongs"),
     ):
         tensors = tensors_of_a_run(**SMALL) | change

@@ -140,7 +140,7 @@ def test_a_manifest_that_names_what_is_not_there(inspect, tmp_path):
     put(folder, fields | {"tensors": fields["tensors"] | {key: FILES[1]}})
     code, output, error = inspect(folder)
     for file in FILES:
-        assert (code, row(output, file)[-1]) == (2, f"and the manifest differ in {key} and 0 more tensors")
+        assert (code, row(output, file)[-1]) == (2, f"and the manifest differ in {key}")
     assert f"{folder / FILES[0]} and the manifest differ" in error
     put(folder, fields | {"tensors": fields["tensors"] | {key: "other.safetensors"}})
     assert "other.safetensors is not among its files" in inspect(folder)[2]
