@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -30,7 +30,7 @@ from megatron_ponder.base.launch import discover
 from megatron_ponder.checkpoint.load import load_model
 from megatron_ponder.commands.export_hf import main as export_hf
 from megatron_ponder.commands.import_hf import main as import_hf
-from megatron_ponder.config import load_config, read_config
+from megatron_ponder.config import Config, load_config, read_config
 from megatron_ponder.evaluation.sources import split_batches
 from megatron_ponder.hf.starting_point import complete
 from megatron_ponder.parallel.process_group import process_group
@@ -107,9 +107,10 @@ def import_base(base: Run, continuation: Continuation, values: Mapping[str, obje
         import_hf([*words, *(("--text", str(text)) if "auto" in words else ())])
 
 
-def measure(folder: Path, dataset: Path) -> dict:
-    """Loss, gradients by pass, and the factor on latents, of a checkpoint."""
+def measure(folder: Path, dataset: Path, base: Config) -> dict:
+    """Loss, gradients by pass, and the factor on latents, of a checkpoint, on what its base was validated on."""
     loaded = load_model(folder)
+    loaded = replace(loaded, config=replace(loaded.config, data=base.data, training=base.training))
     loaded.model.requires_grad_(True)
     batches = split_batches(loaded, str(dataset), "valid", SAMPLES).batches
     training, rule = loaded.config.ponder_training, loaded.model.rule("soft", bias=0.0)
@@ -121,12 +122,14 @@ def measure(folder: Path, dataset: Path) -> dict:
     return {"loss": loss, "norms": norms, "deep": deep, "scale": number}
 
 
-def noted(folder: Path, checkpoint: Path, dataset: Path, name: str) -> dict:
+def noted(continuation: Continuation, checkpoint: Path, dataset: Path, name: str) -> dict:
     """What was measured of a checkpoint, from a file beside the run if it has been measured before."""
+    folder = continuation.run.folder
     path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(measure(checkpoint, dataset)))
+        base = load_config(folder.with_name(continuation.base) / "config.yaml")
+        write_atomically(path, json.dumps(measure(checkpoint, dataset, base)))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -147,8 +150,8 @@ def row(continuation: Continuation, plain: dict, dataset: Path) -> tuple[list[st
         dataset: prefix.
     """
     run, records = continuation.run, read_metrics(continuation.run.folder)
-    before = noted(run.folder, continuation.start, dataset, "before.json")
-    after = noted(run.folder, run.folder, dataset, "after.json")
+    before = noted(continuation, continuation.start, dataset, "before.json")
+    after = noted(continuation, run.folder, dataset, "after.json")
     final = records[-1]
     loss = final.get("validation_pruned_loss", final["validation_loss"])
     start = load_config(run.folder / "config.yaml").ponder_training.latent_start
@@ -192,7 +195,7 @@ def untrained(continuations: Sequence[Continuation], dataset: Path) -> str:
     for base in dict.fromkeys(each.base for each in continuations):
         lines, plain = [UNTRAINED, ["---"] * len(UNTRAINED)], None
         for each in (each for each in continuations if each.base == base):
-            found = noted(each.run.folder, each.start, dataset, "before.json")
+            found = noted(each, each.start, dataset, "before.json")
             plain = found["loss"] if plain is None else plain
             cells = [each.run.variant, f"{found['scale']:.3f}", f"{found['loss']:.3f}", f"{found['loss'] - plain:+.3f}"]
             cells.append(" ".join(f"{norm:.2f}" for norm in found["norms"]))

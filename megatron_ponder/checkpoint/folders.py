@@ -50,8 +50,12 @@ def _latest_name(folder: Path) -> str | None:
     return "" if pointer.exists() else None
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def resolve_checkpoint(path: Path, or_else: str = "") -> Path:
     """The checkpoint folder that a user means by a run folder, a folder of checkpoints or a checkpoint.
+
+    Args:
+        path: that they have given.
+        or_else: what else they may give, for the message, with a comma before it.
 
     Raises:
         UserError: if there is no complete checkpoint.
@@ -65,7 +69,7 @@ def resolve_checkpoint(path: Path) -> Path:
         )
     if found is None:
         meant = did_you_mean(path, lambda below: find_checkpoint(below) is not None)
-        advice = meant or "; give a run folder, or one of the step-… folders in its checkpoints/"
+        advice = meant or "; give a run folder, or one of the step-… folders in its checkpoints/" + or_else
         raise UserError(f"{path} holds no complete checkpoint{advice}")
     return found
 

@@ -29,8 +29,10 @@ def group_of(parts: Sequence[Sequence[int]], name: str, timeout: timedelta = COL
         return dist.group.WORLD
     if dist.group.WORLD.bound_device_id is not None:
         return dist.split_group(split_ranks=[list(part) for part in parts], timeout=timeout, group_desc=name)
-    groups = [dist.new_group(list(part), timeout, group_desc=name) for part in parts]
-    return next((group for part, group in zip(parts, groups, strict=True) if dist.get_rank() in part), None)
+    # Ranks of no part make one too: groups of the edges of a pipeline are named by how many their ranks have by then.
+    rest = sorted({*range(dist.get_world_size())}.difference(*parts))
+    groups = [dist.new_group(list(part), timeout, group_desc=name) for part in (*parts, rest) if part]
+    return next((group for part, group in zip(parts, groups, strict=False) if dist.get_rank() in part), None)
 
 
 def host_group() -> ProcessGroup:

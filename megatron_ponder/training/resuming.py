@@ -88,7 +88,7 @@ def _given_weights(path: Path) -> Path:
     Raises:
         UserError: if it is neither.
     """
-    return path if is_hugging_face(path) else resolve_checkpoint(path)
+    return path if is_hugging_face(path) else resolve_checkpoint(path, ", or the folder of a Hugging Face model")
 
 
 def latents_taken_away(folder: Path, step: int, stored: Config, config: Config) -> list[str]:

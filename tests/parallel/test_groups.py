@@ -65,3 +65,5 @@ def test_all_ranks_are_the_default_group(calls):
 def test_a_rank_may_be_in_no_part(calls):
     assert group_of([[0, 1], [2, 3]], "pair") is None
     assert group_of([[20, 21], [2, 3]], "pair").size() == 2
+    made = [ranks for _, _, _, ranks in calls if RANK in ranks]
+    assert made == [list(range(4, RANKS)), [20, 21]]  # one each time, as every other rank

@@ -42,7 +42,11 @@ def cut(path: Path, size: int) -> None:
         (["--model.vocab_size=300"], "the tokenizer has 512 tokens", "leave model.vocab_size out"),
         (["--tokenizer.path=", "--model.vocab_size=300"], "token ids up to 511", "model.vocab_size to at least 512"),
         (["--training.global_batch_size=5"], "is not a multiple of", "set training.global_batch_size to 4"),
-        (["--checkpoint.initialize_from=no/such"], "no/such holds no complete checkpoint", "give a run folder"),
+        (
+            ["--checkpoint.initialize_from=no/such"],
+            "no complete checkpoint; give a run folder",
+            "of a Hugging Face model",
+        ),
         (["--checkpoint.resume=no/such"], "no/such holds no complete checkpoint", "give a run folder"),
     ],
 )
