@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from megatron_ponder.base.command_line import Parser
+from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import command
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.checkpoint.manifest import read_manifest
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         console.print(table_of_tensors(found))
     if found.missing:
         shown = ", ".join(found.missing[:4]) + (", …" if len(found.missing) > 4 else "")
-        console.print(f"missing: {len(found.missing):,} tensors ({shown})")
+        console.print(f"missing: {counted(len(found.missing), 'tensor')} ({shown})")
     for tensor in found.tensors:
         if tensor.nan or tensor.infinite:
             console.print(f"{tensor.kind}/{tensor.name}: {tensor.nan:,} NaN, {tensor.infinite:,} infinite values")

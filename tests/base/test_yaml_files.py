@@ -22,7 +22,7 @@ from megatron_ponder.runs.status import run_status
         ("1_000", 1000),
         ("0x1F", 31),
         ("1e-4", 1e-4),
-        ("3E2", 300.0),
+        ("3E2", 300),
         (".5", 0.5),
         ("-.inf", -math.inf),
         ("24:00:00", "24:00:00"),

@@ -103,7 +103,11 @@ def test_another_tokenizer_is_refused(tmp_path, corpus):
 
 def test_what_makes_no_average_is_refused(tmp_path):
     folders = run(tmp_path, 3, 4)
-    for weights, said in (([1.0], "1 numbers for 2"), ([1.0, 0.0], "above 0"), ([1.0, float("nan")], "above 0")):
+    for weights, said in (
+        ([1.0], "1 number for 2 checkpoints"),
+        ([1.0, 0.0], "above 0"),
+        ([1.0, float("nan")], "above 0"),
+    ):
         with pytest.raises(UserError, match=said):
             average(folders, tmp_path / "out", weights)
     broken = tensors_of_a_run()

@@ -129,7 +129,7 @@ def test_missing_tensors(inspect, tmp_path, gone):
     del tensors[gone]
     code, output, error = inspect(save(tmp_path / "c", tensors))
     assert code == 2
-    assert f"missing: 1 tensors ({gone})\n" in output
+    assert f"missing: 1 tensor ({gone})\n" in output
     assert f"lacks {gone} and 0 more tensors" in error
 
 

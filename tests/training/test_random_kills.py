@@ -24,30 +24,31 @@ SETTINGS = {
 }
 
 
-def run(folder: Path, kills: int, arguments: list[str]) -> dict:
+def run(folder: Path, kills: int, arguments: list[str], seed: int = SEED) -> dict:
     folder.mkdir()
-    seen = run_and_kill(SEED, kills, RANKS, folder, arguments)
+    seen = run_and_kill(seed, kills, RANKS, folder, arguments)
     assert seen["codes"] == [0] * RANKS, sorted(folder.iterdir())[-1].read_text()
     return seen
 
 
 @pytest.mark.slow
-def test_kills_lose_no_export_and_no_checkpoint_that_is_to_be_kept(corpus, tmp_path):
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kills_lose_no_export_and_no_checkpoint_that_is_to_be_kept(corpus, tmp_path, seed):
     settings = SETTINGS | {
-        "training__steps": 100,
+        "training__steps": 60,
         "checkpoint__export_hf": "float32",
-        "checkpoint__keep_every": 40,
+        "checkpoint__keep_every": 20,
         "ponder__latent_scale": "learned",
         "model__tie_embeddings": "true",
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(tmp_path / "once", 0, tiny_arguments(corpus, whole, **settings))
-    seen = run(tmp_path / "often", 16, tiny_arguments(corpus, broken, **settings))
+    seen = run(tmp_path / "often", 8, tiny_arguments(corpus, broken, **settings), seed)
     print(json.dumps(seen))
 
     assert seen["left"] == [], "a process was left"
     assert_same_run(broken, whole)
-    kept = [checkpoint_name(step) for step in (40, 80, 90, 100)]
+    kept = [checkpoint_name(step) for step in (20, 40, 50, 60)]
     for folder in (whole, broken):
         assert [path.name for path in checkpoints_in(folder / "checkpoints")] == kept
     for name in kept:

@@ -159,7 +159,7 @@ def test_a_run_says_what_was_mended_and_which_checkpoint_is_whole(corpus, tmp_pa
     commands = {name: tiny_arguments(corpus, tmp_path / name, **settings) for name in ("small", "large")}
     first, second = run_distributed(runs, 2, commands)
     assert first["small"].end == second["small"].end == "finished"
-    assert "step 3  warning: 1 parameters had drifted apart by " in first["small"].printed
+    assert "step 3  warning: 1 parameter had drifted apart by " in first["small"].printed
     drifts = {record["step"]: record.get("replica_drift") for record in read_metrics(tmp_path / "small")}
     assert {step for step, size in drifts.items() if size} == {3}
     assert first["large"].end == second["large"].end
