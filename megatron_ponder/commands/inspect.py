@@ -19,7 +19,8 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.checkpoint.folders import CONFIG, checkpoints_in, find_checkpoint, is_hugging_face
 from megatron_ponder.checkpoint.manifest import read_manifest
 from megatron_ponder.checkpoint.optimizer_state import WEIGHT
-from megatron_ponder.checkpoint.reader import tokenizer_path
+from megatron_ponder.checkpoint.reader import damaged, read_config_of, tokenizer_path
+from megatron_ponder.checkpoint.tensor_files import problem_of
 from megatron_ponder.config import load_config
 from megatron_ponder.data.dataset_manifest import read_dataset_manifest
 from megatron_ponder.data.indexed_dataset import IndexedDataset, dataset_paths
@@ -95,7 +96,12 @@ def _run(path: Path) -> Found:
 
 def _checkpoint(path: Path) -> Found:
     folder = find_checkpoint(path)
-    manifest, config = read_manifest(folder), load_config(folder / CONFIG)
+    manifest = read_manifest(folder)
+    for name, (size, _) in manifest.files.items():
+        problem = problem_of(folder / name, size, digest=None)
+        if problem is not None:
+            raise damaged(folder, name, problem)
+    config = read_config_of(folder)
     kinds = {key.partition("/")[0] for key in manifest.tensors}
     facts = facts_of(config)
     facts["trained"] = f"{counted(manifest.state.step, 'step')}, {counted(manifest.state.samples, 'sample')}"
@@ -152,7 +158,13 @@ def _prefix(path: Path) -> Path:
 
 
 def _beginnings(path: Path) -> str:
-    """What is below a folder that may be meant."""
+    """What is below a folder, or has a file as its part, and may be meant."""
+    if path.is_file():
+        whole = next(
+            (one for one in (path.with_suffix(""), path.parent) if any(is_one(one) for is_one, _ in _KINDS)), None
+        )
+        if whole is not None:
+            return f" by itself, but {whole} is"
     below = sorted(path.iterdir()) if path.is_dir() else []
     known = [inside.name for inside in below if any(is_one(inside) for is_one, _ in _KINDS)]
     if not known:

@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
+from megatron_ponder.base.errors import UserError
 from megatron_ponder.checkpoint.averaging import average
 from megatron_ponder.checkpoint.writer import write_weights_checkpoint
+from megatron_ponder.commands.inspect import find
 from megatron_ponder.config import to_yaml
 from megatron_ponder.hf.export import export
 from megatron_ponder.hf.pretrained import import_pretrained
@@ -79,6 +81,10 @@ def test_checkpoints_and_runs(inspect, tmp_path):
     assert "  holds         weights alone, to start from" in lines
     assert inspect(checkpoint.parent)[0].endswith(": a folder of checkpoints, of which step-00000000 counts")
     (run / "config.yaml").write_text(to_yaml(config))
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"config\.yaml is missing; use another checkpoint, or delete"):
+        find(tmp_path / "damaged")
     first, *lines = inspect(run)
     assert first == f"{run}: a run"
     assert f"  > ponder train --config '{run}'/config.yaml --checkpoint.resume auto" in lines
@@ -112,6 +118,14 @@ def test_what_is_nothing_that_is_known(ponder, tmp_path):
     code, _, error = ponder("inspect", tmp_path)
     assert code == 2
     assert error.startswith(f"error: {tmp_path} is nothing that is known here; Hugging Face models, runs, ")
+    part = tmp_path / "whole" / "part.json"
+    part.parent.mkdir()
+    part.touch()
+    (part.parent / "config.json").write_text(json.dumps({}))
+    assert (
+        ponder("inspect", part).err == f"error: {part} is nothing that is known here by itself, but {part.parent} is\n"
+    )
+    shutil.rmtree(part.parent)
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "config.json").write_text(json.dumps({}))
     assert ponder("inspect", tmp_path).err.endswith("known here, but inside in it is\n")
