@@ -103,6 +103,8 @@ def _read(loader: DataLoader) -> Generator[Tensor, None, None]:
                 failure = content
                 break
             yield content
+    except OSError as error:  # no process could be started, say
+        failure = UserError(describe(error))
     except Exception as error:
         failure = RuntimeError(f"reading ahead has failed: {error}")
     # Out here nothing holds the loader any more. Its processes end with it, and a traceback through it would keep them,
