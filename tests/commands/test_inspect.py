@@ -57,7 +57,7 @@ def test_hugging_face_models(inspect, tmp_path, corpus):
 def test_what_cannot_be_taken_over(inspect, tmp_path, changes, kind, obstacle):
     first, *lines = inspect(save(tmp_path, **changes))
     assert first.startswith(f"{tmp_path}: {kind}")
-    assert lines[-1].startswith(f"  cannot be taken over  {obstacle}")
+    assert lines[-1].startswith("  cannot be taken over  ") and obstacle in lines[-1]
     assert not any("  > " in line for line in lines)
 
 
