@@ -1,4 +1,4 @@
-"""How unevenly data ranks are loaded by packed passes, and what dealing samples out otherwise would bring.
+"""How unevenly data and context ranks are loaded by packed passes, and what dealing samples out otherwise would bring.
 
     python benchmarks/balance.py RUN [--tokens 65536] [--lengths 128 512 2048] [--draws 300]
 
@@ -11,6 +11,9 @@ to mean is that
 - predicted: dealt out by what the tokens' own averages, from the first half of the text, say of the second half, which
   is all that can be known before a step of training that sees every sample once;
 - known: dealt out by what they will cost, which nobody knows; no order is much better.
+
+Context ranks have equal shares, tokens in a row, of every sample of a micro-batch, and wait for each other around every
+attention. The ratio of most to mean is that of their slots in micro-batches drawn at random.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from megatron_ponder.data.indexed_dataset import IndexedDataset
 from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 RANKS, SAMPLES = (2, 8, 64), (1, 4, 16)
+CONTEXT_RANKS = (2, 4, 8)
 BATCH = 16
 
 
@@ -86,6 +90,42 @@ def most_to_mean(work: np.ndarray, guess: np.ndarray, ranks: int, samples: int, 
     return tuple(np.mean(found, 0))
 
 
+def share_to_mean(slots: np.ndarray, ranks: int, samples: int, draws: int) -> float:
+    """Mean over draws of most to mean, of context ranks in a micro-batch of so many samples; slots (samples, L)."""
+    shares = slots[:, : slots.shape[1] // ranks * ranks].reshape(len(slots), ranks, -1).sum(2)
+    generator = np.random.default_rng(1)
+    loads = [shares[generator.integers(len(shares), size=samples)].sum(0) for _ in range(draws)]
+    return float(np.mean([load.max() / load.mean() for load in loads]))
+
+
+def data_table(slots: np.ndarray, guess: np.ndarray, lengths: list[int], draws: int) -> Table:
+    """Of data ranks, from slots of every token and what is guessed of them."""
+    table, half = Table(title="data ranks: slots of the fullest over the mean"), len(slots) // 2
+    for heading in ("tokens", "spread", "guessed", "data ranks", "samples", "as they come", "predicted", "known"):
+        table.add_column(heading, justify="right")
+    for length in lengths:
+        own, guessed = (of[half:][: half // length * length].reshape(-1, length).sum(1) for of in (slots, guess))
+        spread, explained = own.std() / own.mean(), np.corrcoef(own, guessed)[0, 1] ** 2
+        for ranks in RANKS:
+            for samples in SAMPLES:
+                shown = (f"{ratio:.3f}" for ratio in most_to_mean(own, guessed, ranks, samples, draws))
+                table.add_row(f"{length}", f"{spread:.3f}", f"{explained:.2f}", f"{ranks}", f"{samples}", *shown)
+    return table
+
+
+def context_table(slots: np.ndarray, lengths: list[int], draws: int) -> Table:
+    """Of context ranks, from slots of every token."""
+    table = Table(title="context ranks: slots of the fullest over the mean")
+    for heading in ("tokens", "samples of a micro-batch", *(f"{ranks} ranks" for ranks in CONTEXT_RANKS)):
+        table.add_column(heading, justify="right")
+    for length in lengths:
+        of_samples = slots[: len(slots) // length * length].reshape(-1, length)
+        for samples in SAMPLES[:2]:
+            ratios = (share_to_mean(of_samples, ranks, samples, draws) for ranks in CONTEXT_RANKS)
+            table.add_row(f"{length}", f"{samples}", *(f"{ratio:.3f}" for ratio in ratios))
+    return table
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,19 +138,10 @@ def main() -> None:
     loaded = load_model(arguments.run)
     text, executed = steps_of_tokens(loaded, arguments.tokens)
     slots = slots_of_tokens(loaded, executed)
-    guess, half = predicted_slots(text, slots), len(text) // 2
-    table = Table(title=f"{len(text):,} tokens, mean K̂ {executed.mean():.2f}: slots of the fullest rank over the mean")
-    for heading in ("tokens", "spread", "guessed", "data ranks", "samples", "as they come", "predicted", "known"):
-        table.add_column(heading, justify="right")
-    for length in arguments.lengths:
-        own, guessed = (of[half:][: half // length * length].reshape(-1, length).sum(1) for of in (slots, guess))
-        spread, explained = own.std() / own.mean(), np.corrcoef(own, guessed)[0, 1] ** 2
-        for ranks in RANKS:
-            for samples in SAMPLES:
-                ratios = most_to_mean(own, guessed, ranks, samples, arguments.draws)
-                shown = (f"{ratio:.3f}" for ratio in ratios)
-                table.add_row(f"{length}", f"{spread:.3f}", f"{explained:.2f}", f"{ranks}", f"{samples}", *shown)
-    Console(width=None if sys.stdout.isatty() else 118).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 118)
+    console.print(f"{len(text):,} tokens, mean K̂ {executed.mean():.2f}")
+    console.print(data_table(slots, predicted_slots(text, slots), arguments.lengths, arguments.draws))
+    console.print(context_table(slots, arguments.lengths, arguments.draws))
 
 
 if __name__ == "__main__":

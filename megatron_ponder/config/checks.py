@@ -159,8 +159,15 @@ def _validate_divided(config: Config) -> None:
         _require(
             number % ranks == 0,
             f"{' × '.join(f'parallel.{axis}' for axis in split)} {ranks} does not divide {key} {number}{reason}; "
-            f"the largest that works is {_largest(config, split)}",
+            f"the largest that works is {_largest(config, split)}{_or_length(key, number, ranks)}",
         )
+
+
+def _or_length(key: str, number: int, ranks: int) -> str:
+    """The length nearest to this one that so many ranks divide, which a user chooses more freely than heads."""
+    if key != "data.sequence_length":
+        return ""
+    return f"; or set {key} to {max(1, (2 * number + ranks - 1) // (2 * ranks)) * ranks}"
 
 
 def _largest(config: Config, split: Sequence[str]) -> str:

@@ -108,7 +108,8 @@ class Scheduler:
         if (most := self._passes.most_slots(tokens)) > self.batching.max_slots:
             raise UserError(
                 f"{tokens} tokens may need {most} slots, but the cache is limited to "
-                f"{self.batching.max_slots}; raise max_slots, where memory is free for it, or ask for fewer tokens"
+                f"{self.batching.max_slots}; raise max_slots, where memory is free for it or --tensor and --pipeline "
+                "ranks share it, or ask for fewer tokens"
             )
         if not all(0 <= token < self._pieces for token in request.prompt):
             raise UserError(f"the prompt has token ids outside of 0 to {self._pieces - 1}; use the model's tokenizer")

@@ -588,7 +588,17 @@ def test_following_what_is_said_leads_to_a_layout_that_works(tensor, pipeline, b
         (
             ["--data.sequence_length=2049", "--parallel.context=2"],
             "parallel.context 2 does not divide data.sequence_length 2049; the largest that works is "
-            "parallel.context 1",
+            "parallel.context 1; or set data.sequence_length to 2048",
+        ),
+        (
+            ["--data.sequence_length=1022", "--parallel.context=4"],
+            "parallel.context 4 does not divide data.sequence_length 1022; the largest that works is "
+            "parallel.context 2; or set data.sequence_length to 1020",
+        ),
+        (
+            ["--data.sequence_length=5", "--parallel.context=12"],
+            "parallel.context 12 does not divide data.sequence_length 5; the largest that works is "
+            "parallel.context 1; or set data.sequence_length to 12",
         ),
     ],
 )

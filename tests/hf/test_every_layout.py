@@ -23,6 +23,7 @@ MODEL = {"model__vocab_size": 512, "model__family": "gpt_neox", "inference__thre
 LAYOUTS = {
     "tensor": {"parallel__tensor": 2, "parallel__sequence_parallel": "true", "parallel__vocab_multiple": 100},
     "pipeline": {"parallel__pipeline": 2},
+    "context": {"parallel__context": 2},
     "zero 3": {"parallel__zero_stage": 3},
 }
 

@@ -31,15 +31,17 @@ LAYOUTS = {
     ),
     "pipeline": Layout(2, pipeline=2, overrides=(("checkpoint__asynchronous", "true"),)),
     "context": Layout(2, context=2),
+    "context data": Layout(4, context=2, overrides=(("parallel__zero_stage", "3"),)),
     "data": Layout(2, overrides=(("parallel__zero_stage", "3"),)),
     "all": Layout(8, tensor=2, pipeline=2, overrides=(("checkpoint__asynchronous", "true"),)),
 }
 PAIRS = list(itertools.permutations(LAYOUTS, 2))
 # A ring of the same layouts with Muon, which knows no ZeRO 3.
 MUON = (("optimizer__name", "muon"), ("optimizer__muon_learning_rate", "2e-2"))
+ZERO_2 = (("parallel__zero_stage", "2"),)
 OF_MUON = {
-    f"muon {name}": layout._replace(overrides=(*layout.overrides, *MUON))
-    for name, layout in (LAYOUTS | {"data": Layout(2, overrides=(("parallel__zero_stage", "2"),))}).items()
+    f"muon {name}": layout._replace(overrides=(*(ZERO_2 if "data" in name else layout.overrides), *MUON))
+    for name, layout in LAYOUTS.items()
 }
 MUON_PAIRS = list(zip(OF_MUON, [*list(OF_MUON)[1:], "muon alone"], strict=True))
 LAYOUTS |= OF_MUON

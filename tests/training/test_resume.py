@@ -103,6 +103,7 @@ CASES = [
     pytest.param(["--training.precision=bf16", *MUON], 2, id="zero1-bf16-muon", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=3"], 2, id="zero3-fp32", marks=pytest.mark.slow),
     pytest.param(["--parallel.context=2", *STEERED], 2, id="context", marks=pytest.mark.slow),
+    pytest.param(["--parallel.context=2", *STEERED], 4, id="context, zero1", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=2", *GROWING], 2, id="zero2-fp32, growing batch", marks=pytest.mark.slow),
     pytest.param(["--parallel.zero_stage=3", "--training.precision=bf16"], 2, id="zero3-bf16", marks=pytest.mark.slow),
 ]  # fmt: skip
