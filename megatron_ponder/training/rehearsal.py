@@ -90,7 +90,7 @@ def rehearsal_table(config: Config, ranks: int, rehearsed: Sequence[Rehearsed]) 
     )
     axes = spoken_axes(sizes)
     for heading in ("rank", *axes, "blocks", "with", "parameters", "GiB", "groups", "samples", "seconds"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, no_wrap=heading != "with")  # which has several words, where a row is too long
     for one in rehearsed:
         rank = Rank(config, data, one.places["pipeline"], "cuda")
         ends = ["embedding"] * rank.first + ["head"] * rank.last + ["router"] * bool(rank.part.router)

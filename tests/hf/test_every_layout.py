@@ -106,3 +106,17 @@ def test_what_was_trained_comes_back_bit_for_bit(folder, layout, tmp_path):
     again = export_of(tmp_path / "again", tmp_path / "second")
     assert again.keys() == trained.keys()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--prompt", "import", "--max-new-tokens", 3, "--json"),
+        ("evaluate", "--samples", 2, "--refinements", 1),
+    ],
+    ids=lambda words: words[0],
+)
+def test_one_process_goes_on_from_a_run_of_context_ranks(folder, ponder, words):
+    command, *options = words
+    ended = ponder(command, "--checkpoint", folder / "context, 0.001, start", *options)
+    assert ended.code == 0, ended.err

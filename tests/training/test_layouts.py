@@ -166,6 +166,7 @@ VARIANTS = {
         "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
         "pruned, recompute attention": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "attention"},
         "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
+        "token router": LLAMA | {"ponder__router_input": "token"},
     },
     "pp4": {
         "tied, zero bubble": MODELS["tied"] | {"parallel__pipeline_schedule": "zero_bubble"},

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from rich.console import Console
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
@@ -58,6 +59,10 @@ def test_context_ranks_start_and_take_a_step():
     assert last.places == {"tensor": 1, "context": 1, "data": 3, "pipeline": 0}
     table = rehearsal_table(config_of(**values), 16, [first, last])
     assert table.title.startswith("16 ranks: 2 tensor × 2 context × 4 data × 1 pipeline; ")
+    console = Console(width=118)  # as wide as a log
+    with console.capture() as printed:
+        console.print(table)
+    assert "…" not in printed.get()
 
 
 def test_what_is_rehearsed_is_narrow_and_divided_alike():
