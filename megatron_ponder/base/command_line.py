@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import megatron_ponder
@@ -20,9 +21,10 @@ class Parser(argparse.ArgumentParser):
     Args:
         name: of the command, after `ponder`.
         description: the docstring of its module, shown as it stands.
+        lacking: options that people look for and the command has not, with what to do without each.
     """
 
-    def __init__(self, name: str, description: str | None = None):
+    def __init__(self, name: str, description: str | None = None, lacking: Mapping[str, str] = MappingProxyType({})):
         super().__init__(
             prog=f"ponder {name}",
             description=description,
@@ -32,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, _explaining(user_path))
         self.register("type", expand_user, _explaining(expand_user))
         self.add_argument("--version", action="version", version=version_line())
+        self._lacking = lacking
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:
         """Parse as argparse does, but look for options that do not exist before any that is missing."""
@@ -56,6 +59,8 @@ class Parser(argparse.ArgumentParser):
         known = [option for option in self._option_string_actions if option.startswith("--")]
         for argument in arguments[: arguments.index("--")] if "--" in arguments else arguments:
             name = argument.partition("=")[0]
+            if name in self._lacking:
+                self.error(f"there is no option {name}: {self._lacking[name]}")
             # As argparse has it, what has a space is a value.
             if name.startswith("--") and name not in known and " " not in argument and concerned(name):
                 near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)

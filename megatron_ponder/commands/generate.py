@@ -28,7 +28,7 @@ from megatron_ponder.generation.options import Options
 from megatron_ponder.generation.prefill import Prefill
 from megatron_ponder.generation.prompt_lists import Summary, begin_file, print_results, write_results
 from megatron_ponder.generation.prompts import STANDARD_INPUT, Prompt, Task, read_prompts, tasks_of, text_prompts
-from megatron_ponder.generation.ranks import joined
+from megatron_ponder.generation.ranks import LACKING, joined
 from megatron_ponder.generation.results import LinePrinter, ResultFile
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.generation.shading import ShadedPrinter, steps_line
@@ -37,7 +37,7 @@ from megatron_ponder.parallel.collectives import from_first
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = Parser("generate", __doc__)
+    parser = Parser("generate", __doc__, LACKING)
     add_options(parser, Setup, "checkpoint")
 
     given = parser.add_argument_group("prompts; without any, standard input is one")

@@ -21,7 +21,7 @@ from megatron_ponder.base.launch import discover
 from megatron_ponder.base.texts import read_text
 from megatron_ponder.config.command_options import add_options, from_options
 from megatron_ponder.generation.loading import Setup
-from megatron_ponder.generation.ranks import joined
+from megatron_ponder.generation.ranks import LACKING, joined
 from megatron_ponder.generation.sequences import Batching
 from megatron_ponder.parallel.collectives import from_first
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         from megatron_ponder.serving import serving
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install 'megatron_ponder[serve]'") from None
-    parser = Parser("serve", __doc__)
+    parser = Parser("serve", __doc__, LACKING)
     add_options(parser, Setup, "checkpoint")
     parser.add_argument("--model-name", help="under which clients know the model; the folder's unless given")
     parser.add_argument("--api-key-file", type=Path, help="a file with the key that clients must send")

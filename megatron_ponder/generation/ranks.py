@@ -18,6 +18,12 @@ from megatron_ponder.parallel.process_group import process_group
 
 # Copies of a model that share prompts meet when all are done, however long the longest takes.
 PATIENCE = timedelta(days=30)
+# What a run may have and generation has not; for the command lines.
+LACKING = dict.fromkeys(
+    ("--context", "--parallel.context"),
+    "a run with context ranks generates without any; divide its model, and the keys and values of a long prompt, with "
+    "--tensor and --pipeline",
+)
 
 
 @contextmanager

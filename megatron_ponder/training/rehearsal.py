@@ -89,14 +89,14 @@ def rehearsal_table(config: Config, ranks: int, rehearsed: Sequence[Rehearsed]) 
         title=f"{counted(ranks, 'rank')}: {describe_grid(sizes)}; {counted(count, 'micro-batch')} of {size} a step"
     )
     axes = spoken_axes(sizes)
-    for heading in ("rank", *axes, "blocks", "with", "parameters", "GiB", "groups", "samples", "seconds"):
-        table.add_column(heading, no_wrap=heading != "with")  # which has several words, where a row is too long
+    for heading in ("rank", "place", "blocks", "with", "parameters", "GiB", "groups", "samples", "seconds"):
+        table.add_column(heading, no_wrap=True)
     for one in rehearsed:
         rank = Rank(config, data, one.places["pipeline"], "cuda")
         ends = ["embedding"] * rank.first + ["head"] * rank.last + ["router"] * bool(rank.part.router)
         table.add_row(
             str(one.rank),
-            *(str(one.places[axis]) for axis in axes),
+            " ".join(str(one.places[axis]) for axis in axes),
             f"{rank.layers[0]}–{rank.layers[-1]}",
             " ".join(ends),
             f"{rank.part.count / 1e6:.1f}M",

@@ -160,6 +160,7 @@ def test_generation_stops_at_the_end_of_a_document(tool, corpus, tmp_path):
         (["--prefill", "sequential", "--refinements", "1"], "are for --prefill jacobi", "leave them out"),
         (["--router-bias", "nan"], "router_bias is nan", "its range is -1,000 to 1,000"),
         (["--tensor", "2"], "1 rank cannot be divided into copies", "--nproc_per_node 2, or say --tensor 1"),
+        (["--context", "2"], "a run with context ranks generates without any", "--tensor and --pipeline"),
         (["--pipeline", "3"], "leaves ranks without a layer", "--pipeline 2"),
         (["--stream", "--json"], "--stream prints texts", "leave out --json"),
         (["--interactive"], "--interactive asks for prompts", "leave out --prompt"),

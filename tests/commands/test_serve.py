@@ -184,6 +184,7 @@ def test_mistakes_are_one_line(ponder, checkpoint, tmp_path):
             ("--checkpoint", checkpoint, "--step-timeout", "nan"): "step_timeout is nan; its range is 1 to",
             ("--checkpoint", checkpoint, "--max-connections", 0): "max_connections is 0; its range is 1 to",
             ("--checkpoint", checkpoint, "--max-connections", 10**9): "allow more, or",
+            ("--checkpoint", checkpoint, "--context", 2): "a run with context ranks generates without any",
             ("--checkpoint", checkpoint, "--router-bias", "inf"): "router_bias is inf; its range is -1,000 to 1,000",
             ("--checkpoint", checkpoint, "--port", 0, "--threshold", 2): "threshold is 2; its range is 0 to 1",
             ("--checkpoint", checkpoint, "--port", 0, "--confidence-exit", "margin:1"): "is for a model of mode fixed",
