@@ -1,15 +1,17 @@
 """Peak memory of every rank beside what the start-up table expects, in several layouts.
 
     python benchmarks/peak_memory.py [--length 256] [--cases "pipeline 2" ...] [--micro-batch 2] [--micro-batches 4]
-    python benchmarks/peak_memory.py --length 256 512 768 --longest 1 8 --cases "one process" "context 2" "context 4"
+    python benchmarks/peak_memory.py --length 256 512 768 --longest 1 8 --cases "one process" "context 2"
 
 Each case runs in processes of its own: a llama of 9 million parameters (hidden 256, 6 layers, 4 heads, ffn 688,
 vocabulary 8192, adaptive, K = 2, R = 1) in fp32 takes two optimiser steps of 4 micro-batches of 2 sequences on every
 data rank. With `--longest` a line through the peaks at several lengths, least squares, says which sequence is the
 longest that stays below so many GiB on the fullest rank, and the table which it says is; a limit beyond the peaks is
-an extrapolation. On a CPU the figure is the high-water mark of resident memory from before the model was built,
-libraries excluded, with a heap that gives freed blocks back; the heap that training uses keeps them, because that is
-faster, and resides in about half as much again. On a GPU it is what PyTorch's allocator handed out at most.
+an extrapolation, and the peak of a short sequence may be that of the start.
+
+On a CPU the figure is the high-water mark of resident memory from before the model was built, libraries excluded, with
+a heap that gives freed blocks back; the heap that training uses keeps them, because that is faster, and resides in
+about half as much again. On a GPU it is what PyTorch's allocator handed out at most.
 """
 
 import argparse
