@@ -223,10 +223,17 @@ class PonderLM(nn.Module):
         """e = c · E[x] in the residual stream, of ids (...): (..., H)."""
         return self.front.embed(tokens)
 
-    def read(self, tokens_BL: Tensor, embedded: bool = True) -> Batch:
-        """What passes read of a batch; without its embeddings where nobody wants them."""
+    def read(self, tokens_BL: Tensor, embedded: bool = True, first: bool = True) -> Batch:
+        """What passes read of a batch; without its embeddings where nobody wants them.
+
+        Args:
+            tokens_BL: ids.
+            embedded: with embeddings.
+            first: for the first pass. In a later one the factor on latents would be reached by two ways, of which
+                PyTorch's zero-bubble schedules may count one twice.
+        """
         e_BLH = self.embed(tokens_BL) if embedded else None
-        if embedded and self.latent_scale.learned and torch.is_grad_enabled():
+        if embedded and first and self.latent_scale.learned and torch.is_grad_enabled():
             e_BLH = e_BLH + 0 * self.latent_scale(e_BLH[..., :1])  # a step without latents gives it a gradient, of 0
         return Batch(Geometry.of(tokens_BL, self.eod_id, self.context), e_BLH)
 

@@ -84,7 +84,7 @@ class PassStage(nn.Module):
             The packed tensor for the next stage, or what `finish` returns.
         """
         embeds = self.model.part.first and (self._index == 0 or self.model.passes.interleaved)
-        batch = self.model.read(tokens[:, :-1], embeds)
+        batch = self.model.read(tokens[:, :-1], embeds, first=self._index == 0)
         result = self._run(batch, received, tokens[:, :-1])
         return self._finish(result, tokens) if isinstance(result, PonderOutput) else result
 
