@@ -16,7 +16,7 @@ from megatron_ponder.config.command_options import Number
 WITHOUT_PARSER = {"build-index", "submit", "torchrun", "train"}
 # Arguments that are no paths.
 WORDS = {"--device", "--format", "--gpu", "--host", "--key", "--max-shard-size", "--model-name", "--prompt", "--stop"}
-WORDS |= {"--size", "--split", "--tasks"}
+WORDS |= {"--confidence-exit", "--size", "--split", "--tasks"}
 
 
 class Found(Exception):  # noqa: N818, it is no error

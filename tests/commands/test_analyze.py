@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(tool, run_dir, diagnostic, corpus):
     made, checkpoints = diagnostic
     for arguments, problem, remedy in (
         ([run_dir, "--split", "test"], 'data.split "90,10,0" has no test part', "choose another --split, or --text"),
-        ([run_dir, "--samples", "0"], "there is nothing to measure", "another split"),
+        ([run_dir, "--samples", "0"], "samples is 0; its range is 1 to 1e12", "see --help"),
         ([run_dir, "--depths", made.depths], "depths has 40 documents", "give the depths that were made with"),
         ([run_dir, "--text", corpus.text, "--depths", made.depths], "--depths belong to a dataset", "leave out --text"),
         ([run_dir, checkpoints["fixed"]], "have different tokenizers", "analyse them one by one"),

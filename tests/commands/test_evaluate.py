@@ -132,7 +132,7 @@ def test_a_folder_without_tokenizer_and_data(tool, corpus, tmp_path):
         (["--split", "test"], 'data.split "90,10,0" has no test part', "choose another --split, or --text"),
         (["--data", "no/such"], "no/such.bin does not exist", "ponder preprocess"),
         (["--text", "no/such.txt"], "No such file or directory (no/such.txt)", "check the path"),
-        (["--samples", "0"], "there is nothing to evaluate", "another split"),
+        (["--samples", "0"], "samples is 0; its range is 1 to 1e12", "see --help"),
         (["--threshold", "-1"], "threshold is -1; its range is 0 to 1", "see --help"),
         (["--confidence-exit", "entropy"], "entropy:nan is no confidence exit", "choose entropy:X"),
         (["--confidence-exit", "margin:0.5"], "is for a model of mode fixed, not for one of mode adaptive", "leave it"),

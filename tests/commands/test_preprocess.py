@@ -62,7 +62,7 @@ def test_the_tool_preprocesses(run, tokenizer_path, tmp_path):
             {"--input": REPOSITORY / "Makefile"},
             f"error: {REPOSITORY}/Makefile has no ending that says what it is (.txt, ",
         ),
-        ({"--workers": "0"}, "error: --workers is 0; set it to 1 or more"),
+        ({"--workers": "0"}, "error: argument --workers: workers is 0; its range is 1 to 10,000"),
         (
             {"--output-prefix": REPOSITORY / "pyproject.toml" / "data"},
             f"error: cannot make the folder {REPOSITORY}/pyproject.toml (",

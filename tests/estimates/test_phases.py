@@ -49,8 +49,14 @@ def test_pipelines_leave_slots_out_too():
 
 @pytest.mark.parametrize("pipeline", [1, 4])
 def test_compiled_blocks_leave_slots_out_too(pipeline):
-    plain = parts(mean_steps=1.0, parallel__pipeline=pipeline, **PRUNED)
-    assert parts(mean_steps=1.0, parallel__pipeline=pipeline, training__compile="true", **PRUNED) == plain
+    plain, compiled = (
+        parts(mean_steps=1.0, parallel__pipeline=pipeline, training__compile=compiled, **PRUNED)
+        for compiled in ("false", "true")
+    )
+    assert [cost.flops for cost in compiled] == [cost.flops for cost in plain]
+    for cost, other in zip(compiled, plain, strict=True):  # what is fused moves less
+        assert cost.phase.time.parts["matrices"] == other.phase.time.parts["matrices"]
+        assert cost.phase.time.parts["element-wise"] < other.phase.time.parts["element-wise"]
 
 
 def test_more_steps_cost_more_up_to_all_of_them():
