@@ -316,8 +316,9 @@ def assert_equal_to_one_process(layout: Layout, case: dict, runs: list[Run]) -> 
             assert got.norm == pytest.approx(expected.norm, rel=1e-5)
             assert got.gradients.keys() == run.after.keys()
             for name, gradient in got.gradients.items():
-                error = (gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()
-                assert error < 1e-4, (name, error)
+                error, size = (gradient - expected.gradients[name]).norm(), expected.gradients[name].norm()
+                # A sum of thousands of gradients that cancel each other is known to their rounding.
+                assert error < 1e-4 * size + 1e-7 * expected.norm, (name, error, size)
         for name, weight in run.after.items():
             assert (weight - want.after[name]).abs().max() < 1e-5, name
 
