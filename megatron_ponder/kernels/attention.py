@@ -293,6 +293,19 @@ def _unless(*needs: tuple[bool, str]) -> str | None:
 
 
 _HALF = (torch.bfloat16, torch.float16)
+_TRITON = Kernel(
+    "triton",
+    weighted_attention,
+    lambda call: _unless(
+        (call.device == "cuda", "a GPU"),
+        (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
+        (call.head_size <= 128, "heads of at most 128 channels, model.head_size"),
+    ),
+    carried="apart",
+    block=64,
+    width=padded,
+    backward=3.5,  # queries and keys have kernels of their own, each of which computes logits and their gradient
+)
 # In the order in which calls look for one. What no GPU has timed comes after what PyTorch has.
 _KERNELS = (
     Kernel("sdpa", _sdpa, lambda call: _unless((call.device == "cpu", "a CPU")), block=512),
@@ -308,19 +321,7 @@ _KERNELS = (
         lambda call: _unless((call.device == "cuda", "a GPU"), (call.dtype in _HALF, "training.precision bf16")),
         width=_flash_width,
     ),
-    Kernel(
-        "triton",
-        weighted_attention,
-        lambda call: _unless(
-            (call.device == "cuda", "a GPU"),
-            (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
-            (call.head_size <= 128, "heads of at most 128 channels, model.head_size"),
-        ),
-        carried="apart",
-        block=64,
-        width=padded,
-        backward=3.5,  # queries and keys have kernels of their own, each of which computes logits and their gradient
-    ),
+    _TRITON,
     Kernel(
         "value_side",
         _value_side,
@@ -332,19 +333,7 @@ _KERNELS = (
 # Of slots of which all but a token's first are seen by their own token alone.
 _OWN_KERNELS = (
     Kernel("sdpa", own_attention, lambda call: _unless((call.device == "cpu", "a CPU")), carried="apart", block=512),
-    Kernel(
-        "triton",
-        own_attention,
-        lambda call: _unless(
-            (call.device == "cuda", "a GPU"),
-            (call.dtype in (*_HALF, torch.float32), "training.precision bf16 or fp32"),
-            (call.head_size <= 128, "heads of at most 128 channels, model.head_size"),
-        ),
-        carried="apart",
-        block=64,
-        width=padded,
-        backward=3.5,
-    ),
+    _TRITON._replace(compute=own_attention),
 )
 
 
