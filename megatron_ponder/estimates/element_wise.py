@@ -9,8 +9,7 @@ bytes of an activation.
 from typing import NamedTuple
 
 from megatron_ponder.estimates.part import BlockSizes
-
-FP32 = 4
+from megatron_ponder.estimates.rank import FP32
 
 
 class Moved(NamedTuple):
