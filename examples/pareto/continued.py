@@ -35,7 +35,7 @@ from megatron_ponder.evaluation.sources import split_batches
 from megatron_ponder.hf.starting_point import complete
 from megatron_ponder.parallel.process_group import process_group
 from megatron_ponder.runs.metrics import read_metrics
-from megatron_ponder.runs.style import look
+from megatron_ponder.runs.style import finish, look
 from megatron_ponder.training.trainer import train
 
 SAMPLES = 16  # of the validation part, for what is measured here
@@ -220,10 +220,8 @@ def draw(continuations: Sequence[Continuation], path: Path) -> None:
             style = look(modes[-1], modes.count(modes[-1]) - 1) | {"markevery": AROUND, "linewidth": 1}
             axes.plot(range(AROUND, len(above) + 1), means, label=run.variant, **style)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(
-            title=base, xlabel="optimiser step", ylabel=f"loss above {first.variant}'s [nats], {AROUND} steps' mean"
-        )
-        axes.grid(alpha=0.3)
+        axes.set_title(base)
+        finish(axes, "optimiser step", f"loss above {first.variant}'s [nats], {AROUND} steps' mean")
         if modes:
             axes.legend(fontsize=7)
     with replacing(path) as aside:
