@@ -1,10 +1,10 @@
-"""Causal attention within segments on CPUs: PyTorch's kernel for one segment after another, none of which sees another.
+"""Causal attention within segments on CPUs: PyTorch's kernel for one run of equal segments after another.
 
 An operation of its own, so that a compiler has one graph for any number of segments, and one output is kept for all.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ponder.kernels.segments import Segments
 
-# Segments that are this short share calls with their neighbours, in which a mask keeps them apart.
+# Runs of so few slots share calls with their neighbours, in which a mask keeps segments apart.
 SHORT = 32
 
 
@@ -21,16 +21,22 @@ class _Piece(NamedTuple):
 
     Attributes:
         begin, end: the slots.
-        shared: they are of several segments.
+        rows: segments of one length that they are; 1 if they are of unlike ones, which a mask keeps apart.
+        shared: they are of unlike segments.
     """
 
     begin: int
     end: int
+    rows: int
     shared: bool
 
     def of(self, x_TND: Tensor) -> Tensor:
-        """Its slots, heads first, as a view (1, N, slots, D)."""
-        return x_TND[self.begin : self.end].transpose(0, 1).unsqueeze(0)
+        """Its slots, heads before them, as a view (rows, N, slots of a row, D)."""
+        return x_TND[self.begin : self.end].unflatten(0, (self.rows, -1)).transpose(1, 2)
+
+    def of_queries(self, x_NT: Tensor) -> Tensor:
+        """What is one number a query, as a view (rows, N, slots of a row)."""
+        return x_NT[:, self.begin : self.end].unflatten(1, (self.rows, -1)).transpose(0, 1)
 
     def seeing(self, starts_T: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """How the call is told who sees whom."""
@@ -58,15 +64,25 @@ def segmented_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, scale: floa
 
 
 def _pieces(bounds: list[int]) -> Iterator[_Piece]:
-    """Every segment by itself, but short ones together."""
-    begin = count = 0
-    for last, end in pairwise(bounds):
-        if count and end - begin > SHORT:
-            yield _Piece(begin, last, count > 1)
-            begin, count = last, 0
-        count += end > last
-    if count:
-        yield _Piece(begin, bounds[-1], count > 1)
+    """Neighbours of one length as rows of a call; where they are few slots, with other neighbours behind a mask."""
+    begin = end = 0
+    runs: list[int] = []  # of one length each, from begin to end: their segments
+    for length, segments in groupby(last - first for first, last in pairwise(bounds)):
+        rows = sum(1 for _ in segments)
+        slots = rows * length
+        if not slots:
+            continue
+        if runs and end + slots - begin > SHORT:
+            yield _piece(begin, end, runs)
+            begin, runs = end, []
+        runs.append(rows)
+        end += slots
+    if runs:
+        yield _piece(begin, end, runs)
+
+
+def _piece(begin: int, end: int, runs: list[int]) -> _Piece:
+    return _Piece(begin, end, runs[0], False) if len(runs) == 1 else _Piece(begin, end, 1, True)
 
 
 @torch.library.custom_op("megatron_ponder::segmented_attention", mutates_args=())
@@ -80,7 +96,7 @@ def segmented_forward(
             *map(piece.of, (q, k, v)), scale=scale, **piece.seeing(starts, q.dtype)
         )
         piece.of(out).copy_(computed)
-        log_sums[:, piece.begin : piece.end] = log_sum[0]
+        piece.of_queries(log_sums).copy_(log_sum)
     return out, log_sums
 
 
@@ -98,7 +114,7 @@ def segmented_backward(
     gradients = _backward_fake(grad, q, k, v, out, log_sums, bounds, starts, scale)
     for piece in _pieces(bounds.tolist()):
         computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(piece.of, (grad, q, k, v, out)), log_sums[None, :, piece.begin : piece.end].contiguous(), 0.0,
+            *map(piece.of, (grad, q, k, v, out)), piece.of_queries(log_sums).contiguous(), 0.0,
             scale=scale, **piece.seeing(starts, q.dtype)
         )  # fmt: skip
         for whole, part in zip(gradients, computed, strict=True):

@@ -13,6 +13,7 @@ LENGTHS = {
     "long and short": [40, 1, 2, 50, 3],
     "short ones side by side": [3, 1, 9, 2, SHORT + 1, 30, 30, 4],
     "empty ones between": [0, 5, 0, 0, 40, 0],
+    "as long as their neighbours": [40, 40, 40, 9, 9, 9, 9, 9, 2, 2, 7, 40, 0, 40],
 }
 
 
