@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # A launcher that passes Ctrl-C on makes two of one.
@@ -42,3 +44,16 @@ class StopSignals:
                 os.kill(os.getpid(), number)
             self._interrupted = self._interrupted or now
         self.received = self.received or signal.Signals(number).name
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Inside the block `SIGNALS` wait for its end, and what is started in it never gets them.
+
+    For work of other programs that this process depends on: a terminal and SLURM send a signal to all of them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.signals import hold_signals
 from megatron_ponder.model.attention import Slots
 from megatron_ponder.model.block import Block
 
@@ -95,5 +96,6 @@ class CompiledBlock:
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
         self.graphs += 1
         # Left to itself PyTorch compiles the backward pass when it is first run, where nobody expects it to fail.
-        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        # A signal is for the run to heed once its step is done, not for the C++ compiler to die of.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True), hold_signals():
             return self._backend(graph, inputs)

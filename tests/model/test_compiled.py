@@ -1,5 +1,7 @@
 """Compiled blocks beside the same blocks as they are written: every pass, every gradient, and how many graphs."""
 
+import subprocess
+import sys
 from functools import partial
 from itertools import cycle
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.model.compiled import CompiledBlock
 from megatron_ponder.model.packed import packed_jacobi
 from megatron_ponder.model.ponder import PonderLM
@@ -233,3 +236,20 @@ def test_what_pytorch_cannot_compile_ends_in_one_line(backend):
         UserError, match=r"cannot compile the blocks .*no such instruction.*set training\.compile to false"
     ):
         model.jacobi(random_tokens(1, 5), 0, model.rule("soft"))
+
+
+def test_a_ctrl_c_reaches_the_run_and_not_the_compiler():
+    """A terminal sends it to both; the run is to stop after its step, which needs what is being compiled."""
+    interrupt = "import os, signal; os.kill(os.{}(), signal.SIGINT)"
+
+    def interrupted(graph, _inputs):
+        subprocess.run([sys.executable, "-c", interrupt.format("getpid")], check=True)
+        subprocess.run([sys.executable, "-c", interrupt.format("getppid")], check=True)
+        assert signals.received is None
+        return graph.forward
+
+    model = small_model(ponder__mode="vanilla", model__num_layers=1).float()
+    with StopSignals() as signals:
+        model.transformer.compiled = CompiledBlock(1, interrupted)
+        model.jacobi(random_tokens(1, 5), 0, model.rule("soft"))
+        assert signals.received == "SIGINT"
