@@ -1,8 +1,9 @@
 """Who am I: the one place where a process finds out its rank, from whichever launcher has started it."""
 
+import functools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ponder.base.environment import read_host, read_number, read_port, read_word
@@ -54,6 +55,27 @@ def discover(environ: Mapping[str, str] = os.environ) -> Launch:
         have, lack = ("WORLD_SIZE", "RANK") if rank is None else ("RANK", "WORLD_SIZE")
         raise UserError(f"{have} is set and {lack} is not; use a launcher, set both, or unset {have} for one process")
     return Launch(port=_free_port())
+
+
+def one_process(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+    """The `main` of a command that knows no ranks, and would do the same work and write the same files on each of them.
+
+    It raises a UserError on every rank where a launcher has started several processes.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str]) -> None:
+        processes = discover().world_size
+        if processes > 1:
+            name = main.__module__.rpartition(".")[2].replace("_", "-")
+            raise UserError(
+                f"ponder {name} works in one process, and {processes} were started; start it without a launcher, or in "
+                "one task",
+                shared=True,
+            )
+        main(argv)
+
+    return run
 
 
 def _from_torchrun(environ: Mapping[str, str], rank: int, world_size: int) -> Launch:

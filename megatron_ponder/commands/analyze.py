@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_writable, write_atomically
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.config.command_options import Number, add_options, from_options
@@ -43,6 +44,7 @@ from megatron_ponder.parallel.mesh import Mesh
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, measure, draw, print a summary."""
     parser = Parser("analyze", __doc__)

@@ -13,12 +13,14 @@ from pathlib import Path
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import command
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.checkpoint.averaging import average, checkpoints_to_average
 from megatron_ponder.config.command_options import Number
 from megatron_ponder.config.declarations import Range
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("average", __doc__)

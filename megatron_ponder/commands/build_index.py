@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ponder.base.errors import UserError, command
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.config import read_config
 from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.data.mixture import build_ahead, open_mixture, validation_sets
@@ -21,6 +22,7 @@ from megatron_ponder.hf.starting_point import complete
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Read the configuration, build, print a table."""
     if not argv or set(argv) & {"-h", "--help"}:

@@ -22,6 +22,7 @@ from rich.table import Table
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_output, write_atomically
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.checkpoint.load import LoadedModel, load_model
 from megatron_ponder.config.command_options import Number, add_options
@@ -34,6 +35,7 @@ from megatron_ponder.parallel.cpu_settings import prepare_cpu
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, evaluate, print a table."""
     parser = Parser("evaluate", __doc__)

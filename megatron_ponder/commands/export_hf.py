@@ -10,12 +10,14 @@ from typing import get_args
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.checkpoint.folders import resolve_checkpoint
 from megatron_ponder.hf.export import DataType, export_checkpoint
 from megatron_ponder.hf.measured import measured_section
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("export-hf", __doc__)

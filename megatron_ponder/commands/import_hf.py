@@ -13,12 +13,14 @@ from pathlib import Path
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.checkpoint.writer import write_weights_checkpoint
 from megatron_ponder.config import PonderConfig
 from megatron_ponder.hf.pretrained import import_pretrained, tokenizer_of
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("import-hf", __doc__)

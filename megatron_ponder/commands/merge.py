@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.counts import counted
 from megatron_ponder.base.errors import command
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.data.merging import merge_datasets
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("merge", __doc__)

@@ -19,6 +19,7 @@ from typing import get_args
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import check_output, write_atomically
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.cluster.hardware import Hardware, hardware_of
 from megatron_ponder.cluster.machine_options import add_machine_options, chosen_cluster, machine_words
 from megatron_ponder.config import Config
@@ -29,6 +30,7 @@ from megatron_ponder.estimates.budget import TOKENS
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, find a layout, write the file."""
     parser = Parser("new", __doc__)

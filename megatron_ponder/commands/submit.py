@@ -22,12 +22,14 @@ from rich.syntax import Syntax
 
 from megatron_ponder.base.command_line import version_line
 from megatron_ponder.base.errors import UserError, command
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.cluster.description import OF_ESTIMATES, options_help, read_cluster
 from megatron_ponder.cluster.jobs import JOBS, check_job, render, submit
 from megatron_ponder.hf.starting_point import complete
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, check the job, show its script, submit it if that is wanted."""
     if {"-h", "--help"} & set(takewhile(lambda word: word not in JOBS, argv)):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_ponder.base.command_line import Parser
 from megatron_ponder.base.errors import command
+from megatron_ponder.base.launch import one_process
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.config.command_options import Number, add_options
 from megatron_ponder.config.declarations import Range
@@ -16,6 +17,7 @@ from megatron_ponder.data.tokenizer_training import train_tokenizer
 
 
 @command
+@one_process
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, do it, print what came of it."""
     parser = Parser("train-tokenizer", __doc__)

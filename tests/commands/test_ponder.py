@@ -84,6 +84,21 @@ def test_a_file_that_launchers_start_is_a_command_and_nothing_else(path):
     assert len(guard.body) == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["evaluate", "analyze", "merge", "average", "import-hf", "export-hf", "train-tokenizer"]
+)
+def test_what_knows_no_ranks_is_not_done_by_each_of_them(name, monkeypatch, capsys):
+    for rank in ("1", "0"):
+        for variable, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}.items():
+            monkeypatch.setenv(variable, value)
+        with pytest.raises(SystemExit) as ended:
+            ponder.main([name])
+        assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"ponder {name} works in one process, and 2 were started; start it without a launcher" in said
+
+
 @pytest.mark.parametrize("start", [["-m", "megatron_ponder", "merge"], ["tools/merge_datasets.py"]])
 def test_a_process_ends_with_the_code_of_its_command(start):
     command = [sys.executable, *start, "--inptu"]
