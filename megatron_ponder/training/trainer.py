@@ -84,7 +84,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         output.say(_headline(config, mesh, parts, start))
         for change in start.changes:
             output.say(change)
-        if config.data.validation:
+        if config.data.validation or not validation_sets(parts.datasets, config.data):
             output.say(_validation_sets(config, parts))
         output.say(describe_layout(config, mesh.data.size, mesh.device.type))
         output.note(engine.description)
@@ -121,7 +121,9 @@ def _headline(config: Config, mesh: Mesh, parts: RunParts, start: Start) -> str:
 
 
 def _validation_sets(config: Config, parts: RunParts) -> str:
-    """How many samples a validation reads of each set, which may hold fewer than it is to read."""
+    """How many samples a validation reads of each set, which may hold fewer than it is to read, or that it has none."""
     sets, most = validation_sets(parts.datasets, config.data), config.training.eval_samples
+    if not sets:
+        return "no validation, because data.split leaves nothing for it"
     counts = (f"{counted(min(most, samples.samples_per_epoch), 'sample')} of {name}" for name, samples in sets.items())
     return f"validation on {', '.join(counts)}"
