@@ -122,6 +122,7 @@ RECOMPUTE = {
 }
 COMPILED = {
     "compiled": LLAMA | {"training__compile": True},
+    "compiled, learned factor": LLAMA | LEARNED | {"training__compile": True},
     "compiled, recompute": NEOX | {"training__compile": True, "training__recompute": "block"},
     "compiled, pruned": LLAMA | {"training__compile": True, "ponder_training__prune_start": 0},
     "compiled, own": MODELS["gpt_neox own"] | {"training__compile": True, "training__recompute": "block"},
@@ -187,7 +188,7 @@ VARIANTS = {
 LOW_PRECISION = {
     name: case | {"training__precision": "bf16"}
     for name, case in (MODELS | COMPILED).items()
-    if "adaptive" in name or name in ("compiled", "tied")
+    if "adaptive" in name or name in ("compiled", "compiled, learned factor", "tied")
 }
 CASES_OF = {name: CASES | growing(layout) for name, layout in LAYOUTS.items()}
 
