@@ -1,0 +1,167 @@
+"""Whether latent steps pay off later: a plain model at a constant rate, and pairs of runs that branch off from it.
+
+    python examples/pareto/trend.py --output runs/trend --layers 1 2 --at 2000 4000 8000 16000
+
+Where a pair branches off, one of the two gets latent steps for an eighth of the steps so far, and the other stays plain
+for as many operations; the rate of both falls to zero. The models are those of size cpu with so many layers. The output
+then holds the runs, and trend.md and trend.png with the losses of the pairs. The same command goes on where it was
+stopped, with more layers, steps or seeds too; what is finished is not done again.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from costs import training_cost
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from runs import SIZES, Run, prepare_data, train
+from tables import spread
+
+from megatron_ponder.base.errors import command
+from megatron_ponder.base.files import replacing, write_atomically
+from megatron_ponder.checkpoint.folders import checkpoint_name
+from megatron_ponder.runs.metrics import of_steps, read_metrics
+from megatron_ponder.runs.style import finish, look
+
+SHARE = 8  # steps of the trunk for each with latent steps
+HEADINGS = ("layers", "trunk", "with latents", "plain", "vanilla", "adaptive", "− vanilla", "K̂", "time of vanilla's")
+
+
+class Pair(NamedTuple):
+    """What became of two runs that branched off at one place: last losses, optimiser steps and seconds of both."""
+
+    vanilla: float
+    adaptive: float
+    plain: int
+    latent: int
+    steps: float
+    time: float
+
+
+def latents(start: int, end: int) -> dict[str, int]:
+    """When latent steps, their router and its pruning begin in a run that ends with `end`; never if it starts there."""
+    span = end - start
+    router, pruned = start + span // 3, start + span // 2
+    starts = {"latent": start, "router": router, "penalty": router, "prune": pruned}
+    values = {f"ponder_training.{name}_start": step for name, step in starts.items()}
+    return values | {"ponder_training.penalty_end": pruned, "ponder_training.latent_warmup": span // 10}
+
+
+class Trunk:
+    """A plain model, and what branches off from it.
+
+    Attributes:
+        run: the plain model's.
+    """
+
+    def __init__(self, layers: int, seed: int, at: Sequence[int], output: Path, data: Path) -> None:
+        """Plan the plain model, whose checkpoints are kept where something branches off."""
+        self._name, self._seed, self._output = f"layers{layers}-seed{seed}", seed, output
+        self._common = {"model.num_layers": layers, "ponder.mode": "adaptive", "training.seed": seed}
+        self._common |= {"data.path": data / "corpus_text_document", "tokenizer.path": data / "tokenizer.model"}
+        warmup = min(100, min(at) // 2)
+        self._common |= {"optimizer.warmup_fraction": "null", "optimizer.warmup_steps": warmup}
+        self._common["optimizer.schedule"] = "wsd"
+        self._common |= {"ponder_training.jacobi_iterations": 0, "checkpoint.resume": "auto"}
+        last = max(at)
+        own = {"checkpoint.interval": math.gcd(*at), "checkpoint.keep": last // math.gcd(*at)}
+        self.run = self._planned("trunk", last, latents(last, last) | own | {"optimizer.decay_steps": 0})
+
+    def branch(self, at: int, jobs: int) -> Pair:
+        """Train the two runs that branch off after `at` optimiser steps, unless that has been done."""
+        latent = at // SHARE
+        adaptive = self._branched("adaptive", at, latent, latents(at, at + latent))
+        train([adaptive], jobs)
+        flops, seconds = training_cost(adaptive)
+        each = of_steps(read_metrics(self.run.folder))[0]["model_flops"]  # of a plain step, all of which are alike
+        plain = max(2, round(flops / each))
+        vanilla = self._branched("vanilla", at, plain, latents(at + plain, at + plain))
+        train([vanilla], jobs)
+        losses = [read_metrics(run.folder)[-1] for run in (vanilla, adaptive)]
+        found = [record.get("validation_pruned_loss", record["validation_loss"]) for record in losses]
+        steps = losses[1]["validation_mean_latent_steps"]
+        return Pair(*found, plain, latent, steps, seconds / training_cost(vanilla)[1])
+
+    def _branched(self, name: str, at: int, steps: int, own: Mapping[str, object]) -> Run:
+        """A run of so many further steps, in the second half of which the rate falls."""
+        place = self.run.folder / "checkpoints" / checkpoint_name(at)
+        own = own | {"checkpoint.branch_from": place, "optimizer.decay_steps": steps // 2}
+        return self._planned(f"{name}-{at}", at + steps, own | {"checkpoint.interval": at + steps})
+
+    def _planned(self, name: str, steps: int, own: Mapping[str, object]) -> Run:
+        folder = self._output / "runs" / f"{self._name}-{name}"
+        values = self._common | own | {"training.steps": steps, "training.eval_interval": steps}
+        words = [f"--{key}={value}" for key, value in (values | {"training.run_dir": folder}).items()]
+        return Run(name, self._seed, ("--config", str(SIZES["cpu"]), *words), folder)
+
+
+def write(pairs: Mapping[tuple[int, int], Sequence[Pair]], output: Path) -> str:
+    """Write trend.md and trend.png.
+
+    Args:
+        pairs: of all seeds, by layers and by the step where they branched off.
+        output: folder for both.
+
+    Returns:
+        The table in Markdown.
+    """
+    lines = [HEADINGS, ["---"] * len(HEADINGS)]
+    for (layers, at), found in pairs.items():
+        vanilla, adaptive, plain, latent, steps, time = zip(*found, strict=True)
+        above = [pair.adaptive - pair.vanilla for pair in found]
+        cells = [str(layers), f"{at:,}", f"{latent[0]:,}", f"{statistics.fmean(plain):,.0f}"]
+        cells += [spread(vanilla), spread(adaptive), spread(above)]
+        lines.append([*cells, f"{statistics.fmean(steps):.2f}", f"{statistics.fmean(time):.2f}"])
+    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    write_atomically(output / "trend.md", table)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axhline(0, color="black", linewidth=0.8)
+    for number, layers in enumerate(dict.fromkeys(layers for layers, _ in pairs)):
+        places = [at for of, at in pairs if of == layers]
+        above = [statistics.fmean(p.adaptive - p.vanilla for p in pairs[layers, at]) for at in places]
+        axes.plot(places, above, **look("adaptive", number))
+        name = f"{layers} layer{'s' if layers > 1 else ''}"
+        axes.annotate(name, (places[-1], above[-1]), (6, 0), textcoords="offset points", va="center")
+    axes.set_xscale("log", base=2)
+    finish(axes, "optimiser steps of the plain model before", "loss above vanilla's at equal operations [nats]")
+    with replacing(output / "trend.png") as aside:
+        figure.savefig(aside, dpi=150, format="png")
+    return table
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """Make the data, train trunks and what branches off, write the table and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--data", type=Path, help="folder of corpus and tokenizer; data/ in the output unless given")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="of the models (default: 1 2)")
+    parser.add_argument("--at", type=int, nargs="+", default=[2000, 4000, 8000], help="(default: 2000 4000 8000)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="trunks at a time (default: 1)")
+    arguments = parser.parse_args(argv)
+    output, data = arguments.output, arguments.data or arguments.output / "data"
+    prepare_data("cpu", data)
+    trunks = {
+        (layers, seed): Trunk(layers, seed, sorted(arguments.at), output, data)
+        for layers in arguments.layers
+        for seed in arguments.seeds
+    }
+    train([trunk.run for trunk in trunks.values()], arguments.jobs)
+    pairs: dict[tuple[int, int], list[Pair]] = {}
+    for (layers, _), trunk in trunks.items():
+        for at in sorted(arguments.at):
+            pairs.setdefault((layers, at), []).append(trunk.branch(at, 1))
+            table = write(pairs, output)
+    Console(highlight=False).print(table, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
