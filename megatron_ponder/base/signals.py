@@ -48,9 +48,10 @@ class StopSignals:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Inside the block `SIGNALS` wait for its end, and what is started in it never gets them.
+    """What this thread starts inside the block, programs and threads, never gets `SIGNALS`; it heeds them afterwards.
 
-    For work of other programs that this process depends on: a terminal and SLURM send a signal to all of them.
+    For work of other programs that this process depends on: a terminal and SLURM send a signal to all of them. Another
+    thread of this process may still take one inside the block, which is then noted at once.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -245,7 +245,6 @@ def test_a_ctrl_c_reaches_the_run_and_not_the_compiler():
     def interrupted(graph, _inputs):
         subprocess.run([sys.executable, "-c", interrupt.format("getpid")], check=True)
         subprocess.run([sys.executable, "-c", interrupt.format("getppid")], check=True)
-        assert signals.received is None
         return graph.forward
 
     model = small_model(ponder__mode="vanilla", model__num_layers=1).float()
