@@ -34,7 +34,7 @@ from megatron_ponder.config import Config, load_config, read_config
 from megatron_ponder.evaluation.sources import split_batches
 from megatron_ponder.hf.starting_point import complete
 from megatron_ponder.parallel.process_group import process_group
-from megatron_ponder.runs.metrics import read_metrics
+from megatron_ponder.runs.metrics import of_steps, read_metrics
 from megatron_ponder.runs.style import finish, look
 from megatron_ponder.training.trainer import train
 
@@ -149,7 +149,7 @@ def row(continuation: Continuation, plain: dict, dataset: Path) -> tuple[list[st
         plain: what this gave for the first of the same base; empty for the first.
         dataset: prefix.
     """
-    run, records = continuation.run, read_metrics(continuation.run.folder)
+    run, records = continuation.run, of_steps(read_metrics(continuation.run.folder))
     before = noted(continuation, continuation.start, dataset, "before.json")
     after = noted(continuation, run.folder, dataset, "after.json")
     final = records[-1]
@@ -213,8 +213,8 @@ def draw(continuations: Sequence[Continuation], path: Path) -> None:
         first, *others = (each.run for each in continuations if each.base == base)
         modes: list[str] = []
         for run in (run for run in others if first.finished and run.finished):
-            pairs = zip(read_metrics(run.folder), read_metrics(first.folder), strict=True)
-            above = [own["cross_entropy"] - plain["cross_entropy"] for own, plain in pairs if own["step"]]
+            own, plain = (of_steps(read_metrics(each.folder)) for each in (run, first))
+            above = [a["cross_entropy"] - b["cross_entropy"] for a, b in zip(own, plain, strict=True)]
             means = [statistics.fmean(above[at : at + AROUND]) for at in range(len(above) - AROUND + 1)]
             modes.append(load_config(run.folder / "config.yaml").ponder.mode)
             style = look(modes[-1], modes.count(modes[-1]) - 1) | {"markevery": AROUND, "linewidth": 1}
