@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.launch import Launch
 from megatron_ponder.cluster.description import Cluster, check_cluster
-from megatron_ponder.config import check_layout, read_config
+from megatron_ponder.config import check_layout, read_config, training_phases
 
 SCRIPTS = Path(__file__).with_name("scripts")
 # What the folder of a job may not have in its name: sbatch reads a backslash in its own way, and a container's options
@@ -71,7 +71,8 @@ def check_job(job: Job, cluster: Cluster, arguments: Sequence[str]) -> None:
             "weights of another run, use --checkpoint.initialize_from, and to go on from it, --checkpoint.branch_from"
         )
     nodes = 1 if job.one_node else cluster.nodes
-    check_layout(config, Launch(world_size=nodes * cluster.ranks, local_size=cluster.ranks))
+    for phase in training_phases(config):
+        check_layout(phase.config, Launch(world_size=nodes * cluster.ranks, local_size=cluster.ranks))
 
 
 def render(job: Job, cluster: Cluster, arguments: Sequence[str], folder: Path, after: int | None = None) -> str:

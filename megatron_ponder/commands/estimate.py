@@ -26,7 +26,7 @@ from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.paths import expand_user
 from megatron_ponder.cluster.hardware import Hardware, hardware_of
 from megatron_ponder.cluster.machine_options import add_machine_options, chosen_cluster, described_cluster
-from megatron_ponder.config import Config, read_config
+from megatron_ponder.config import Config, read_config, training_phases
 from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.config.command_options import Number
 from megatron_ponder.config.declarations import Range
@@ -73,38 +73,55 @@ def main(argv: Sequence[str]) -> None:
         _show_decoding(config, arguments)
         return
     show = _show_search if arguments.search else _show_plan
-    show(config, _hardware(arguments, config), _budget(arguments, config), arguments)
+    show(config, _hardware(arguments, config), arguments)
 
 
-def _show_plan(config: Config, hardware: Hardware, budget: Budget, arguments: argparse.Namespace) -> None:
-    """Print memory and time of the layout that is configured.
+def _show_plan(config: Config, hardware: Hardware, arguments: argparse.Namespace) -> None:
+    """Print memory and time of the layout that is configured, of each of the run's phases.
 
     Raises:
         UserError: it does not fit; names the nearest that does.
     """
     from megatron_ponder.estimates import plan_tables, search  # now, so that a wrong configuration is answered at once
 
-    plan = search.plan_of(config, hardware)
+    phases, budgets = training_phases(config), _budgets(arguments, config)
+    plans = [search.plan_of(phase.config, hardware) for phase in phases]
     if arguments.json:
-        print(json.dumps(plan_tables.as_dict(plan, hardware, budget)))
+        found = [plan_tables.as_dict(*each) for each in zip(plans, [hardware] * len(plans), budgets, strict=True)]
+        print(json.dumps(found if len(found) > 1 else found[0]))
     else:
-        print(plan_tables.heading(hardware), plan_tables.memory_lines(plan, hardware), sep="\n")
-        parts = plan_tables.spent(plan, hardware, budget)
-        _console().print(plan_tables.time_table(plan))
-        print(plan_tables.time_lines(plan, hardware, budget, parts))
-        if len(parts) > 1:
-            _console().print(plan_tables.phase_table(parts))
-    if plan.memory.total > hardware.usable_memory:
-        raise UserError(plan_tables.does_not_fit(plan, hardware, search.fitting(config, hardware)))
+        print(plan_tables.heading(hardware))
+        spent = []
+        for phase, plan, budget in zip(phases, plans, budgets, strict=True):
+            if len(phases) > 1:
+                print(f"\nsteps {phase.first_step:,} to {phase.last_step:,}:")
+            print(plan_tables.memory_lines(plan, hardware))
+            spent.append(plan_tables.spent(plan, hardware, budget))
+            _console().print(plan_tables.time_table(plan))
+            print(plan_tables.time_lines(plan, hardware, budget, spent[-1]))
+            if len(spent[-1]) > 1:
+                _console().print(plan_tables.phase_table(spent[-1]))
+        if len(phases) > 1:
+            print(plan_tables.total_line(spent, hardware))
+    for phase, plan in zip(phases, plans, strict=True):
+        if plan.memory.total > hardware.usable_memory:
+            raise UserError(plan_tables.does_not_fit(plan, hardware, search.fitting(phase.config, hardware)))
 
 
-def _show_search(config: Config, hardware: Hardware, budget: Budget, arguments: argparse.Namespace) -> None:
+def _show_search(config: Config, hardware: Hardware, arguments: argparse.Namespace) -> None:
     """Print the fastest layouts that fit.
 
     Raises:
-        UserError: none does.
+        UserError: none does, or the run has phases.
     """
+    if config.training.phases:
+        raise UserError(
+            "--search ranks layouts for one phase, and training.phases has several; leave it out, and give the keys of "
+            "the phase that is asked for, such as --data.sequence_length"
+        )
     from megatron_ponder.estimates import plan_tables, search
+
+    (budget,) = _budgets(arguments, config)
 
     plans = search.fitting(config, hardware)
     if not plans:
@@ -151,9 +168,11 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> None:
     cluster = described_cluster(arguments).of_gpus(arguments.dry_run)
     launch = Launch(world_size=arguments.dry_run, local_size=cluster.ranks)
     console = _console()
-    console.print(rehearsal.rehearsal_table(config, launch.world_size, list(rehearsal.rehearse(config, launch))))
+    for phase in training_phases(config):
+        found = list(rehearsal.rehearse(phase.config, launch))
+        console.print(rehearsal.rehearsal_table(phase.config, launch.world_size, found))
     if cluster.gpu is not None or cluster.memory_gib is not None:
-        _show_plan(config, hardware_of(cluster, config.training.precision), _budget(arguments, config), arguments)
+        _show_plan(config, hardware_of(cluster, config.training.precision), arguments)
 
 
 def _given(arguments: argparse.Namespace, name: str) -> bool:
@@ -171,13 +190,24 @@ def _hardware(arguments: argparse.Namespace, config: Config) -> Hardware:
     return hardware_of(chosen_cluster(arguments), config.training.precision)
 
 
-def _budget(arguments: argparse.Namespace, config: Config) -> Budget:
-    """What the run is given."""
-    own = samples_of(config.training, config.training.steps) * config.data.sequence_length
-    tokens = own if arguments.tokens is None else arguments.tokens
-    if arguments.mean_latent_steps is not None:
-        _check_mean(arguments.mean_latent_steps, config)
-    return Budget(tokens, arguments.mean_latent_steps)
+def _budgets(arguments: argparse.Namespace, config: Config) -> list[Budget]:
+    """What each phase of the run is given."""
+    mean, phases = arguments.mean_latent_steps, training_phases(config)
+    if mean is not None:
+        _check_mean(mean, config)
+    if arguments.tokens is not None:
+        if len(phases) > 1:
+            raise UserError(
+                "--tokens is a budget for one phase, and training.phases has several; set training.steps to what the "
+                "run is to take"
+            )
+        return [Budget(arguments.tokens, mean)]
+    budgets, before = [], 0
+    for phase in phases:
+        own = samples_of(phase.config.training, phase.last_step - phase.first_step, before)
+        budgets.append(Budget(own * phase.config.data.sequence_length, mean, phase.first_step, before))
+        before += own
+    return budgets
 
 
 def _check_mean(mean: float, config: Config) -> None:

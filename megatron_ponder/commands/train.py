@@ -16,7 +16,7 @@ from megatron_ponder.base.signals import StopSignals
 def main(argv: Sequence[str]) -> None:
     """Read the configuration, join the other ranks, train."""
     with StopSignals() as signals:  # first of all, since imports take seconds, in which a job may be told to leave
-        from megatron_ponder.config import check_layout, read_config
+        from megatron_ponder.config import check_layout, read_config, training_phases
         from megatron_ponder.hf.starting_point import complete
 
         config = read_config(complete(without_local_rank(argv)))
@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
         from megatron_ponder.training.trainer import train
 
         launch = discover()
-        check_layout(config, launch)  # while no rank waits for another
+        for phase in training_phases(config):
+            check_layout(phase.config, launch)  # while no rank waits for another
         deterministic, patience = config.training.deterministic, config.parallel.start_timeout
         with process_group(launch, patience=patience, deterministic=deterministic) as device:
             train(config, device, signals)

@@ -18,8 +18,16 @@ from megatron_ponder.config.model import ModelConfig
 from megatron_ponder.config.parallel import ParallelConfig
 from megatron_ponder.config.parsing import load_config, read_config, to_yaml, written_values
 from megatron_ponder.config.ponder import InferenceConfig, PonderConfig, PonderTrainingConfig
-from megatron_ponder.config.run import CheckpointConfig, LoggingConfig, OptimizerConfig, TasksConfig, TrainingConfig
+from megatron_ponder.config.run import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TasksConfig,
+    TrainingConfig,
+    TrainingPhaseConfig,
+)
 from megatron_ponder.config.sections import Config, architecture, resolve
+from megatron_ponder.config.training_phases import Phase, training_phases
 
 __all__ = [
     "BlendPart",
@@ -31,12 +39,14 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Phase",
     "PhaseConfig",
     "PonderConfig",
     "PonderTrainingConfig",
     "TasksConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "TrainingPhaseConfig",
     "architecture",
     "check_layout",
     "data_parallel_size",
@@ -48,6 +58,7 @@ __all__ = [
     "resolve",
     "stage_layers",
     "to_yaml",
+    "training_phases",
     "validate",
     "written_values",
 ]

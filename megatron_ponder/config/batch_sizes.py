@@ -45,10 +45,15 @@ def samples_of(training: TrainingConfig, steps: float, samples: int = 0) -> floa
             return taken
 
 
-def steps_of(training: TrainingConfig, samples: float) -> float:
-    """How many optimiser steps the first samples of a run are for."""
+def steps_of(training: TrainingConfig, samples: float, before: int = 0) -> float:
+    """How many optimiser steps samples of a run are for.
+
+    Args:
+        samples: how many of them.
+        before: consumed before them.
+    """
     steps = 0
-    for size, count in _spans(training, 0):
+    for size, count in _spans(training, before):
         here = min(samples / size, count)
         steps, samples = steps + here, samples - here * size
         if samples <= 0:

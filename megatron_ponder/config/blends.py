@@ -1,18 +1,25 @@
-"""Values that people write in several forms: blends of datasets and ramps, as mappings or as Megatron-LM's lists."""
+"""Values that people write in several forms: blends of datasets, phases, ramps, as mappings or Megatron-LM's lists."""
+
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
 
 import yaml
 
 from megatron_ponder.base.errors import UserError
+from megatron_ponder.base.typed_arguments import type_of
 from megatron_ponder.base.yaml_files import in_words, load_yaml
-from megatron_ponder.config.data import BlendPart
+from megatron_ponder.config.data import BlendPart, PhaseConfig
+from megatron_ponder.config.run import TrainingPhaseConfig
 
 FORMS = "a prefix, a list of prefixes, [WEIGHT, PREFIX, ...], or [{path: PREFIX, weight: NUMBER, split: NUMBERS}, ...]"
 SPLIT = "weights of train, valid and test such as [969, 30, 1]"
 SETS = "a name and a dataset for each set, {NAME: PREFIX or blend, ...}"
 PHASES = "a list of phases, [{first_sample: NUMBER, path: PREFIX}, ...]"
+TRAINING_PHASES = "a list of phases, [{first_step: NUMBER, KEY: VALUE, ...}, ...]"
 RAMP = "{start: NUMBER, increment: NUMBER, samples: NUMBER}"
 _PART = ("path", "weight", "split")
 _PHASE = ("first_sample", "path")
+_TRAINING_PHASE = tuple(item.name for item in fields(TrainingPhaseConfig))
 _RAMP = ("start", "increment", "samples")
 
 
@@ -65,10 +72,25 @@ def read_phases(name: str, value: object) -> object:
         raise UserError(f"{name} is {value}; write {PHASES}")
     for phase in value:
         _check_keys(f"a phase in {name}", phase, _PHASE, needed=_PHASE)
+        _check_values(f"a phase in {name}", phase, PhaseConfig)
     return [
         phase | {"path": read_blend(f"the path of the phase from sample {phase['first_sample']} on", phase["path"])}
         for phase in value
     ]
+
+
+def read_training_phases(name: str, value: object) -> object:
+    """Phases of a run, each with its blend as `read_blend` gives it."""
+    value = _structure(name, value, TRAINING_PHASES)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(phase, dict) for phase in value):
+        raise UserError(f"{name} is {value}; write {TRAINING_PHASES}")
+    for phase in value:
+        _check_keys(f"a phase in {name}", phase, _TRAINING_PHASE, needed=("first_step",))
+        _check_values(f"a phase in {name}", phase, TrainingPhaseConfig)
+    paths = ({"path": read_blend(f"the path of a phase in {name}", phase.get("path"))} for phase in value)
+    return [phase | path for phase, path in zip(value, paths, strict=True)]
 
 
 def read_ramp(name: str, value: object) -> object:
@@ -124,6 +146,24 @@ def _check_keys(what: str, given: dict, known: tuple[str, ...], needed: tuple[st
     for key in needed:
         if given.get(key) is None:
             raise UserError(f"{what} has no {key}; give it one")
+
+
+def _check_values(what: str, given: dict, kind: type) -> None:
+    """Refuse a number or a word that a key of a dataclass cannot be; of a list, jsonargparse would not say which."""
+    for key, value in given.items():
+        hint = type_of(kind, key)
+        types = set(get_args(hint) or (hint,)) - {type(None)}
+        if types <= {int, float} and not _is_number(value, whole=float not in types):
+            raise UserError(f"{what} has the {key} {value}; write a {'number' if float in types else 'whole number'}")
+        words = [word for each in types for word in get_args(each) if get_origin(each) is Literal]
+        if words and value is not None and value not in words:
+            raise UserError(f"{what} has the {key} {value}; write one of {', '.join(words)}")
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    """Whether a value is nothing, or a number, also as YAML leaves some as text."""
+    number = _number(f"{value}") if not isinstance(value, bool) else None
+    return value is None or (number is not None and (not whole or number.is_integer()))
 
 
 def _number(text: str) -> float | None:

@@ -51,6 +51,16 @@ def path_field(default: Any) -> Any:
     return _declared(default, {"path": True})
 
 
+def like(section: type, name: str) -> Any:
+    """A field for another value of a key that is declared elsewhere, with all that is declared with it; None for none.
+
+    Args:
+        section: the dataclass that has the key.
+        name: of the key.
+    """
+    return _declared(None, dict(section.__dataclass_fields__[name].metadata))
+
+
 def changeable(item: Any) -> Any:
     """A field of what a model is, in which a run may differ from the checkpoint that it starts from."""
     item.metadata = MappingProxyType(item.metadata | {"changeable": True})

@@ -12,13 +12,21 @@ from megatron_ponder.base.paths import user_path
 from megatron_ponder.base.typed_arguments import content_of, options_of, parse, parser_of, type_of, wanted
 from megatron_ponder.base.whole_numbers import LONGEST_NUMBER
 from megatron_ponder.base.yaml_files import dump_yaml, read_mapping
-from megatron_ponder.config.blends import read_blend, read_phases, read_ramp, read_sets, read_split
+from megatron_ponder.config.blends import (
+    read_blend,
+    read_phases,
+    read_ramp,
+    read_sets,
+    read_split,
+    read_training_phases,
+)
 from megatron_ponder.config.checks import validate
 from megatron_ponder.config.declarations import check_ranges, expand_paths, range_of
 from megatron_ponder.config.documentation import help_text
 from megatron_ponder.config.other_names import VALUES, nearest_key
 from megatron_ponder.config.renamed import RENAMED, check_names, current, notice
 from megatron_ponder.config.sections import Config, resolve
+from megatron_ponder.config.training_phases import check_phases
 
 SECTIONS = {section.name: [item.name for item in fields(section.default_factory)] for section in fields(Config)}
 KEYS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
@@ -35,6 +43,7 @@ _ALONE = ("help", "version")
 _FORMS = {
     **dict.fromkeys(("data.path", "data.valid_path", "data.test_path"), read_blend),
     "data.phases": read_phases,
+    "training.phases": read_training_phases,
     "training.batch_size_ramp": read_ramp,
     "data.validation": read_sets,
     "data.split": read_split,
@@ -107,7 +116,7 @@ def _read(arguments: Sequence[str]) -> tuple[Config, list[str]]:
         rewritten, named = _rewritten(arguments)
         given = expand_paths(parse(_parser(), Config, rewritten))
         check_ranges(given)  # before other fields are derived from what may be nonsense
-        return validate(resolve(given)), [key for key in named if key in RENAMED]
+        return check_phases(validate(resolve(given))), [key for key in named if key in RENAMED]
     except UserError as error:
         error.shared = True
         raise

@@ -3,7 +3,9 @@
 from dataclasses import MISSING, dataclass, field
 from typing import Literal
 
-from megatron_ponder.config.declarations import SECONDS, STEPS, number_field, path_field
+from megatron_ponder.config.data import BlendPart, DataConfig
+from megatron_ponder.config.declarations import SECONDS, STEPS, like, number_field, path_field
+from megatron_ponder.config.model import ModelConfig, RopeScaling
 
 ScheduleKind = Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
 DecayShape = Literal["linear", "1-sqrt", "cosine"]
@@ -101,6 +103,9 @@ class TrainingConfig:
     `global_batch_size`; it has that from the beginning unless given."""
     micro_batch_size: int = number_field(8, 1, 2**20)
     """Sequences of one forward pass on one rank; the rest is gradient accumulation."""
+    phases: "list[TrainingPhaseConfig]" = field(default_factory=list)
+    """List of `{first_step, KEY: VALUE, ...}`: what is otherwise from an optimiser step on, such as longer sequences,
+    other data and positions, see [training.md](training.md#phases)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of activations and of the weights that compute; master weights and moments are always fp32."""
     seed: int = number_field(1234, 0, 2**63 - 1)
@@ -147,6 +152,27 @@ class TrainingConfig:
     allow_memory_overcommit: bool = False
     """Start although the expected peak of a rank is more than three times the memory of its GPU, or of its share of the
     host; from 0.9 times on there is a warning."""
+
+
+@dataclass(frozen=True)
+class TrainingPhaseConfig:
+    """What is otherwise from some optimiser step on, by the names that keys have in their sections; None as before."""
+
+    first_step: int = number_field(MISSING, 1, STEPS)
+    """Optimiser steps of the run before this phase."""
+    path: list[BlendPart] | str | None = like(DataConfig, "path")
+    sequence_length: int | None = like(DataConfig, "sequence_length")
+    max_position_embeddings: int | None = like(ModelConfig, "max_position_embeddings")
+    rope_theta: float | None = like(ModelConfig, "rope_theta")
+    rope_scaling: RopeScaling | None = None
+    rope_factor: float | None = like(ModelConfig, "rope_factor")
+    rope_original_length: int | None = like(ModelConfig, "rope_original_length")
+    rope_low_turns: float | None = like(ModelConfig, "rope_low_turns")
+    rope_high_turns: float | None = like(ModelConfig, "rope_high_turns")
+    rope_attention_factor: float | None = like(ModelConfig, "rope_attention_factor")
+    global_batch_size: int | None = like(TrainingConfig, "global_batch_size")
+    micro_batch_size: int | None = like(TrainingConfig, "micro_batch_size")
+    recompute: RecomputeKind | None = None
 
 
 @dataclass(frozen=True)

@@ -93,14 +93,15 @@ def phase_costs(config: Config, data: int, cluster: Hardware, budget: Budget) ->
         config, data, cluster: as in `phases_of`.
         budget: of the run.
     """
-    training = config.training
-    steps = steps_of(training, budget.tokens / config.data.sequence_length)
+    training, taken = config.training, budget.samples
+    steps = budget.first_step + steps_of(training, budget.tokens / config.data.sequence_length, taken)
     phases, parts = phases_of(config, data, cluster, budget.mean_steps), []
     for phase, end in zip(phases, [*(phase.begin for phase in phases[1:]), steps], strict=True):
-        end = min(end, steps)
-        if end > phase.begin:
-            samples = samples_of(training, end) - samples_of(training, phase.begin)
-            parts.append(PhaseCost(phase, end - phase.begin, samples / training.global_batch_size))
+        begin, end = max(phase.begin, budget.first_step), min(end, steps)
+        if end > begin:
+            samples = samples_of(training, end - begin, taken)
+            parts.append(PhaseCost(phase, end - begin, samples / training.global_batch_size))
+            taken += samples
     return parts
 
 

@@ -82,6 +82,16 @@ def time_lines(plan: Plan, hardware: Hardware, budget: Budget, parts: Sequence[P
     return "\n".join(lines)
 
 
+def total_line(phases: Sequence[Sequence[PhaseCost]], hardware: Hardware) -> str:
+    """What the phases of `training.phases` take together, each of them in parts."""
+    parts = [part for phase in phases for part in phase]
+    days = _days(parts)
+    return (
+        f"together {days:,.2f} days, {days * 24 * hardware.ranks:,.0f} GPU-hours, {_flops(parts):.3g} FLOPs in "
+        f"{sum(part.steps for part in parts):,.0f} steps"
+    )
+
+
 def search_table(plans: Sequence[Plan], most: int, hardware: Hardware, budget: Budget) -> Table:
     """A row for each of the first so many plans."""
     usable = f"{hardware.usable_memory / GIB:.1f} of {hardware.memory / GIB:.1f} GiB"

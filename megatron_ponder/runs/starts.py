@@ -15,7 +15,7 @@ from megatron_ponder.runs.run_folder import RunFolder
 STARTS, END = "starts.jsonl", "end.json"
 
 
-class Phases:
+class Durations:
     """Durations of the parts of a start, as text: `6.1 s imports, 0.3 s data`."""
 
     def __init__(self, begun: float) -> None:

@@ -128,7 +128,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
     last, pace = recent[-1], _pace(recent)
     age = max(0.0, now - last.get("time", (run_dir / METRICS).stat().st_mtime))
     state = _state(last["step"] >= saved["steps"], saved["end"], age, pace)
-    tokens = _samples_a_step(recent, config) * config["data"]["sequence_length"]
+    tokens = _tokens_a_step(recent, config)
     left = last.get("steps_left", saved["steps"] - last["step"])  # older records have none
     compared = next((record for record in reversed(recent) if "slowest_rank" in record), {})
     return RunStatus(
@@ -212,12 +212,14 @@ def _last_with(text: str, content: mmap.mmap) -> dict:
     return next(iter(metrics_in(line)), {})
 
 
-def _samples_a_step(records: list[dict], config: dict) -> float:
-    """Samples of a step, of a batch that grows too."""
-    known = [record for record in records if "samples" in record]
-    if len(known) < 2 or known[0]["step"] == known[-1]["step"]:
-        return config["training"]["global_batch_size"]
-    return (known[-1]["samples"] - known[0]["samples"]) / (known[-1]["step"] - known[0]["step"])
+def _tokens_a_step(records: list[dict], config: dict) -> float:
+    """Tokens of the last step, whose batch and length need not be those of the first."""
+    length = config["data"]["sequence_length"]
+    for counted, each in (("tokens", 1), ("samples", length)):  # older records have no tokens
+        known = [record for record in records if counted in record][-2:]
+        if len(known) == 2 and known[0]["step"] < known[1]["step"]:
+            return each * (known[1][counted] - known[0][counted]) / (known[1]["step"] - known[0]["step"])
+    return config["training"]["global_batch_size"] * length
 
 
 def _pace(records: list[dict]) -> float | None:

@@ -51,7 +51,7 @@ from megatron_ponder.training.validation_sets import ValidationSets
 
 
 class TrainingLoop:
-    """Takes steps, validates and saves, until all steps are done, somebody asks it to stop, or it cannot go on."""
+    """Takes steps, validates and saves, until all are done, somebody asks it to stop, or it cannot go on."""
 
     def __init__(
         self,
@@ -62,21 +62,23 @@ class TrainingLoop:
         state: RunState,
         output: Silence,
         signals: StopSignals,
+        last_step: int,
     ) -> None:
         """Prepare; a collective of all ranks.
 
         Args:
-            config: resolved.
+            config: resolved, of the phase of the run.
             mesh: the ranks.
             parts: of the run.
             engine: with the state of the start.
             state: of the run, which the loop goes on changing.
             output: where this rank tells what happens.
             signals: that end the run early.
+            last_step: optimiser steps of the run at the end of the phase.
         """
         training = config.training
         self._config, self._mesh, self._engine = config, mesh, engine
-        self._state, self._saved_step, self._output = state, state.step, output
+        self._state, self._saved_step, self._last_step, self._output = state, state.step, last_step, output
         self._unsaved: UserError | None = None
         self._batch = batch_size(training, state.samples)  # of the step under way
         self._routed = passes_of(config.ponder).routed
@@ -109,8 +111,11 @@ class TrainingLoop:
         state.validated = state.validated or self._validation is None
         self._tasks = TaskEvaluator(config, self._boundary, self._watchdog, output) if config.tasks.names else None
 
-    def run(self) -> None:
+    def run(self) -> Path:
         """Train.
+
+        Returns:
+            The folder of the last checkpoint.
 
         Raises:
             UserError: on every rank, for whatever the user has to change.
@@ -120,6 +125,7 @@ class TrainingLoop:
         full = out_of_memory_explained(Path(self._config.training.run_dir) / FOLDER, dist.get_rank())
         with full, self._checkpointer, self._watchdog, closing(self._loader), self._profiler:
             self._run()
+        return self._checkpointer.folder / checkpoint_name(self._saved_step)
 
     def _run(self) -> None:
         training, boundary, state = self._config.training, self._boundary, self._state
@@ -132,7 +138,7 @@ class TrainingLoop:
                 self._save()
         if self._scored_here() and not boundary.stop and self._tasks.lacks(state.step):
             self._tasks.run(state.step)
-        while state.step < training.steps and not boundary.stop and not self._skipped.too_many(state.step):
+        while state.step < self._last_step and not boundary.stop and not self._skipped.too_many(state.step):
             try:
                 record = self._take_step()
             except Abandoned as abandoned:
@@ -363,7 +369,7 @@ class TrainingLoop:
 
     def _due(self, interval: int) -> bool:
         """Tell whether the time has come for something that is done every so often, and at the end."""
-        return self._step_is_multiple_of(interval) or (interval > 0 and self._state.step == self._config.training.steps)
+        return self._step_is_multiple_of(interval) or (interval > 0 and self._state.step == self._last_step)
 
     def _step_is_multiple_of(self, interval: int) -> bool:
         return interval > 0 and self._state.step % interval == 0

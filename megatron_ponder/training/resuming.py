@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -45,19 +46,19 @@ class Start:
     changes: list[str] = field(default_factory=list)
 
 
-def find_start(config: Config, data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
-    """Find where a run begins; a collective.
+def make_start(config: Config, found: "Found", data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
+    """Make of a checkpoint, or of none, the beginning of a run, or of a phase of one; a collective.
 
     Args:
-        config: resolved.
+        config: resolved, of the phase.
+        found: the checkpoint, of `find_resume`.
         data_fingerprint: of its training data.
         tokenizer_fingerprint: None without a tokenizer.
 
     Raises:
-        UserError: on every rank, if there is no such checkpoint, or it is not one that this run can go on from.
+        UserError: on every rank, if the checkpoint is not one that this run can go on from.
     """
-    resumed, damage = find_resume(config)
-    doubts = [f"{problem}; it is passed over" for problem in damage]
+    resumed, doubts = found.folder, [f"{problem}; it is passed over" for problem in found.damage]
     if resumed is None:
         given = config.checkpoint.initialize_from
         weights = None if given is None else together(lambda: _given_weights(Path(given)))
@@ -112,14 +113,28 @@ def latents_taken_away(folder: Path, step: int, stored: Config, config: Config) 
     ]
 
 
-def find_resume(config: Config) -> tuple[Path | None, list[str]]:
-    """The verified checkpoint folder to go on from; None to start anew; a collective.
+class Found(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        folder: the checkpoint, verified; None to start anew.
+        damage: what is wrong with each that has been passed over.
+    """
+
+    folder: Path | None
+    damage: list[str]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps that it has done."""
+        return 0 if self.folder is None else read_manifest(self.folder).state.step
+
+
+def find_resume(config: Config) -> Found:
+    """Find the checkpoint to go on from, and verify it; a collective.
 
     With `auto` it is the latest of the run folder, and where that is damaged the newest that is not. A run folder
     without any goes on from the checkpoint that it is to branch off from.
-
-    Returns:
-        The folder, and what is wrong with each that has been passed over.
 
     Raises:
         UserError: on every rank, if the run folder has checkpoints that a new run would overwrite, there is none to
@@ -131,7 +146,7 @@ def find_resume(config: Config) -> tuple[Path | None, list[str]]:
     for folder in candidates:
         try:
             verify_together(folder, resumable=True)
-            return folder, [*pointer, *damage]
+            return Found(folder, [*pointer, *damage])
         except UserError as error:
             if resume != "auto":
                 raise
@@ -144,10 +159,10 @@ def find_resume(config: Config) -> tuple[Path | None, list[str]]:
         )
     branch = config.checkpoint.branch_from
     if branch is None:
-        return None, []
+        return Found(None, [])
     folder = together(lambda: resolve_checkpoint(Path(branch)))
     verify_together(folder, resumable=True)
-    return folder, []
+    return Found(folder, [])
 
 
 def _candidates(config: Config) -> list[Path]:

@@ -8,7 +8,7 @@ from megatron_ponder.checkpoint.folders import TOKENIZER, is_hugging_face
 from megatron_ponder.checkpoint.writer import copy_tokenizer
 from megatron_ponder.config import Config, DataConfig
 from megatron_ponder.data.dataset_manifest import DatasetManifest, check_vocabulary, read_dataset_manifest
-from megatron_ponder.data.mixture import Samples, open_mixture, prefixes, validation_sets
+from megatron_ponder.data.mixture import Mixture, Samples, open_mixture, prefixes, validation_sets
 from megatron_ponder.data.splits import split_text
 from megatron_ponder.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ponder.hf.latent_scale import is_wanted
@@ -59,15 +59,7 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
     tokenizer = None if tokenizer_source is None else load_tokenizer(tokenizer_source)
     config = _with_latent_scale(_independent(config, tokenizer))
     tokenizer_path = Path(config.tokenizer.path) if config.tokenizer.path else None
-    mixture = open_mixture(config.data, config.training.seed)
-    if "train" not in mixture.samples:
-        weights = split_text(config.data.split)
-        raise UserError(f'data.split "{weights}" leaves nothing to train on; give its first part a weight')
-    if config.training.eval_at_start and not validation_sets(mixture.samples, config.data):
-        raise UserError(
-            "training.eval_at_start is true, but there is nothing to validate on; give data.split a second weight, or "
-            "name sets in data.validation"
-        )
+    mixture = _open_data(config)
     manifest = _common_manifest(config.data, tokenizer)
     vocab_size = config.model.vocab_size
     if vocab_size is None:
@@ -81,13 +73,51 @@ def open_parts(config: Config) -> tuple[Config, RunParts]:
             f"model.vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave "
             "model.vocab_size out to take the tokenizer's"
         )
-    for prefix in prefixes(config.data):
-        check_vocabulary(prefix, vocab_size)
+    _check_vocabularies(config)
     eod_id = next((known.eod_id for known in (tokenizer, manifest) if known is not None), None)
     if config.data.reset_at_eod and eod_id is None:
         raise UserError("data.reset_at_eod needs to know the end-of-document token; set tokenizer.path")
     found = mixture.samples, mixture.fingerprint, tokenizer, tokenizer_path, tokenizer_source
     return config, RunParts(*found, eod_id)
+
+
+def reopen_parts(parts: RunParts, config: Config) -> RunParts:
+    """The parts of a later phase of a run: its own data, and all else as it is.
+
+    Args:
+        parts: of the run.
+        config: of the phase.
+
+    Raises:
+        UserError: for a missing or damaged dataset, a tokenizer that is not the dataset's, ids beyond the vocabulary.
+    """
+    mixture = _open_data(config)
+    _common_manifest(config.data, parts.tokenizer)
+    _check_vocabularies(config)
+    return replace(parts, datasets=mixture.samples, data_fingerprint=mixture.fingerprint)
+
+
+def _open_data(config: Config) -> Mixture:
+    """Open all datasets.
+
+    Raises:
+        UserError: one is missing or damaged, or they leave nothing to train or to validate on.
+    """
+    mixture = open_mixture(config.data, config.training.seed)
+    if "train" not in mixture.samples:
+        weights = split_text(config.data.split)
+        raise UserError(f'data.split "{weights}" leaves nothing to train on; give its first part a weight')
+    if config.training.eval_at_start and not validation_sets(mixture.samples, config.data):
+        raise UserError(
+            "training.eval_at_start is true, but there is nothing to validate on; give data.split a second weight, or "
+            "name sets in data.validation"
+        )
+    return mixture
+
+
+def _check_vocabularies(config: Config) -> None:
+    for prefix in prefixes(config.data):
+        check_vocabulary(prefix, config.model.vocab_size)
 
 
 def _independent(config: Config, tokenizer: Tokenizer | None) -> Config:

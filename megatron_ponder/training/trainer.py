@@ -1,7 +1,11 @@
 """Training, from a configuration to a trained run folder."""
 
+import gc
 import logging
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +14,7 @@ import torch.distributed as dist
 from megatron_ponder.base.counts import counted
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.checkpoint.folders import is_hugging_face
-from megatron_ponder.config import Config, data_parallel_size, to_yaml
+from megatron_ponder.config import Config, Phase, data_parallel_size, to_yaml, training_phases
 from megatron_ponder.config.batch_sizes import batch_sizes
 from megatron_ponder.data.mixture import validation_sets
 from megatron_ponder.estimates.layout_table import describe_layout
@@ -18,7 +22,7 @@ from megatron_ponder.parallel.collectives import together
 from megatron_ponder.parallel.mesh import Mesh, build_mesh
 from megatron_ponder.runs.run_folder import RunFolder
 from megatron_ponder.runs.run_output import RunOutput, Silence
-from megatron_ponder.runs.starts import Phases
+from megatron_ponder.runs.starts import Durations
 from megatron_ponder.training.agreement import check_same
 from megatron_ponder.training.compiling import compile_blocks
 from megatron_ponder.training.deepspeed_engine import Engine
@@ -26,8 +30,8 @@ from megatron_ponder.training.initial_weights import build_model, said_of
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.resuming import Start, find_start
-from megatron_ponder.training.setup import RunParts, open_parts
+from megatron_ponder.training.resuming import Found, Start, find_resume, make_start
+from megatron_ponder.training.setup import RunParts, open_parts, reopen_parts
 from megatron_ponder.training.state import restore
 from megatron_ponder.training.task_evaluator import check_tasks
 
@@ -47,50 +51,106 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         Preempted: on every rank, when a signal or the time limit has ended the run early, after a checkpoint.
     """
     signals = signals or StopSignals()
-    phases = Phases(signals.created)
-    phases.mark("imports and process group")
+    durations = Durations(signals.created)
+    durations.mark("imports and process group")
     check_same(config)
     data_size = together(lambda: data_parallel_size(config, dist.get_world_size()))
     config, parts = together(lambda: open_parts(config))
+    phases = training_phases(config)
+    opened = together(lambda: [parts, *(reopen_parts(parts, phase.config) for phase in phases[1:])])
     together(lambda: check_tasks(config, parts.tokenizer_path) if dist.get_rank() == 0 else None)
-    doubt = check_memory(config, data_size, device)
+    doubts = [check_memory(phase.config, data_size, device) for phase in phases]
+    doubt = next(filter(None, doubts), None)
     if doubt is not None and dist.get_rank() == 0:
         logger.warning("warning: %s", doubt)  # now, since the system may end the run while its model is built
     with ExitStack() as stack:
         folder = RunFolder(Path(config.training.run_dir), to_yaml(config)) if dist.get_rank() == 0 else None
         together(lambda: None if folder is None else stack.enter_context(folder))
-        start = find_start(config, *parts.fingerprints)
-        phases.mark("data and checkpoint")
+        found = find_resume(config)
+        first_step = together(lambda: found.step)
+        durations.mark("data and checkpoint")
         mesh = build_mesh(device, config.parallel)
-        model = together(lambda: build_model(config, parts, mesh, start.weights))
-        together(lambda: None if folder is None else _write_beginning(folder, parts))
-        phases.mark("model")
-        engine = Engine(
-            Objective(model, config.ponder_training.gradient_passes, config.ponder_training.packed), config, mesh
-        )
-        phases.mark("DeepSpeed")
-        together(lambda: compile_blocks(model, config, device))  # now, or the engine's dry step would be compiled too
-        if start.state.step > 0:  # or it has weights alone
-            together(lambda: restore(engine, start.resumed, start.state.updates))
-            phases.mark("restoring")
-        together(lambda: parts.datasets["train"].prepare(start.state.samples))
-        output = stack.enter_context(together(lambda: _output(folder, config, start.state.step)))
-        if doubt is not None:
-            output.note(f"warning: {doubt}")
-        for problem in start.doubts:
-            output.say(f"warning: {problem}")
-        if start.weights is not None and is_hugging_face(start.weights):
-            output.say(f"starting from {start.weights}, which says {said_of(start.weights, config)}")
-        output.say(_headline(config, mesh, parts, start))
-        for change in start.changes:
-            output.say(change)
-        if config.data.validation or not validation_sets(parts.datasets, config.data):
-            output.say(_validation_sets(config, parts))
-        output.say(describe_layout(config, mesh.data.size, mesh.device.type))
-        output.note(engine.description)
-        output.say(f"ready after {phases}")
-        TrainingLoop(config, mesh, parts, engine, start.state, output, signals).run()
+        output = None
+
+        def open_output() -> Silence:
+            """The output of the run, opened where nothing can be refused any more, by the first phase that is run."""
+            nonlocal output
+            if output is None:
+                output = stack.enter_context(together(lambda: _output(folder, config, first_step)))
+                if doubt is not None:
+                    output.note(f"warning: {doubt}")
+            return output
+
+        begun = sum(phase.first_step <= first_step for phase in phases) - 1
+        for phase, its_parts in zip(phases[begun:], opened[begun:], strict=True):
+            last = _train_phase(phase, its_parts, found, mesh, folder, open_output, durations, signals)
+            found = Found(last, [])
+            gc.collect()  # of the engine, whose memory the next one needs
+            durations = Durations(time.monotonic())
         output.draw()
+
+
+def _train_phase(
+    phase: Phase,
+    parts: RunParts,
+    found: Found,
+    mesh: Mesh,
+    folder: RunFolder | None,
+    open_output: Callable[[], Silence],
+    durations: Durations,
+    signals: StopSignals,
+) -> Path:
+    """Train one phase, from the checkpoint that there is to the phase's last step.
+
+    Args:
+        phase: of the run.
+        parts: of the phase.
+        found: the checkpoint, or none.
+        mesh: the ranks.
+        folder: of the run, on its first rank.
+        open_output: gives where this rank tells what happens.
+        durations: of the parts of this start.
+        signals: that end the run early.
+
+    Returns:
+        The folder of the last checkpoint.
+    """
+    config = phase.config
+    start = make_start(_allowing(phase, together(lambda: found.step)), found, *parts.fingerprints)
+    model = together(lambda: build_model(_allowing(phase, start.state.step), parts, mesh, start.weights))
+    together(lambda: None if folder is None else _write_beginning(folder, parts))
+    durations.mark("model")
+    engine = Engine(
+        Objective(model, config.ponder_training.gradient_passes, config.ponder_training.packed), config, mesh
+    )
+    durations.mark("DeepSpeed")
+    together(lambda: compile_blocks(model, config, mesh.device))  # now, or the engine's dry step would be compiled too
+    if start.state.step > 0:  # or it has weights alone
+        together(lambda: restore(engine, start.resumed, start.state.updates))
+        durations.mark("restoring")
+    together(lambda: parts.datasets["train"].prepare(start.state.samples))
+    output = open_output()
+    for problem in start.doubts:
+        output.say(f"warning: {problem}")
+    if start.weights is not None and is_hugging_face(start.weights):
+        output.say(f"starting from {start.weights}, which says {said_of(start.weights, config)}")
+    output.say(_headline(config, mesh, parts, start))
+    for change in start.changes:
+        output.say(change)
+    if config.data.validation or not validation_sets(parts.datasets, config.data):
+        output.say(_validation_sets(config, parts))
+    output.say(describe_layout(config, mesh.data.size, mesh.device.type))
+    output.note(engine.description)
+    output.say(f"ready after {durations}")
+    return TrainingLoop(config, mesh, parts, engine, start.state, output, signals, phase.last_step).run()
+
+
+def _allowing(phase: Phase, step: int) -> Config:
+    """The configuration of a phase, which at its beginning may be of other data and positions than the checkpoint."""
+    checkpoint = phase.config.checkpoint
+    if step == phase.first_step > 0:
+        checkpoint = replace(checkpoint, allow_data_change=True, allow_rope_change=True)
+    return replace(phase.config, checkpoint=checkpoint)
 
 
 def _write_beginning(folder: RunFolder, parts: RunParts) -> None:

@@ -104,3 +104,15 @@ def test_what_it_says(build, prefix, tmp_path, arguments, message):
     result = build(prefix, *[argument.format(tmp=tmp_path) for argument in arguments])
     assert result.code == 2
     assert result.err.startswith("error: ") and message in result.err and result.err.count("\n") == 1
+
+
+def test_every_phase_of_a_run_has_its_order_built(build, prefix, tmp_path):
+    """What a phase reads of sequences of another length, beside what comes before it."""
+    steps = ("--data.cache_path", tmp_path / "cache", "--training.global_batch_size", 10, "--training.steps", 40)
+    result = build(prefix, *steps, "--training.phases", "[{first_step: 30, sequence_length: 8}]")
+    assert (result.code, result.err) == (0, "")
+    trained = [line for line in result.out.splitlines() if " train " in line]
+    sizes = [open_mixture(DataConfig(str(prefix), split="9,1", sequence_length=length), 1234) for length in (4, 8)]
+    for line, mixture in zip(trained, sizes, strict=True):
+        assert f"{mixture.samples['train'].samples_per_epoch:,}" in line
+    assert len(contents(tmp_path / "cache")) == 4

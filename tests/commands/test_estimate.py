@@ -142,3 +142,34 @@ def test_a_vocabulary_that_only_the_tokenizer_knows(estimate):
     done = estimate("--config", "examples/quickstart/adaptive.yaml", "--gpu", "H200")
     assert done.code == 2
     assert "add --model.vocab_size" in done.err
+
+
+IN_TWO = "[{first_step: 30000, sequence_length: 4096, global_batch_size: 128, micro_batch_size: 1}]"
+
+
+def test_every_phase_of_a_run_has_its_tables(estimate):
+    """Steps of half as many sequences that are twice as long, and all that both take together."""
+    machine = ("--gpu", "H100-SXM", "--nodes", 2)
+    done = estimate(*CONFIG, *SMALLER, *machine, "--training.phases", IN_TWO)
+    assert done.code == 0, done.err
+    found = json.loads(estimate(*CONFIG, *SMALLER, *machine, "--training.phases", IN_TWO, "--json").out)
+    whole = json.loads(estimate(*CONFIG, *SMALLER, *machine, "--json").out)
+    steps = [sum(part["steps"] for part in phase["phases"]) for phase in found]
+    assert steps[0] == 30000 and sum(steps) == sum(part["steps"] for part in whole["phases"])
+    assert sum(phase["tokens"] for phase in found) == whole["tokens"]
+    assert found[0]["step_seconds"] == whole["step_seconds"] < found[1]["step_seconds"]
+    assert sum(phase["flops"] for phase in found) > whole["flops"]  # of longer attention
+    assert f"steps 30,000 to {sum(steps):,.0f}:" in done.out
+    assert f"together {sum(phase['days'] for phase in found):,.2f} days, " in done.out
+
+
+@pytest.mark.parametrize("option", [["--search"], ["--tokens", "1e9"]])
+def test_what_is_of_one_phase_is_not_asked_of_several(estimate, option):
+    done = estimate(*CONFIG, *SMALLER, "--gpu", "H100-SXM", "--nodes", 2, "--training.phases", IN_TWO, *option)
+    assert done.code == 2 and f"{option[0]} " in done.err and "training.phases has several" in done.err
+
+
+def test_a_phase_that_does_not_fit_is_refused(estimate):
+    long = "[{first_step: 30000, sequence_length: 1048576, global_batch_size: 16, micro_batch_size: 1}]"
+    done = estimate(*CONFIG, *SMALLER, "--gpu", "H100-SXM", "--nodes", 2, "--training.phases", long)
+    assert (done.code == 2 and "do not fit into" in done.err) or "no layout of this model fits" in done.err
