@@ -15,7 +15,7 @@ from rich.table import Table
 
 from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.launch import one_process
-from megatron_ponder.config import Phase, read_config, training_phases
+from megatron_ponder.config import TrainingPhase, read_config, training_phases
 from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.data.mixture import Mixture, build_ahead, open_mixture, validation_sets
 from megatron_ponder.hf.starting_point import complete
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
-def _needed(phase: Phase, before: int) -> tuple[Mixture, dict[str, int]]:
+def _needed(phase: TrainingPhase, before: int) -> tuple[Mixture, dict[str, int]]:
     """The data of a phase, and how many samples are read of each split up to its end.
 
     Args:

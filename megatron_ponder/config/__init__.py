@@ -27,7 +27,7 @@ from megatron_ponder.config.run import (
     TrainingPhaseConfig,
 )
 from megatron_ponder.config.sections import Config, architecture, resolve
-from megatron_ponder.config.training_phases import Phase, training_phases
+from megatron_ponder.config.training_phases import TrainingPhase, training_phases
 
 __all__ = [
     "BlendPart",
@@ -39,13 +39,13 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "Phase",
     "PhaseConfig",
     "PonderConfig",
     "PonderTrainingConfig",
     "TasksConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "TrainingPhase",
     "TrainingPhaseConfig",
     "architecture",
     "check_layout",

@@ -15,7 +15,7 @@ _SECTIONS = ("data", "model", "training")
 _SCALING = frozenset({"rope_scaling"}.union(*ROPE_SCALINGS.values()))
 
 
-class Phase(NamedTuple):
+class TrainingPhase(NamedTuple):
     """Optimiser steps that are configured alike.
 
     Attributes:
@@ -29,7 +29,7 @@ class Phase(NamedTuple):
     config: Config
 
 
-def training_phases(config: Config) -> list[Phase]:
+def training_phases(config: Config) -> list[TrainingPhase]:
     """The phases of a run, the first from step 0 on, one alone where `training.phases` is empty.
 
     Args:
@@ -47,13 +47,13 @@ def training_phases(config: Config) -> list[Phase]:
                 "phases in rising order, each with a first_step below training.steps"
             )
     current = replace(config, training=replace(training, phases=[]))
-    found = [Phase(0, begins[1], current)]
+    found = [TrainingPhase(0, begins[1], current)]
     for phase, (begin, end) in zip(training.phases, list(pairwise(begins))[1:], strict=True):
         try:
             current = validate(resolve(_changed(current, phase)))
         except UserError as error:
             raise UserError(f"in the phase of training.phases from step {begin} on: {error}") from error
-        found.append(Phase(begin, end, current))
+        found.append(TrainingPhase(begin, end, current))
     return found
 
 

@@ -46,7 +46,7 @@ class Start:
     changes: list[str] = field(default_factory=list)
 
 
-def make_start(config: Config, found: "Found", data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
+def make_start(config: Config, found: "Resumption", data_fingerprint: str, tokenizer_fingerprint: str | None) -> Start:
     """Make of a checkpoint, or of none, the beginning of a run, or of a phase of one; a collective.
 
     Args:
@@ -113,7 +113,7 @@ def latents_taken_away(folder: Path, step: int, stored: Config, config: Config) 
     ]
 
 
-class Found(NamedTuple):
+class Resumption(NamedTuple):
     """Where a run goes on.
 
     Attributes:
@@ -130,7 +130,7 @@ class Found(NamedTuple):
         return 0 if self.folder is None else read_manifest(self.folder).state.step
 
 
-def find_resume(config: Config) -> Found:
+def find_resume(config: Config) -> Resumption:
     """Find the checkpoint to go on from, and verify it; a collective.
 
     With `auto` it is the latest of the run folder, and where that is damaged the newest that is not. A run folder
@@ -146,7 +146,7 @@ def find_resume(config: Config) -> Found:
     for folder in candidates:
         try:
             verify_together(folder, resumable=True)
-            return Found(folder, [*pointer, *damage])
+            return Resumption(folder, [*pointer, *damage])
         except UserError as error:
             if resume != "auto":
                 raise
@@ -159,10 +159,10 @@ def find_resume(config: Config) -> Found:
         )
     branch = config.checkpoint.branch_from
     if branch is None:
-        return Found(None, [])
+        return Resumption(None, [])
     folder = together(lambda: resolve_checkpoint(Path(branch)))
     verify_together(folder, resumable=True)
-    return Found(folder, [])
+    return Resumption(folder, [])
 
 
 def _candidates(config: Config) -> list[Path]:

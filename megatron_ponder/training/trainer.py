@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_ponder.base.counts import counted
 from megatron_ponder.base.signals import StopSignals
 from megatron_ponder.checkpoint.folders import is_hugging_face
-from megatron_ponder.config import Config, Phase, data_parallel_size, to_yaml, training_phases
+from megatron_ponder.config import Config, TrainingPhase, data_parallel_size, to_yaml, training_phases
 from megatron_ponder.config.batch_sizes import batch_sizes
 from megatron_ponder.data.mixture import validation_sets
 from megatron_ponder.estimates.layout_table import describe_layout
@@ -30,7 +30,7 @@ from megatron_ponder.training.initial_weights import build_model, said_of
 from megatron_ponder.training.loop import TrainingLoop
 from megatron_ponder.training.memory_check import check_memory
 from megatron_ponder.training.objective import Objective
-from megatron_ponder.training.resuming import Found, Start, find_resume, make_start
+from megatron_ponder.training.resuming import Resumption, Start, find_resume, make_start
 from megatron_ponder.training.setup import RunParts, open_parts, reopen_parts
 from megatron_ponder.training.state import restore
 from megatron_ponder.training.task_evaluator import check_tasks
@@ -84,16 +84,16 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
         begun = sum(phase.first_step <= first_step for phase in phases) - 1
         for phase, its_parts in zip(phases[begun:], opened[begun:], strict=True):
             last = _train_phase(phase, its_parts, found, mesh, folder, open_output, durations, signals)
-            found = Found(last, [])
+            found = Resumption(last, [])
             gc.collect()  # of the engine, whose memory the next one needs
             durations = Durations(time.monotonic())
         output.draw()
 
 
 def _train_phase(
-    phase: Phase,
+    phase: TrainingPhase,
     parts: RunParts,
-    found: Found,
+    found: Resumption,
     mesh: Mesh,
     folder: RunFolder | None,
     open_output: Callable[[], Silence],
@@ -145,7 +145,7 @@ def _train_phase(
     return TrainingLoop(config, mesh, parts, engine, start.state, output, signals, phase.last_step).run()
 
 
-def _allowing(phase: Phase, step: int) -> Config:
+def _allowing(phase: TrainingPhase, step: int) -> Config:
     """The configuration of a phase, which at its beginning may be of other data and positions than the checkpoint."""
     checkpoint = phase.config.checkpoint
     if step == phase.first_step > 0:
