@@ -23,7 +23,8 @@ from megatron_ponder.runs.style import STYLE, finish, look
 
 LOSS = "validation loss [nats per token]"
 # Variants from which something is taken away, or that are trained otherwise: no points of their mode's curve.
-CONTROLS = ("adaptive-identity", "adaptive-own", "fixed-own", "fixed-constant", "fixed-weighted")
+CONTROLS = ("adaptive-identity", "adaptive-own", "adaptive-batch-penalty", "fixed-own", "fixed-constant")
+CONTROLS += ("fixed-weighted", "vanilla-longer", "vanilla-wider")
 # Where the label of a point may stand: points from it, and directions in degrees, the best first.
 DISTANCES, DIRECTIONS = (8, 15, 24, 36, 50, 66), (0, 180, 20, 160, -20, -160, 60, 120, -60, -120, 90, -90)
 
