@@ -128,6 +128,9 @@ def _loader(
         collate_fn=_stack,
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
+        # Whatever Python's default is: forked, they share the memory of the order of the samples, and notice when this
+        # process is killed, which those of a fork server do not.
+        multiprocessing_context="fork" if num_workers else None,
         # Its own, because a loader draws a number when it starts and would move the global generator.
         generator=torch.Generator(),
     )

@@ -174,10 +174,15 @@ def choose(call: Call, name: AttentionKernel = "auto") -> Kernel:
             "alone; set training.attention_kernel to auto",
             shared=True,
         )
-    raise UserError(
-        f"training.attention_kernel {name} needs {named[-1].lacks(call)}; set training.attention_kernel to auto",
-        shared=True,
+    if name != "auto":
+        advice = "set training.attention_kernel to auto"
+        raise UserError(f"training.attention_kernel {name} needs {named[-1].lacks(call)}; {advice}", shared=True)
+    here = [kernel for kernel in named if kernel.lacks(call) not in ("a CPU", "a GPU")]
+    lacking = ", ".join(f"{kernel.name} needs {kernel.lacks(call)}" for kernel in here)
+    slots = (
+        " of latent slots that their own token alone sees (ponder.mode sps, ponder.latent_visibility own)" * call.own
     )
+    raise UserError(f"no kernel computes this attention{slots}: {lacking}; change one of these", shared=True)
 
 
 def _attend_own(

@@ -18,7 +18,7 @@ from megatron_ponder.estimates.new_run import parameters, this_processor
 from megatron_ponder.estimates.search import check_ranks, fullest_memory
 
 MACHINES = {
-    "--cpu": this_processor(23),
+    "--cpu --memory-gib 32": this_processor(32),
     "--gpus 1 --memory-gib 24": hardware_of(Cluster(gpu="A10", gpus_per_node=1, memory_gib=24), "bf16"),
     "--gpu H100-SXM --gpus 8": hardware_of(Cluster(gpu="H100-SXM"), "bf16"),
     "--cluster examples/clusters/h100.yaml --nodes 4": hardware_of(Cluster(gpu="H100-SXM", nodes=4), "bf16"),
@@ -27,7 +27,7 @@ MACHINES = {
     ),
 }
 # Too large for these.
-TOO_LARGE = {"--cpu": ("1b", "1.4b", "2.8b"), "--gpus 1 --memory-gib 24": ("1b", "1.4b", "2.8b")}
+TOO_LARGE = {"--cpu --memory-gib 32": ("1b", "1.4b", "2.8b"), "--gpus 1 --memory-gib 24": ("1b", "1.4b", "2.8b")}
 MODES = ("vanilla", "fixed", "adaptive", "pause", "sps", "loop", "ponderlm")
 
 
@@ -57,7 +57,7 @@ def check_file(file: Path, hardware: Hardware) -> Config:
 @pytest.mark.parametrize(
     ("size", "mode", "machine"),
     [
-        ("tiny", "adaptive", "--cpu"),
+        ("tiny", "adaptive", "--cpu --memory-gib 32"),
         ("pythia-70m", "vanilla", "--gpus 1 --memory-gib 24"),
         ("llama-125m", "fixed", "--gpus 1 --memory-gib 24"),
     ],
@@ -120,7 +120,9 @@ def test_every_size_and_mode_trains_where_it_fits(ponder, tmp_path, machine):
     for mode, size in pairs if MACHINES[machine].ranks == 1 else pairs[1::3]:  # with many ranks there are many layouts
         file = tmp_path / f"{size}-{mode}.yaml"
         done = ponder("new", "--size", size, "--mode", mode, *machine.split(), "--output", file)
-        if done.code and size.endswith(TOO_LARGE.get(machine, ())):
+        if done.code and mode == "sps" and SIZES[size].model["hidden_size"] // SIZES[size].model["num_heads"] > 128:
+            assert "triton needs heads of at most 128 channels, model.head_size; change one of these" in done.err
+        elif done.code and size.endswith(TOO_LARGE.get(machine, ())):
             assert "no layout of this model fits" in done.err
         else:
             assert done.code == 0, done.err

@@ -123,6 +123,18 @@ def test_a_kernel_that_cannot_is_refused_in_one_line(call, name, need):
         choose(call, name)
 
 
+def test_what_no_kernel_computes_is_refused_with_what_each_would_need():
+    heads = "triton needs heads of at most 128 channels, model.head_size"
+    slots = " of latent slots that their own token alone sees (ponder.mode sps, ponder.latent_visibility own)"
+    for call, said in (
+        (Call("cuda", BF16, head_size=256, own=True), f"{slots}: {heads}; change one of these"),
+        (Call("cuda", FP32, segmented=True, head_size=256), ": sdpa needs data.reset_at_eod false on GPUs, varlen "),
+    ):
+        with pytest.raises(UserError, match=f"^no kernel computes this attention{re.escape(said)}") as refusal:
+            choose(call)
+        assert heads in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("name", "device", "head_size", "operations"),
     [

@@ -48,11 +48,16 @@ def start_ranks(arguments: list[str], ranks: int, folder: Path, failing: int | N
 
 def wait_for(condition, processes: list[Forked], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        ended = any(process.poll() is not None for process in processes)
-        assert not ended or condition(), "a rank ended too early"
-        time.sleep(0.1)
+    try:
+        while not condition():
+            assert time.monotonic() < deadline, "it took too long"
+            ended = any(process.poll() is not None for process in processes)
+            assert not ended or condition(), "a rank ended too early"
+            time.sleep(0.1)
+    except AssertionError:
+        for process in processes:  # or they train on without end
+            process.kill()
+        raise
 
 
 def end_all(processes: list[Forked], seconds: float) -> list[int]:

@@ -141,5 +141,5 @@ def test_phases_are_the_same_on_every_grid(corpus, other, runs, tmp_path, grid):
     words = tiny_arguments(corpus, tmp_path / "run", **RUN | {"training__phases": phases(other)} | grid)
     run_distributed(train_in_turn, ranks, [words], time_limit=300)
     for record, expected in zip(read_metrics(tmp_path / "run"), read_metrics(runs.phased), strict=True):
-        for field in ("cross_entropy", "grad_norm"):
-            assert record[field] == pytest.approx(expected[field], rel=1e-5), field
+        for field in ("cross_entropy", "grad_norm"):  # after seven steps of AdamW, which multiply what is rounded
+            assert record[field] == pytest.approx(expected[field], rel=2e-4), field
