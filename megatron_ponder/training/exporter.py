@@ -107,10 +107,10 @@ class Exporter:
             process.start()
             self._process = process
         sender.close()
+        process.join()  # and not until `answer` ends: a process that is forked meanwhile, to read data, holds that open
         problem = None
         with suppress(EOFError):
-            problem = answer.recv()
-        process.join()
+            problem = answer.recv() if answer.poll() else None
         with self._lock:
             self._process = None
         if self._cut_off or -process.exitcode in SIGNALS:  # of which the launcher tells every process

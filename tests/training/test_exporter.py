@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,28 @@ def test_a_process_that_cannot_be_started_is_a_line(tmp_path, monkeypatch):
     running.finish()
     (line,) = running.news()
     assert line.endswith("is saved but not exported, training goes on: Cannot allocate memory")
+
+
+def test_nobody_waits_for_processes_that_were_forked_meanwhile(tmp_path, monkeypatch):
+    """As those that read data are, in another thread than that of exports: they hold what an export would answer by."""
+    context, held = multiprocessing.get_context(exporter.START_METHOD), []
+    real = context.Pipe
+
+    def pipe(duplex: bool) -> tuple:
+        answer, sender = real(duplex=duplex)
+        held.append(os.dup(sender.fileno()))
+        return answer, sender
+
+    monkeypatch.setattr(context, "Pipe", pipe, raising=False)
+    first, second = checkpoints(tmp_path, "export", "fail")
+    running = begun(first, second)
+    waiting = threading.Thread(target=running.finish, daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive() and len(held) == 2
+    assert [line.endswith(("/hf", "the disk is full")) for line in running.news()] == [True, True]
+    for descriptor in held:
+        os.close(descriptor)
 
 
 def test_an_export_ends_with_its_run(tmp_path):
