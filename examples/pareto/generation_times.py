@@ -78,8 +78,9 @@ def _seconds(loaded: LoadedModel) -> float:
     batches = split_batches(loaded, None, "valid", PROMPTS).batches
     prompts = [tuple(row[:READ].tolist()) for batch in batches for row in batch]
     _generate(loaded, prompts, tokens=2)  # what is made once is made now
+    room = loaded.config.model.max_position_embeddings - READ  # of a model for less
     begun = time.perf_counter()
-    generated = _generate(loaded, prompts, GENERATED)
+    generated = _generate(loaded, prompts, min(GENERATED, room))
     return (time.perf_counter() - begun) / generated
 
 

@@ -213,12 +213,12 @@ def _last_with(text: str, content: mmap.mmap) -> dict:
 
 
 def _tokens_a_step(records: list[dict], config: dict) -> float:
-    """Tokens of the last step, whose batch and length need not be those of the first."""
+    """Mean tokens of a step, whose batches and lengths need not be alike."""
     length = config["data"]["sequence_length"]
     for counted, each in (("tokens", 1), ("samples", length)):  # older records have no tokens
-        known = [record for record in records if counted in record][-2:]
-        if len(known) == 2 and known[0]["step"] < known[1]["step"]:
-            return each * (known[1][counted] - known[0][counted]) / (known[1]["step"] - known[0]["step"])
+        known = [record for record in records if counted in record]
+        if len(known) > 1 and known[0]["step"] < known[-1]["step"]:
+            return each * (known[-1][counted] - known[0][counted]) / (known[-1]["step"] - known[0]["step"])
     return config["training"]["global_batch_size"] * length
 
 
