@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ LOSS = "validation loss [nats per token]"
 # Variants from which something is taken away, or that are trained otherwise: no points of their mode's curve.
 CONTROLS = ("adaptive-identity", "adaptive-own", "adaptive-batch-penalty", "fixed-own", "fixed-constant")
 CONTROLS += ("fixed-weighted", "vanilla-longer", "vanilla-wider")
+TITLE = 80  # characters of a line
 # Where the label of a point may stand: points from it, and directions in degrees, the best first.
 DISTANCES, DIRECTIONS = (8, 15, 24, 36, 50, 66), (0, 180, 20, 160, -20, -160, 60, 120, -60, -120, 90, -90)
 
@@ -121,14 +123,16 @@ def draw(seeds: Sequence[Mapping[str, Measured]], cost: Cost, modes: bool) -> Fi
         earlier[run.mode] += 1
         if len(losses) > 1:
             bars[variant] = statistics.stdev(losses)
-        axes.errorbar(*places[variant], yerr=bars[variant] or None, capsize=3, linestyle="none", **looks[variant])
+    above = _frame(axes, {name: loss for name, (_, loss) in places.items()}, bars)
+    shown = {name: place for name, place in places.items() if name not in above}
+    for name, place in shown.items():  # a bar of what is above would reach through the frame
+        axes.errorbar(*place, yerr=bars[name] or None, capsize=3, linestyle="none", **looks[name])
     if modes:
         _lines(axes, seeds[0], places, looks)
     finish(axes, cost.label, LOSS)
-    above = _frame(axes, {name: loss for name, (_, loss) in places.items()}, bars)
     over = f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    figure.suptitle(over + "".join(f"; above the frame: {name} ({places[name][1]:.2f})" for name in above))
-    shown = {name: place for name, place in places.items() if name not in above}
+    named = ", ".join(f"{name} ({places[name][1]:.2f})" for name in above)
+    figure.suptitle(textwrap.fill(f"{over}; above the frame: {named}" if above else over, TITLE))
     label_points(axes, shown, {name: style["color"] for name, style in looks.items()}, bars)
     return figure
 
