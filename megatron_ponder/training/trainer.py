@@ -83,7 +83,8 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
 
         begun = sum(phase.first_step <= first_step for phase in phases) - 1
         for phase, its_parts in zip(phases[begun:], opened[begun:], strict=True):
-            last = _train_phase(phase, its_parts, found, mesh, folder, open_output, durations, signals)
+            opening = _allowing(phase, max(first_step, phase.first_step))
+            last = _train_phase(phase, opening, its_parts, found, mesh, folder, open_output, durations, signals)
             found = Resumption(last, [])
             gc.collect()  # of the engine, whose memory the next one needs
             durations = Durations(time.monotonic())
@@ -92,6 +93,7 @@ def train(config: Config, device: torch.device, signals: StopSignals | None = No
 
 def _train_phase(
     phase: TrainingPhase,
+    opening: Config,
     parts: RunParts,
     found: Resumption,
     mesh: Mesh,
@@ -104,6 +106,7 @@ def _train_phase(
 
     Args:
         phase: of the run.
+        opening: its configuration for going on from the checkpoint, see `_allowing`.
         parts: of the phase.
         found: the checkpoint, or none.
         mesh: the ranks.
@@ -116,8 +119,8 @@ def _train_phase(
         The folder of the last checkpoint.
     """
     config = phase.config
-    start = make_start(_allowing(phase, together(lambda: found.step)), found, *parts.fingerprints)
-    model = together(lambda: build_model(_allowing(phase, start.state.step), parts, mesh, start.weights))
+    start = make_start(opening, found, *parts.fingerprints)
+    model = together(lambda: build_model(opening, parts, mesh, start.weights))
     together(lambda: None if folder is None else _write_beginning(folder, parts))
     durations.mark("model")
     engine = Engine(
