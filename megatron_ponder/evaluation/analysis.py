@@ -114,8 +114,10 @@ class _SubjectAnalysis:
                 f"sweeps, steps by difficulty and shifts of the router: mode {config.mode} has no router"
             )
         self.benefit(own)
-        if self.contraction():
-            self.refinements(self.gaps())
+        iterates = self.contraction()
+        exact = self.gaps(iterates) if iterates or self.subject.decides else None
+        if iterates:
+            self.refinements(exact)
         if stated is not None:
             self.depth(own, stated)
 
@@ -265,8 +267,8 @@ class _SubjectAnalysis:
                 **{f"s_{step}": float(share) for step, share in enumerate(distribution)},
             )
 
-    def gaps(self) -> float:
-        """What the hard rule and a few parallel passes change, against what they stand for.
+    def gaps(self, iterates: bool) -> float:
+        """What the hard rule changes, where a router decides, and a few parallel passes, where there are iterates.
 
         Returns:
             The loss of the fixed point by the model's own rule.
@@ -284,7 +286,7 @@ class _SubjectAnalysis:
             threshold = {"threshold": rule.threshold if self.subject.decides else None}
             if self.subject.decides:
                 gaps.append({"of": "hard, exact", "from": "soft, exact", **threshold, "loss": float(exact - soft)})
-            for refinements in sorted({0, 3, self.subject.refinements}):
+            for refinements in sorted({0, 3, self.subject.refinements}) if iterates else ():
                 way = Setting(rule, refinements)
                 loss = self.measure("Jacobi–sequential gap", way).loss.mean() - exact
                 gaps.append({"of": way.name, "from": "hard, exact", **threshold, "loss": float(loss)})

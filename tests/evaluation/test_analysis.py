@@ -192,6 +192,21 @@ def test_gaps_are_differences_of_evaluations(analysis, subjects):
     assert "gaps" not in analysis.summary["v"]
 
 
+def test_latents_of_a_token_s_own_have_a_gap_by_the_hard_rule_and_no_iterates(tmp_path):
+    values = {"ponder__mode": "adaptive", "ponder__latent_visibility": "own", "inference__threshold": 0.3}
+    model = small_model(router_scale=4.0, **values).eval()
+    analysis = analyse([Subject("o", model, tmp_path, 0)], BATCHES, PLAN, str)
+    found = {gap["threshold"]: gap for gap in analysis.summary["o"]["gaps"]}
+    assert list(found) == [1e-4, 0.3] and "contraction" not in analysis.summary["o"]
+    for threshold, gap in found.items():
+        hard, soft = (
+            evaluate(model, BATCHES, Setting(model.rule(kind, threshold), None)) for kind in ("hard", "soft")
+        )
+        assert (gap["of"], gap["from"]) == ("hard, exact", "soft, exact")
+        assert gap["loss"] == pytest.approx(hard.cross_entropy - soft.cross_entropy, abs=1e-10)
+    assert abs(found[0.3]["loss"]) > 1e-6
+
+
 def test_contraction_is_that_of_the_first_batch(analysis, subjects):
     for label in ("a", "f"):
         found = contraction(subjects[label].model, BATCHES[:1], 3)
