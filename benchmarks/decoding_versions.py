@@ -46,13 +46,17 @@ class Copy:
         command = [sys.executable, "-c", WORKER, str(folder.resolve()), str(arguments.threads)]
         command += [DTYPES[arguments.dtype], json.dumps(arguments.batches)]
         environment = os.environ | {"PYTHONPATH": str(folder.resolve())}
+        self._folder = folder
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
     def __call__(self, batch: int, forwards: int) -> list[float]:
-        """Wall seconds, the processor's seconds and the most bytes so far."""
-        print(json.dumps([batch, forwards]), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        """Wall seconds, the processor's seconds and the most bytes so far; exits if the copy has ended."""
+        try:
+            print(json.dumps([batch, forwards]), file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            sys.exit(f"the copy in {self._folder} does not generate; what it wrote above says why")
 
     def close(self) -> None:
         """End the process."""

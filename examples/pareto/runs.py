@@ -18,14 +18,19 @@ from megatron_ponder.config import read_config
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper")}
-SIZES |= dict.fromkeys(("diagnostic", "depths"), REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml")
+SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper", "depths", "sums")}
+SIZES["diagnostic"] = REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml"
 COMPARISONS = {what: HERE / f"{what}.yaml" for what in ("variants", "costs")}
 # Of the sizes whose corpus is made here: words of the tokenizer, and what more than the standard library is read.
 VOCABULARY = {"cpu": 512, "gpu": 8192}
 CORPUS = {"cpu": (), "gpu": ("--packages",)}
-DIAGNOSTIC = ("--kinds", "follow", "--documents", "150000", "--questions", "1")
-DEPTHS = {"diagnostic": 2, "depths": 4}  # lookups beyond the first, the most of them
+# Of those whose text is of known difficulty: what examples/diagnostic/make_corpus.py is to make.
+_CHAINS = ("--kinds", "follow", "--documents", "150000", "--questions", "1", "--max-depth")
+DIAGNOSTIC = {
+    "diagnostic": (*_CHAINS, "2"),
+    "depths": (*_CHAINS, "4"),
+    "sums": ("--kinds", "sum", "--documents", "60000", "--questions", "16", "--max-depth", "2"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def plan_runs(size: str, output: Path, data: Path, seeds: Sequence[int], what: s
     if own is None:
         raise UserError(f"{COMPARISONS[what].name} has no variants of size {size}; it has {', '.join(chosen)}")
     variants = {name: values for name, values in (chosen.get("all", {}) | own).items() if values is not None}
-    tokenizer = data / ("tokenizer.json" if size in DEPTHS else "tokenizer.model")
+    tokenizer = data / ("tokenizer.json" if size in DIAGNOSTIC else "tokenizer.model")
     common = ("--config", str(SIZES[size]), "--checkpoint.resume", "auto")
     common += ("--data.path", str(data / "corpus_text_document"), "--tokenizer.path", str(tokenizer))
     runs = []
@@ -86,9 +91,8 @@ def prepare_data(size: str, folder: Path) -> None:
     """Make corpus, tokenizer and dataset unless they are there."""
     if (folder / "corpus_text_document.idx").exists():
         return
-    if size in DEPTHS:
-        words = ("--output", str(folder), "--max-depth", str(DEPTHS[size]), *DIAGNOSTIC)
-        _command("examples/diagnostic/make_corpus.py", *words)
+    if size in DIAGNOSTIC:
+        _command("examples/diagnostic/make_corpus.py", "--output", str(folder), *DIAGNOSTIC[size])
         _preprocess(folder / "diagnostic.jsonl", folder / "tokenizer.json", folder)
         return
     if size not in VOCABULARY:
