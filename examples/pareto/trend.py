@@ -2,13 +2,16 @@
 
     python examples/pareto/trend.py --output runs/trend --layers 1 2 --at 2000 4000 8000 16000
 
-Where a pair branches off, one of the two gets latent steps for an eighth of the steps so far, and the other stays plain
-for as many operations; the rate of both falls to zero. The models are those of size cpu with so many layers. The output
-then holds the runs, and trend.md and trend.png with the losses of the pairs. The same command goes on where it was
-stopped, with more layers, steps or seeds too; what is finished is not done again.
+Where a pair branches off, one of the two gets latent steps for an eighth of the steps so far, or for the share that
+--share gives, and the other stays plain for as many operations; the rate of both falls to zero. In the way `fixed`
+every token takes all steps, in the way `adaptive` a router decides from a third of the branch on. The models are
+those of size cpu with so many layers. The output then holds the runs, and trend.md and trend.png with the losses of
+the pairs. The same command goes on where it was stopped, with more layers, steps, shares or seeds too; what is
+finished is not done again.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,25 +31,36 @@ from megatron_ponder.checkpoint.folders import checkpoint_name
 from megatron_ponder.runs.metrics import of_steps, read_metrics
 from megatron_ponder.runs.style import finish, look
 
-SHARE = 8  # steps of the trunk for each with latent steps
-HEADINGS = ("layers", "trunk", "with latents", "plain", "vanilla", "adaptive", "− vanilla", "K̂", "time of vanilla's")
+WAYS = ("fixed", "adaptive")
+HEADINGS = (
+    "layers", "way", "trunk", "with latents", "plain", "vanilla", "with them", "− vanilla", "K̂", "time of vanilla's",
+)  # fmt: skip
 
 
 class Pair(NamedTuple):
     """What became of two runs that branched off at one place: last losses, optimiser steps and seconds of both."""
 
     vanilla: float
-    adaptive: float
+    pondering: float
     plain: int
     latent: int
     steps: float
     time: float
 
 
-def latents(start: int, end: int) -> dict[str, int]:
-    """When latent steps, their router and its pruning begin in a run that ends with `end`; never if it starts there."""
+class Place(NamedTuple):
+    """Where pairs branch off: layers, way of the one with latents, steps of the trunk, share of these with latents."""
+
+    layers: int
+    way: str
+    at: int
+    share: float
+
+
+def latents(start: int, end: int, decides: bool = False) -> dict[str, int]:
+    """When latent steps begin in a run that ends with `end`, never if it starts there, and when a router decides."""
     span = end - start
-    router, pruned = start + span // 3, start + span // 2
+    router, pruned = (start + span // 3, start + span // 2) if decides else (end, end)
     starts = {"latent": start, "router": router, "penalty": router, "prune": pruned}
     values = {f"ponder_training.{name}_start": step for name, step in starts.items()}
     return values | {"ponder_training.penalty_end": pruned, "ponder_training.latent_warmup": span // 10}
@@ -72,26 +86,26 @@ class Trunk:
         own = {"checkpoint.interval": math.gcd(*at), "checkpoint.keep": last // math.gcd(*at)}
         self.run = self._planned("trunk", last, latents(last, last) | own | {"optimizer.decay_steps": 0})
 
-    def branch(self, at: int, jobs: int) -> Pair:
-        """Train the two runs that branch off after `at` optimiser steps, unless that has been done."""
-        latent = at // SHARE
-        adaptive = self._branched("adaptive", at, latent, latents(at, at + latent))
-        train([adaptive], jobs)
-        flops, seconds = training_cost(adaptive)
+    def branch(self, place: Place) -> Pair:
+        """Train the two runs that branch off there, unless that has been done."""
+        at, latent = place.at, round(place.at * place.share)
+        pondering = self._branched(place.way, at, latent, latents(at, at + latent, place.way == "adaptive"))
+        train([pondering], 1)
+        flops, seconds = training_cost(pondering)
         each = of_steps(read_metrics(self.run.folder))[0]["model_flops"]  # of a plain step, all of which are alike
         plain = max(2, round(flops / each))
         vanilla = self._branched("vanilla", at, plain, latents(at + plain, at + plain))
-        train([vanilla], jobs)
-        losses = [read_metrics(run.folder)[-1] for run in (vanilla, adaptive)]
+        train([vanilla], 1)
+        losses = [read_metrics(run.folder)[-1] for run in (vanilla, pondering)]
         found = [record.get("validation_pruned_loss", record["validation_loss"]) for record in losses]
         steps = losses[1]["validation_mean_latent_steps"]
         return Pair(*found, plain, latent, steps, seconds / training_cost(vanilla)[1])
 
     def _branched(self, name: str, at: int, steps: int, own: Mapping[str, object]) -> Run:
         """A run of so many further steps, in the second half of which the rate falls."""
-        place = self.run.folder / "checkpoints" / checkpoint_name(at)
-        own = own | {"checkpoint.branch_from": place, "optimizer.decay_steps": steps // 2}
-        return self._planned(f"{name}-{at}", at + steps, own | {"checkpoint.interval": at + steps})
+        begin = self.run.folder / "checkpoints" / checkpoint_name(at)
+        own = own | {"checkpoint.branch_from": begin, "optimizer.decay_steps": steps // 2}
+        return self._planned(f"{name}-{at}-{steps}", at + steps, own | {"checkpoint.interval": at + steps})
 
     def _planned(self, name: str, steps: int, own: Mapping[str, object]) -> Run:
         folder = self._output / "runs" / f"{self._name}-{name}"
@@ -100,35 +114,39 @@ class Trunk:
         return Run(name, self._seed, ("--config", str(SIZES["cpu"]), *words), folder)
 
 
-def write(pairs: Mapping[tuple[int, int], Sequence[Pair]], output: Path) -> str:
+def write(pairs: Mapping[Place, Sequence[Pair]], output: Path) -> str:
     """Write trend.md and trend.png.
 
     Args:
-        pairs: of all seeds, by layers and by the step where they branched off.
+        pairs: of all seeds.
         output: folder for both.
 
     Returns:
         The table in Markdown.
     """
     lines = [HEADINGS, ["---"] * len(HEADINGS)]
-    for (layers, at), found in pairs.items():
-        vanilla, adaptive, plain, latent, steps, time = zip(*found, strict=True)
-        above = [pair.adaptive - pair.vanilla for pair in found]
-        cells = [str(layers), f"{at:,}", f"{latent[0]:,}", f"{statistics.fmean(plain):,.0f}"]
-        cells += [spread(vanilla), spread(adaptive), spread(above)]
+    for place, found in pairs.items():
+        vanilla, pondering, plain, latent, steps, time = zip(*found, strict=True)
+        above = [pair.pondering - pair.vanilla for pair in found]
+        cells = [str(place.layers), place.way, f"{place.at:,}", f"{latent[0]:,}", f"{statistics.fmean(plain):,.0f}"]
+        cells += [spread(vanilla), spread(pondering), spread(above)]
         lines.append([*cells, f"{statistics.fmean(steps):.2f}", f"{statistics.fmean(time):.2f}"])
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     write_atomically(output / "trend.md", table)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.axhline(0, color="black", linewidth=0.8)
-    for number, layers in enumerate(dict.fromkeys(layers for layers, _ in pairs)):
-        places = [at for of, at in pairs if of == layers]
-        above = [statistics.fmean(p.adaptive - p.vanilla for p in pairs[layers, at]) for at in places]
-        axes.plot(places, above, **look("adaptive", number))
-        name = f"{layers} layer{'s' if layers > 1 else ''}"
-        axes.annotate(name, (places[-1], above[-1]), (6, 0), textcoords="offset points", va="center")
+    curves: dict[tuple[int, str, float], list[tuple[int, float]]] = {}
+    for place, found in pairs.items():
+        above = statistics.fmean(pair.pondering - pair.vanilla for pair in found)
+        curves.setdefault((place.layers, place.way, place.share), []).append((place.at, above))
+    numbers = list(dict.fromkeys((layers, share) for layers, _, share in curves))
+    for (layers, way, share), points in curves.items():
+        axes.plot(*zip(*points, strict=True), **look(way, numbers.index((layers, share))))
+        name = f"{layers} layer{'s' if layers > 1 else ''}, {way}, {share:.3g}"
+        axes.annotate(name, points[-1], (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.margins(x=0.3)
     axes.set_xscale("log", base=2)
     finish(axes, "optimiser steps of the plain model before", "loss above vanilla's at equal operations [nats]")
     with replacing(output / "trend.png") as aside:
@@ -144,6 +162,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, help="folder of corpus and tokenizer; data/ in the output unless given")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="of the models (default: 1 2)")
     parser.add_argument("--at", type=int, nargs="+", default=[2000, 4000, 8000], help="(default: 2000 4000 8000)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: fixed adaptive)")
+    shares = "with latents, of the plain model's steps before (default: 0.125)"
+    parser.add_argument("--share", type=float, nargs="+", default=[0.125], help=shares)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="trunks at a time (default: 1)")
     arguments = parser.parse_args(argv)
@@ -155,10 +176,11 @@ def main(argv: Sequence[str]) -> None:
         for seed in arguments.seeds
     }
     train([trunk.run for trunk in trunks.values()], arguments.jobs)
-    pairs: dict[tuple[int, int], list[Pair]] = {}
+    pairs: dict[Place, list[Pair]] = {}
     for (layers, _), trunk in trunks.items():
-        for at in sorted(arguments.at):
-            pairs.setdefault((layers, at), []).append(trunk.branch(at, 1))
+        for way, share, at in itertools.product(arguments.ways, arguments.share, sorted(arguments.at)):
+            place = Place(layers, way, at, share)
+            pairs.setdefault(place, []).append(trunk.branch(place))
             table = write(pairs, output)
     Console(highlight=False).print(table, soft_wrap=True)
 
