@@ -142,12 +142,14 @@ def write(pairs: Mapping[Place, Sequence[Pair]], output: Path) -> str:
         above = statistics.fmean(pair.pondering - pair.vanilla for pair in found)
         curves.setdefault((place.layers, place.way, place.share), []).append((place.at, above))
     numbers = list(dict.fromkeys((layers, share) for layers, _, share in curves))
+    shares, begins = {share for *_, share in curves}, sorted({place.at for place in pairs})
     for (layers, way, share), points in curves.items():
         axes.plot(*zip(*points, strict=True), **look(way, numbers.index((layers, share))))
-        name = f"{layers} layer{'s' if layers > 1 else ''}, {way}, {share:.3g}"
+        name = f"{layers} layer{'s' if layers > 1 else ''}, {way}" + f", share {share:.3g}" * (len(shares) > 1)
         axes.annotate(name, points[-1], (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.margins(x=0.3)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(begins, [f"{at:,}" for at in begins])
     finish(axes, "optimiser steps of the plain model before", "loss above vanilla's at equal operations [nats]")
     with replacing(output / "trend.png") as aside:
         figure.savefig(aside, dpi=150, format="png")
