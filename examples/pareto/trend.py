@@ -6,7 +6,7 @@ Where a pair branches off, one of the two gets latent steps for an eighth of the
 --share gives, and the other stays plain for as many operations; the rate of both falls to zero. In the way `fixed`
 every token takes all steps, in the way `adaptive` a router decides from a third of the branch on. The models are
 those of size cpu with so many layers. The output then holds the runs, and trend.md and trend.png with the losses of
-the pairs. The same command goes on where it was stopped, with more layers, steps, shares or seeds too; what is
+the pairs. The same command goes on where it was stopped, with other layers, steps, shares or seeds too; what is
 finished is not done again.
 """
 
@@ -27,7 +27,7 @@ from tables import spread
 
 from megatron_ponder.base.errors import command
 from megatron_ponder.base.files import replacing, write_atomically
-from megatron_ponder.checkpoint.folders import checkpoint_name
+from megatron_ponder.checkpoint.folders import checkpoint_name, checkpoints_in
 from megatron_ponder.runs.metrics import of_steps, read_metrics
 from megatron_ponder.runs.style import finish, look
 
@@ -82,9 +82,15 @@ class Trunk:
         self._common |= {"optimizer.warmup_fraction": "null", "optimizer.warmup_steps": warmup}
         self._common["optimizer.schedule"] = "wsd"
         self._common |= {"ponder_training.jacobi_iterations": 0, "checkpoint.resume": "auto"}
-        last = max(at)
+        self._at, last = at, max(at)
         own = {"checkpoint.interval": math.gcd(*at), "checkpoint.keep": last // math.gcd(*at)}
         self.run = self._planned("trunk", last, latents(last, last) | own | {"optimizer.decay_steps": 0})
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is there that something branches off from, of a longer run too."""
+        saved = {path.name for path in checkpoints_in(self.run.folder / "checkpoints")}
+        return saved.issuperset(map(checkpoint_name, self._at))
 
     def branch(self, place: Place) -> Pair:
         """Train the two runs that branch off there, unless that has been done."""
@@ -177,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
         for layers in arguments.layers
         for seed in arguments.seeds
     }
-    train([trunk.run for trunk in trunks.values()], arguments.jobs)
+    train([trunk.run for trunk in trunks.values() if not trunk.finished], arguments.jobs)
     pairs: dict[Place, list[Pair]] = {}
     for (layers, _), trunk in trunks.items():
         for way, share, at in itertools.product(arguments.ways, arguments.share, sorted(arguments.at)):

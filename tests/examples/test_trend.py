@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from megatron_ponder.checkpoint.folders import MANIFEST, checkpoint_name
 from megatron_ponder.config import read_config
 from megatron_ponder.runs.metrics import of_steps, read_metrics
 from tests import REPOSITORY
@@ -35,6 +36,12 @@ def test_a_trunk_keeps_what_something_branches_off_from(trend, tmp_path):
     assert (config.model.num_layers, config.training.steps, config.training.seed) == (3, 700, 1)
     assert (config.checkpoint.interval, config.checkpoint.keep) == (100, 7)
     assert config.ponder_training.latent_start == 700
+    for step in (200, 300, 700):
+        assert not trunk.finished
+        folder = trunk.run.folder / "checkpoints" / checkpoint_name(step)
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).touch()
+    assert trunk.finished and trend.Trunk(3, 1, [300], tmp_path, tmp_path).finished
 
 
 def test_the_table_has_means_over_seeds(trend, tmp_path):
