@@ -29,6 +29,10 @@ class PausePasses(Passes):
 
     iterated = False
 
+    def runs_once(self, gradient_passes: int | None = None) -> bool:
+        """No: their one pass is a chain of its own."""
+        return False
+
     def full_plan(self, refinements: int) -> tuple[int, ...]:
         return (self.steps + 1,)
 
