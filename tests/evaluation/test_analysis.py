@@ -199,9 +199,7 @@ def test_latents_of_a_token_s_own_have_a_gap_by_the_hard_rule_and_no_iterates(tm
     found = {gap["threshold"]: gap for gap in analysis.summary["o"]["gaps"]}
     assert list(found) == [1e-4, 0.3] and "contraction" not in analysis.summary["o"]
     for threshold, gap in found.items():
-        hard, soft = (
-            evaluate(model, BATCHES, Setting(model.rule(kind, threshold), None)) for kind in ("hard", "soft")
-        )
+        hard, soft = (evaluate(model, BATCHES, Setting(model.rule(kind, threshold), None)) for kind in ("hard", "soft"))
         assert (gap["of"], gap["from"]) == ("hard, exact", "soft, exact")
         assert gap["loss"] == pytest.approx(hard.cross_entropy - soft.cross_entropy, abs=1e-10)
     assert abs(found[0.3]["loss"]) > 1e-6
