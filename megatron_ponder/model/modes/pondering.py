@@ -130,7 +130,7 @@ class Passes:
         Args:
             gradient_passes: through how many of the last passes gradients flow; None for all.
         """
-        return self.own and (gradient_passes is None or gradient_passes > self.steps)
+        return self.own and self.steps > 0 and (gradient_passes is None or gradient_passes > self.steps)
 
     def plan(self, refinements: int, latents: bool = True, once: bool = False) -> tuple[int, ...]:
         """Slots per token of every pass.
