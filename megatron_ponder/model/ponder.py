@@ -34,7 +34,7 @@ from megatron_ponder.model.router import (
 from megatron_ponder.model.slotwise import run_slotwise
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
-from megatron_ponder.parallel.context import SlotShares, all_slots
+from megatron_ponder.parallel.context import all_slots, equal_shares
 from megatron_ponder.parallel.layers import VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.regions import all_tokens, enter
@@ -299,7 +299,7 @@ class PonderLM(nn.Module):
         slots_per_token = x_BTH.shape[1] // self.axis.share(geometry.tokens)
         kept = self.passes.kept(index, plan) if plan else slice(None)
         log_w_BT = None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens)
-        shares = self._shares(geometry.tokens * slots_per_token)
+        shares = equal_shares(self.context, geometry.tokens * slots_per_token)
         own = OwnSlots(slots_per_token) if self.passes.own and slots_per_token > 1 else None
         slots = Slots(
             geometry.tokens,
@@ -313,10 +313,6 @@ class PonderLM(nn.Module):
         )
         with span(f"pass {index}: {slots_per_token} slots a token"):
             return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))
-
-    def _shares(self, slots: int) -> SlotShares | None:
-        """Which slots of a row context ranks have, if each has so many."""
-        return None if self.context.size == 1 else SlotShares(self.context, (slots,) * self.context.size)
 
     def end_pass(self, stream: Stream, batch: Batch, rule: Rule) -> PassResult:
         """The result of a pass, from what leaves the last block; embeddings are wanted if the router reads them."""

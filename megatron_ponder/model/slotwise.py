@@ -24,7 +24,7 @@ from megatron_ponder.model.router import Routing, Rule, key_log_weights
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.transformer import Recompute, Transformer
 from megatron_ponder.parallel.collectives import least_of_ranks
-from megatron_ponder.parallel.context import SlotShares, all_slots
+from megatron_ponder.parallel.context import all_slots, equal_shares
 from megatron_ponder.parallel.mesh import Axis
 from megatron_ponder.parallel.regions import all_tokens, enter, gather_parts, own_part
 
@@ -119,14 +119,11 @@ class _SlotPasses:
 
     def weigh(self, log_w_BLK: Tensor) -> None:
         """Give the latent steps log weights as keys, (this rank's B, L, K)."""
-        axis, context, (tokens, steps) = (
-            self._model.axis,
-            self._model.context,
-            (self._geometry.tokens, log_w_BLK.shape[2]),
-        )
-        log_w_BLK = enter(log_w_BLK, axis, tokens)
-        if context.size > 1:
-            log_w_BLK = all_slots(log_w_BLK.flatten(1, 2), _shares(context, tokens * steps)).unflatten(1, (-1, steps))
+        tokens, steps = self._geometry.tokens, log_w_BLK.shape[2]
+        log_w_BLK = enter(log_w_BLK, self._model.axis, tokens)
+        shares = equal_shares(self._model.context, tokens * steps)
+        if shares is not None:
+            log_w_BLK = all_slots(log_w_BLK.flatten(1, 2), shares).unflatten(1, (-1, steps))
         self._log_w_BLK = log_w_BLK
 
     def run(self, x_BTH: Tensor, places: Tensor | None = None) -> Tensor:
@@ -154,18 +151,13 @@ class _SlotPasses:
             segments=geometry.segments(1),
             kernel=model.attention_kernel,
             packed=places is not None,
-            shares=_shares(model.context, geometry.tokens),
+            shares=equal_shares(model.context, geometry.tokens),
             step=step,
         )
         with span(f"pass {index}: 1 slot a token"):
             recompute = model.recompute.of_pass(index)
             h_BTH, self._made = model.transformer(x_BTH, slots, recompute=recompute, earlier=self._made)
         return h_BTH
-
-
-def _shares(context: Axis, slots: int) -> SlotShares | None:
-    """Which slots of a row context ranks have, if each has so many; None if there is one rank."""
-    return None if context.size == 1 else SlotShares(context, (slots,) * context.size)
 
 
 def _running(executed_BL: Tensor, step: int, least: int) -> tuple[Tensor, Tensor]:
