@@ -186,7 +186,12 @@ class PonderLM(nn.Module):
     def by_growth(
         self, tokens_BL: Tensor, refinements: int, rule: Rule, gradient_passes: int | None = None
     ) -> PonderOutput:
-        """As `jacobi`, by the passes that pipelines run in every mode."""
+        """Evaluate as `jacobi` does, by the passes that pipelines run in every mode.
+
+        Args:
+            tokens_BL: int64 ids.
+            refinements, rule, gradient_passes: as of `jacobi`.
+        """
         plan = self.passes.plan(refinements, rule.latents)
         batch = self.read(tokens_BL)
         state = None
@@ -199,7 +204,7 @@ class PonderLM(nn.Module):
         return self.output(result, rule, plan)
 
     def slotwise(self, tokens_BL: Tensor, rule: Rule, packed: bool = False) -> PonderOutput:
-        """As `jacobi`, by passes of one slot a token, for which `Passes.runs_once` holds.
+        """Evaluate as `jacobi` does, by passes of one slot a token, for which `Passes.runs_once` holds.
 
         Args:
             tokens_BL: int64 ids.
