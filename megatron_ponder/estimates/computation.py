@@ -99,7 +99,7 @@ class Computation:
         attended = operations * batch * self._pairs(ranks * run, index) / self._attention_rate
         channels, _ = kernel.channels(head_size, weighted)
         copied = weighted and kernel.carried != "apart"
-        moved = of_attention(block, channels, copied, rank.width, self._fused, rank.residual(rows) / rows)
+        moved = of_attention(block, channels, copied, rank.width, self._fused, rank.residual(1.0))
         exchanged = 4 * (block.query + block.key * rank.key_repeats) if ranks > 1 else 0
         rest = self._both_ways(rows, block.before, Moved(*(numbers + exchanged for numbers in moved)))
         return rest + BothWays(Work(attention=attended), Work(attention=kernel.backward * attended))
@@ -129,7 +129,7 @@ class Computation:
     def feed_forward(self, kept: float) -> BothWays:
         """The rest of a block: products, and what element-wise operations move."""
         block, rows = self.rank.part.block, self.rank.config.training.micro_batch_size * kept
-        moved = of_feed_forward(block, self._fused, self.rank.residual(rows) / rows)
+        moved = of_feed_forward(block, self._fused, self.rank.residual(1.0))
         return self._both_ways(rows, block.after, moved)
 
     def _both_ways(self, rows: float, weights: tuple[Product, ...], moved: Moved) -> BothWays:
