@@ -29,6 +29,8 @@ class Pass:
         final: its hidden states are the output.
         predicts: it ends in a prediction that the next pass reads.
         reads: it reads predictions.
+        routes: the router reads its first slots.
+        read_later: later passes see its keys and values.
         recompute: as in `training.recompute`.
     """
 
@@ -40,6 +42,8 @@ class Pass:
     final: bool
     predicts: bool
     reads: bool
+    routes: bool
+    read_later: bool
     recompute: RecomputeKind
 
 
@@ -61,6 +65,8 @@ def passes(rank: Rank) -> list[Pass]:
                 final=final,
                 predicts=chain.predicts and not final,
                 reads=chain.predicts and index > 0,
+                routes=chain.routed and not (rank.once and index > 0),
+                read_later=rank.once and not final,
                 recompute=rank.recompute.of_pass(index),
             )
         )
@@ -120,8 +126,12 @@ def _norm_bytes(rank: Rank, inputs: int = 1) -> int:
 
 
 def block_bytes(rank: Rank, p: Pass, kept: int, recompute: RecomputeKind) -> float:
-    """Input of the first norm, attention and feed-forward; what is recomputed keeps the block's input alone, T H b."""
+    """Input of the first norm, attention and feed-forward; what is recomputed keeps the block's input alone, T H b.
+
+    And keys and values, T b (k + v), if slots of later passes see them.
+    """
     inputs = rank.residual(p.slots) * rank.part.block.hidden * rank.width
+    inputs += p.slots * rank.width * sum(head_channels(rank, p)[1:3]) * p.read_later
     if recompute == "block":
         return inputs
     if recompute == "attention":
@@ -145,14 +155,19 @@ def _end_bytes(rank: Rank, p: Pass) -> float:
     """The final norm; the router's fp32 input, a view of the norm's output or a copy of the first slots; the head's.
 
     Where the latent scale is learned, its gradient needs the norm's output too, which pipelines count as received.
+    Passes of one slot a token keep for the fusion of all slots a copy of each; what the router reads enters the next
+    pass where the scale is 1.
     """
-    b, hidden, kept = rank.width, rank.part.block.hidden, rank.residual(p.kept)
+    b, hidden, kept, scale = rank.width, rank.part.block.hidden, rank.residual(p.kept), rank.config.ponder.latent_scale
     size = kept * _norm_bytes(rank)
-    views = rank.part.router and b == FP32
-    scales = rank.config.ponder.latent_scale == "learned" and not p.final and rank.axes["pipeline"] == 1
-    if rank.part.router:
-        size += 0 if views else rank.residual(rank.tokens) * hidden * FP32
-        size += kept * hidden * b if p.final and b < FP32 else 0  # for the gradient of the fusion
+    views = p.routes and b == FP32 and not (rank.once and scale == 1)
+    scales = scale == "learned" and not p.final and rank.axes["pipeline"] == 1
+    if p.routes and b < FP32:
+        size += rank.residual(rank.tokens) * hidden * FP32
+    if rank.part.router and rank.once:
+        size += kept * hidden * b
+    elif rank.part.router and p.final and b < FP32:
+        size += kept * hidden * b  # for the gradient of the fusion
     size += kept * hidden * b if views or scales else 0
     return size + (rank.tokens * hidden * b if p.final or p.predicts else 0)
 

@@ -75,9 +75,11 @@ class Formula:
             if rank.last:
                 yield from self._border("blocks", enter=1, leave=0, size=run * hidden)  # keys need every slot
                 yield from self._border("blocks", enter=1, leave=2, size=kept * hidden)
-            if self._passes.routed and index > 0:
+            if self._passes.routed and index > 0 and not rank.once:
                 yield from self._border("log w", enter=1, leave=0, size=run * FP32)
             yield from self._recompute_terms(index)
+        if self._passes.routed and rank.once:  # of all steps together
+            yield from self._border("log w", enter=1, leave=0, size=self._passes.steps * FP32)
         if rank.first:  # a pipeline's first rank embeds anew in every pass that reads tokens
             anew = rank.axes["pipeline"] > 1 and self._passes.interleaved
             yield from self._border("embedding", enter=0, leave=1, repeats=len(self._slots) if anew else 1, size=hidden)
@@ -170,22 +172,25 @@ class Formula:
     def _context_terms(self) -> Iterator[Term]:
         """Around attention, forward and backward, queries and outputs, keys and values, change from slots to heads.
 
-        log w goes to every rank, once a pass, and its gradient back.
+        log w goes to every rank, once a pass, and its gradient back. Where every slot is run once, that of all steps
+        goes together, and of tokens that do not run a step zeros are sent.
         """
         rank, block, ranks = self._rank, self._rank.part.block, self._rank.axes["context"]
         for index, (run, _) in enumerate(self._slots):
             calls = (4 if rank.recompute.of_pass(index) == "none" else 6) * len(rank.layers)
-            size = rank.tokens * run * rank.width
+            size = rank.tokens * (1 if rank.once else run) * rank.width
             yield self._step("context", "all-to-all", "queries, outputs", calls, size * block.query)
             yield self._step("context", "all-to-all", "keys, values", calls, size * block.key * rank.key_repeats)
-            if self._passes.routed and index > 0:
+            if self._passes.routed and index > 0 and not rank.once:
                 yield self._step("context", "all-to-all", "log w", 2, rank.tokens * run * ranks * FP32)
+        if self._passes.routed and rank.once:
+            yield self._step("context", "all-to-all", "log w", 2, rank.tokens * self._passes.steps * ranks * FP32)
         if rank.config.data.reset_at_eod:
             reads = len(self._slots) if rank.axes["pipeline"] > 1 else 1
             yield self._step("context", "all-gather", "ends of documents", reads, rank.tokens * ranks * INT64)
-        if rank.mean_steps is not None:
+        if rank.mean_steps is not None and not rank.once:
             yield self._step("context", "all-gather", "steps", len(self._slots), rank.tokens * ranks * INT64)
-        if rank.last:
+        if rank.last and not rank.once:
             yield self._step("context", "all-gather", "work", 1, self._batch * len(self._slots) * ranks * FP64)
 
     def _pipeline_terms(self) -> Iterator[Term]:

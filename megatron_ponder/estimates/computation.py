@@ -78,33 +78,43 @@ class Computation:
         """Seconds in which so many bytes are read or written."""
         return size / (self.cluster.memory_bandwidth * self.cluster.memory_bandwidth_share)
 
-    def attention(self, run: float, weighted: bool) -> BothWays:
+    def attention(self, run: float, index: int) -> BothWays:
         """Everything of a block up to the output projection.
 
         Products, attention with 2 operations for each query, key that it may see (whole blocks of keys) and channel
         that the kernel computes of queries and of values, and what element-wise operations move. Context ranks have all
         slots of a share of the heads, and copy what they exchange. A sequence counts as one segment, because nothing
         says how long documents are. The backward pass has twice the products, and of attention what its kernel says.
+
+        Args:
+            run: slots of a sequence on this rank.
+            index: of the pass; in all but the first keys have weights, if they have any.
         """
         rank, block = self.rank, self.rank.part.block
+        weighted = rank.chain.routed and index > 0
         batch = rank.config.training.micro_batch_size
         rows, head_size = batch * run, block.query // block.query_heads
         kernel, ranks = rank.attention, rank.axes["context"]
         operations = block.query_heads / ranks * kernel.operations(head_size, weighted)
-        attended = operations * batch * self._pairs(ranks * run) / self._attention_rate
+        attended = operations * batch * self._pairs(ranks * run, index) / self._attention_rate
         channels, _ = kernel.channels(head_size, weighted)
         copied = weighted and kernel.carried != "apart"
-        moved = of_attention(block, channels, copied, rank.width, self._fused, rank.residual(rows) / rows)
+        moved = of_attention(block, channels, copied, rank.width, self._fused, rank.residual(1.0))
         exchanged = 4 * (block.query + block.key * rank.key_repeats) if ranks > 1 else 0
         rest = self._both_ways(rows, block.before, Moved(*(numbers + exchanged for numbers in moved)))
         return rest + BothWays(Work(attention=attended), Work(attention=kernel.backward * attended))
 
-    def _pairs(self, run: float) -> float:
-        """Pairs of a query and a key that the kernel computes for a sequence of so many slots."""
+    def _pairs(self, run: float, index: int) -> float:
+        """Pairs of a query and a key that the kernel computes for a sequence of so many slots.
+
+        Where every slot is run once, tokens that do not run it are queries too, of zeros.
+        """
         rank, kernel = self.rank, self.rank.attention
         if not rank.chain.own:
             return kernel.pairs(run)
         tokens = rank.length * rank.axes["context"]
+        if rank.once:
+            return kernel.pairs(tokens) + tokens * index
         slots = run / tokens
         return slots * kernel.pairs(tokens) + run * (slots - 1) / 2
 
@@ -119,7 +129,7 @@ class Computation:
     def feed_forward(self, kept: float) -> BothWays:
         """The rest of a block: products, and what element-wise operations move."""
         block, rows = self.rank.part.block, self.rank.config.training.micro_batch_size * kept
-        moved = of_feed_forward(block, self._fused, self.rank.residual(rows) / rows)
+        moved = of_feed_forward(block, self._fused, self.rank.residual(1.0))
         return self._both_ways(rows, block.after, moved)
 
     def _both_ways(self, rows: float, weights: tuple[Product, ...], moved: Moved) -> BothWays:
@@ -147,7 +157,7 @@ class Computation:
         trained = rank.config.ponder_training.gradient_passes or len(slots)
         for index, (run, kept) in enumerate(slots):
             kept = kept if rank.last else run
-            attended = self.attention(tokens * run, weighted=rank.chain.routed and index > 0) * layers
+            attended = self.attention(tokens * run, index) * layers
             whole = attended + self.feed_forward(tokens * run) * (layers - 1) + self.feed_forward(tokens * kept)
             work += whole.forward
             if index >= len(slots) - trained:

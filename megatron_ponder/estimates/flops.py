@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_ponder.config import Config
 from megatron_ponder.estimates.part import BlockSizes, PartSizes, Product, part_sizes
-from megatron_ponder.estimates.rank import slots_of_passes
+from megatron_ponder.estimates.rank import runs_once, slots_of_passes
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.modes.ponderlm import candidates
 
@@ -28,20 +28,28 @@ class PassFlops(NamedTuple):
     attention: float
 
 
-def block_flops(block: BlockSizes, run: float, kept: float, own: float | None = None) -> PassFlops:
-    """One block: 2 T for each weight up to queries, keys and values; 2 T' for the others; attention 4 q T (T + 1) / 2.
-
-    Where tokens see the first slot of others alone, attention is 4 q (S L (L + 1) + L S (S - 1)) / 2.
+def block_flops(block: BlockSizes, run: float, kept: float, pairs: float | None = None) -> PassFlops:
+    """One block: 2 T for each weight up to queries, keys and values; 2 T' for the others; attention 4 q for each pair.
 
     Args:
         block: of a whole model; its queries are q wide.
         run: T.
         kept: T', slots that the output projection and the feed-forward layer see.
-        own: S, if so; None where they see all.
+        pairs: of a slot and one that it sees; T (T + 1) / 2 unless given.
     """
     matrices = 2 * run * _weights(block.before) + 2 * kept * _weights(block.after)
-    pairs = run * (run + 1) / 2 if own is None else run * (run / own + 1) / 2 + run * (own - 1) / 2
-    return PassFlops(matrices, 4 * block.query * pairs)
+    return PassFlops(matrices, 4 * block.query * (run * (run + 1) / 2 if pairs is None else pairs))
+
+
+def own_pairs(run: float, tokens: int, further: float) -> float:
+    """Pairs of a slot and one that it sees where latents are seen by their own token alone, T ((L + 1) / 2 + n).
+
+    Args:
+        run: T.
+        tokens: L, whose first slots are seen by those behind them.
+        further: n, latent slots that a slot sees in the mean: j of step j, (S - 1) / 2 of all S slots of tokens.
+    """
+    return run * ((tokens + 1) / 2 + further)
 
 
 def _weights(products: tuple[Product, ...]) -> int:
@@ -67,14 +75,14 @@ def forward_flops(
         mean_steps: as in `slots_of_passes`.
     """
     tokens, block, every = config.data.sequence_length, _whole(config).block, []
-    chain = passes_of(config.ponder)
+    own, once = passes_of(config.ponder).own, latents and runs_once(config)
     slots = slots_of_passes(config, refinements, latents, mean_steps)
     for index, (run, kept) in enumerate(slots):
-        own = run if chain.own else None
-        inner, last = (block_flops(block, tokens * run, tokens * rest, own) for rest in (run, kept))
+        pairs = own_pairs(tokens * run, tokens, index if once else (run - 1) / 2) if own else None
+        inner, last = (block_flops(block, tokens * run, tokens * rest, pairs) for rest in (run, kept))
         layers, final = config.model.num_layers - 1, index == len(slots) - 1
         matrices = layers * inner.matrices + last.matrices
-        matrices += _router_flops(config, final) + _prediction_flops(config, final)
+        matrices += _router_flops(config, not once or index == 0, final) + _prediction_flops(config, final)
         every.append(PassFlops(matrices, layers * inner.attention + last.attention))
     return every
 
@@ -115,13 +123,13 @@ def training_flops(config: Config, refinements: int, latents: bool = True, mean_
     return config.training.global_batch_size * sequence
 
 
-def _router_flops(config: Config, final: bool) -> float:
-    """2 L for each weight of the router, and 2 L H (K + 1) where hidden states are fused for the output."""
+def _router_flops(config: Config, routes: bool, final: bool) -> float:
+    """2 L for each weight of a router that is asked, and 2 L H (K + 1) where hidden states are fused for the output."""
     router = _whole(config).router
     if not router:
         return 0.0
     fusion = config.model.hidden_size * router[-1].columns
-    return 2 * config.data.sequence_length * (_weights(router) + (fusion if final else 0))
+    return 2 * config.data.sequence_length * ((_weights(router) if routes else 0) + (fusion if final else 0))
 
 
 def _prediction_flops(config: Config, final: bool) -> float:

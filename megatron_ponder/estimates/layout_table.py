@@ -7,8 +7,7 @@ from megatron_ponder.config import Config
 from megatron_ponder.config.layout import describe_grid, group_sizes
 from megatron_ponder.estimates.activations import most_in_flight
 from megatron_ponder.estimates.memory import memory_estimate
-from megatron_ponder.estimates.rank import Rank
-from megatron_ponder.model.modes import passes_of
+from megatron_ponder.estimates.rank import Rank, plan_of
 
 GIB = 2**30
 
@@ -25,7 +24,7 @@ def describe_layout(config: Config, data: int, device: str) -> str:
     ranks = [Rank(config, data, place, device) for place in range(parallel.pipeline)]
     count, sequences = ranks[0].micro_batches, training.global_batch_size
     slots = sequences * tokens * config.ponder.steps
-    plans = [passes_of(config.ponder).plan(r) for r in config.ponder_training.refinement_choices]
+    plans = [plan_of(config, r) for r in config.ponder_training.refinement_choices]
     grid = group_sizes(parallel, data)
     flags = [f"ZeRO {parallel.zero_stage}", training.precision]
     flags += ["sequence parallel"] if parallel.sequence_parallel else []

@@ -161,7 +161,12 @@ class Rank:
     @cached_property
     def plan(self) -> tuple[int, ...]:
         """Slots a token of every pass, with that R."""
-        return self.chain.plan(self.refinements)
+        return plan_of(self.config, self.refinements)
+
+    @cached_property
+    def once(self) -> bool:
+        """Whether every slot is run once."""
+        return runs_once(self.config)
 
     @property
     def refinements(self) -> int:
@@ -187,6 +192,16 @@ class Rank:
         return slots * self.tensor.share(self.length) / self.length
 
 
+def runs_once(config: Config) -> bool:
+    """Whether training runs every slot once, for which one rank has all blocks; see `Passes.runs_once`."""
+    return config.parallel.pipeline == 1 and passes_of(config.ponder).runs_once(config.ponder_training.gradient_passes)
+
+
+def plan_of(config: Config, refinements: int, latents: bool = True) -> tuple[int, ...]:
+    """Slots a token of every pass of a training forward with R refinements, with latent steps or without."""
+    return passes_of(config.ponder).plan(refinements, latents, runs_once(config))
+
+
 def slots_of_passes(
     config: Config, refinements: int, latents: bool = True, mean_steps: float | None = None
 ) -> list[PassSlots]:
@@ -197,10 +212,14 @@ def slots_of_passes(
         refinements: R.
         latents: whether there are latent steps.
         mean_steps: mean K̂ of tokens whose other slots are not run; None where all are. A pass of n latent slots runs
-            min(mean, n) of them, which is what tokens run if all have the mean, and else the most that they can.
+            min(mean, n) of them, which is what tokens run if all have the mean, and else the most that they can. Of
+            passes of one slot a token, those have a whole one that the mean reaches, and the next what is left of it.
     """
-    passes = passes_of(config.ponder)
-    plan = passes.plan(refinements, latents)
+    passes, plan = passes_of(config.ponder), plan_of(config, refinements, latents)
+    if latents and runs_once(config):
+        reached = 1 + (passes.steps if mean_steps is None else mean_steps)
+        shares = [min(1, max(0, reached - index)) for index in range(len(plan))]
+        return [PassSlots(share, share) for share in shares]
     whole = [PassSlots(slots, len(range(slots)[passes.kept(index, plan)])) for index, slots in enumerate(plan)]
     if mean_steps is None:
         return whole

@@ -12,7 +12,7 @@ and a row of `_KERNELS`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.attention import varlen
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config.run import AttentionKernel
-from megatron_ponder.kernels.own_attention import own_attention
+from megatron_ponder.kernels.own_attention import latent_attention, own_attention
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segmented_attention import segmented_attention
 from megatron_ponder.kernels.segments import Segments
@@ -156,6 +156,36 @@ def attend(
     of_q, of_k = folded_channels(log_w_BT, head_size, k_BTMD)
     q_BTNE, k_BTME = _turned(q_BTND, angles, of_q), _turned(k_BTMD, angles, of_k)
     return chosen.compute(q_BTNE, k_BTME, F.pad(v_BTMD, (0, FOLDED_CHANNELS)), scale, None, segments)[..., :head_size]
+
+
+def attend_latent(
+    q_BLND: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scale: float,
+    log_w_BLJ: Tensor | None = None,
+    segments: Segments | None = None,
+    kernel: AttentionKernel = "auto",
+) -> Tensor:
+    """Attention of the slots of one latent step j, which their own token alone sees, where the others have been run.
+
+    Args:
+        q_BLND: queries of N heads, rotated.
+        keys, values: (B, L, M, D) each, of first slots and of the latent steps 1 .. j, rotated; M divides N.
+        scale: factor on the logits.
+        log_w_BLJ: log weights of the j latent steps as keys, in fp32 or better; None where every weight is 1.
+        segments: of the B · L tokens; None if every row is one.
+        kernel: the one to take.
+
+    Returns:
+        (B, L, N, D).
+
+    Raises:
+        UserError: if that cannot compute the call.
+    """
+    head_size, grouped = q_BLND.shape[-1], q_BLND.shape[2] != keys[0].shape[2]
+    choose(Call(q_BLND.device.type, q_BLND.dtype, grouped, segments is not None, head_size, own=True), kernel)
+    return latent_attention(q_BLND, keys, values, scale, log_w_BLJ, segments)
 
 
 def choose(call: Call, name: AttentionKernel = "auto") -> Kernel:

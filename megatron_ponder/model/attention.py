@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.config.run import AttentionKernel
-from megatron_ponder.kernels.attention import OwnSlots, attend
+from megatron_ponder.kernels.attention import OwnSlots, attend, attend_latent
 from megatron_ponder.kernels.rotary import Rotation, rotate
 from megatron_ponder.kernels.segments import Segments
 from megatron_ponder.model.norms import RMSNorm
@@ -34,6 +34,40 @@ class LayerCache(Protocol):
         """
 
 
+# Of slots, (B, T, M, D) each, as attention reads them.
+KeysAndValues = tuple[Tensor, Tensor]
+
+
+class StepSlots(NamedTuple):
+    """The slots of one latent step k of B rows of L tokens; those of the steps before it were run by other passes.
+
+    Attributes:
+        earlier: in this block, keys and values of the steps 0 .. k - 1 of all these tokens, on this rank's heads.
+        log_w_BLK: log weights of the steps 1 .. k as keys, on all tensor ranks; of context ranks those of all tokens.
+            None where every weight is 1, and of first slots, k = 0.
+        places: int64, which of the B · L tokens of this rank run the step; None if all do.
+        rows: B.
+        length: L, of this rank's share of a row.
+    """
+
+    earlier: tuple[KeysAndValues, ...] = ()
+    log_w_BLK: Tensor | None = None
+    places: Tensor | None = None
+    rows: int = 1
+    length: int = 0
+
+    def spread(self, x_BTND: Tensor) -> Tensor:
+        """(B, T, N, D) of the slots that are run → (B, L, N, D) of all tokens of this rank, zeros of the others."""
+        if self.places is None:
+            return x_BTND
+        every = x_BTND.new_zeros(1, self.rows * self.length, *x_BTND.shape[2:])
+        return every.index_copy(1, self.places, x_BTND).view(self.rows, self.length, *x_BTND.shape[2:])
+
+    def collect(self, x_BLND: Tensor) -> Tensor:
+        """Back to those that are run, one behind the other if they are not all."""
+        return x_BLND if self.places is None else x_BLND.flatten(0, 1).unsqueeze(0).index_select(1, self.places)
+
+
 class Slots(NamedTuple):
     """The slots of one forward, as every block sees them: S of each of L tokens, T = L · S in all.
 
@@ -48,6 +82,7 @@ class Slots(NamedTuple):
         packed: they are those of a packed pass, of which every forward has another number.
         shares: which of a row's slots context ranks have; None if this rank has them all.
         own: how they are those of tokens, if all but the first are seen by their own token alone.
+        step: of which step they are, if others are run by passes of their own; None if the pass has all that they see.
     """
 
     tokens: int
@@ -59,6 +94,7 @@ class Slots(NamedTuple):
     packed: bool = False
     shares: SlotShares | None = None
     own: OwnSlots | None = None
+    step: StepSlots | None = None
 
     def keep(self, x: Tensor, tokens: int) -> Tensor:
         """(B, S slots of `tokens` tokens, ..) → (B, their kept slots, ..)."""
@@ -86,7 +122,9 @@ class Attention(ShardedModule):
         """This rank's queries, keys and values, (B, T, heads · head size) each."""
         return self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH)
 
-    def forward(self, x_BTH: Tensor, slots: Slots, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_BTH: Tensor, slots: Slots, cache: LayerCache | None = None
+    ) -> Tensor | tuple[Tensor, KeysAndValues]:
         """Attend from every slot to itself and the slots before it.
 
         Args:
@@ -95,13 +133,17 @@ class Attention(ShardedModule):
             cache: keys and values of earlier slots.
 
         Returns:
-            (B, kept slots, H) in the residual stream.
+            (B, kept slots, H) in the residual stream; of the slots of a `step` also their keys and values, which those
+            of later steps see.
         """
         x_BTH = enter(x_BTH, self.axis, slots.tokens)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in self.project(x_BTH))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = self.head_size**-0.5
+        if slots.step is not None:
+            y, made = self._attend_step(q, k, v, scale, slots, slots.step)
+            return self.o_proj(y.flatten(2), slots.tokens), made
         if cache is not None:
             y = cache.attend(rotate(q, slots.angles), rotate(k, slots.angles), v, scale)
         elif slots.shares is None:
@@ -113,3 +155,20 @@ class Attention(ShardedModule):
             y = take_slots(y, slots.shares)
         y = slots.keep(y.flatten(2), slots.tokens)
         return self.o_proj(y, slots.tokens)
+
+    def _attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, slots: Slots, step: StepSlots
+    ) -> tuple[Tensor, KeysAndValues]:
+        """From the slots of one step to first slots and to their own token's; and the keys and values of the step."""
+        q, k = rotate(q, slots.angles), rotate(k, slots.angles)
+        q, k, v = (step.spread(x) for x in (q, k, v))
+        if slots.shares is not None:
+            q, k, v = (take_heads(x, slots.shares) for x in (q, k, v))
+        if step.earlier:
+            keys, values = zip(*step.earlier, (k, v), strict=True)
+            y = attend_latent(q, keys, values, scale, step.log_w_BLK, slots.segments, slots.kernel)
+        else:
+            y = attend(q, k, v, scale, segments=slots.segments, kernel=slots.kernel)
+        if slots.shares is not None:
+            y = take_slots(y, slots.shares)
+        return step.collect(y), (k, v)

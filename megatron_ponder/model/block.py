@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.kernels.gated import ACTIVATIONS, gated
-from megatron_ponder.model.attention import Attention, LayerCache, Slots
+from megatron_ponder.model.attention import Attention, KeysAndValues, LayerCache, Slots
 from megatron_ponder.model.norms import make_norm
 from megatron_ponder.model.recipes import keep_recipe
 from megatron_ponder.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -79,7 +79,7 @@ class Block(ShardedModule):
         cache: LayerCache | None = None,
         recipes: bool = False,
         recompute_attention: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, KeysAndValues]:
         """The residual stream after this block.
 
         Args:
@@ -90,20 +90,25 @@ class Block(ShardedModule):
             recompute_attention: keep attention's input alone and compute it again in the backward pass.
 
         Returns:
-            (B, kept slots, H): slots that are not kept get no further than being keys and values.
+            (B, kept slots, H): slots that are not kept get no further than being keys and values. Of the slots of a
+            `step` also its keys and values, as of `Attention.forward`.
         """
         if recompute_attention:
             attended = checkpoint(self._attend, x_BTH, slots, use_reentrant=False, preserve_rng_state=False)
         else:
             attended = self._attend(x_BTH, slots, cache, recipes)
+        attended, made = (attended, None) if slots.step is None else attended
         x_BTH = slots.keep(x_BTH, self.axis.share(slots.tokens))
         mlp_input = x_BTH if self.parallel_residual else x_BTH + attended
         normed = self.mlp_norm(mlp_input)
         with keep_recipe(recipes, normed, self.mlp_norm.recipe(mlp_input)):
             changed = self.mlp(normed, slots.tokens, recipes)
-        return mlp_input + attended + changed if self.parallel_residual else mlp_input + changed
+        y_BTH = mlp_input + attended + changed if self.parallel_residual else mlp_input + changed
+        return y_BTH if made is None else (y_BTH, made)
 
-    def _attend(self, x_BTH: Tensor, slots: Slots, cache: LayerCache | None = None, recipes: bool = False) -> Tensor:
+    def _attend(
+        self, x_BTH: Tensor, slots: Slots, cache: LayerCache | None = None, recipes: bool = False
+    ) -> Tensor | tuple[Tensor, KeysAndValues]:
         normed = self.attention_norm(x_BTH)
         with keep_recipe(recipes, normed, self.attention_norm.recipe(x_BTH)):
             return self.attention(normed, slots, cache)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.base.signals import hold_signals
-from megatron_ponder.model.attention import Slots
+from megatron_ponder.model.attention import KeysAndValues, Slots
 from megatron_ponder.model.block import Block
 
 
@@ -52,7 +52,7 @@ class CompiledBlock:
         cache: None = None,
         recipes: bool = False,
         recompute_attention: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, KeysAndValues]:
         """The residual stream after a block, as `Block.forward` gives it.
 
         Args:
@@ -73,7 +73,7 @@ class CompiledBlock:
             torch._dynamo.maybe_mark_dynamic(slots.segments.bounds, 0)
         graphs, begun = self.graphs, time.perf_counter()
         try:
-            y_BTH = run(block, x_BTH, slots, recompute_attention=recompute_attention)
+            result = run(block, x_BTH, slots, recompute_attention=recompute_attention)
         except torch._dynamo.exc.TorchDynamoException as error:
             said = str(getattr(error, "inner_exception", error)) or type(error).__name__
             reason = next(line for line in said.splitlines() if line.strip())
@@ -83,7 +83,7 @@ class CompiledBlock:
             ) from error
         if self.graphs > graphs:
             self.seconds += time.perf_counter() - begun
-        return y_BTH
+        return result
 
     def news(self) -> str | None:
         """What has been compiled since this was last asked; None for nothing."""

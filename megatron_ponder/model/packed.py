@@ -146,8 +146,10 @@ def packed_jacobi(
 
     Returns:
         The same; hidden states of slots that were not run are zeros, and with sequence parallelism those that this rank
-        has of all B · L tokens, (1, its tokens, K + 1, H).
+        has of all B · L tokens, (1, its tokens, K + 1, H), unless every slot was run once.
     """
+    if model.passes.runs_once(gradient_passes):
+        return model.slotwise(tokens_BL, rule, packed=True)
     plan, batch, state = model.passes.plan(refinements), model.read(tokens_BL), start(tokens_BL)
     passes = PackedPasses(model, rule, plan)
     embedded_1NH = passes.embedded(batch)

@@ -7,7 +7,8 @@ log w. Under the hard rule the next pass has min(K̂, n + 1) latent steps of a t
 runs no other.
 
 This file alone says so; plain training, pipelines and evaluation run it as the passes of `modes/pondering.py`. Their
-fixed point is `fixed_point.py`. What other modes do otherwise is said beside it.
+fixed point is `fixed_point.py`. Where no other token sees latents, a whole model runs every slot once (`slotwise.py`).
+What other modes do otherwise is said beside it.
 """
 
 from typing import NamedTuple

@@ -31,9 +31,10 @@ from megatron_ponder.model.router import (
     route,
     rule_of,
 )
+from megatron_ponder.model.slotwise import run_slotwise
 from megatron_ponder.model.spans import span
 from megatron_ponder.model.transformer import ModelPart, Recompute, Transformer
-from megatron_ponder.parallel.context import SlotShares, all_slots
+from megatron_ponder.parallel.context import all_slots, equal_shares
 from megatron_ponder.parallel.layers import VocabParallelEmbedding
 from megatron_ponder.parallel.mesh import Mesh
 from megatron_ponder.parallel.regions import all_tokens, enter
@@ -53,6 +54,7 @@ class PonderOutput:
         routing: the final pass's routing, or the steps before an exit; None where neither decides.
         slots_PB: int64, slots that each pass ran of each sequence.
         steps: the most latent steps that a token could take: K, or 0 under the rule `none`.
+        once: pass k ran slot k of tokens alone, so that every slot was run once.
     """
 
     output_BLH: Tensor
@@ -60,6 +62,7 @@ class PonderOutput:
     routing: Routing | None
     slots_PB: Tensor
     steps: int
+    once: bool = False
 
     @property
     def passes(self) -> int:
@@ -167,6 +170,8 @@ class PonderLM(nn.Module):
     ) -> PonderOutput:
         """Evaluate all tokens in parallel by growth passes, `refinements` Jacobi passes and a final pass.
 
+        Where no other token sees latents, by passes of one slot a token (`Passes.runs_once`), which give the same.
+
         Args:
             tokens_BL: int64 ids.
             refinements: R.
@@ -174,6 +179,19 @@ class PonderLM(nn.Module):
             gradient_passes: let gradients flow through the last so many passes only; None for all.
         """
         assert rule.exit is None
+        if rule.latents and self.passes.runs_once(gradient_passes):
+            return self.slotwise(tokens_BL, rule)
+        return self.by_growth(tokens_BL, refinements, rule, gradient_passes)
+
+    def by_growth(
+        self, tokens_BL: Tensor, refinements: int, rule: Rule, gradient_passes: int | None = None
+    ) -> PonderOutput:
+        """Evaluate as `jacobi` does, by the passes that pipelines run in every mode.
+
+        Args:
+            tokens_BL: int64 ids.
+            refinements, rule, gradient_passes: as of `jacobi`.
+        """
         plan = self.passes.plan(refinements, rule.latents)
         batch = self.read(tokens_BL)
         state = None
@@ -184,6 +202,19 @@ class PonderLM(nn.Module):
                 if index + 1 < len(plan):
                     state = self.next_state(result, rule, plan[index + 1])
         return self.output(result, rule, plan)
+
+    def slotwise(self, tokens_BL: Tensor, rule: Rule, packed: bool = False) -> PonderOutput:
+        """Evaluate as `jacobi` does, by passes of one slot a token, for which `Passes.runs_once` holds.
+
+        Args:
+            tokens_BL: int64 ids.
+            rule: how a routing is applied.
+            packed: as in `run_slotwise`.
+        """
+        batch = self.read(tokens_BL)
+        hidden_BLSH, routing, slots_PB = run_slotwise(self, *batch, rule, packed)
+        fused, routing = self._on_all_ranks(hidden_BLSH, routing, routing, rule, batch.geometry.tokens)
+        return PonderOutput(fused, hidden_BLSH, routing, slots_PB, self.ponder_config.steps, once=True)
 
     @torch.no_grad()
     def exact(self, tokens_BL: Tensor, rule: Rule, tolerance: float | None = None) -> PonderOutput:
@@ -273,7 +304,7 @@ class PonderLM(nn.Module):
         slots_per_token = x_BTH.shape[1] // self.axis.share(geometry.tokens)
         kept = self.passes.kept(index, plan) if plan else slice(None)
         log_w_BT = None if log_w_BT is None else enter(log_w_BT, self.axis, geometry.tokens)
-        shares = self._shares(geometry.tokens * slots_per_token)
+        shares = equal_shares(self.context, geometry.tokens * slots_per_token)
         own = OwnSlots(slots_per_token) if self.passes.own and slots_per_token > 1 else None
         slots = Slots(
             geometry.tokens,
@@ -287,10 +318,6 @@ class PonderLM(nn.Module):
         )
         with span(f"pass {index}: {slots_per_token} slots a token"):
             return stream._replace(x_BTH=self.transformer(x_BTH, slots, recompute=self.recompute.of_pass(index)))
-
-    def _shares(self, slots: int) -> SlotShares | None:
-        """Which slots of a row context ranks have, if each has so many."""
-        return None if self.context.size == 1 else SlotShares(self.context, (slots,) * self.context.size)
 
     def end_pass(self, stream: Stream, batch: Batch, rule: Rule) -> PassResult:
         """The result of a pass, from what leaves the last block; embeddings are wanted if the router reads them."""
@@ -312,11 +339,18 @@ class PonderLM(nn.Module):
         """
         hidden_BLSH, routing, _, geometry, ran_BL = result
         counted = routing if ran_BL is None else routing.at_most(ran_BL)
-        fused = enter(self.fuse(hidden_BLSH, counted, rule), self.axis, geometry.tokens)
-        if routing is not None:
-            routing = Routing(*(all_tokens(part, self.axis, geometry.tokens) for part in routing))
+        fused, routing = self._on_all_ranks(hidden_BLSH, counted, routing, rule, geometry.tokens)
         slots_PB = torch.tensor(plan).unsqueeze(1).expand(-1, len(fused)) * geometry.tokens
         return PonderOutput(fused, hidden_BLSH, routing, slots_PB, self.ponder_config.steps if rule.latents else 0)
+
+    def _on_all_ranks(
+        self, hidden_BLSH: Tensor, counted: Routing | None, routing: Routing | None, rule: Rule, tokens: int
+    ) -> tuple[Tensor, Routing | None]:
+        """What the head reads, of hidden states and the steps of a routing that count, and a routing."""
+        fused = enter(self.fuse(hidden_BLSH, counted, rule), self.axis, tokens)
+        if routing is not None:
+            routing = Routing(*(all_tokens(part, self.axis, tokens) for part in routing))
+        return fused, routing
 
     def route(self, h_token: Tensor, rule: Rule) -> Routing | None:
         """The routing from what the router reads, (..., H); None unless the mode is `adaptive`."""

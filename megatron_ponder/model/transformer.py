@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ponder.config import ModelConfig
 from megatron_ponder.config.run import RecomputeKind
-from megatron_ponder.model.attention import LayerCache, Slots
+from megatron_ponder.model.attention import KeysAndValues, LayerCache, Slots
 from megatron_ponder.model.block import Block
 from megatron_ponder.model.compiled import CompiledBlock
 from megatron_ponder.model.norms import make_norm
@@ -79,7 +79,8 @@ class Transformer(nn.Module):
         slots: Slots,
         caches: Sequence[LayerCache] | None = None,
         recompute: RecomputeKind = "none",
-    ) -> Tensor:
+        earlier: Sequence[tuple[KeysAndValues, ...]] | None = None,
+    ) -> Tensor | tuple[Tensor, list[tuple[KeysAndValues, ...]]]:
         """The residual stream after these blocks, in the last part normed.
 
         Args:
@@ -87,18 +88,29 @@ class Transformer(nn.Module):
             slots: what its positions are; those that are not kept end in the last block of the whole stack.
             caches: one for each block.
             recompute: what the backward pass computes again.
+            earlier: for each block what it made of the steps before that of the slots; None for slots of no one step.
 
         Returns:
-            (B, T, H), in the last part (B, kept slots, H).
+            (B, T, H), in the last part (B, kept slots, H); and of the slots of a step, `earlier` with what this one
+            made.
         """
-        every = slots._replace(kept=slice(None))
+        every, made = slots._replace(kept=slice(None)), []
         recompute = recompute if torch.is_grad_enabled() else "none"
         run = self.compiled if self.compiled is not None and torch.is_grad_enabled() else Block.__call__
         last = None if self.norm is None else len(self.blocks) - 1
         for index, block in enumerate(self.blocks.values()):
-            inputs = (block, x_BTH, slots if index == last else every, None if caches is None else caches[index])
+            own = slots if index == last else every
+            if earlier is not None:
+                own = own._replace(step=slots.step._replace(earlier=earlier[index]))
+            inputs = (block, x_BTH, own, None if caches is None else caches[index])
             if recompute == "block":
-                x_BTH = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+                result = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTH = run(*inputs, recipes=True, recompute_attention=recompute == "attention")
-        return x_BTH if self.norm is None else self.norm(x_BTH)
+                result = run(*inputs, recipes=True, recompute_attention=recompute == "attention")
+            if earlier is None:
+                x_BTH = result
+            else:
+                x_BTH, new = result
+                made.append((*earlier[index], new))
+        y_BTH = x_BTH if self.norm is None else self.norm(x_BTH)
+        return y_BTH if earlier is None else (y_BTH, made)

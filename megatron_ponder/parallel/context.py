@@ -32,6 +32,11 @@ class SlotShares(NamedTuple):
     back: Tensor | None = None
 
 
+def equal_shares(axis: Axis, slots: int) -> SlotShares | None:
+    """The shares of ranks that have so many slots of a row each; None if there is one rank."""
+    return None if axis.size == 1 else SlotShares(axis, (slots,) * axis.size)
+
+
 def head_repeats(heads: int, ranks: int) -> int:
     """How often heads of keys and values are repeated, so that context ranks divide them."""
     return math.lcm(heads, ranks) // heads

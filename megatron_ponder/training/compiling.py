@@ -4,6 +4,7 @@ import torch
 
 from megatron_ponder.base.errors import UserError
 from megatron_ponder.config import Config
+from megatron_ponder.estimates.rank import plan_of, runs_once
 from megatron_ponder.model.compiled import CompiledBlock
 from megatron_ponder.model.ponder import PonderLM
 
@@ -35,18 +36,20 @@ PACKED_GRAPHS = 2**3
 def most_graphs(model: PonderLM, config: Config) -> int:
     """Graphs that a run may need: by slots a token, which of them are kept, and whether attention is computed again.
 
-    Those of packed passes are as many for any numbers of slots. Twice as many, because the first pass that has
-    gradients may read a state that has none.
+    Where every slot is run once, by the number of earlier steps, and one for tokens alone. Those of packed passes are
+    as many for any numbers of slots. Twice as many, because the first pass that has gradients may read a state that
+    has none.
     """
-    kinds = set()
+    kinds, once = set(), runs_once(config)
     for refinements in config.ponder_training.refinement_choices:
-        plan = model.passes.plan(refinements)
+        plan = plan_of(config, refinements)
         for index, slots in enumerate(plan):
             kept = range(slots)[model.passes.kept(index, plan)]
             again = model.recompute.of_pass(index) == "attention"
-            kinds |= {(slots, range(slots), again), (slots, kept, again)}
+            kinds |= {(slots, range(slots), again), (index + 1, once, again) if once else (slots, kept, again)}
     training = config.ponder_training
     packed = PACKED_GRAPHS if training.packed and training.prune_start is not None else 0
+    packed *= model.passes.steps if once else 1
     return 2 * (len(kinds) + packed)
 
 

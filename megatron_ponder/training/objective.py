@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megatron_ponder.estimates.flops import work_of_passes
+from megatron_ponder.estimates.flops import own_pairs, work_of_passes
 from megatron_ponder.model.packed import packable, packed_jacobi
 from megatron_ponder.model.ponder import PonderLM, PonderOutput
 from megatron_ponder.model.router import Routing, Rule
@@ -98,11 +98,20 @@ class Objective(nn.Module):
         return _telling(loss), Tally.pack(steps, sums)
 
     def _work(self, result: PonderOutput) -> dict[str, Tensor]:
-        """What the passes ran of each sequence; of this rank's share, each slot with all that it may see."""
+        """What the passes ran of each sequence; of this rank's share, each slot with all that it may see.
+
+        Where every slot is run once, those that run a step see as many tokens as all do in the mean.
+        """
         times, context = work_of_passes(result.passes, self.gradient_passes), self.model.context
         slots_PB = result.slots_PB.to(result.output_BLH.device, torch.float64)
         pairs_PB = slots_PB * (slots_PB + 1) / 2
-        if context.size > 1:
+        if result.once:
+            tokens, step_P1 = (
+                result.output_BLH.shape[1],
+                torch.arange(result.passes, device=slots_PB.device).unsqueeze(1),
+            )
+            pairs_PB = own_pairs(slots_PB, tokens, context.rank * tokens + step_P1)
+        elif context.size > 1:
             earlier_PB = whole_rows(slots_PB.unsqueeze(-1), context)[..., : context.rank].sum(-1)
             pairs_PB = pairs_PB + slots_PB * earlier_PB
         work = {"slot_work": slots_PB, "pair_work": pairs_PB}

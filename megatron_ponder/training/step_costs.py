@@ -7,10 +7,12 @@ from megatron_ponder.config.batch_sizes import samples_of
 from megatron_ponder.estimates.flops import (
     FORWARD_AND_BACKWARD,
     head_flops,
+    own_pairs,
     training_flops,
     training_work,
     work_of_passes,
 )
+from megatron_ponder.estimates.rank import plan_of, runs_once
 from megatron_ponder.model.modes import passes_of
 from megatron_ponder.model.tally import Tally
 from megatron_ponder.training.schedules import StepPlan
@@ -26,8 +28,8 @@ class StepCosts:
             config: resolved, with a vocabulary size.
         """
         training = config.ponder_training
-        self._config, self._passes, self._steps = config, passes_of(config.ponder), config.training.steps
-        self._begin = training.latent_start if self._passes.steps else 0
+        self._config, self._steps = config, config.training.steps
+        self._begin = training.latent_start if passes_of(config.ponder).steps else 0
         drawn, plain = training.refinement_draws, training_flops(config, 0, latents=False)
         self._ratio = sum(training_flops(config, r) for r in drawn) / len(drawn) / plain
         self._planned = cache(self._whole)
@@ -69,9 +71,13 @@ class StepCosts:
         config, tokens = self._config, self._config.data.sequence_length
         batch = config.training.global_batch_size
         matrices, attention = training_work(config, refinements, latents)
-        slots = [tokens * slots for slots in self._passes.plan(refinements, latents)]
+        slots = [tokens * slots for slots in plan_of(config, refinements, latents)]
         times = work_of_passes(len(slots), config.ponder_training.gradient_passes)
         work = sum(n * count for n, count in zip(times, slots, strict=True))
-        pairs = sum(n * count * (count + 1) / 2 for n, count in zip(times, slots, strict=True))
+        once = latents and runs_once(config)
+        seen = [
+            own_pairs(count, tokens, index) if once else count * (count + 1) / 2 for index, count in enumerate(slots)
+        ]
+        pairs = sum(n * count for n, count in zip(times, seen, strict=True))
         flops = (batch * matrices, batch * attention, batch * FORWARD_AND_BACKWARD * head_flops(config))
         return flops, (batch * work, batch * pairs)

@@ -29,6 +29,10 @@ CASES += [(layout, "adaptive", {"optimizer__name": "muon"}) for layout in ("tp2"
 CASES += [("cp2", "adaptive", {}), ("cp2", "vanilla", {"model__num_kv_heads": 1, "data__reset_at_eod": "true"})]
 CASES += [(layout, "adaptive", {}) for layout in ("cp2 block", "cp2 attention")]
 CASES += [("tp2+sp", "adaptive", {"model__family": "gpt_neox", "ponder__router_hidden_size": 8})]
+CASES += [
+    (layout, "adaptive", {"ponder__latent_visibility": "own"})
+    for layout in ("tp2", "tp2+sp", "tp2 block", "cp2", "cp2 block", "cp2 attention")
+]
 
 
 def count_by_hand(mesh: Mesh) -> dict[tuple[str, str], Volume]:

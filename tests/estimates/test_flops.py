@@ -26,6 +26,9 @@ CASES = [
     {"ponder__router_hidden_size": 24},
     {"ponder_training__gradient_passes": 2},
     {"model__num_kv_heads": 2, "ponder__mode": "vanilla"},
+    {"ponder__latent_visibility": "own"},
+    {"ponder__latent_visibility": "own", "ponder__mode": "fixed"},
+    {"ponder__latent_visibility": "own", "ponder_training__gradient_passes": 2},
 ]
 
 
@@ -88,13 +91,37 @@ def test_attention_is_what_runs_but_for_what_an_implementation_adds(mode):
     assert stacks == pytest.approx(BATCH * expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("overrides", [{"ponder__mode": "sps"}, {"ponder__latent_visibility": "own"}])
-def test_attention_of_slots_that_their_own_token_sees_by_a_loop(overrides):
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ({"ponder__mode": "sps"}, [(0, 1, 2, 3)]),
+        ({"ponder__latent_visibility": "own"}, [(0,), (1,), (2,), (3,)]),
+        (
+            {"ponder__latent_visibility": "own", "parallel__pipeline": 2, "training__global_batch_size": 2},
+            [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)],
+        ),
+        (
+            {"ponder__latent_visibility": "own", "ponder_training__gradient_passes": 3},
+            [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)],
+        ),
+    ],
+    ids=["sps", "once", "pipeline", "cut"],
+)
+def test_attention_of_slots_that_their_own_token_sees_by_a_loop(overrides, steps):
     config = small_config(data__sequence_length=LENGTH, ponder__latent_steps=3, **overrides)
-    for flops, (slots, _) in zip(forward_flops(config, R), slots_of_passes(config, R), strict=True):
-        pairs = sum(token + 1 + step for token in range(LENGTH) for step in range(slots))
+    for flops, run in zip(forward_flops(config, R), steps, strict=True):
+        pairs = sum(token + 1 + step for token in range(LENGTH) for step in run)
         assert flops.attention == config.model.num_layers * 4 * config.model.hidden_size * pairs
-    assert [slots for slots, _ in slots_of_passes(config, 7)] == ([4] if "ponder__mode" in overrides else [1, 2, 3, 4])
+    assert [slots for slots, _ in slots_of_passes(config, 7)] == [len(run) for run in steps]
+
+
+@pytest.mark.parametrize("refinements", [0, 3])
+def test_slots_that_are_run_once_and_pruned(refinements):
+    config = small_config(ponder__latent_visibility="own", ponder__latent_steps=4)
+    slots = slots_of_passes(config, refinements, mean_steps=1.25)
+    assert slots == [(1, 1), (1, 1), (0.25, 0.25), (0, 0), (0, 0)]
+    whole, pruned = (sum(part.matrices for part in forward_flops(config, 0, mean_steps=m)) for m in (None, 0.0))
+    assert whole > 4 * pruned
 
 
 def test_a_step_by_hand():
@@ -130,10 +157,11 @@ def test_more_steps_and_refinements_cost_more():
         assert costs == sorted(set(costs))
 
 
-@pytest.mark.parametrize("refinements", [0, 2])
-def test_pruned_products_with_weights_are_those_that_run(refinements):
+@pytest.mark.parametrize(("refinements", "visibility"), [(0, "all"), (2, "all"), (0, "own")])
+def test_pruned_products_with_weights_are_those_that_run(refinements, visibility):
     """Where every token keeps one latent step of three."""
     settings = {"data__sequence_length": LENGTH, "training__global_batch_size": BATCH, "ponder__latent_steps": 3}
+    settings |= {"ponder__latent_visibility": visibility}
     config, model = small_config(**settings), small_model(**settings)
     with torch.no_grad():
         model.router.output.weight.zero_()
@@ -148,5 +176,8 @@ def test_pruned_products_with_weights_are_those_that_run(refinements):
     weights = sum(count for name, count in operations if str(name) in ("aten.mm", "aten.addmm"))
     passes = forward_flops(config, refinements, mean_steps=1.0)
     fusion = 2 * LENGTH * config.model.hidden_size * 4
-    assert weights == 3 * BATCH * (sum(flops.matrices for flops in passes) - fusion + head_flops(config))
+    expected = BATCH * (sum(flops.matrices for flops in passes) - fusion + head_flops(config))
+    if visibility == "own":  # two tokens run the two steps that nobody takes
+        expected += 2 * 2 * passes[1].matrices / LENGTH
+    assert weights == 3 * expected
     assert training_flops(config, refinements, mean_steps=3.0) == training_flops(config, refinements)

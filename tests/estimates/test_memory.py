@@ -123,6 +123,11 @@ ACTIVATIONS = [
     {"ponder__mode": "pause"},
     {"ponder__mode": "sps"},
     {"ponder__latent_visibility": "own"},
+    {"ponder__latent_visibility": "own", "ponder__mode": "fixed", "data__reset_at_eod": "true"},
+    {"ponder__latent_visibility": "own", "model__num_kv_heads": 2} | LEARNED,
+    {"ponder__latent_visibility": "own", "training__recompute": "block"},
+    {"ponder__latent_visibility": "own", "training__recompute": "attention"},
+    {"ponder__latent_visibility": "own", "ponder_training__gradient_passes": 2},
     {"ponder__mode": "loop", "model__family": "gpt_neox"},
     {"ponder__mode": "ponderlm"},
     {"ponder__mode": "ponderlm", "training__recompute": "block"},
@@ -177,6 +182,7 @@ def test_activations_of_tensor_ranks(sequence_parallel):
         for case in ({}, {"ponder__mode": "fixed"}, {"ponder__mode": "ponderlm"}, {"training__recompute": "attention"})
     ]
     cases.append(layout | {"model__family": "gpt_neox", "training__precision": "bf16"})
+    cases.append(layout | {"ponder__latent_visibility": "own"})
     measured = run_distributed(measure_tensor_ranks, 2, cases, tensor=2, sequence_parallel=sequence_parallel)
     for case, *left in zip(cases, *measured, strict=True):
         rank = Rank(config_for(**case))
@@ -194,6 +200,7 @@ def measure_context_ranks(mesh: Mesh, cases: list[dict]) -> list[tuple[int, int]
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_activations_of_context_ranks(ranks):
     cases = [{}, {"model__num_kv_heads": 1}, {"training__recompute": "attention"}]
+    cases += [{"ponder__latent_visibility": "own"}]
     if ranks > 2:
         cases += [{"training__recompute": "block"}, {"data__reset_at_eod": "true"}, {"ponder__mode": "ponderlm"}]
         cases += [{"ponder__mode": "fixed"}, {"model__family": "gpt_neox", "training__precision": "bf16"}]
@@ -254,6 +261,8 @@ PEAKS = {
     "pause": {"ponder__mode": "pause"},
     "loop": {"ponder__mode": "loop"},
     "ponderlm": {"ponder__mode": "ponderlm"},
+    "own": {"ponder__latent_visibility": "own"},
+    "own, block": {"ponder__latent_visibility": "own", "training__recompute": "block"},
 }
 
 

@@ -29,6 +29,15 @@ def test_every_phase_has_its_steps_and_their_cost():
     assert plain.phase.time.total < pruned.phase.time.total < latents.phase.time.total
 
 
+def test_slots_that_are_run_once_cost_less_in_every_phase_that_has_latents():
+    """A mean of 0.5 leaves steps out altogether."""
+    growth, once = (parts(mean_steps=0.5, **PRUNED | {"ponder__latent_visibility": each}) for each in ("all", "own"))
+    assert once[0].flops == growth[0].flops
+    for more, less in zip(growth[1:], once[1:], strict=True):
+        assert less.flops < more.flops and less.phase.time.total < more.phase.time.total
+    assert once[2].phase.time.total < once[1].phase.time.total
+
+
 def test_a_run_comes_to_the_phases_that_its_tokens_last_for():
     assert [part.phase.begin for part in parts(50, **PRUNED)] == [0]
     assert [part.steps for part in parts(70.5, **PRUNED)] == [50, 20.5]

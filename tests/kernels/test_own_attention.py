@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from megatron_ponder.base.errors import UserError
-from megatron_ponder.kernels.attention import DEAD, Call, OwnSlots, _masked, attend, choose
-from megatron_ponder.kernels.own_attention import own_attention
+from megatron_ponder.kernels.attention import DEAD, Call, OwnSlots, _masked, attend, attend_latent, choose
+from megatron_ponder.kernels.own_attention import latent_attention, own_attention
 from megatron_ponder.kernels.segments import Segments
 from tests.grids import in_pairs
 
@@ -115,3 +115,82 @@ def test_kernels_that_there_are_for_it():
         choose(Call("cuda", torch.bfloat16, own=True), "varlen")
     with pytest.raises(UserError, match="attention_kernel sdpa needs a CPU"):
         choose(Call("cuda", torch.bfloat16, own=True), "sdpa")
+
+
+# One latent step at a time -----------------------------------------------------------------------------------------
+
+
+def steps_of(x: Tensor, slots: int) -> list[Tensor]:
+    """(B, L · S, ..) → (B, L, ..) of every step."""
+    return list(x.unflatten(1, (-1, slots)).unbind(2))
+
+
+@pytest.mark.parametrize(
+    ("slots", "key_heads", "weighted", "segmented"), in_pairs([2, 4], [2, 4], [False, True], [False, True])
+)
+def test_each_step_is_that_of_all_slots(slots, key_heads, weighted, segmented):
+    given, segments = inputs_of(slots, key_heads, weighted), segments_of(segmented)
+    log_w = given[3] if weighted else None
+    want = written_out(*given[:3], SCALE, log_w, segments, slots)
+    q, k, v = (steps_of(x, slots) for x in given[:3])
+    log_w_BLK = log_w.unflatten(1, (-1, slots))[..., 1:] if weighted else None
+    for step in range(1, slots):
+        seen = slice(0, step + 1)
+        weights = log_w_BLK[..., :step] if weighted else None
+        got = attend_latent(q[step], k[seen], v[seen], SCALE, weights, segments)
+        of_step = steps_of(want, slots)[step]
+        assert (got - of_step).abs().max() < 1e-12
+        upstream = torch.randn_like(got)
+        found, true = (torch.autograd.grad((y * upstream).sum(), given, retain_graph=True) for y in (got, of_step))
+        for mine, other in zip(found[:3], true[:3], strict=True):
+            assert (mine - other).abs().max() < 1e-12
+        if weighted:
+            further = torch.arange(TOKENS * slots) % slots > 0
+            assert (found[3] - true[3])[:, further].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_gradients_of_a_step_by_finite_differences(segmented):
+    torch.manual_seed(1)
+    shape = 2, 4, 2, 8
+    q = torch.randn(2, 4, 4, 8, dtype=torch.float64, requires_grad=True)
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(6)]
+    log_w = (-torch.rand(2, 4, 2, dtype=torch.float64)).requires_grad_()
+    segments = Segments.of(torch.tensor([0, 3, 4, 8]), 8, 4) if segmented else None
+
+    def form(q, log_w, *given):
+        return latent_attention(q, given[:3], given[3:], SCALE, log_w, segments)
+
+    assert torch.autograd.gradcheck(form, (q, log_w, *given))
+
+
+def test_a_step_in_bf16_is_added_up_in_fp32():
+    given = inputs_of(3, 2, weighted=False, dtype=torch.bfloat16)
+    want = written_out(*(x.double() for x in given), SCALE, None, None, 3)
+    q, k, v = (steps_of(x, 3) for x in given)
+    got = latent_attention(q[2], k, v, SCALE, None, None)
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - steps_of(want, 3)[2]).abs().max() < 0.02
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(got.sum(), given))
+
+
+def test_a_compiler_sees_a_step_as_one_operation():
+    *given, log_w = inputs_of(2, 2, weighted=True, dtype=torch.float32)
+    weights = log_w.detach().unflatten(1, (-1, 2))[..., 1:].clone().requires_grad_()
+    leaves = [x.detach().clone().requires_grad_() for whole in given for x in steps_of(whole, 2)]
+
+    def form(q, k0, k1, v0, v1, log_w):
+        return latent_attention(q, (k0, k1), (v0, v1), SCALE, log_w, None).sin()
+
+    inputs, results = (*leaves[1:], weights), []
+    for chosen in (form, torch.compile(form, fullgraph=True, backend="aot_eager")):
+        y = chosen(*inputs)
+        results.append([y, *torch.autograd.grad(y.sum(), inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_a_kernel_that_cannot_be_chosen_for_a_step():
+    q, k, v = (steps_of(x, 2) for x in inputs_of(2, 2, weighted=False))
+    with pytest.raises(UserError, match="attention_kernel varlen has every slot see all before it"):
+        attend_latent(q[1], k, v, SCALE, kernel="varlen")

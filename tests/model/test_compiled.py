@@ -55,9 +55,10 @@ def see(model: PonderLM, refinements: int, seed: int = 0, threshold: float | Non
     streams, rule = [], model.rule("soft" if threshold is None else "hard", threshold)
     evaluate = model.jacobi if threshold is None else partial(packed_jacobi, model)
 
-    def keep(_module, _inputs, output: Tensor) -> None:
-        output.retain_grad()
-        streams.append(output)
+    def keep(_module, _inputs, output: Tensor | tuple) -> None:
+        stream = output[0] if isinstance(output, tuple) else output  # beside keys for later passes
+        stream.retain_grad()
+        streams.append(stream)
 
     handle = model.transformer.register_forward_hook(keep)
     model.zero_grad()
@@ -127,6 +128,12 @@ def test_packed_passes_of_any_number_of_slots_share_a_graph():
     check_equal(model, "aot_eager", 3, 1e-11, rounds=(1, 2, 3, 1), thresholds=PRUNED)
 
 
+@pytest.mark.parametrize("thresholds", [(None,), PRUNED], ids=["masked", "packed"])
+def test_slots_that_are_run_once_have_a_graph_for_each_step(thresholds):
+    model = small_model(ponder__latent_visibility="own", model__num_layers=1, eod_id=5)
+    check_equal(model, "aot_eager", 3, 1e-11, rounds=(0, 0, 0, 0), thresholds=thresholds)
+
+
 def test_what_has_no_gradients_is_not_compiled():
     model = small_model(ponder__mode="vanilla")
     model.transformer.compiled = compiled = CompiledBlock(8, "aot_eager")
@@ -169,6 +176,15 @@ def test_recompute_with_packed_passes(recompute):
     model = small_model(ponder__mode="adaptive", model__family="gpt_neox")
     model.recompute = Recompute(recompute)
     check_equal(model, "aot_eager", 3, 1e-11, rounds=(1, 2, 1), thresholds=PRUNED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "block", "attention"])
+@pytest.mark.parametrize("thresholds", [(None,), PRUNED], ids=["masked", "packed"])
+def test_inductor_with_slots_that_are_run_once(thresholds, recompute):
+    model = small_model(ponder__latent_visibility="own", model__num_kv_heads=2)
+    model.recompute = Recompute(recompute)
+    check_equal(model, "inductor", 3, 1e-11, rounds=(0, 0, 0), thresholds=thresholds)
 
 
 @pytest.mark.slow
@@ -219,6 +235,7 @@ def test_tensor_ranks_with_latent_steps(sequence_parallel):
         ({"ponder__mode": "adaptive"}, "inductor", 4, 2e-5, (1, 2)),
         ({"ponder__mode": "adaptive", "model__family": "gpt_neox"}, "aot_eager", 4, 1e-11, (1, 2)),
         ({"ponder__mode": "adaptive"}, "aot_eager", 3, 1e-11, (1, 2, 1, 2), PRUNED),
+        ({"ponder__latent_visibility": "own"}, "aot_eager", 3, 1e-11, (1, 2)),
     ]
     Layout(tensor=2, sequence_parallel=sequence_parallel).run(on_ranks, cases)
 

@@ -50,6 +50,10 @@ def test_nothing_is_compiled_unless_it_is_wanted():
         # each in passes with attention computed again, and in those without
         ({"ponder__mode": "fixed", "training__recompute": "attention", "training__recompute_passes": 3}, 7),
         ({"ponder__mode": "fixed", "ponder__latent_steps": 12}, 15),
+        # tokens alone, and each of three slots that are run once; in a pipeline of 1, 2, 3 and the last
+        ({"ponder__mode": "fixed", "ponder__latent_visibility": "own"}, 4),
+        ({"ponder__mode": "fixed", "ponder__latent_visibility": "own", "parallel__pipeline": 2}, 4),
+        ({"ponder__latent_visibility": "own", "ponder_training__prune_start": 9}, 4 + 2 * PACKED_GRAPHS),
         # and packed ones, but not where they are masked
         ({"ponder__mode": "adaptive", "ponder_training__prune_start": 9}, 4 + PACKED_GRAPHS),
         (

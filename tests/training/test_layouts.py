@@ -156,6 +156,7 @@ VARIANTS = {
         "two-layer router": NEOX | {"ponder__router_hidden_size": 8},
         "pruned, recompute block": PRUNED["pruned llama"] | {"training__recompute": "block"},
         "pruned, recompute attention": PRUNED["pruned gpt_neox, documents"] | {"training__recompute": "attention"},
+        "pruned own, compiled": PRUNED["pruned own, documents"] | {"training__compile": True},
         "pruned, two-layer router": PRUNED["pruned llama"] | {"ponder__router_hidden_size": 8},
         "before latent steps": MODELS["llama fixed"] | {"ponder_training__latent_start": STEPS},
         "padded vocabulary": LLAMA | {"parallel__vocab_multiple": 8},

@@ -21,13 +21,14 @@ def measured(rule: Rule, packed: bool, gradient_passes: int | None = None, **ove
 
 
 @pytest.mark.parametrize("gradient_passes", [None, 2])
-@pytest.mark.parametrize("mode", ["adaptive", "fixed", "pause", "loop"])
+@pytest.mark.parametrize("mode", ["adaptive", "fixed", "pause", "loop", "own"])
 def test_steps_that_run_their_whole_plan_cost_what_estimates_say(mode, gradient_passes):
-    overrides = SIZES | {"ponder__mode": mode}
+    model = {"ponder__latent_visibility": "own"} if mode == "own" else {"ponder__mode": mode}
+    overrides = SIZES | model
     if gradient_passes is not None:
         overrides["ponder_training__gradient_passes"] = gradient_passes
     config, rule = small_config(**overrides), Rule("soft", 0.1)
-    tally = measured(rule, False, gradient_passes, ponder__mode=mode)
+    tally = measured(rule, False, gradient_passes, **model)
     assert StepCosts(config).flops(StepPlan(0.1, 2, rule, 0.0), tally) == training_flops(config, 2)
 
 
@@ -49,6 +50,20 @@ def test_slots_that_are_not_run_cost_nothing():
     shares = [packed.slot_work / masked.slot_work, packed.pair_work / masked.pair_work]
     assert shares[1] < shares[0] == packed.slots / masked.slots
     assert shares[1] < costs.flops(plan, packed) / costs.flops(plan, masked) < 1
+
+
+def test_slots_that_are_run_once_cost_no_more():
+    own = {"ponder__latent_visibility": "own"}
+    config, rule = small_config(**SIZES, **own), Rule("hard", 0.4)
+    plan, costs = StepPlan(0.1, 2, rule, 0.0), StepCosts(config)
+    masked, packed = (measured(rule, packs, **own) for packs in (False, True))
+    assert masked.slots == 3 * 17 * 3 and masked.slot_work == 3 * masked.slots
+    assert masked.pair_work == 3 * 3 * sum(token + 1 + step for token in range(17) for step in range(3))
+    executed = [sum(masked.steps[step:]) for step in range(3)]
+    assert packed.slots == sum(executed) < masked.slots
+    # a token sees 9 first slots in the mean, and its own
+    assert packed.pair_work == 3 * sum(count * (9 + step) for step, count in enumerate(executed))
+    assert costs.flops(plan, packed) < costs.flops(plan, masked) == training_flops(config, 2)
 
 
 def test_the_rest_of_a_run_is_counted_in_steps_like_the_last():

@@ -29,6 +29,10 @@ class PausePasses(Passes):
 
     iterated = False
 
+    def runs_once(self, gradient_passes: int | None = None) -> bool:
+        """Whether every slot is run in a pass of its own: not here, where one pass runs them all."""
+        return False
+
     def full_plan(self, refinements: int) -> tuple[int, ...]:
         return (self.steps + 1,)
 

@@ -121,14 +121,29 @@ class Passes:
         """
         return self.steps > 0 and not self.own
 
-    def plan(self, refinements: int, latents: bool = True) -> tuple[int, ...]:
+    def runs_once(self, gradient_passes: int | None = None) -> bool:
+        """Whether a whole model runs every slot once, one slot a token in each of K + 1 passes (`slotwise.py`).
+
+        Where no other token sees latents, nothing that a slot reads changes from one growth pass to the next. Not where
+        some passes are without gradients: a growth pass after them has those of all its slots.
+
+        Args:
+            gradient_passes: through how many of the last passes gradients flow; None for all.
+        """
+        return self.own and self.steps > 0 and (gradient_passes is None or gradient_passes > self.steps)
+
+    def plan(self, refinements: int, latents: bool = True, once: bool = False) -> tuple[int, ...]:
         """Slots per token of every pass.
 
         Args:
             refinements: R.
             latents: whether there are latent steps; without them one pass over the tokens is all.
+            once: every slot is run once, as `runs_once` says of a whole model; else the passes are those that ranks of
+                a pipeline run, which hand on no keys.
         """
-        return self.full_plan(refinements) if latents else (1,)
+        if not latents:
+            return (1,)
+        return (1,) * (self.steps + 1) if once else self.full_plan(refinements)
 
     def full_plan(self, refinements: int) -> tuple[int, ...]:
         """Slots per token of every pass with latent steps and R refinements."""
