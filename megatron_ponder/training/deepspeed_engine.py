@@ -102,9 +102,10 @@ class Engine:
         def point(*_) -> None:
             interruption.point()
 
-        def before_backward(_module, _inputs, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(point)
+        def before_backward(_module, _inputs, output: Tensor | tuple[Tensor, list]) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output  # keys and values beside it, of slots run once
+            if hidden.requires_grad:
+                hidden.register_hook(point)
 
         transformer = self.model.transformer
         transformer.register_forward_pre_hook(point)

@@ -21,6 +21,7 @@ from tests.training.test_resume import essentials, final_state
 LOOKS = (3, 8, 19)
 PIPELINE = {"parallel__pipeline": 2, "training__micro_batch_size": 1}
 LAYOUTS = {"data": {}, "tensor": {"parallel__tensor": 2}, "pipeline": PIPELINE}
+ON_ONE = {"one": {}, "own latents": {"ponder__mode": "adaptive", "ponder__latent_visibility": "own"}}
 MORE = {
     "zero 3": {"parallel__zero_stage": 3},
     "zero 2": {"parallel__zero_stage": 2, "training__precision": "bf16"},
@@ -80,8 +81,9 @@ def test_the_same_in_other_layouts(corpus, tmp_path):
 def test_the_same_on_one_rank(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(interruption, "SECONDS_OF_A_LONG_STEP", -1.0)
     with alone() as device:
-        seen = interrupted(Mesh(device=device), commands_in(corpus, tmp_path, {"one": {}}))
-    check(tmp_path / "one", seen["one"])
+        seen = interrupted(Mesh(device=device), commands_in(corpus, tmp_path, ON_ONE))
+    for name in ON_ONE:
+        check(tmp_path / name, seen[name])
 
 
 def test_a_first_step_that_is_given_up_leaves_nothing_to_save(corpus, tmp_path, monkeypatch):
