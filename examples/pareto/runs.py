@@ -18,7 +18,7 @@ from megatron_ponder.config import read_config
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper", "depths", "sums")}
+SIZES = {size: HERE / f"{size}.yaml" for size in ("cpu", "gpu", "paper", "depths", "permutations")}
 SIZES["diagnostic"] = REPOSITORY / "examples" / "diagnostic" / "diagnostic.yaml"
 COMPARISONS = {what: HERE / f"{what}.yaml" for what in ("variants", "costs")}
 # Of the sizes whose corpus is made here: words of the tokenizer, and what more than the standard library is read.
@@ -29,7 +29,7 @@ _CHAINS = ("--kinds", "follow", "--documents", "150000", "--questions", "1", "--
 DIAGNOSTIC = {
     "diagnostic": (*_CHAINS, "2"),
     "depths": (*_CHAINS, "4"),
-    "sums": ("--kinds", "sum", "--documents", "60000", "--questions", "16", "--max-depth", "2"),
+    "permutations": ("--kinds", "compose", "--documents", "60000", "--questions", "16", "--max-depth", "2"),
 }
 
 

@@ -15,7 +15,7 @@ from tests.models import random_tokens
 PARETO = REPOSITORY / "examples" / "pareto"
 
 
-@pytest.mark.parametrize("size", ["cpu", "gpu", "paper", "diagnostic", "depths", "sums"])
+@pytest.mark.parametrize("size", ["cpu", "gpu", "paper", "diagnostic", "depths", "permutations"])
 def test_a_dry_run_checks_every_run_and_starts_nothing(size, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(PARETO)
     from pareto import main

@@ -101,6 +101,23 @@ def own_slots():
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def latent_slots():
+    """Those of the second latent step alone, given the keys and values of first slots and of the first step."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, 2, 16, requires_grad=True)
+    keys, values = ([torch.randn(2, 6, 1, 16, requires_grad=True) for _ in range(3)] for _ in range(2))
+    log_w = torch.randn(2, 6, 2, requires_grad=True)
+    inputs = [q, *keys, *values, log_w]
+    for segments in (None, segments_of(2, 6)):
+        results = []
+        for in_triton in (True, False):
+            own_attention._in_triton = lambda _, chosen=in_triton: chosen
+            y = own_attention.latent_attention(q, keys, values, 0.25, log_w, segments)
+            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def one_graph():
     """A compiler takes it in one piece, with its gradient, and gets the same."""
     torch.manual_seed(0)
@@ -126,6 +143,7 @@ def main(what: str) -> None:
         compare(1, 37, 1, 1, 16, weighted=True, segmented=False)
         dead_keys_are_not_there()
         own_slots()
+        latent_slots()
     elif what == "compiled":
         one_graph()
     else:
