@@ -29,7 +29,7 @@ _CHAINS = ("--kinds", "follow", "--documents", "150000", "--questions", "1", "--
 DIAGNOSTIC = {
     "diagnostic": (*_CHAINS, "2"),
     "depths": (*_CHAINS, "4"),
-    "permutations": ("--kinds", "compose", "--documents", "60000", "--questions", "16", "--max-depth", "2"),
+    "permutations": ("--kinds", "compose", "--documents", "60000", "--questions", "16", "--max-depth", "4"),
 }
 
 

@@ -152,7 +152,7 @@ def write(pairs: Mapping[Place, Sequence[Pair]], output: Path) -> str:
     for (layers, way, share), points in curves.items():
         axes.plot(*zip(*points, strict=True), **look(way, numbers.index((layers, share))))
         name = f"{layers} layer{'s' if layers > 1 else ''}, {way}" + f", share {share:.3g}" * (len(shares) > 1)
-        axes.annotate(name, points[-1], (6, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(name, points[-1], (6, 6), textcoords="offset points", va="center", fontsize=8)
     axes.margins(x=0.3)
     axes.set_xscale("log", base=2)
     axes.set_xticks(begins, [f"{at:,}" for at in begins])
