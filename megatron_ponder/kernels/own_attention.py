@@ -163,9 +163,7 @@ def _attend_latent(
 
 @_attend_latent.register_fake
 def _attend_latent_fake(q, keys, values, log_w, bounds, starts, ends, scale) -> tuple[Tensor, Tensor]:
-    (batch, length, heads, _), groups = q.shape, keys[0].shape[2]
-    of_queries, wide = (batch, length, groups, 1, heads // groups), torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(of_queries, dtype=wide)
+    return _attend_fake(q, keys[0], values[0], log_w, bounds, starts, ends, 1, scale)
 
 
 @torch.library.custom_op("megatron_ponder::latent_attention_backward", mutates_args=())

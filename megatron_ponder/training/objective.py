@@ -106,10 +106,8 @@ class Objective(nn.Module):
         slots_PB = result.slots_PB.to(result.output_BLH.device, torch.float64)
         pairs_PB = slots_PB * (slots_PB + 1) / 2
         if result.once:
-            tokens, step_P1 = (
-                result.output_BLH.shape[1],
-                torch.arange(result.passes, device=slots_PB.device).unsqueeze(1),
-            )
+            tokens = result.output_BLH.shape[1]
+            step_P1 = torch.arange(result.passes, device=slots_PB.device).unsqueeze(1)
             pairs_PB = own_pairs(slots_PB, tokens, context.rank * tokens + step_P1)
         elif context.size > 1:
             earlier_PB = whole_rows(slots_PB.unsqueeze(-1), context)[..., : context.rank].sum(-1)

@@ -94,18 +94,23 @@ def test_slots_that_are_not_there_are_not_seen():
         assert (mine - other[:, places]).abs().max() < 1e-13
 
 
+def check_compiled(form, inputs):
+    """In one graph a function of leaves has the same values and gradients."""
+    results = []
+    for chosen in (form, torch.compile(form, fullgraph=True, backend="aot_eager")):
+        y = chosen(*inputs)
+        results.append([y, *torch.autograd.grad(y.sum(), inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_a_compiler_sees_one_operation():
     given = inputs_of(2, 2, weighted=True, dtype=torch.float32)
 
     def form(q, k, v, log_w):
         return own_attention(q, k, v, SCALE, log_w, None, 2).sin()
 
-    results = []
-    for chosen in (form, torch.compile(form, fullgraph=True, backend="aot_eager")):
-        y = chosen(*given)
-        results.append([y, *torch.autograd.grad(y.sum(), given)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(form, given)
 
 
 def test_kernels_that_there_are_for_it():
@@ -182,12 +187,7 @@ def test_a_compiler_sees_a_step_as_one_operation():
     def form(q, k0, k1, v0, v1, log_w):
         return latent_attention(q, (k0, k1), (v0, v1), SCALE, log_w, None).sin()
 
-    inputs, results = (*leaves[1:], weights), []
-    for chosen in (form, torch.compile(form, fullgraph=True, backend="aot_eager")):
-        y = chosen(*inputs)
-        results.append([y, *torch.autograd.grad(y.sum(), inputs)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    check_compiled(form, (*leaves[1:], weights))
 
 
 def test_a_kernel_that_cannot_be_chosen_for_a_step():
