@@ -25,7 +25,7 @@ from rich.console import Console
 from runs import SIZES, Run, prepare_data, train
 from tables import spread
 
-from megatron_ponder.base.errors import command
+from megatron_ponder.base.errors import UserError, command
 from megatron_ponder.base.files import replacing, write_atomically
 from megatron_ponder.checkpoint.folders import checkpoint_name, checkpoints_in
 from megatron_ponder.runs.metrics import of_steps, read_metrics
@@ -176,6 +176,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="trunks at a time (default: 1)")
     arguments = parser.parse_args(argv)
+    at, share = min(arguments.at), min(arguments.share)
+    if round(at * share) < 1:
+        raise UserError(f"--at {at} with --share {share:g} has no steps; give more of one")
     output, data = arguments.output, arguments.data or arguments.output / "data"
     prepare_data("cpu", data)
     trunks = {

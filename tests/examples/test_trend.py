@@ -44,6 +44,14 @@ def test_a_trunk_keeps_what_something_branches_off_from(trend, tmp_path):
     assert trunk.finished and trend.Trunk(3, 1, [300], tmp_path, tmp_path).finished
 
 
+def test_a_share_of_no_steps_is_refused(trend, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        trend.main(["--output", str(tmp_path / "out"), "--at", "200", "4000", "--share", "0.5", "0.001"])
+    assert refused.value.code == 2
+    assert "--at 200 with --share 0.001 has no steps; give more of one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_table_has_means_over_seeds(trend, tmp_path):
     pairs = {
         trend.Place(1, "fixed", 80, 0.125): [
